@@ -1,0 +1,300 @@
+r"""The operators `torch.ops.roastify.*`: schemas, fakes, autograd and registration, all in this one place.
+
+Each takes the pool, the chunk table, a `TileView` as ``int[]`` and the tensor's scale λ, and stands for the dense
+operation on :math:`W = \lambda \cdot sign \cdot pool[slot]`. The family is closed under differentiation (the gradient
+of every operator is another of them), so second derivatives work as well.
+
+The functions of this module check and cast their arguments, follow autocast where the dense operation would, and call
+the operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from roastify.kernels import reference
+from roastify.kernels.view import TileView
+
+_VIEW = "Tensor table, int[] view, float scale"
+_SCHEMAS = {
+    "gather": f"(Tensor pool, {_VIEW}) -> Tensor",
+    "reduce": f"(Tensor grad_weight, {_VIEW}, int[] pool_shape) -> Tensor",
+    "linear": f"(Tensor x, Tensor pool, Tensor? bias, {_VIEW}) -> Tensor",
+    "linear_t": f"(Tensor x, Tensor pool, Tensor? bias, {_VIEW}) -> Tensor",
+    "linear_reduce": f"(Tensor grad, Tensor x, {_VIEW}, int[] pool_shape) -> Tensor",
+    "embedding": f"(Tensor index, Tensor pool, {_VIEW}) -> Tensor",
+    "embedding_reduce": f"(Tensor grad, Tensor index, {_VIEW}, int[] pool_shape) -> Tensor",
+}
+
+_library = torch.library.Library("roastify", "DEF")
+
+
+def _with_view(function: Any, view_position: int) -> Any:
+    """Return `function` taking its `TileView` as the plain list of integers that the schema has."""
+
+    def call(*args: Any) -> Tensor:
+        return function(*args[:view_position], TileView(*args[view_position]), *args[view_position + 1 :])
+
+    return call
+
+
+for _name, _schema in _SCHEMAS.items():
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _view_position = _schema.split("->")[0].split(",").index(" int[] view")
+    _library.impl(_name, _with_view(getattr(reference, _name), _view_position), "CompositeExplicitAutograd")
+
+_ops = torch.ops.roastify
+
+
+@torch.library.register_fake("roastify::gather", lib=_library)
+def _(pool: Tensor, table: Tensor, view: Sequence[int], scale: float) -> Tensor:
+    tiles = TileView(*view)
+    return pool.new_empty(tiles.rows, tiles.cols)
+
+
+@torch.library.register_fake("roastify::reduce", lib=_library)
+def _(grad_weight: Tensor, table: Tensor, view: Sequence[int], scale: float, pool_shape: Sequence[int]) -> Tensor:
+    return grad_weight.new_empty(pool_shape)
+
+
+@torch.library.register_fake("roastify::linear", lib=_library)
+def _(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: Sequence[int], scale: float) -> Tensor:
+    return x.new_empty(*x.shape[:-1], TileView(*view).rows)
+
+
+@torch.library.register_fake("roastify::linear_t", lib=_library)
+def _(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: Sequence[int], scale: float) -> Tensor:
+    return x.new_empty(*x.shape[:-1], TileView(*view).cols)
+
+
+@torch.library.register_fake("roastify::linear_reduce", lib=_library)
+def _(
+    grad: Tensor, x: Tensor, table: Tensor, view: Sequence[int], scale: float, pool_shape: Sequence[int]
+) -> Tensor:
+    return x.new_empty(pool_shape)
+
+
+@torch.library.register_fake("roastify::embedding", lib=_library)
+def _(index: Tensor, pool: Tensor, table: Tensor, view: Sequence[int], scale: float) -> Tensor:
+    return pool.new_empty(*index.shape, TileView(*view).cols)
+
+
+@torch.library.register_fake("roastify::embedding_reduce", lib=_library)
+def _(
+    grad: Tensor, index: Tensor, table: Tensor, view: Sequence[int], scale: float, pool_shape: Sequence[int]
+) -> Tensor:
+    return grad.new_empty(pool_shape)
+
+
+def _save_view(ctx: Any, table: Tensor, view: Sequence[int], scale: float, *tensors: Tensor | None) -> None:
+    ctx.save_for_backward(table, *tensors)
+    ctx.view, ctx.scale = list(view), scale
+
+
+def _sum_to_bias(grad: Tensor, wanted: bool) -> Tensor | None:
+    return grad.reshape(-1, grad.shape[-1]).sum(0) if wanted else None
+
+
+def _setup_gather(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    pool, table, view, scale = inputs
+    _save_view(ctx, table, view, scale)
+    ctx.pool_shape = list(pool.shape)
+
+
+def _backward_gather(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (table,) = ctx.saved_tensors
+    return _ops.reduce(grad, table, ctx.view, ctx.scale, ctx.pool_shape), None, None, None
+
+
+def _setup_reduce(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, table, view, scale, _ = inputs
+    _save_view(ctx, table, view, scale)
+
+
+def _backward_reduce(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (table,) = ctx.saved_tensors
+    return _ops.gather(grad, table, ctx.view, ctx.scale), None, None, None, None
+
+
+def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, pool, _, table, view, scale = inputs
+    _save_view(ctx, table, view, scale, x, pool)
+
+
+def _backward_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    table, x, pool = ctx.saved_tensors
+    need_x, need_pool, need_bias = ctx.needs_input_grad[:3]
+    return (
+        _ops.linear_t(grad, pool, None, table, ctx.view, ctx.scale) if need_x else None,
+        _ops.linear_reduce(grad, x, table, ctx.view, ctx.scale, list(pool.shape)) if need_pool else None,
+        _sum_to_bias(grad, need_bias),
+        None,
+        None,
+        None,
+    )
+
+
+def _backward_linear_t(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    table, x, pool = ctx.saved_tensors
+    need_x, need_pool, need_bias = ctx.needs_input_grad[:3]
+    return (
+        _ops.linear(grad, pool, None, table, ctx.view, ctx.scale) if need_x else None,
+        _ops.linear_reduce(x, grad, table, ctx.view, ctx.scale, list(pool.shape)) if need_pool else None,
+        _sum_to_bias(grad, need_bias),
+        None,
+        None,
+        None,
+    )
+
+
+def _setup_linear_reduce(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad_output, x, table, view, scale, _ = inputs
+    _save_view(ctx, table, view, scale, grad_output, x)
+
+
+def _backward_linear_reduce(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    table, grad_output, x = ctx.saved_tensors
+    need_grad_output, need_x = ctx.needs_input_grad[:2]
+    return (
+        _ops.linear(x, grad, None, table, ctx.view, ctx.scale) if need_grad_output else None,
+        _ops.linear_t(grad_output, grad, None, table, ctx.view, ctx.scale) if need_x else None,
+        None,
+        None,
+        None,
+        None,
+    )
+
+
+def _setup_embedding(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    index, pool, table, view, scale = inputs
+    _save_view(ctx, table, view, scale, index)
+    ctx.pool_shape = list(pool.shape)
+
+
+def _backward_embedding(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    table, index = ctx.saved_tensors
+    return None, _ops.embedding_reduce(grad, index, table, ctx.view, ctx.scale, ctx.pool_shape), None, None, None
+
+
+def _setup_embedding_reduce(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, index, table, view, scale, _ = inputs
+    _save_view(ctx, table, view, scale, index)
+
+
+def _backward_embedding_reduce(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    table, index = ctx.saved_tensors
+    return _ops.embedding(index, grad, table, ctx.view, ctx.scale), None, None, None, None, None
+
+
+for _name, _backward, _setup in (
+    ("gather", _backward_gather, _setup_gather),
+    ("reduce", _backward_reduce, _setup_reduce),
+    ("linear", _backward_linear, _setup_linear),
+    ("linear_t", _backward_linear_t, _setup_linear),
+    ("linear_reduce", _backward_linear_reduce, _setup_linear_reduce),
+    ("embedding", _backward_embedding, _setup_embedding),
+    ("embedding_reduce", _backward_embedding_reduce, _setup_embedding_reduce),
+):
+    torch.library.register_autograd(f"roastify::{_name}", _backward, setup_context=_setup, lib=_library)
+
+
+def gather(pool: Tensor, table: Tensor, view: TileView, scale: float) -> Tensor:
+    r"""Return the dense tensor :math:`W = \lambda \cdot sign \cdot pool[slot]`.
+
+    Args:
+        pool: the whole pool, `[slots · tile_rows, tile_cols]`, any floating dtype.
+        table: the pool's chunk table, int64 `[chunks, 3]`.
+        view: where the tensor lies.
+        scale: λ.
+
+    Returns:
+        `[rows, cols]`, of the pool's dtype.
+    """
+    return _ops.gather(pool, table, view, scale)
+
+
+def reduce(grad_weight: Tensor, table: Tensor, view: TileView, scale: float, pool_shape: Sequence[int]) -> Tensor:
+    r"""Return the adjoint of `gather`: :math:`\sum \lambda \cdot sign \cdot grad` over the readers of each element.
+
+    Args:
+        grad_weight: `[rows, cols]`; sums accumulate in float32 (float64 for float64), in a fixed order.
+        table: the pool's chunk table.
+        view: where the tensor lies.
+        scale: λ.
+        pool_shape: the pool's shape.
+
+    Returns:
+        a tensor of `pool_shape` and of `grad_weight`'s dtype.
+    """
+    return _ops.reduce(grad_weight, table, view, scale, list(pool_shape))
+
+
+def linear(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: TileView, scale: float) -> Tensor:
+    """Return `x · Wᵀ + bias`, like `torch.nn.functional.linear`; under autocast, in autocast's dtype.
+
+    Args:
+        x: `[..., cols]`.
+        pool: the whole pool.
+        bias: `[rows]` or None.
+        table: the pool's chunk table.
+        view: where `W` lies.
+        scale: λ.
+
+    Returns:
+        `[..., rows]`.
+
+    Raises:
+        RuntimeError: `x` has another last size than `cols`, or another dtype than the pool.
+    """
+    x, pool, bias = _like_autocast(x, pool, bias)
+    _check_product("linear", x, view.cols, pool)
+    return _ops.linear(x, pool, bias, table, view, scale)
+
+
+def linear_t(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: TileView, scale: float) -> Tensor:
+    """Return `x · W + bias`, `[..., rows] → [..., cols]`; arguments, dtypes and errors as in `linear`."""
+    x, pool, bias = _like_autocast(x, pool, bias)
+    _check_product("linear_t", x, view.rows, pool)
+    return _ops.linear_t(x, pool, bias, table, view, scale)
+
+
+def embedding(index: Tensor, pool: Tensor, table: Tensor, view: TileView, scale: float) -> Tensor:
+    """Return the rows `W[index]`, like `torch.nn.functional.embedding`; only what those rows touch is read.
+
+    Args:
+        index: integers of any shape, each from 0 to `rows - 1`.
+        pool: the whole pool.
+        table: the pool's chunk table.
+        view: where `W` lies.
+        scale: λ.
+
+    Returns:
+        `[*index.shape, cols]`.
+
+    Raises:
+        IndexError: an index is outside the table.
+        RuntimeError: `index` is not of an integer dtype.
+    """
+    if index.dtype not in (torch.int64, torch.int32):
+        raise RuntimeError(f"embedding indices must be int64 or int32, not {index.dtype}")
+    return _ops.embedding(index, pool, table, view, scale)
+
+
+def _like_autocast(x: Tensor, pool: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Cast to autocast's dtype where autocast would cast the dense product's arguments."""
+    device_type = x.device.type
+    if not torch.is_autocast_enabled(device_type) or x.dtype == torch.float64:
+        return x, pool, bias
+    dtype = torch.get_autocast_dtype(device_type)
+    return x.to(dtype), pool.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _check_product(name: str, x: Tensor, size: int, pool: Tensor) -> None:
+    if x.dim() == 0 or x.shape[-1] != size:
+        raise RuntimeError(f"{name}: the input's last size must be {size}; found the shape {tuple(x.shape)}")
+    if x.dtype != pool.dtype:
+        raise RuntimeError(f"{name}: the input is {x.dtype} and the weights are {pool.dtype}; expected one dtype")

@@ -1,0 +1,409 @@
+"""Every operation in plain torch: the path on a CPU, and what each kernel is held to.
+
+The unit of access is a *segment*: one row of one tile, `tile_cols` contiguous pool elements. Matrices are processed in
+panels of whole tile rows, so that a gathered panel stays in cache and no whole weight is materialised.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from roastify.kernels.view import (
+    GOLDEN32,
+    GOLDEN64,
+    MASK32,
+    MIX32_A,
+    MIX32_B,
+    MIX64_A,
+    MIX64_B,
+    SLOT_STREAM,
+    MappingKind,
+    SignKind,
+    TileView,
+    to_signed64,
+)
+
+# A gathered panel's bytes. Few rows of activations: the panel must stay in the core's own cache. Many: the activations
+# are read once a panel, so panels are larger. A fresh buffer of the whole weight costs page faults instead: 67 MB took
+# 110 ms to gather against 4 ms of arithmetic.
+_PANEL_BYTES_FEW_ROWS = 1 << 20
+_PANEL_BYTES_MANY_ROWS = 8 << 20
+_FEW_ROWS = 64
+# Above this many rows of activations, reading each pool slot once no longer saves anything: the product is bound by
+# arithmetic, and one large product runs faster than many small ones.
+_MAX_ROWS_BY_SLOT = 16
+
+
+def _shift_right(word: Tensor, bits: int) -> Tensor:
+    """Logical shift of a 64-bit word held in int64."""
+    return (word >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix64(key: int, counter: Tensor) -> Tensor:
+    word = counter * to_signed64(GOLDEN64) + to_signed64(key + GOLDEN64)
+    word = (word ^ _shift_right(word, 30)) * to_signed64(MIX64_A)
+    word = (word ^ _shift_right(word, 27)) * to_signed64(MIX64_B)
+    return word ^ _shift_right(word, 31)
+
+
+def _mix32(word: Tensor) -> Tensor:
+    word = ((word ^ (word >> 16)) * MIX32_A) & MASK32
+    word = ((word ^ (word >> 13)) * MIX32_B) & MASK32
+    return word ^ (word >> 16)
+
+
+def tile_offsets(table: Tensor, view: TileView, tiles: Tensor) -> Tensor:
+    """Return the pool element at which each of `tiles` begins (int64, the shape of `tiles`)."""
+    size = view.slot_size
+    start = view.first_slot * size
+    if view.mapping == MappingKind.PERMUTATION:
+        chunk = tiles // view.num_slots
+        # One gather of two columns is not worth it: the table has a few rows and stays in cache.
+        rows = chunk + view.first_chunk
+        slots = (table[:, 0][rows] * (tiles - chunk * view.num_slots) + table[:, 1][rows]) % view.num_slots
+        return slots * size + start
+    word = _shift_right(_mix64(view.key ^ to_signed64(SLOT_STREAM), tiles), 1)
+    if view.mapping == MappingKind.HASHED:
+        return word % view.num_slots * size + start
+    return word % ((view.num_slots - 1) * size + 1) + start
+
+
+def _all_positive(view: TileView) -> bool:
+    """Whether no sign can be negative: none asked for, or every tile in chunk 0."""
+    if view.sign == SignKind.NONE:
+        return True
+    return view.unsigned_first_chunk and view.first_tile + view.num_tiles <= view.num_slots
+
+
+def _signed(scale: float, negative: Tensor, dtype: torch.dtype) -> Tensor:
+    # As a tensor of the right dtype: two Python numbers would give a float32 result, and round a float64 scale.
+    positive = torch.full((), scale, dtype=dtype, device=negative.device)
+    return torch.where(negative, -positive, positive)
+
+
+def _tile_factors(view: TileView, scale: float, tiles: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Return `scale · sign` of each tile, or None if it is 1 everywhere; not for signs per element."""
+    if _all_positive(view):
+        return None if scale == 1.0 else torch.full((), scale, dtype=dtype, device=tiles.device)
+    negative = _mix64(view.key, tiles) < 0
+    if view.unsigned_first_chunk:
+        negative &= tiles >= view.num_slots
+    return _signed(scale, negative, dtype)
+
+
+def _element_factors(view: TileView, scale: float, tiles: Tensor, tile_rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `scale · sign` of each element of segments: shaped as `tiles` broadcast with `tile_rows`, plus columns."""
+    device = tiles.device
+    # Columns that take their bits from one word (a tile's row may be shorter than a word), looked up eight at a time:
+    # hashing and shifting for each element took 110 ms for a weight of 4096², this takes 25.
+    span = math.gcd(view.tile_cols, 32)
+    width = min(span, 8)
+    key = _mix64(view.key, tiles)[..., None]
+    element = tile_rows[..., None] * view.tile_cols + torch.arange(0, view.tile_cols, span, device=device)
+    word = _mix32(((key & MASK32) + (element >> 5) * GOLDEN32) & MASK32) ^ _shift_right(key, 32)
+    if view.unsigned_first_chunk:
+        word = torch.where((tiles >= view.num_slots)[..., None], word, 0)
+    shifts = (element & 31)[..., None] + torch.arange(0, span, width, device=device)
+    bits = (word[..., None] >> shifts) & ((1 << width) - 1)
+    pattern = torch.arange(1 << width, device=device)[:, None] >> torch.arange(width, device=device)
+    factors = F.embedding(bits, _signed(scale, (pattern & 1).bool(), dtype))
+    return factors.view(*bits.shape[:-2], view.tile_cols)
+
+
+def _segment_factors(
+    view: TileView, scale: float, tiles: Tensor, tile_rows: Tensor, dtype: torch.dtype
+) -> Tensor | None:
+    if view.sign == SignKind.ELEMENT and not _all_positive(view):
+        return _element_factors(view, scale, tiles, tile_rows, dtype)
+    factors = _tile_factors(view, scale, tiles, dtype)
+    return factors if factors is None or factors.dim() == 0 else factors[..., None]
+
+
+def _segment_source(pool: Tensor, view: TileView) -> Tensor:
+    """Return the pool as a 2-D tensor with one row for each place where a segment may begin."""
+    if view.mapping == MappingKind.UNALIGNED:
+        return pool.reshape(-1).unfold(0, view.tile_cols, 1)
+    return pool.reshape(-1, view.tile_cols)
+
+
+def _segment_rows(table: Tensor, view: TileView, tiles: Tensor, tile_rows: Tensor) -> Tensor:
+    """Return the row of `_segment_source` of each segment."""
+    offsets = tile_offsets(table, view, tiles)
+    if view.mapping == MappingKind.UNALIGNED:
+        return offsets + tile_rows * view.tile_cols
+    return offsets // view.tile_cols + tile_rows
+
+
+def _read_segments(
+    pool: Tensor, table: Tensor, view: TileView, scale: float, tiles: Tensor, tile_rows: Tensor, out: Tensor | None
+) -> Tensor:
+    """Return `scale · sign · pool` of the segments, `[*broadcast(tiles, tile_rows), tile_cols]`."""
+    rows = _segment_rows(table, view, tiles, tile_rows)
+    source = _segment_source(pool, view)
+    shape = (*rows.shape, view.tile_cols)
+    if out is None:
+        values = source.index_select(0, rows.reshape(-1)).view(shape)
+    else:
+        torch.index_select(source, 0, rows.reshape(-1), out=out)
+        values = out.view(shape)
+    factors = _segment_factors(view, scale, tiles, tile_rows, pool.dtype)
+    return values if factors is None else values.mul_(factors)
+
+
+def _add_segments(
+    total: Tensor, table: Tensor, view: TileView, scale: float, tiles: Tensor, tile_rows: Tensor, values: Tensor
+) -> None:
+    """Add `scale · sign · values` at the segments' places of the flat `total`, in a fixed order."""
+    factors = _segment_factors(view, scale, tiles, tile_rows, total.dtype)
+    values = values.to(total.dtype) if factors is None else values.to(total.dtype) * factors
+    rows = _segment_rows(table, view, tiles, tile_rows)
+    if view.mapping == MappingKind.UNALIGNED:
+        elements = rows[..., None] + torch.arange(view.tile_cols, device=rows.device)
+        total.index_add_(0, elements.reshape(-1), values.reshape(-1))
+        return
+    # scatter_add with an index expanded over columns sorts the rows first and adds each in order: the same bits on
+    # every run and on any number of threads.
+    index = rows.reshape(-1, 1).expand(-1, view.tile_cols)
+    total.view(-1, view.tile_cols).scatter_add_(0, index, values.reshape(-1, view.tile_cols))
+
+
+def _accumulator(like: Tensor, numel: int) -> Tensor:
+    """Return a zeroed flat buffer in which sums over `like` are kept: float32, or float64 for float64."""
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return torch.zeros(numel, dtype=dtype, device=like.device)
+
+
+class _Panels:
+    """The panels of a tiled matrix: each a run of whole tile rows."""
+
+    def __init__(self, view: TileView, itemsize: int, max_bytes: int, device: torch.device) -> None:
+        self.view = view
+        width = view.grid_cols * view.tile_cols * itemsize
+        self.step = max(1, max_bytes // (width * view.tile_rows))
+        self.segment_row = torch.arange(view.tile_rows, device=device)[:, None]
+        self.column = torch.arange(view.grid_cols, device=device)
+
+    def __iter__(self) -> Iterator[tuple[int, int, Tensor]]:
+        """Yield `(first row, last row + 1, tiles [grid rows, 1, grid cols])`."""
+        view = self.view
+        for start in range(0, view.grid_rows, self.step):
+            stop = min(start + self.step, view.grid_rows)
+            grid_row = torch.arange(start, stop, device=self.column.device)[:, None, None]
+            tiles = view.first_tile + grid_row * view.grid_cols + self.column
+            yield start * view.tile_rows, min(stop * view.tile_rows, view.rows), tiles
+
+
+def _panels(
+    pool: Tensor, table: Tensor, view: TileView, scale: float, max_bytes: int
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Yield `(first row, last row + 1, weight[first:last + 1])`; a panel is valid until the next is asked for."""
+    panels = _Panels(view, pool.element_size(), max_bytes, pool.device)
+    buffer: Tensor | None = None
+    for start, stop, tiles in panels:
+        segments = tiles.numel() * view.tile_rows
+        if buffer is None:
+            buffer = pool.new_empty(segments, view.tile_cols)
+        values = _read_segments(pool, table, view, scale, tiles, panels.segment_row, buffer[:segments])
+        yield start, stop, values.view(-1, view.grid_cols * view.tile_cols)[: stop - start, : view.cols]
+
+
+def _strip_tiles(view: TileView, device: torch.device) -> tuple[Tensor, Tensor, slice]:
+    """Return the tiles a strip tensor touches, the rows in a tile, and the tensor's place among their elements."""
+    tiles = torch.arange(view.first_tile, view.first_tile + view.num_tiles, device=device)[:, None]
+    start = view.base - view.first_tile * view.slot_size
+    return tiles, torch.arange(view.tile_rows, device=device), slice(start, start + view.numel)
+
+
+def gather(pool: Tensor, table: Tensor, view: TileView, scale: float) -> Tensor:
+    """Return the dense tensor `W = scale · sign · pool[slot]`, `[rows, cols]`."""
+    if view.strips:
+        tiles, tile_rows, place = _strip_tiles(view, pool.device)
+        values = _read_segments(pool, table, view, scale, tiles, tile_rows, None).view(-1)[place]
+        # Always memory of its own, so that nothing keeps a padded buffer alive and an operator never aliases itself.
+        return values.clone().view(view.rows, view.cols)
+    weight = pool.new_empty(view.rows, view.cols)
+    for start, stop, panel in _panels(pool, table, view, scale, _PANEL_BYTES_FEW_ROWS):
+        weight[start:stop] = panel
+    return weight
+
+
+def reduce(grad_weight: Tensor, table: Tensor, view: TileView, scale: float, pool_shape: list[int]) -> Tensor:
+    """Return the adjoint of `gather`: `scale · sign · grad_weight` summed over the readers of each pool element."""
+    total = _accumulator(grad_weight, pool_shape[0] * pool_shape[1])
+    reduce_into(total, grad_weight, table, view, scale)
+    return total.to(grad_weight.dtype).view(pool_shape)
+
+
+def reduce_into(total: Tensor, grad_weight: Tensor, table: Tensor, view: TileView, scale: float) -> None:
+    """Add the adjoint of `gather` to the flat `total`, in place; `grad_weight` may be an expanded scalar."""
+    if view.strips:
+        tiles, tile_rows, place = _strip_tiles(view, total.device)
+        values = grad_weight.new_zeros(view.num_tiles * view.slot_size)
+        values[place] = grad_weight.reshape(-1)
+        shape = (view.num_tiles, view.tile_rows, view.tile_cols)
+        _add_segments(total, table, view, scale, tiles, tile_rows, values.view(shape))
+    else:
+        panels = _Panels(view, total.element_size(), _PANEL_BYTES_MANY_ROWS, total.device)
+        for start, stop, tiles in panels:
+            _add_panel(total, table, view, scale, panels, tiles, grad_weight[start:stop])
+
+
+def _add_panel(
+    total: Tensor, table: Tensor, view: TileView, scale: float, panels: _Panels, tiles: Tensor, grad: Tensor
+) -> None:
+    pad_cols = view.grid_cols * view.tile_cols - view.cols
+    pad_rows = tiles.shape[0] * view.tile_rows - grad.shape[0]
+    if pad_cols or pad_rows:
+        grad = F.pad(grad, (0, pad_cols, 0, pad_rows))
+    shape = (tiles.shape[0], view.tile_rows, view.grid_cols, view.tile_cols)
+    _add_segments(total, table, view, scale, tiles, panels.segment_row, grad.reshape(shape))
+
+
+def linear(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: TileView, scale: float) -> Tensor:
+    """Return `x · Wᵀ + bias`, `[..., cols] → [..., rows]`."""
+    flat = x.reshape(-1, view.cols)
+    if _worth_reading_by_slot(flat.shape[0], view):
+        out = _linear_by_slot(flat, pool, table, view, scale)
+        out = out if bias is None else out.add_(bias)
+    elif view.strips:
+        out = F.linear(flat, gather(pool, table, view, scale), bias)
+    else:
+        out = x.new_empty(flat.shape[0], view.rows)
+        for start, stop, panel in _panels(pool, table, view, scale, _panel_bytes(flat.shape[0])):
+            out[:, start:stop] = F.linear(flat, panel, None if bias is None else bias[start:stop])
+    return out.view(*x.shape[:-1], view.rows)
+
+
+def _panel_bytes(num_rows: int) -> int:
+    return _PANEL_BYTES_FEW_ROWS if num_rows <= _FEW_ROWS else _PANEL_BYTES_MANY_ROWS
+
+
+def _worth_reading_by_slot(num_rows: int, view: TileView) -> bool:
+    """Whether the layer reads every slot at least twice, few rows wait, and a tile has one factor."""
+    return (
+        not view.strips
+        and view.mapping == MappingKind.PERMUTATION
+        and (view.sign != SignKind.ELEMENT or _all_positive(view))
+        and num_rows <= _MAX_ROWS_BY_SLOT
+        and view.slot_size >= 256
+        and view.num_tiles >= 2 * view.num_slots
+    )
+
+
+def _linear_by_slot(x: Tensor, pool: Tensor, table: Tensor, view: TileView, scale: float) -> Tensor:
+    """`x · Wᵀ` with every slot read once, for all its tiles: the pool is streamed, never copied.
+
+    A chunk has at most one tile in each slot, known in closed form: `i = a⁻¹·(slot - b) mod P`. (4096² at ratio 10, one
+    row, two cores: 1.0 ms of products against 3.5 ms for the dense layer, which must read all its weights.)
+    """
+    num_rows, dtype = x.shape[0], x.dtype
+    first_chunk = view.first_tile // view.num_slots
+    last_chunk = (view.first_tile + view.num_tiles - 1) // view.num_slots
+    chunks = torch.arange(first_chunk, last_chunk + 1, device=x.device)
+    coefficients = table[chunks + view.first_chunk]
+    slots = torch.arange(view.num_slots, device=x.device)[:, None]
+    position = coefficients[:, 2] * ((slots - coefficients[:, 1]) % view.num_slots) % view.num_slots
+    tiles = chunks * view.num_slots + position
+    inside = (tiles >= view.first_tile) & (tiles < view.first_tile + view.num_tiles)
+    place = torch.where(inside, tiles - view.first_tile, 0)
+
+    pad = view.grid_cols * view.tile_cols - view.cols
+    columns = (F.pad(x, (0, pad)) if pad else x).view(num_rows, view.grid_cols, view.tile_cols).transpose(0, 1)
+    factors = _tile_factors(view, scale, tiles, dtype)
+    factors = inside.to(dtype) if factors is None else inside.to(dtype) * factors
+    # [slots, chunks · rows, tile_cols]: for each slot the activations that its tiles meet, with the tiles' factors.
+    meet = columns[place % view.grid_cols] * factors[..., None, None]
+    meet = meet.reshape(view.num_slots, -1, view.tile_cols)
+    region = pool.reshape(-1, view.tile_rows, view.tile_cols)[view.first_slot : view.first_slot + view.num_slots]
+    products = torch.bmm(meet, region.transpose(1, 2))
+
+    accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+    out = torch.zeros(view.grid_rows, num_rows * view.tile_rows, dtype=accumulate, device=x.device)
+    index = (place // view.grid_cols).reshape(-1, 1).expand(-1, out.shape[1])
+    out.scatter_add_(0, index, products.to(accumulate).reshape(-1, out.shape[1]))
+    out = out.view(view.grid_rows, num_rows, view.tile_rows).transpose(0, 1).reshape(num_rows, -1)
+    return out[:, : view.rows].to(dtype).contiguous()
+
+
+def linear_t(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: TileView, scale: float) -> Tensor:
+    """Return `x · W + bias`, `[..., rows] → [..., cols]`: the gradient of `linear` for its input, and `Conv1D`."""
+    flat = x.reshape(-1, view.rows)
+    if view.strips:
+        out = flat @ gather(pool, table, view, scale)
+        out = out if bias is None else out.add_(bias)
+    else:
+        # Panels are partial sums here, so a narrow dtype accumulates in float32.
+        accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
+        out = torch.zeros(flat.shape[0], view.cols, dtype=accumulate, device=x.device)
+        if bias is not None:
+            out += bias
+        for start, stop, panel in _panels(pool, table, view, scale, _panel_bytes(flat.shape[0])):
+            if x.dtype == accumulate:
+                out.addmm_(flat[:, start:stop], panel)
+            else:
+                out += flat[:, start:stop] @ panel
+        out = out.to(x.dtype)
+    return out.view(*x.shape[:-1], view.cols)
+
+
+def linear_reduce(
+    grad: Tensor, x: Tensor, table: Tensor, view: TileView, scale: float, pool_shape: list[int]
+) -> Tensor:
+    """Return `reduce(gradᵀ · x)`, the gradient of `linear` for the pool, a panel of the weight's gradient at a time."""
+    grad, x = grad.reshape(-1, view.rows), x.reshape(-1, view.cols)
+    if view.strips:
+        return reduce(grad.t() @ x, table, view, scale, pool_shape)
+    total = _accumulator(x, pool_shape[0] * pool_shape[1])
+    panels = _Panels(view, total.element_size(), _PANEL_BYTES_MANY_ROWS, x.device)
+    for start, stop, tiles in panels:
+        _add_panel(total, table, view, scale, panels, tiles, grad[:, start:stop].t() @ x)
+    return total.to(x.dtype).view(pool_shape)
+
+
+def _lookup_segments(view: TileView, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the tiles and rows in them of the segments that make up each looked-up row, `[tokens, grid cols]`."""
+    tiles = view.first_tile + (index // view.tile_rows)[:, None] * view.grid_cols
+    tiles = tiles + torch.arange(view.grid_cols, device=index.device)
+    return tiles, (index % view.tile_rows)[:, None]
+
+
+def check_lookup(index: Tensor, view: TileView) -> None:
+    """Raise `IndexError` for an index outside the table: the pool would quietly give another tensor's weights."""
+    if index.numel() and (int(index.min()) < 0 or int(index.max()) >= view.rows):
+        raise IndexError(
+            f"embedding index out of range: found {int(index.min())} to {int(index.max())}, the table has rows 0 to "
+            f"{view.rows - 1}"
+        )
+
+
+def embedding(index: Tensor, pool: Tensor, table: Tensor, view: TileView, scale: float) -> Tensor:
+    """Return the rows `W[index]`, `[...] → [..., cols]`; only what the rows touch is read."""
+    check_lookup(index, view)
+    if view.strips:
+        return F.embedding(index, gather(pool, table, view, scale))
+    tiles, tile_rows = _lookup_segments(view, index.reshape(-1).long())
+    values = _read_segments(pool, table, view, scale, tiles, tile_rows, None)
+    rows = values.view(-1, view.grid_cols * view.tile_cols)[:, : view.cols]
+    return rows.contiguous().view(*index.shape, view.cols)
+
+
+def embedding_reduce(
+    grad: Tensor, index: Tensor, table: Tensor, view: TileView, scale: float, pool_shape: list[int]
+) -> Tensor:
+    """Return the adjoint of `embedding` for the pool; its cost goes with the tokens, not with the table."""
+    grad, index = grad.reshape(-1, view.cols), index.reshape(-1).long()
+    if view.strips:
+        dense = _accumulator(grad, view.numel).view(view.rows, view.cols)
+        dense.index_add_(0, index, grad.to(dense.dtype))
+        return reduce(dense.to(grad.dtype), table, view, scale, pool_shape)
+    total = _accumulator(grad, pool_shape[0] * pool_shape[1])
+    tiles, tile_rows = _lookup_segments(view, index)
+    pad = view.grid_cols * view.tile_cols - view.cols
+    values = (F.pad(grad, (0, pad)) if pad else grad).reshape(*tiles.shape, view.tile_cols)
+    _add_segments(total, table, view, scale, tiles, tile_rows, values)
+    return total.to(grad.dtype).view(pool_shape)

@@ -1,0 +1,107 @@
+"""`TileView`: where one shared tensor lies in the pool, as the integers every operation takes."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import NamedTuple
+
+MASK32 = (1 << 32) - 1
+MASK64 = (1 << 64) - 1
+
+# Constants of the version-1 hash (`roastify.mapping`). The two multipliers and shifts of the 64-bit mixer are those
+# of splitmix64, the 32-bit ones those of MurmurHash3's finalizer; both are public domain and tested to avalanche.
+GOLDEN64 = 0x9E3779B97F4A7C15
+MIX64_A = 0xBF58476D1CE4E5B9
+MIX64_B = 0x94D049BB133111EB
+GOLDEN32 = 0x9E3779B9
+MIX32_A = 0x85EBCA6B
+MIX32_B = 0xC2B2AE35
+# Separates the stream that picks slots (comparison mappings) from the stream that picks signs.
+SLOT_STREAM = 0xD6E8FEB86659FD93
+
+
+class MappingKind(IntEnum):
+    """How a tile finds its place in the pool."""
+
+    PERMUTATION = 0
+    """`slot = (a[c]·i + b[c]) mod P`, from the chunk table; also STABLE-RPS's rotation, whose `a` is 1."""
+    HASHED = 1
+    """`slot = hash(t) mod P`: HashedNet, whose tiles are single elements."""
+    UNALIGNED = 2
+    """First element at `hash(t) mod (P·S - S + 1)`: the tiles of the ROAST authors' code."""
+
+
+class SignKind(IntEnum):
+    """What carries a sign of its own."""
+
+    NONE = 0
+    TILE = 1
+    ELEMENT = 2
+
+
+class TileView(NamedTuple):
+    """One shared tensor as a matrix of `rows × cols`, tile-hashed into a pool of `num_slots` slots.
+
+    A slot holds `S = tile_rows · tile_cols` contiguous elements. The tensor occupies the virtual addresses from `base`
+    on. With `strips == 0` it is cut into tiles of `tile_rows × tile_cols`, numbered row-major, the last row and column
+    of tiles padded, and `base` is a multiple of `S`. With `strips == 1` its elements in memory order are the addresses
+    `base … base + rows·cols - 1`, without padding. Tile `t` holds the addresses `t·S … t·S + S - 1`.
+
+    It is a tuple of integers so that an operator schema can take it as one ``int[]``.
+    """
+
+    rows: int
+    cols: int
+    base: int
+    tile_rows: int
+    tile_cols: int
+    num_slots: int
+    first_slot: int
+    first_chunk: int
+    mapping: int
+    sign: int
+    key: int
+    strips: int
+
+    @property
+    def slot_size(self) -> int:
+        """Elements in a slot."""
+        return self.tile_rows * self.tile_cols
+
+    @property
+    def numel(self) -> int:
+        """Elements of the tensor."""
+        return self.rows * self.cols
+
+    @property
+    def grid_rows(self) -> int:
+        """Rows of tiles, the last one perhaps padded."""
+        return -(-self.rows // self.tile_rows)
+
+    @property
+    def grid_cols(self) -> int:
+        """Columns of tiles, the last one perhaps padded."""
+        return -(-self.cols // self.tile_cols)
+
+    @property
+    def first_tile(self) -> int:
+        """Number of the tile that holds the first element."""
+        return self.base // self.slot_size
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles the tensor touches."""
+        if not self.strips:
+            return self.grid_rows * self.grid_cols
+        return -(-(self.base + self.numel) // self.slot_size) - self.first_tile
+
+    @property
+    def unsigned_first_chunk(self) -> bool:
+        """Whether tiles of chunk 0 carry no sign (so that ratio 1 is the identity)."""
+        return self.mapping == MappingKind.PERMUTATION
+
+
+def to_signed64(value: int) -> int:
+    """Return the 64-bit two's complement integer with the bits of `value`: operator schemas hold signed integers."""
+    value &= MASK64
+    return value - (1 << 64) if value >> 63 else value

@@ -1,0 +1,42 @@
+"""Convert a PyTorch model into one whose large weights are tile-hashed views into a small trainable pool.
+
+ROAST hashing (Desai, Zhou, Shrivastava, ICML 2023) with the stability repairs of STABLE-RPS (Desai, Shrivastava,
+ICLR 2024).
+"""
+
+from roastify.api import convert, densify, load, plan, save, verify
+from roastify.config import RoastConfig
+from roastify.errors import (
+    CheckpointError,
+    ConfigError,
+    ConversionError,
+    OutputMismatch,
+    PlanError,
+    RoastError,
+    SignatureMismatch,
+    SourceError,
+)
+from roastify.plan import RoastPlan
+from roastify.verify import VerifyReport
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "ConversionError",
+    "OutputMismatch",
+    "PlanError",
+    "RoastConfig",
+    "RoastError",
+    "RoastPlan",
+    "SignatureMismatch",
+    "SourceError",
+    "VerifyReport",
+    "convert",
+    "densify",
+    "load",
+    "plan",
+    "save",
+    "verify",
+]

@@ -1,0 +1,190 @@
+"""The Python interface: each function reads as the story of its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from roastify import checkpoint, rewrite
+from roastify import verify as verification
+from roastify.admission import check_convertible, check_has_values, device_of
+from roastify.config import RoastConfig
+from roastify.errors import ConfigError, ConversionError
+from roastify.initial import fill, measure
+from roastify.plan import RoastPlan, make_plan
+from roastify.trace import trace
+from roastify.verify import VerifyReport
+
+
+
+def convert(
+    model: nn.Module,
+    ratio: float | None = None,
+    *,
+    config: RoastConfig | str | Path | None = None,
+    example_inputs: Any = None,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    init: str | None = None,
+    seed: int | None = None,
+    inplace: bool = False,
+) -> nn.Module:
+    r"""Return the model with its large weights replaced by views into one small trainable pool.
+
+    A shared tensor becomes :math:`W = \lambda \cdot sign \cdot pool[slot(t)]`, tile `t` by tile. The class, the forward
+    signature, hooks, modes and attributes stay. Compression is trained, not free: with `init="match"` the pool starts
+    at random; with `init="project"` it starts as the least-squares fit of the model's weights, which at high ratios is
+    still far from them.
+
+    Args:
+        model: any module with real weights on one device. It is left unchanged, whatever happens, unless `inplace`.
+        ratio: parameters of the whole model ÷ parameters stored, at least 1; default: the config's, 10.
+        config: a `RoastConfig`, or the path of a TOML file; the other arguments go before it.
+        example_inputs: a tensor, a sequence of positional or a mapping of keyword arguments; if given, outputs are
+            compared with the original's in train and eval mode.
+        include: patterns of tensors or modules that may be shared (exact name, glob or `re:…`).
+        exclude: patterns of tensors or modules that stay dense.
+        init: `match` (training from scratch) or `project` (pretrained weights).
+        seed: of the mapping and of the pool's initial values.
+        inplace: convert the model itself instead of a copy.
+
+    Returns:
+        the converted model; its pool is the child `roast_pool`.
+
+    Raises:
+        ConfigError: a setting is unknown or out of range.
+        PlanError: the ratio is unreachable, nothing is eligible, or a pattern matches nothing.
+        ConversionError: the model is of a kind that cannot be converted as it stands.
+        SignatureMismatch: the converted model's forward signature differs.
+        OutputMismatch: its outputs differ in structure, shape or dtype.
+    """
+    settings = _settings(config, ratio=ratio, include=include, exclude=exclude, init=init, seed=seed)
+    check_convertible(model)
+    check_has_values(model)
+    planned = measure(model, make_plan(model, trace(model), settings), settings.init)
+    before = verification.observe(model, example_inputs)
+    pool = rewrite.build_pool(planned, device_of(model))
+    fill(pool, model, planned, settings.init)
+    shared = {id(model.get_parameter(tensor.name)) for tensor in planned.shared}
+    target = model if inplace else rewrite.copy_without(model, shared)
+    undo = rewrite.apply(target, planned, pool)
+    try:
+        verification.compare(before, verification.observe(target, example_inputs, who="converted"))
+    except BaseException:
+        undo()
+        raise
+    return target
+
+
+def plan(
+    model: nn.Module,
+    ratio: float | None = None,
+    *,
+    config: RoastConfig | str | Path | None = None,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    init: str | None = None,
+    seed: int | None = None,
+) -> RoastPlan:
+    """Return what `convert` would do, without doing it; the model may be on the meta device.
+
+    Arguments and errors are those of `convert`. On a real model the plan holds λ as well.
+    """
+    settings = _settings(config, ratio=ratio, include=include, exclude=exclude, init=init, seed=seed)
+    check_convertible(model)
+    planned = make_plan(model, trace(model), settings)
+    return planned if device_of(model).type == "meta" else measure(model, planned, settings.init)
+
+
+def verify(original: nn.Module, converted: nn.Module, example_inputs: Any = None) -> VerifyReport:
+    """Check that the converted model can stand in for the original.
+
+    Compares the forward signatures (parameters, kinds, defaults, annotations) and, given example inputs, the outputs'
+    structure, shapes, dtypes and devices in eval and train mode. Both models are left as they were.
+
+    Args:
+        original: the dense model.
+        converted: what `convert` made of it.
+        example_inputs: a tensor, a sequence of positional or a mapping of keyword arguments.
+
+    Raises:
+        SignatureMismatch: the forward signatures differ.
+        OutputMismatch: the outputs differ, or the converted model fails.
+        RoastError: the original fails on the example inputs.
+    """
+    return verification.compare(
+        verification.observe(original, example_inputs),
+        verification.observe(converted, example_inputs, who="converted"),
+    )
+
+
+def save(model: nn.Module, path: str | Path) -> None:
+    """Write a converted model as an artifact folder: `roast.json` and `model.safetensors`.
+
+    A save that is killed leaves what was there before whole.
+
+    Args:
+        model: what `convert` returned, trained or not.
+        path: the folder; made if missing, other files in it stay.
+
+    Raises:
+        CheckpointError: the model is not a converted one, or the folder cannot be written.
+    """
+    checkpoint.write(model, Path(path))
+
+
+def load(path: str | Path, model: nn.Module) -> nn.Module:
+    """Return the artifact's model: a copy of `model`'s structure with everything it stores read from the artifact.
+
+    Args:
+        path: an artifact folder.
+        model: the dense architecture, on any device, meta included (then the result is on the CPU); it is left as it
+            is, and its weights are not used.
+
+    Raises:
+        CheckpointError: the artifact is missing, damaged, newer than this version, or of another architecture.
+        ConversionError: the model itself cannot be converted (see `convert`).
+    """
+    artifact = checkpoint.read(Path(path))
+    check_convertible(model)
+    checkpoint.check_architecture(artifact, model)
+    every_tensor = {id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+    target = rewrite.copy_without(model, every_tensor)
+    device = device_of(model)
+    pool = rewrite.build_pool(artifact.plan, "cpu" if device.type == "meta" else device)
+    rewrite.apply(target, artifact.plan, pool)
+    checkpoint.fill(artifact, target, pool.weight.device)
+    return target
+
+
+def densify(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """Return a converted model as a dense one: original classes, original state-dict keys, equal outputs.
+
+    Args:
+        model: what `convert` returned, trained or not; left as it is unless `inplace`.
+        inplace: change the model itself instead of a copy.
+
+    Raises:
+        ConversionError: the model is not a converted one.
+    """
+    if rewrite.find_pool(model) is None:
+        raise ConversionError(
+            f"this {type(model).__name__} holds no roastify pool, so there is nothing to densify; expected a model "
+            f"that roastify.convert or roastify.load returned"
+        )
+    target = model if inplace else rewrite.copy_without(model, set())
+    rewrite.restore(target)
+    return target
+
+
+def _settings(config: RoastConfig | str | Path | None, **arguments: Any) -> RoastConfig:
+    if config is None:
+        config = RoastConfig()
+    elif isinstance(config, str | Path):
+        config = RoastConfig.from_toml(config)
+    elif not isinstance(config, RoastConfig):
+        raise ConfigError(f"config must be a RoastConfig or the path of a TOML file; found {type(config).__name__}")
+    return config.replace(**arguments)

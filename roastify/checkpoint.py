@@ -1,0 +1,262 @@
+"""The artifact folder: `roast.json` (versions, plan, digests) and `model.safetensors` (pool, kept tensors, buffers).
+
+Nothing is pickled. A save first writes both files beside their targets, then renames the weights, then the manifest;
+if it is killed between the two renames, the finished manifest still lies under its pending name and reading completes
+the save. At every other moment the folder holds either the old artifact or the new one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from roastify.errors import CheckpointError
+from roastify.mapping import MAPPING_VERSION
+from roastify.plan import RoastPlan
+from roastify.pool import RoastPool
+from roastify.rewrite import POOL_NAME, find_pool
+
+FORMAT_VERSION = 1
+MANIFEST = "roast.json"
+WEIGHTS = "model.safetensors"
+_PENDING = ".pending"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact whose manifest is read and whose weights' digest is right."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    plan: RoastPlan
+
+
+def write(model: nn.Module, folder: Path) -> None:
+    """Write a converted model; see `roastify.save`."""
+    pool = find_pool(model)
+    if pool is None:
+        raise CheckpointError(
+            f"this {type(model).__name__} holds no roastify pool; save takes what roastify.convert or roastify.load "
+            f"returned (a dense model is saved with torch or safetensors as usual)"
+        )
+    plan: RoastPlan = pool.plan
+    if find_pool(model.get_submodule(plan.owner)) is not model.get_submodule(plan.owner)._modules.get(POOL_NAME):
+        raise CheckpointError("this is a part of a converted model; save the model that roastify.convert returned")
+    tensors, ties = _stored_tensors(model)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        pending_weights = folder / (WEIGHTS + _PENDING)
+        pending_manifest = folder / (MANIFEST + _PENDING)
+        # A pending manifest of an earlier, killed save must not be taken for this one's.
+        pending_manifest.unlink(missing_ok=True)
+        save_file(tensors, pending_weights, metadata={"format": "pt"})
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "mapping_version": MAPPING_VERSION,
+            "weights": {"file": WEIGHTS, "sha256": _digest(pending_weights)},
+            "ties": ties,
+            "buffers": sorted(name for name, _ in model.named_buffers() if not _in_pool(name, plan)),
+            "plan": plan.to_dict(),
+        }
+        text = json.dumps(manifest, indent=1, ensure_ascii=False)
+        pending_manifest.write_text(text + "\n", encoding="utf-8")
+        for path in (pending_weights, pending_manifest):
+            _flush(path)
+        os.replace(pending_weights, folder / WEIGHTS)
+        os.replace(pending_manifest, folder / MANIFEST)
+        _flush(folder)
+    except OSError as error:
+        raise CheckpointError(f"cannot write the artifact {folder}: {error.strerror or error}") from error
+
+
+def read(folder: Path) -> Artifact:
+    """Read and check an artifact's manifest and its weights' digest.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or newer than this version.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no artifact folder {folder}; expected one that roastify.save wrote")
+    weights = folder / WEIGHTS
+    manifest_path = folder / MANIFEST
+    for path in (manifest_path, weights):
+        if not path.is_file():
+            raise CheckpointError(f"{folder} is not a roastify artifact: {path.name} is missing")
+    manifest = _parse(manifest_path)
+    digest = _digest(weights)
+    if manifest["weights"]["sha256"] != digest:
+        pending = manifest_path.with_name(MANIFEST + _PENDING)
+        if pending.is_file() and (finished := _parse(pending))["weights"]["sha256"] == digest:
+            manifest = finished
+        else:
+            raise CheckpointError(
+                f"{weights} is not the file its manifest describes: its SHA-256 is {digest}, expected "
+                f"{manifest['weights']['sha256']}; it is truncated or was changed, so restore both files from one save"
+            )
+    try:
+        plan = RoastPlan.from_dict(manifest["plan"])
+    except (TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"the plan in {manifest_path} is damaged ({error}); restore the file") from error
+    return Artifact(folder, manifest, plan)
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not readable as JSON ({error}); restore it from a whole copy") from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("format_version"), int):
+        raise CheckpointError(f"{path} has no format version, so it is not a roastify manifest")
+    for key, supported in (("format_version", FORMAT_VERSION), ("mapping_version", MAPPING_VERSION)):
+        if manifest.get(key, 0) > supported:
+            raise CheckpointError(
+                f"{path} has {key.replace('_', ' ')} {manifest[key]}, and this roastify reads up to {supported}; "
+                f"install a newer roastify"
+            )
+    missing = [key for key in ("weights", "ties", "buffers", "plan") if key not in manifest]
+    if missing or "sha256" not in manifest["weights"]:
+        raise CheckpointError(f"{path} lacks {', '.join(missing) or 'the digest'}; restore it from a whole copy")
+    return manifest
+
+
+def check_architecture(artifact: Artifact, model: nn.Module) -> None:
+    """Raise `CheckpointError` unless the dense model has just the parameters that the artifact was made from."""
+    expected = {alias: tensor.shape for tensor in artifact.plan.tensors for alias in tensor.aliases}
+    found = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    differences = [f"{name} is missing" for name in expected if name not in found]
+    differences += [f"{name} is not in the artifact" for name in found if name not in expected]
+    differences += [
+        f"{name} has shape {found[name]}, expected {shape}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    if differences:
+        raise CheckpointError(
+            f"{artifact.folder} was made from another architecture than this {type(model).__name__} "
+            f"({len(differences)} differences): {'; '.join(differences[:3])}; build the model as it was when converted"
+        )
+
+
+def fill(artifact: Artifact, model: nn.Module, device: torch.device) -> None:
+    """Give a rewritten structure, whose tensors are all on the meta device, the artifact's values.
+
+    Raises:
+        CheckpointError: a tensor is missing, or has another shape, or a value lies outside parameters and buffers.
+    """
+    pool = find_pool(model)
+    assert pool is not None
+    wanted = dict(_named_tensors(model, artifact.plan))
+    ties: dict[str, str] = artifact.manifest["ties"]
+    try:
+        with safetensors.safe_open(artifact.folder / WEIGHTS, framework="pt") as file:
+            stored = set(file.keys())
+            missing = [name for name in wanted if ties.get(name, name) not in stored]
+            if missing:
+                raise CheckpointError(
+                    f"{artifact.folder / WEIGHTS} lacks {len(missing)} tensors the model needs: "
+                    f"{', '.join(missing[:3])}; restore both files from one save"
+                )
+            loaded: dict[str, torch.Tensor] = {}
+            for name in wanted:
+                key = ties.get(name, name)
+                if key not in loaded:
+                    loaded[key] = _as_tensor(model, key, file.get_tensor(key), wanted[name], device)
+                _assign(model, name, loaded[key])
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{artifact.folder / WEIGHTS} is damaged ({error}); restore it") from error
+    _check_no_meta_left(model)
+
+
+def _as_tensor(
+    model: nn.Module, name: str, value: torch.Tensor, like: torch.Tensor, device: torch.device
+) -> torch.Tensor:
+    if value.shape != like.shape:
+        raise CheckpointError(f"{name} has shape {tuple(value.shape)} in the artifact; expected {tuple(like.shape)}")
+    value = value.to(device)
+    return nn.Parameter(value, requires_grad=like.requires_grad) if isinstance(like, nn.Parameter) else value
+
+
+def _assign(model: nn.Module, name: str, value: torch.Tensor) -> None:
+    path, _, attribute = name.rpartition(".")
+    module = model.get_submodule(path)
+    (module._parameters if isinstance(value, nn.Parameter) else module._buffers)[attribute] = value  # type: ignore[assignment]
+
+
+def _check_no_meta_left(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if isinstance(value, torch.Tensor) and value.is_meta:
+                place = f"{name}.{attribute}" if name else attribute
+                raise CheckpointError(
+                    f"{place} is a plain tensor, neither parameter nor buffer, so no artifact holds its value and it "
+                    f"has none on the meta device; build the model on a real device, or register the tensor as a buffer"
+                )
+
+
+def _in_pool(name: str, plan: RoastPlan) -> bool:
+    prefix = f"{plan.owner}.{POOL_NAME}." if plan.owner else f"{POOL_NAME}."
+    return name.startswith(prefix)
+
+
+def _named_tensors(model: nn.Module, plan: RoastPlan) -> list[tuple[str, torch.Tensor]]:
+    """Return every name of every parameter and buffer, without the pool's own buffers, which follow from the plan.
+
+    Buffers that a state dict leaves out are included: a structure built on the meta device has no values for them.
+    """
+    buffers = [
+        (name, buffer)
+        for name, buffer in model.named_buffers(remove_duplicate=False)
+        if not _in_pool(name, plan)
+    ]
+    return [*model.named_parameters(remove_duplicate=False), *buffers]
+
+
+def _stored_tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Return the tensors to write, tied ones once, and for each further name the one that it is stored under."""
+    pool = find_pool(model)
+    assert isinstance(pool, RoastPool)
+    first: dict[int, str] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    ties: dict[str, str] = {}
+    for name, tensor in _named_tensors(model, pool.plan):
+        if id(tensor) in first:
+            ties[name] = first[id(tensor)]
+            continue
+        first[id(tensor)] = name
+        value = tensor.detach().cpu().contiguous()
+        # Views of one storage (a buffer that aliases another) are written as tensors of their own.
+        tensors[name] = value.clone() if value.untyped_storage().nbytes() != value.nbytes else value
+    return _own_storages(tensors), ties
+
+
+def _own_storages(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        pointer = tensor.untyped_storage().data_ptr()
+        if pointer in seen and tensor.numel():
+            tensors[name] = tensor.clone()
+        seen.add(pointer)
+    return tensors
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Make a file, or the names in a folder, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

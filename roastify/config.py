@@ -1,0 +1,165 @@
+"""`RoastConfig`: every setting of a conversion, its default, and how it is read from TOML."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import tomllib
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from roastify.errors import ConfigError, closest
+from roastify.mapping import MAPPINGS, SIGNS
+
+SHARINGS = ("global", "local")
+INITS = ("match", "project")
+
+
+@dataclass(frozen=True)
+class RoastConfig:
+    """Settings of a conversion. `configs/default.toml` has the same keys and values, with a line on each.
+
+    Args:
+        ratio: parameters of the whole model ÷ parameters stored, at least 1.
+        init: `match` (training from scratch) or `project` (pretrained weights).
+        seed: of the mapping and of the pool's initial values; any integer.
+        include: patterns of tensors or modules that may be shared; empty: everything eligible.
+        exclude: patterns of tensors or modules that stay dense.
+        min_numel: smaller tensors stay dense unless `include` names them.
+        tile: `auto`, or `ROWSxCOLS`.
+        sign: `auto`, `none`, `tile` or `element`.
+        mapping: `permutation`, or for comparison `cyclic`, `roast`, `hashednet`.
+        sharing: `global` (one pool for all), or for comparison `local` (a region of the pool for each tensor).
+        precondition: divide the pool's gradient by Γ, so that dense learning rates carry over.
+
+    Raises:
+        ConfigError: a value is of the wrong type or out of range.
+    """
+
+    ratio: float = 10.0
+    init: str = "match"
+    seed: int = 0
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    min_numel: int = 1024
+    tile: str = "auto"
+    sign: str = "auto"
+    mapping: str = "permutation"
+    sharing: str = "global"
+    precondition: bool = True
+
+    def __post_init__(self) -> None:
+        check_ratio(self.ratio)
+        _check_choice("init", self.init, INITS)
+        _check_choice("sign", self.sign, ("auto", *SIGNS))
+        _check_choice("mapping", self.mapping, MAPPINGS)
+        _check_choice("sharing", self.sharing, SHARINGS)
+        for name in ("include", "exclude"):
+            object.__setattr__(self, name, _patterns(name, getattr(self, name)))
+        for name, minimum in (("seed", None), ("min_numel", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or (minimum is not None and value < minimum):
+                wanted = "an integer" if minimum is None else f"an integer of at least {minimum}"
+                raise ConfigError(f"{name} must be {wanted}; found {value!r}")
+        if not isinstance(self.precondition, bool):
+            raise ConfigError(f"precondition must be true or false; found {self.precondition!r}")
+        self.tile_shape()
+
+    def tile_shape(self) -> tuple[int, int] | None:
+        """Return the tile asked for as `(rows, cols)`, or None for `auto`."""
+        if self.tile == "auto":
+            return None
+        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", self.tile) if isinstance(self.tile, str) else None
+        if match is None:
+            raise ConfigError(f"tile must be 'auto' or ROWSxCOLS such as '64x64'; found {self.tile!r}")
+        return int(match[1]), int(match[2])
+
+    def replace(self, **changes: Any) -> RoastConfig:
+        """Return a copy with these settings; a change to None is no change.
+
+        Raises:
+            ConfigError: a name is not a setting, or a value does not fit.
+        """
+        _check_names(changes, "argument")
+        return dataclasses.replace(self, **{name: value for name, value in changes.items() if value is not None})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as JSON-ready values."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in dataclasses.asdict(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], where: str = "config") -> RoastConfig:
+        """Build from plain values.
+
+        Raises:
+            ConfigError: a key is unknown or a value does not fit; the message names `where`.
+        """
+        _check_names(values, where)
+        try:
+            return cls(**values)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
+
+    @classmethod
+    def from_toml(cls, path: str | Path) -> RoastConfig:
+        """Read a TOML file whose top-level keys are settings; keys left out take their defaults.
+
+        Raises:
+            ConfigError: the file is missing, is not TOML, or holds an unknown key or a value that does not fit.
+        """
+        path = Path(path)
+        try:
+            values = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"cannot read the config file {path}: {error.strerror or error}") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"the config file {path} is not valid TOML: {error}") from None
+        return cls.from_dict(values, str(path))
+
+
+def check_ratio(ratio: object) -> Fraction:
+    """Return a compression ratio as an exact fraction.
+
+    Raises:
+        ConfigError: it is not a finite number of at least 1.
+    """
+    number = isinstance(ratio, int | float | Fraction) and not isinstance(ratio, bool)
+    if not number or not math.isfinite(ratio):  # type: ignore[arg-type]
+        raise ConfigError(f"ratio must be a finite number of at least 1; found {ratio!r}")
+    if ratio < 1:  # type: ignore[operator]
+        raise ConfigError(f"ratio must be at least 1 (1 stores every parameter, 50 stores a fiftieth); found {ratio!r}")
+    return Fraction(ratio).limit_denominator(10**9)  # type: ignore[arg-type]
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        hint = closest(value, choices) if isinstance(value, str) else ""
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}; found {value!r}{hint}")
+
+
+def _check_names(values: dict[str, Any], where: str) -> None:
+    known = [field.name for field in dataclasses.fields(RoastConfig)]
+    for name in values:
+        if name not in known:
+            raise ConfigError(
+                f"{where}: unknown setting {name!r}{closest(name, known)}; the settings are {', '.join(known)}"
+            )
+
+
+def _patterns(name: str, value: object) -> tuple[str, ...]:
+    patterns = (value,) if isinstance(value, str) else value
+    if not isinstance(patterns, list | tuple) or not all(isinstance(item, str) and item for item in patterns):
+        raise ConfigError(f"{name} must be a pattern or a list of patterns (strings); found {value!r}")
+    for pattern in patterns:
+        if pattern.startswith("re:"):
+            try:
+                re.compile(pattern[3:])
+            except re.error as error:
+                raise ConfigError(f"{name}: {pattern!r} is not a valid regular expression: {error}") from None
+    return tuple(patterns)

@@ -1,0 +1,44 @@
+"""The errors that roastify raises on purpose; each message says what was found, what was expected and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class RoastError(Exception):
+    """Base of every error that roastify raises on purpose."""
+
+
+class ConfigError(RoastError):
+    """A setting is unknown, of the wrong type, or out of range."""
+
+
+class PlanError(RoastError):
+    """No plan meets the request: the ratio is unreachable, nothing is eligible, or a pattern matches nothing."""
+
+
+class ConversionError(RoastError):
+    """The model is of a kind that cannot be converted as it stands."""
+
+
+class SourceError(RoastError):
+    """A model source (a file, a name in it, a local directory) does not yield one model."""
+
+
+class CheckpointError(RoastError):
+    """An artifact is missing, damaged, newer than this version, or belongs to another architecture."""
+
+
+class SignatureMismatch(RoastError):
+    """The converted model's forward signature differs from the original's."""
+
+
+class OutputMismatch(RoastError):
+    """The converted model's outputs differ from the original's in structure, shape or dtype."""
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """Return ``"; closest: 'a', 'b'"`` for the known names most like ``name``, or an empty string if none is near."""
+    matches = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
+    return "; closest: " + ", ".join(repr(match) for match in matches) if matches else ""

@@ -1,0 +1,77 @@
+"""What a conversion takes from the dense model's values: each tensor's scale λ, and the pool's first content."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from roastify.errors import ConversionError
+from roastify.plan import RoastPlan, TensorPlan
+from roastify.pool import RoastPool
+from roastify.report import track
+from roastify.rewrite import matrix, owners
+
+# Apart from the mapping's streams, which hash the seed, so that pool and mapping are independent.
+_POOL_SEED_OFFSET = 0x5EED
+
+
+def measure(model: nn.Module, plan: RoastPlan, init: str) -> RoastPlan:
+    r"""Return the plan with λ of every shared tensor and the padding rows that are zero.
+
+    :math:`\lambda_j = std_j / \sigma` with σ the parameter-weighted root mean square of all shared tensors' standard
+    deviations: every layer starts with the spread its author gave it, and λ is near 1, so that Adam's step keeps its
+    meaning. Where nothing is shared and values are projected, λ is 1 and the weights come back bit for bit.
+
+    Raises:
+        ConversionError: a tensor holds NaN or infinite values.
+    """
+    deviations = {}
+    zero_rows = {}
+    for tensor in track(plan.shared, "measuring weights"):
+        dense = model.get_parameter(tensor.name).detach()
+        deviations[tensor.name] = _deviation(tensor, dense)
+        row = _zero_row(model, tensor, dense)
+        if row is not None:
+            zero_rows[tensor.name] = row
+    spread = _pool_deviation(plan, deviations)
+    scales = {name: deviation / spread for name, deviation in deviations.items()}
+    if init == "project" and plan.no_sharing:
+        scales = dict.fromkeys(deviations, 1.0)
+    return plan.with_values(scales, zero_rows, spread)
+
+
+def fill(pool: RoastPool, model: nn.Module, plan: RoastPlan, init: str) -> None:
+    """Give the pool its first content: random with `match`, the least-squares fit of the weights with `project`."""
+    if init == "project":
+        pool.initialise_projection(
+            (plan.view(tensor), tensor.scale or 0.0, matrix(tensor, model.get_parameter(tensor.name).detach()))
+            for tensor in track(plan.shared, "projecting weights")
+        )
+        return
+    assert plan.pool_std is not None, "the plan was not measured"
+    pool.initialise_random(plan.pool_std, plan.seed + _POOL_SEED_OFFSET)
+
+
+def _deviation(tensor: TensorPlan, dense: torch.Tensor) -> float:
+    wide = dense if dense.dtype in (torch.float32, torch.float64) else dense.float()
+    deviation = float(wide.std(correction=0))
+    if not math.isfinite(deviation):
+        raise ConversionError(f"{tensor.name} holds NaN or infinite values; repair the weights or exclude the tensor")
+    return deviation
+
+
+def _pool_deviation(plan: RoastPlan, deviations: dict[str, float]) -> float:
+    total = sum(tensor.numel for tensor in plan.shared)
+    return math.sqrt(sum(tensor.numel * deviations[tensor.name] ** 2 for tensor in plan.shared) / total)
+
+
+def _zero_row(model: nn.Module, tensor: TensorPlan, dense: torch.Tensor) -> int | None:
+    """Return the padding row if it is zero and every owner treats it as padding.
+
+    A tied output layer reads that row as a weight like any other and trains it, as it does in the dense model.
+    """
+    rows = {getattr(module, "padding_idx", None) for module, _ in owners(model, tensor)}
+    row = rows.pop() if len(rows) == 1 else None
+    return row if row is not None and not bool(dense[row].any()) else None

@@ -1,0 +1,188 @@
+r"""`TileMap`: tile number → (slot, sign), in exact integer arithmetic. Version 1.
+
+This file is the definition. The mapping is model state: what is written here may never change for version 1, and
+nothing that is tuned (block sizes, backend, batch) enters it. `roastify.kernels.reference` holds its twin on tensors.
+
+For a pool of ``P`` slots, tile ``t`` lies in chunk ``c = t div P`` at position ``i = t mod P``, and
+
+.. math:: slot(t) = (a_c \cdot i + b_c) \bmod P, \qquad \gcd(a_c, P) = 1,
+
+so that a chunk is a permutation of the slots: tiles of one chunk never collide, and the loads of two slots differ by
+at most one. Chunk 0 is the identity with positive signs, hence at ratio 1 the weights are the pool
+(Desai and Shrivastava, "In defense of parameter sharing for model-compression", ICLR 2024, section 4.2).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+from roastify.kernels.view import (
+    GOLDEN32,
+    GOLDEN64,
+    MASK32,
+    MASK64,
+    MIX32_A,
+    MIX32_B,
+    MIX64_A,
+    MIX64_B,
+    SLOT_STREAM,
+    MappingKind,
+    SignKind,
+    TileView,
+    to_signed64,
+)
+
+MAPPING_VERSION = 1
+
+MAPPINGS = ("permutation", "cyclic", "roast", "hashednet")
+SIGNS = ("none", "tile", "element")
+
+# Streams of the seeded generator; each purpose draws from its own.
+_STREAM_SIGN = 1
+_STREAM_MULTIPLIER = 2
+_STREAM_OFFSET = 3
+
+# a·i is computed in int64 on every backend.
+_MAX_SLOTS = 1 << 31
+
+
+def mix64(key: int, counter: int) -> int:
+    """Return the `counter`-th 64-bit word of the stream `key`: a splitmix64 step, on exact integers."""
+    word = (key + (counter + 1) * GOLDEN64) & MASK64
+    word = ((word ^ (word >> 30)) * MIX64_A) & MASK64
+    word = ((word ^ (word >> 27)) * MIX64_B) & MASK64
+    return word ^ (word >> 31)
+
+
+def mix32(word: int) -> int:
+    """Return a 32-bit word with every bit of `word` spread over all bits (MurmurHash3's finalizer)."""
+    word = ((word ^ (word >> 16)) * MIX32_A) & MASK32
+    word = ((word ^ (word >> 13)) * MIX32_B) & MASK32
+    return word ^ (word >> 16)
+
+
+def stream_key(seed: int, stream: int) -> int:
+    """Return the 64-bit key of one purpose's stream; any Python integer is a seed, taken modulo 2**64."""
+    return mix64(seed & MASK64, stream)
+
+
+@functools.lru_cache(maxsize=65536)
+def chunk_coefficients(seed: int, num_slots: int, chunk: int, kind: str) -> tuple[int, int, int]:
+    """Return `(a, b, a⁻¹)` of a chunk: `slot = (a·i + b) mod num_slots` and `i = a⁻¹·(slot - b) mod num_slots`.
+
+    `kind="cyclic"` fixes `a = 1`: STABLE-RPS's rotation, in whole slots.
+    """
+    if chunk == 0:
+        return 1 % num_slots, 0, 1 % num_slots
+    offset = mix64(stream_key(seed, _STREAM_OFFSET), chunk) % num_slots
+    if kind == "cyclic":
+        return 1 % num_slots, offset, 1 % num_slots
+    key = mix64(stream_key(seed, _STREAM_MULTIPLIER), chunk)
+    attempt = 0
+    while math.gcd(multiplier := mix64(key, attempt) % num_slots, num_slots) != 1:
+        attempt += 1
+    return multiplier, offset, pow(multiplier, -1, num_slots)
+
+
+@dataclass(frozen=True)
+class TileMap:
+    """The mapping of `num_tiles` tiles into `num_slots` slots, from `first_slot` of the pool on.
+
+    Args:
+        num_tiles: tiles to place, numbered from 0.
+        num_slots: slots of this map's region of the pool.
+        tile: `(rows, cols)` of a tile; a slot is `rows·cols` contiguous elements.
+        seed: any integer.
+        kind: `permutation` (ours), or for comparison `cyclic`, `roast` (unaligned tiles), `hashednet` (tile 1×1).
+        sign: `none`, `tile` or `element`.
+        first_slot: where the region begins in the pool; not 0 only with a region for each tensor.
+        first_chunk: row of the pool's chunk table at which this map's chunks begin.
+    """
+
+    num_tiles: int
+    num_slots: int
+    tile: tuple[int, int]
+    seed: int = 0
+    kind: str = "permutation"
+    sign: str = "tile"
+    first_slot: int = 0
+    first_chunk: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_slots <= _MAX_SLOTS:
+            raise ValueError(f"num_slots must be from 1 to 2**31, not {self.num_slots}")
+        if self.kind not in MAPPINGS:
+            raise ValueError(f"mapping must be one of {', '.join(MAPPINGS)}, not {self.kind!r}")
+        if self.sign not in SIGNS:
+            raise ValueError(f"sign must be one of {', '.join(SIGNS)}, not {self.sign!r}")
+
+    @property
+    def slot_size(self) -> int:
+        """Elements in a slot."""
+        return self.tile[0] * self.tile[1]
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks that the tiles fill, the last one perhaps in part; 0 for mappings that have none."""
+        return -(-self.num_tiles // self.num_slots) if self.kind in ("permutation", "cyclic") else 0
+
+    @property
+    def key(self) -> int:
+        """The 64-bit key from which signs, and the slots of the hashed mappings, are drawn."""
+        return stream_key(self.seed, _STREAM_SIGN)
+
+    def chunk_table(self) -> list[tuple[int, int, int]]:
+        """Return `(a, b, a⁻¹)` of every chunk: the whole mapping, 24 bytes a unit of ratio."""
+        return [chunk_coefficients(self.seed, self.num_slots, chunk, self.kind) for chunk in range(self.num_chunks)]
+
+    def offset(self, tile: int) -> int:
+        """Return the pool element at which `tile` begins."""
+        size = self.slot_size
+        start = self.first_slot * size
+        if self.kind == "hashednet":
+            return start + (mix64(self.key ^ SLOT_STREAM, tile) >> 1) % self.num_slots * size
+        if self.kind == "roast":
+            return start + (mix64(self.key ^ SLOT_STREAM, tile) >> 1) % ((self.num_slots - 1) * size + 1)
+        chunk, position = divmod(tile, self.num_slots)
+        a, b, _ = chunk_coefficients(self.seed, self.num_slots, chunk, self.kind)
+        return start + (a * position + b) % self.num_slots * size
+
+    def slot(self, tile: int) -> int:
+        """Return the pool slot of `tile`; only the mappings whose tiles are aligned to slots have one."""
+        if self.kind == "roast":
+            raise ValueError("the tiles of mapping 'roast' are not aligned to slots; ask for offset(tile)")
+        return self.offset(tile) // self.slot_size
+
+    def sign_of(self, tile: int, element: int = 0) -> int:
+        """Return ±1 for the element at position `element` (row-major) of `tile`.
+
+        With `key(t)` the tile's 64-bit word: per tile, its top bit; per element, bit `element mod 32` of the word
+        `mix32(low(key) + (element div 32)·golden) xor high(key)`. Chunk 0 of a permutation has only +1.
+        """
+        if self.sign == "none" or (self.num_chunks and tile < self.num_slots):
+            return 1
+        key = mix64(self.key, tile)
+        if self.sign == "tile":
+            return -1 if key >> 63 else 1
+        word = mix32(((key & MASK32) + (element >> 5) * GOLDEN32) & MASK32) ^ (key >> 32)
+        return -1 if word >> (element & 31) & 1 else 1
+
+    def view(self, rows: int, cols: int, base: int, strips: bool = False) -> TileView:
+        """Return the operations' description of a `rows × cols` tensor that begins at address `base` of this map."""
+        kind = {"hashednet": MappingKind.HASHED, "roast": MappingKind.UNALIGNED}.get(self.kind, MappingKind.PERMUTATION)
+        return TileView(
+            rows=rows,
+            cols=cols,
+            base=base,
+            tile_rows=self.tile[0],
+            tile_cols=self.tile[1],
+            num_slots=self.num_slots,
+            first_slot=self.first_slot,
+            first_chunk=self.first_chunk,
+            mapping=int(kind),
+            sign=int(SignKind[self.sign.upper()]),
+            key=to_signed64(self.key),
+            strips=int(strips),
+        )

@@ -1,0 +1,187 @@
+r"""`RoastPool`: the owner of the one shared Parameter, its initial values and the preconditioning of its gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from roastify.kernels import reference
+from roastify.kernels.view import MappingKind, SignKind, TileView
+from roastify.mapping import TileMap
+
+
+class _Precondition(torch.autograd.Function):
+    """The identity, whose gradient is divided by Γ."""
+
+    @staticmethod
+    def forward(weight: Tensor, per_slot: Tensor, uneven_slots: Tensor, uneven: Tensor) -> Tensor:
+        return weight.view_as(weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        per_slot, uneven_slots, uneven = ctx.saved_tensors
+        by_slot = grads[0].reshape(per_slot.shape[0], -1)
+        divided = by_slot * per_slot[:, None].to(by_slot.dtype)
+        if uneven_slots.numel():
+            divided[uneven_slots] = by_slot[uneven_slots] * uneven.to(by_slot.dtype)
+        return divided.view_as(grads[0]), None, None, None
+
+
+class RoastPool(nn.Module):
+    r"""The pool: one Parameter `weight` of `[num_slots · tile_rows, tile_cols]`, a slot being `tile_rows` rows.
+
+    It is two-dimensional because optimizers' usual parameter groups exempt one-dimensional parameters from weight
+    decay (timm, nanoGPT), which the weights it stands for were not.
+
+    Through `read` its gradient is divided, element by element, by
+
+    .. math:: \Gamma_e = \sum_{w\ \text{reads}\ e} \lambda_w^2,
+
+    so that an SGD step on the pool is the dense SGD step projected onto what the pool can express, and learning rates
+    carry over from the dense recipe (Desai and Shrivastava, ICLR 2024, section 4.1, with λ added).
+
+    Args:
+        num_slots: slots in the pool.
+        tile: `(rows, cols)` of a tile.
+        maps: the mappings of its regions; one, or one for each tensor.
+        shared: view and λ of every shared tensor; tied tensors once.
+        dtype: of the Parameter.
+        device: of the Parameter.
+        trainable: whether the Parameter requires a gradient.
+        precondition: whether `read` divides the gradient by Γ.
+    """
+
+    table: Tensor
+    per_slot: Tensor
+    uneven_slots: Tensor
+    uneven: Tensor
+
+    def __init__(
+        self,
+        num_slots: int,
+        tile: tuple[int, int],
+        maps: Sequence[TileMap],
+        shared: Sequence[tuple[TileView, float]],
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        trainable: bool = True,
+        precondition: bool = True,
+    ) -> None:
+        super().__init__()
+        self.num_slots = num_slots
+        self.tile = tile
+        self.precondition = precondition
+        # The plan that the pool was built from, for saving and the way back; `rewrite` sets it.
+        self.plan: Any = None
+        shape = (num_slots * tile[0], tile[1])
+        self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=trainable)
+        # Derived from the plan, so never part of a state dict. The masters stay on the CPU whatever the default device
+        # is: `_apply` copies from them, which keeps the buffers right through `to_empty` and exact through `half`.
+        with torch.device("cpu"):
+            rows = [row for tile_map in maps for row in tile_map.chunk_table()]
+            self._masters = {"table": torch.tensor(rows, dtype=torch.int64).view(-1, 3)}
+            self._masters |= _inverse_gamma(num_slots, tile, self._masters["table"], shared)
+        for name, master in self._masters.items():
+            self.register_buffer(name, master.to(device), persistent=False)
+
+    @property
+    def slot_size(self) -> int:
+        """Elements in a slot."""
+        return self.tile[0] * self.tile[1]
+
+    def read(self) -> Tensor:
+        """Return the pool for use in a forward pass; its gradient arrives divided by Γ."""
+        if self.precondition and torch.is_grad_enabled() and self.weight.requires_grad:
+            return _Precondition.apply(self.weight, self.per_slot, self.uneven_slots, self.uneven)
+        return self.weight
+
+    def initialise_random(self, std: float, seed: int) -> None:
+        """Fill the pool with N(0, std²), the same numbers on every device; the global generators are not touched."""
+        generator = torch.Generator().manual_seed(seed % (1 << 63))
+        values = torch.empty(self.weight.shape, dtype=torch.float32, device="cpu").normal_(0.0, std, generator=generator)
+        with torch.no_grad():
+            self.weight.copy_(values)
+
+    def initialise_projection(self, tensors: Iterable[tuple[TileView, float, Tensor]]) -> None:
+        r"""Set the pool to the least-squares fit of dense tensors: :math:`pool_e = \sum \lambda\,sign\,w / \Gamma_e`.
+
+        Args:
+            tensors: view, λ and dense matrix `[rows, cols]` of every shared tensor; tied tensors once.
+        """
+        wide = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        with torch.no_grad():
+            direct = self.weight.dtype == wide
+            total = self.weight.data.zero_().view(-1) if direct else self.weight.new_zeros(self.weight.numel()).to(wide)
+            for view, scale, matrix in tensors:
+                reference.reduce_into(total, matrix.to(wide), self.table, view, scale)
+            by_slot = total.view(self.num_slots, -1)
+            # Uneven slots first: their elements' factors replace the slot's.
+            uneven = by_slot[self.uneven_slots] * self.uneven.to(wide)
+            by_slot.mul_(self.per_slot[:, None].to(wide))
+            by_slot[self.uneven_slots] = uneven
+            if not direct:
+                self.weight.copy_(total.view_as(self.weight))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RoastPool:
+        super()._apply(fn, recurse)
+        for name, master in self._masters.items():
+            setattr(self, name, master.to(self.weight.device))
+        return self
+
+    def extra_repr(self) -> str:
+        """Describe the pool's size."""
+        rows, cols = self.tile
+        return f"{self.weight.numel():,} parameters, {self.num_slots} slots of {rows}×{cols}"
+
+
+def _inverse_gamma(
+    num_slots: int, tile: tuple[int, int], table: Tensor, shared: Sequence[tuple[TileView, float]]
+) -> dict[str, Tensor]:
+    """Return 1/Γ as a number for each slot, and element by element for the slots whose elements differ.
+
+    They differ where a reader is padded or begins inside a tile. Elements that nothing reads get the slot's number: no
+    gradient reaches them.
+    """
+    size = tile[0] * tile[1]
+    if _nothing_shared(num_slots, shared):
+        per_slot = torch.ones(num_slots)
+        for view, scale in shared:
+            per_slot[view.first_slot + view.first_tile : view.first_slot + view.first_tile + view.num_tiles] = scale**2
+        return {
+            "per_slot": per_slot.reciprocal(),
+            "uneven_slots": torch.empty(0, dtype=torch.int64),
+            "uneven": torch.empty(0, size),
+        }
+    gamma = torch.zeros(num_slots * size)
+    for view, scale in shared:
+        unsigned = view._replace(sign=int(SignKind.NONE))
+        readers = torch.full((), scale).expand(view.rows, view.cols)
+        reference.reduce_into(gamma, readers, table, unsigned, scale)
+    by_slot = gamma.view(num_slots, size)
+    per_slot = by_slot.amax(1)
+    per_slot[per_slot == 0] = 1.0
+    by_slot = torch.where(by_slot == 0, per_slot[:, None], by_slot)
+    uneven_slots = (by_slot != per_slot[:, None]).any(1).nonzero().flatten()
+    return {
+        "per_slot": per_slot.reciprocal(),
+        "uneven_slots": uneven_slots,
+        "uneven": by_slot[uneven_slots].reciprocal(),
+    }
+
+
+def _nothing_shared(num_slots: int, shared: Sequence[tuple[TileView, float]]) -> bool:
+    """Whether every tile has a slot to itself, in order, and no slot serves two tensors."""
+    if any(view.mapping != MappingKind.PERMUTATION for view, _ in shared):
+        return False
+    spans = sorted((view.first_slot + view.first_tile, view.num_tiles, view.num_slots) for view, _ in shared)
+    if any(view.first_tile + view.num_tiles > view.num_slots for view, _ in shared):
+        return False
+    return all(start + length <= following for (start, length, _), (following, _, _) in zip(spans, spans[1:]))

@@ -1,0 +1,140 @@
+"""What people see: rich tables of plans and results, and progress of anything that takes over a second."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
+
+from rich.console import Console, Group, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from roastify.plan import RoastPlan, TensorPlan
+from roastify.verify import VerifyReport
+
+_PATIENCE_S = 1.0
+_Item = TypeVar("_Item")
+
+
+def track(items: Sequence[_Item], description: str) -> Iterator[_Item]:
+    """Yield the items; on a terminal, show a progress bar on standard error once it has taken over a second."""
+    if not sys.stderr.isatty():
+        yield from items
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    progress = Progress(*columns, console=Console(stderr=True), transient=True)
+    task = progress.add_task(description, total=len(items))
+    begun = time.monotonic()
+    shown = False
+    try:
+        for item in items:
+            if not shown and time.monotonic() - begun > _PATIENCE_S:
+                progress.start()
+                shown = True
+            yield item
+            progress.advance(task)
+    finally:
+        if shown:
+            progress.stop()
+
+
+def human_bytes(count: float) -> str:
+    """Return a byte count in the largest decimal unit that leaves a number of at least 1."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def plan_table(plan: RoastPlan, full: bool = False) -> RenderableType:
+    """Return a plan as a table of tensors and a summary.
+
+    Args:
+        plan: the plan.
+        full: a row for every tensor; otherwise tensors that differ only in a layer's number share a row.
+    """
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("tensor", overflow="fold")
+    table.add_column("shape", justify="right")
+    table.add_column("op")
+    table.add_column("verdict")
+    table.add_column("λ", justify="right")
+    table.add_column("tiles", justify="right")
+    table.add_column("stored", justify="right")
+    table.add_column("reason", overflow="fold")
+    for group in _groups(plan.tensors, full):
+        table.add_row(*_row(plan, group))
+    return Group(table, Text(), summary(plan))
+
+
+def _groups(tensors: Iterable[TensorPlan], full: bool) -> list[list[TensorPlan]]:
+    groups: dict[object, list[TensorPlan]] = {}
+    for tensor in tensors:
+        key = tensor.name if full else (_numberless(tensor.name), tensor.shape, tensor.op, tensor.shared, tensor.reason)
+        groups.setdefault(key, []).append(tensor)
+    return list(groups.values())
+
+
+def _numberless(name: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def _row(plan: RoastPlan, group: list[TensorPlan]) -> list[str | Text]:
+    first = group[0]
+    scales = sorted({f"{tensor.scale:.3g}" for tensor in group if tensor.scale is not None}, key=float)
+    shared_numel = plan.total_numel - plan.kept_numel
+    stored: float = sum(tensor.numel for tensor in group)
+    if first.shared:
+        # A shared tensor's part of the pool, in proportion to what it asks of it.
+        stored *= plan.pool_numel / shared_numel
+    return [
+        first.name if len(group) == 1 else f"{_numberless(first.name)}  (×{len(group)})",
+        "×".join(map(str, first.shape)) or "scalar",
+        first.op,
+        Text("shared", style="green") if first.shared else Text("kept", style="yellow"),
+        scales[0] + (f"…{scales[-1]}" if len(scales) > 1 else "") if scales else "",
+        f"{sum(tensor.num_tiles for tensor in group):,}" if first.shared else "",
+        f"{stored / plan.stored_numel:.1%}",
+        first.reason,
+    ]
+
+
+def summary(plan: RoastPlan) -> RenderableType:
+    """Return a plan's sums: what the dense model holds, what will be stored, and how the budget is spent."""
+    rows, cols = plan.tile
+    shared = plan.total_numel - plan.kept_numel
+    lines = [
+        (
+            "parameters",
+            f"{plan.total_numel:,} → [bold]{plan.stored_numel:,}[/bold] stored "
+            f"(pool {plan.pool_numel:,} + kept {plan.kept_numel:,})",
+        ),
+        ("bytes", f"{human_bytes(plan.total_nbytes)} → {human_bytes(plan.stored_nbytes)}"),
+        ("ratio", f"[bold]{plan.achieved_ratio:.2f}[/bold] (asked {plan.ratio:g})"),
+        ("shared", f"{len(plan.shared)} of {len(plan.tensors)} tensors, {shared / plan.total_numel:.1%} of parameters"),
+        ("pool", f"{plan.num_slots:,} slots of {rows}×{cols}, {plan.mapping} mapping, sign per {plan.sign}"),
+    ]
+    if plan.stored_numel > plan.total_numel:
+        lines.append(("note", "nothing is shared at this ratio, and padding to whole tiles stores slightly more"))
+    grid = Table.grid(padding=(0, 2))
+    for name, text in lines:
+        grid.add_row(Text(name, style="dim"), text)
+    return grid
+
+
+def verify_lines(report: VerifyReport) -> RenderableType:
+    """Return what a verification found equal."""
+    grid = Table.grid(padding=(0, 2))
+    signature = report.signature if len(report.signature) < 200 else report.signature[:197] + "..."
+    grid.add_row(Text("signature", style="dim"), Text(f"same: {signature}"))
+    if report.modes:
+        outputs = ", ".join(f"{path} {description}" for path, description in report.outputs[:4])
+        more = f" and {len(report.outputs) - 4} more" if len(report.outputs) > 4 else ""
+        grid.add_row(Text("outputs", style="dim"), Text(f"same in {' and '.join(report.modes)}: {outputs}{more}"))
+    else:
+        grid.add_row(Text("outputs", style="dim"), Text("not compared: no example inputs", style="yellow"))
+    return grid

@@ -1,0 +1,136 @@
+"""Applies a plan to a model, and takes it back; it decides nothing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+
+from roastify.errors import ConversionError
+from roastify.layers import RoastModule, SharedTensor, to_dense, to_roast
+from roastify.plan import RoastPlan, TensorPlan
+from roastify.pool import RoastPool
+
+POOL_NAME = "roast_pool"
+
+
+def find_pool(model: nn.Module) -> RoastPool | None:
+    """Return the pool of a converted model, or None for any other."""
+    return next((module for module in model.modules() if isinstance(module, RoastPool)), None)
+
+
+def copy_without(model: nn.Module, left_out: set[int]) -> nn.Module:
+    """Deep-copy a model, but give the tensors whose ids are in `left_out` no memory: they become meta tensors.
+
+    Raises:
+        ConversionError: the model holds something that cannot be copied.
+    """
+    memo: dict[int, object] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if id(tensor) in left_out:
+            empty = torch.empty_like(tensor, device="meta")
+            is_parameter = isinstance(tensor, nn.Parameter)
+            memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:  # any object's own copying may fail in its own way
+        raise ConversionError(
+            f"the model cannot be deep-copied ({type(error).__name__}: {error}); pass inplace=True to convert the "
+            f"model itself"
+        ) from error
+
+
+def build_pool(plan: RoastPlan, device: torch.device | str) -> RoastPool:
+    """Return an uninitialised pool for a plan whose scales are known."""
+    pool = RoastPool(
+        plan.num_slots,
+        plan.tile,
+        plan.maps(),
+        [(plan.view(tensor), _scale(tensor)) for tensor in plan.shared],
+        dtype=getattr(torch, plan.dtype),
+        device=device,
+        trainable=plan.trainable,
+        precondition=plan.precondition,
+    )
+    pool.plan = plan
+    return pool
+
+
+def _scale(tensor: TensorPlan) -> float:
+    assert tensor.scale is not None, f"{tensor.name} has no scale yet"
+    return tensor.scale
+
+
+def owners(model: nn.Module, tensor: TensorPlan) -> Iterator[tuple[nn.Module, str]]:
+    """Yield every module that holds a tensor, with its name there, each once."""
+    seen = set()
+    for alias in tensor.aliases:
+        path, _, attribute = alias.rpartition(".")
+        module = model.get_submodule(path)
+        if (id(module), attribute) not in seen:
+            seen.add((id(module), attribute))
+            yield module, attribute
+
+
+def matrix(tensor: TensorPlan, dense: torch.Tensor) -> torch.Tensor:
+    """Return a dense tensor as the matrix that the pool holds."""
+    if tensor.transposed:
+        return dense.reshape(tensor.cols, tensor.rows).t()
+    return dense.reshape(tensor.rows, tensor.cols)
+
+
+def apply(model: nn.Module, plan: RoastPlan, pool: RoastPool) -> Callable[[], None]:
+    """Swap every layer that the plan names to the pool and register the pool, in place; all of it or nothing.
+
+    Returns:
+        a function that undoes it, holding on to the dense Parameters for as long as it is kept.
+    """
+    swapped: list[tuple[nn.Module, type[nn.Module], str, nn.Parameter | None]] = []
+    owner = model.get_submodule(plan.owner)
+
+    def undo() -> None:
+        owner._modules.pop(POOL_NAME, None)
+        for module, original, attribute, parameter in reversed(swapped):
+            module.__class__ = original
+            module.__dict__.pop("_roast", None)
+            module._parameters[attribute] = parameter
+
+    try:
+        for tensor in plan.shared:
+            shared = SharedTensor(
+                pool,
+                plan.view(tensor),
+                _scale(tensor),
+                torch.Size(tensor.shape),
+                tensor.transposed,
+                getattr(torch, tensor.dtype),
+                tensor.zero_row,
+            )
+            for module, attribute in owners(model, tensor):
+                swapped.append((module, type(module), attribute, module._parameters[attribute]))
+                to_roast(module, attribute, shared)
+        owner.add_module(POOL_NAME, pool)
+    except BaseException:
+        undo()
+        raise
+    return undo
+
+
+def restore(model: nn.Module) -> None:
+    """Turn a converted model back into a dense one, in place: original classes, names and ties."""
+    pool = find_pool(model)
+    assert pool is not None
+    plan: RoastPlan = pool.plan
+    dense: list[tuple[RoastModule, str, nn.Parameter]] = []
+    for tensor in plan.shared:
+        # A layer that the user has replaced since is the user's.
+        holders = [(module, name) for module, name in owners(model, tensor) if isinstance(module, RoastModule)]
+        if holders:
+            weight = holders[0][0]._roast[holders[0][1]].dense().detach()
+            parameter = nn.Parameter(weight.contiguous(), requires_grad=pool.weight.requires_grad)
+            dense += [(module, name, parameter) for module, name in holders]
+    for module, name, parameter in dense:
+        to_dense(module, {name: parameter})
+    del model.get_submodule(plan.owner)._modules[POOL_NAME]

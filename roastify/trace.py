@@ -1,0 +1,289 @@
+"""The torch.fx pass: module tree → forest of FX graphs → how every parameter is used.
+
+`torch.fx` cannot trace most models whole, so the root is traced with torch.nn's modules as leaves, and wherever a
+submodule's forward cannot be traced it becomes a leaf too and is opened by itself, with the same rule. Every module
+ends up inside a graph, or opaque with a reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from roastify.layers import kind_of
+
+
+@dataclass(frozen=True)
+class Region:
+    """A module that was traced, or could not be: `graph` or `reason` is set."""
+
+    path: str
+    class_name: str
+    graph: fx.Graph | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class WeightUse:
+    """One place where a parameter is consumed.
+
+    Args:
+        module: path of the module that owns the parameter under this name.
+        attribute: the parameter's name in it.
+        op: the consuming operation; `unseen` for a parameter that only opaque code touches.
+        through: `module` (its own module's call), `function` (an FX node) or `opaque` (code that FX did not see).
+        position: which argument of a function it is.
+        calls: how often the module's call was seen in the graphs; None where its caller is opaque.
+    """
+
+    module: str
+    attribute: str
+    op: str
+    through: str
+    position: int | None = None
+    calls: int | None = None
+
+
+@dataclass
+class ParameterInfo:
+    """Facts about one parameter, tied ones once, under the first name that `named_parameters` gives it."""
+
+    name: str
+    aliases: tuple[str, ...]
+    parameter: nn.Parameter
+    uses: list[WeightUse] = field(default_factory=list)
+
+    @property
+    def constant(self) -> bool:
+        """Whether all elements are equal, as in a zero-initialised tensor; unknown, so False, on the meta device."""
+        values = self.parameter.detach()
+        if values.is_meta or values.numel() == 0 or values.is_complex():
+            return False
+        # Most tensors show it in their first elements.
+        head = values.reshape(-1)[:64]
+        if bool((head != head[0]).any()):
+            return False
+        return bool((values == head[0]).all())
+
+
+@dataclass(frozen=True)
+class Forest:
+    """What tracing found: the regions, and every parameter with its uses."""
+
+    regions: tuple[Region, ...]
+    parameters: tuple[ParameterInfo, ...]
+
+
+class _Tracer(fx.Tracer):
+    """torch.fx's tracer, with modules known to be untraceable as leaves, and a record of the modules being traced."""
+
+    # Otherwise in-place updates of buffers would run for real while tracing.
+    proxy_buffer_attributes = True
+
+    def __init__(self, untraceable: set[nn.Module]) -> None:
+        super().__init__()
+        self.untraceable = untraceable
+        self.entered: list[nn.Module] = []
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return m in self.untraceable or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.entered.append(m)
+        result = super().call_module(m, forward, args, kwargs)
+        self.entered.pop()
+        return result
+
+
+def trace(model: nn.Module) -> Forest:
+    """Trace a model into a forest; the model, its state and the random generators are left as they were."""
+    opener = _Opener(model)
+    opener.open("", model)
+    parameters = _collect_parameters(model)
+    _collect_uses(model, opener.regions, parameters)
+    return Forest(tuple(opener.regions), tuple(parameters))
+
+
+class _Opener:
+    def __init__(self, model: nn.Module) -> None:
+        self.regions: list[Region] = []
+        self.untraceable: set[nn.Module] = set()
+        self.reasons: dict[type[nn.Module], str] = {}
+        self.covered: set[nn.Module] = set()
+        self.by_class: dict[type[nn.Module], list[nn.Module]] = {}
+        for module in model.modules():
+            self.by_class.setdefault(type(module), []).append(module)
+
+    def open(self, path: str, module: nn.Module) -> None:
+        """Trace `module` as a region, then open whatever its graph has as a leaf and is not torch.nn's own."""
+        if module in self.covered:
+            return
+        self.covered.add(module)
+        if _is_torch_layer(module):
+            # torch.nn's layers are operations, not regions; containers among them may hold users' modules.
+            for name, child in module.named_children():
+                self.open(_join(path, name), child)
+            return
+        graph = None
+        if _defines_forward(module):
+            graph = self._trace_region(module)
+            reason = None if graph else self.reasons[type(module)]
+            self.regions.append(Region(path, type(module).__name__, graph, reason))
+        leaves = _leaf_paths(graph) if graph else {name for name, _ in module.named_children()}
+        called_inside = _entered_paths(graph) if graph else set()
+        for name, child in _below(module, leaves, called_inside):
+            self.open(_join(path, name), child)
+        if graph:
+            for name in called_inside:
+                self.covered.add(module.get_submodule(name))
+
+    def _trace_region(self, module: nn.Module) -> fx.Graph | None:
+        """Return the module's graph, with submodules that cannot be traced made leaves; None if itself cannot be."""
+        while True:
+            if module in self.untraceable:
+                return None
+            tracer = _Tracer(self.untraceable)
+            try:
+                with _undisturbed(module):
+                    return tracer.trace(module)
+            except Exception as error:  # whatever the user's forward raises when it meets a proxy
+                culprit = next((m for m in reversed(tracer.entered) if not tracer.is_leaf_module(m, "")), module)
+                # A class that cannot be traced in one place is not tried again: a smaller region loses nothing, since
+                # what it leaves out is opened by itself.
+                self.reasons.setdefault(type(culprit), _describe(error))
+                self.untraceable.update(self.by_class.get(type(culprit), [culprit]))
+
+
+def _describe(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
+
+
+def _is_torch_layer(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn")
+
+
+def _defines_forward(module: nn.Module) -> bool:
+    return type(module).forward is not nn.Module.forward
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _leaf_paths(graph: fx.Graph) -> set[str]:
+    return {str(node.target) for node in graph.nodes if node.op == "call_module"}
+
+
+def _entered_paths(graph: fx.Graph) -> set[str]:
+    """Return paths of the submodules whose code is inside the graph: FX notes the stack of modules on every node."""
+    paths: set[str] = set()
+    for node in graph.nodes:
+        stack = node.meta.get("nn_module_stack") or {}
+        for entry in stack.values():
+            path = entry[0] if isinstance(entry, tuple) else entry
+            if path:
+                paths.add(str(path))
+    return paths - _leaf_paths(graph)
+
+
+def _below(module: nn.Module, leaves: set[str], inside: set[str]) -> Iterator[tuple[str, nn.Module]]:
+    """Yield what must still be opened: leaves of the graph, and modules that it never reached."""
+    for name, child in module.named_children():
+        if name in inside and name not in leaves:
+            deeper = {path[len(name) + 1 :] for path in leaves if path.startswith(name + ".")}
+            deeper_inside = {path[len(name) + 1 :] for path in inside if path.startswith(name + ".")}
+            for path, grandchild in _below(child, deeper, deeper_inside):
+                yield _join(name, path), grandchild
+        else:
+            yield name, child
+
+
+@contextlib.contextmanager
+def _undisturbed(module: nn.Module) -> Iterator[None]:
+    """Undo whatever a forward run on proxies does to its modules' attributes and to the random generators."""
+    saved = [
+        (child, dict(child.__dict__), [(value, value.copy()) for value in child.__dict__.values() if _plain(value)])
+        for child in module.modules()
+    ]
+    try:
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for child, attributes, containers in saved:
+            child.__dict__.clear()
+            child.__dict__.update(attributes)
+            for container, contents in containers:
+                container.clear()
+                container.extend(contents) if isinstance(container, list) else container.update(contents)
+
+
+def _plain(value: object) -> bool:
+    return type(value) in (list, dict, set, OrderedDict)
+
+
+def _collect_parameters(model: nn.Module) -> list[ParameterInfo]:
+    found: dict[int, ParameterInfo] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        info = found.get(id(parameter))
+        if info is None:
+            found[id(parameter)] = ParameterInfo(name, (name,), parameter)
+        else:
+            info.aliases += (name,)
+    return list(found.values())
+
+
+def _collect_uses(model: nn.Module, regions: list[Region], parameters: list[ParameterInfo]) -> None:
+    calls: dict[str, int] = {}
+    functional: dict[str, list[WeightUse]] = {}
+    for region in regions:
+        if region.graph is None:
+            continue
+        for node in region.graph.nodes:
+            if node.op == "call_module":
+                path = _join(region.path, str(node.target))
+                calls[path] = calls.get(path, 0) + 1
+            elif node.op == "get_attr":
+                name = _join(region.path, str(node.target))
+                functional.setdefault(name, []).extend(_functional_uses(name, node))
+    opaque = {region.path: region.reason for region in regions if region.reason}
+    for info in parameters:
+        for alias in info.aliases:
+            module_path, _, attribute = alias.rpartition(".")
+            module = model.get_submodule(module_path)
+            kind = kind_of(type(module))
+            if attribute == "weight" and kind is not None:
+                use = WeightUse(module_path, attribute, kind.op, "module", calls=calls.get(module_path))
+                info.uses.append(use)
+            elif _is_torch_layer(module):
+                info.uses.append(
+                    WeightUse(module_path, attribute, type(module).__name__, "module", calls=calls.get(module_path))
+                )
+            info.uses.extend(functional.get(alias, []))
+            if not any(use.module == module_path and use.attribute == attribute for use in info.uses):
+                op = "unseen" if module_path in opaque else "unused"
+                info.uses.append(WeightUse(module_path, attribute, op, "opaque"))
+
+
+def _functional_uses(name: str, node: fx.Node) -> Iterator[WeightUse]:
+    module, _, attribute = name.rpartition(".")
+    for user in node.users:
+        position = next((i for i, argument in enumerate(user.args) if argument is node), None)
+        target = user.target
+        op = target if isinstance(target, str) else getattr(target, "__name__", str(target))
+        yield WeightUse(module, attribute, str(op), "function", position=position)
+
+
+def matrix_of(tensor: Tensor) -> tuple[int, int]:
+    """Return `(rows, cols)` of a parameter as a matrix: its first size by the product of the others."""
+    if tensor.dim() == 0:
+        return 1, 1
+    return tensor.shape[0], tensor[0].numel() if tensor.shape[0] else 0

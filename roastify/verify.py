@@ -1,0 +1,179 @@
+"""Checks that a converted model can stand in for the original: forward signature, output structure, shapes, dtypes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from roastify.errors import OutputMismatch, RoastError, SignatureMismatch
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was compared and found equal.
+
+    Args:
+        signature: the forward signature.
+        modes: in which outputs were compared: `eval`, `train`; empty without example inputs.
+        outputs: `(path, description)` of every output.
+    """
+
+    signature: str
+    modes: tuple[str, ...]
+    outputs: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a caller sees of a model.
+
+    Args:
+        forward: the class's forward function.
+        signature: of the bound forward; None where Python cannot tell.
+        outputs: for each mode run, the output's type and `(path, description)` of its leaves.
+    """
+
+    forward: Any
+    signature: inspect.Signature | None
+    outputs: dict[str, tuple[type, list[tuple[str, str]]]]
+
+
+def observe(model: nn.Module, example_inputs: Any = None, who: str = "original") -> Observation:
+    """Look at a model as a caller would; it is left as it was.
+
+    Raises:
+        OutputMismatch: the converted model fails on the example inputs.
+        RoastError: the original fails on them.
+    """
+    outputs = {}
+    if example_inputs is not None:
+        args, kwargs = split_inputs(example_inputs)
+        for mode in ("eval", "train"):
+            try:
+                with _preserved(model), torch.no_grad():
+                    result = model.train(mode == "train")(*args, **kwargs)
+            except Exception as error:  # whatever a model raises on inputs that do not fit it
+                kind = OutputMismatch if who == "converted" else RoastError
+                raise kind(
+                    f"the {who} model fails on the example inputs in {mode} mode: {type(error).__name__}: {error}"
+                ) from error
+            outputs[mode] = type(result), [(path, _describe(leaf)) for path, leaf in _leaves(result)]
+    return Observation(type(model).forward, _signature(model), outputs)
+
+
+def compare(expected: Observation, found: Observation) -> VerifyReport:
+    """Compare what was seen of the original with what was seen of the converted model.
+
+    Raises:
+        SignatureMismatch: the forward signatures differ.
+        OutputMismatch: the outputs differ in structure, shape, dtype or device.
+    """
+    if expected.forward is not found.forward and expected.signature is not None and found.signature is not None:
+        _compare_signatures(expected.signature, found.signature)
+    for mode, (expected_type, before) in expected.outputs.items():
+        _compare_outputs(mode, (expected_type, before), found.outputs[mode])
+    leaves = expected.outputs["eval"][1] if expected.outputs else []
+    return VerifyReport(str(expected.signature or "(unknown)"), tuple(expected.outputs), tuple(leaves))
+
+
+def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return example inputs as `(args, kwargs)`: a mapping is keyword arguments, a sequence positional ones."""
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, Sequence) and not isinstance(example_inputs, str):
+        return tuple(example_inputs), {}
+    return (example_inputs,), {}
+
+
+def _compare_signatures(expected: inspect.Signature, found: inspect.Signature) -> None:
+    differences = []
+    for name in dict.fromkeys([*expected.parameters, *found.parameters]):
+        before, after = expected.parameters.get(name), found.parameters.get(name)
+        if before is None or after is None:
+            differences.append(f"parameter {name!r} is {'missing' if after is None else 'new'}")
+            continue
+        for field in ("kind", "default", "annotation"):
+            if not _same(getattr(before, field), getattr(after, field)):
+                values = f"{getattr(before, field)!r}, found {getattr(after, field)!r}"
+                differences.append(f"parameter {name!r}: {field} expected {values}")
+    if list(expected.parameters) != list(found.parameters) and not differences:
+        differences.append("the parameters are in another order")
+    if not _same(expected.return_annotation, found.return_annotation):
+        differences.append(f"it returns {found.return_annotation!r}, expected {expected.return_annotation!r}")
+    if differences:
+        raise SignatureMismatch(
+            f"the converted model's forward{found} differs from the original's forward{expected}: "
+            + "; ".join(differences)
+        )
+
+
+def _signature(model: nn.Module) -> inspect.Signature | None:
+    try:
+        return inspect.signature(model.forward, eval_str=True)
+    except Exception:  # an annotation that only a type checker can resolve; names then compare as text
+        with contextlib.suppress(TypeError, ValueError):
+            return inspect.signature(model.forward)
+    return None
+
+
+def _same(left: object, right: object) -> bool:
+    return left is right or (type(left) is type(right) and not isinstance(left, Tensor) and left == right) or (
+        repr(left) == repr(right)
+    )
+
+
+@contextlib.contextmanager
+def _preserved(model: nn.Module) -> Iterator[None]:
+    """Undo what a forward pass changes: buffers (running statistics), modes, random generators."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    devices = {tensor.device for tensor in [*model.parameters(), *model.buffers()] if tensor.is_cuda}
+    try:
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(0)
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+        for module, training in modes:
+            module.training = training
+
+
+def _leaves(value: Any) -> list[tuple[str, Any]]:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type | Mapping):
+        # A plain dataclass is a leaf to pytree; its fields are what a caller reads.
+        value = {type(value).__name__: dict(vars(value))}
+    return [(pytree.keystr(path) or "output", leaf) for path, leaf in pytree.tree_flatten_with_path(value)[0]]
+
+
+def _describe(leaf: Any) -> str:
+    if isinstance(leaf, Tensor):
+        return f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)} on {leaf.device}"
+    return type(leaf).__name__
+
+
+def _compare_outputs(
+    mode: str, expected: tuple[type, list[tuple[str, str]]], found: tuple[type, list[tuple[str, str]]]
+) -> None:
+    (expected_type, before), (found_type, after) = expected, found
+    if expected_type is not found_type:
+        raise OutputMismatch(
+            f"in {mode} mode the converted model returns a {found_type.__name__}; expected a {expected_type.__name__}"
+        )
+    if [path for path, _ in before] != [path for path, _ in after]:
+        raise OutputMismatch(
+            f"in {mode} mode the converted model's outputs are {[path for path, _ in after]}; expected "
+            f"{[path for path, _ in before]}"
+        )
+    for (path, wanted), (_, got) in zip(before, after, strict=True):
+        if wanted != got:
+            raise OutputMismatch(f"in {mode} mode output {path} of the converted model is {got}; expected {wanted}")
