@@ -72,9 +72,7 @@ def _(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: Sequenc
 
 
 @torch.library.register_fake("roastify::linear_reduce", lib=_library)
-def _(
-    grad: Tensor, x: Tensor, table: Tensor, view: Sequence[int], scale: float, pool_shape: Sequence[int]
-) -> Tensor:
+def _(grad: Tensor, x: Tensor, table: Tensor, view: Sequence[int], scale: float, pool_shape: Sequence[int]) -> Tensor:
     return x.new_empty(pool_shape)
 
 

@@ -12,12 +12,11 @@ from roastify import checkpoint, rewrite
 from roastify import verify as verification
 from roastify.admission import check_convertible, check_has_values, device_of
 from roastify.config import RoastConfig
-from roastify.errors import ConfigError, ConversionError
+from roastify.errors import ConfigError
 from roastify.initial import fill, measure
 from roastify.plan import RoastPlan, make_plan
 from roastify.trace import trace
 from roastify.verify import VerifyReport
-
 
 
 def convert(
@@ -131,7 +130,8 @@ def save(model: nn.Module, path: str | Path) -> None:
         path: the folder; made if missing, other files in it stay.
 
     Raises:
-        CheckpointError: the model is not a converted one, or the folder cannot be written.
+        ConversionError: the model is not a converted one, or only a part or a wrapper of one.
+        CheckpointError: the model holds state that is not a tensor, or the folder cannot be written.
     """
     checkpoint.write(model, Path(path))
 
@@ -170,14 +170,26 @@ def densify(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     Raises:
         ConversionError: the model is not a converted one.
     """
-    if rewrite.find_pool(model) is None:
-        raise ConversionError(
-            f"this {type(model).__name__} holds no roastify pool, so there is nothing to densify; expected a model "
-            f"that roastify.convert or roastify.load returned"
-        )
+    rewrite.pool_of(model)
     target = model if inplace else rewrite.copy_without(model, set())
     rewrite.restore(target)
     return target
+
+
+def densify_artifact(path: str | Path, output: str | Path) -> int:
+    """Write the dense state dict of an artifact as one safetensors file; the model's code is not needed.
+
+    Args:
+        path: an artifact folder.
+        output: the file to write; one that is there is replaced whole.
+
+    Returns:
+        the number of tensors written; tied tensors are written under each of their names.
+
+    Raises:
+        CheckpointError: the artifact is missing, damaged or newer than this version, or the file cannot be written.
+    """
+    return checkpoint.write_dense(checkpoint.read(Path(path)), Path(output))
 
 
 def _settings(config: RoastConfig | str | Path | None, **arguments: Any) -> RoastConfig:

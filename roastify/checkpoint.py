@@ -22,8 +22,7 @@ from torch import nn
 from roastify.errors import CheckpointError
 from roastify.mapping import MAPPING_VERSION
 from roastify.plan import RoastPlan
-from roastify.pool import RoastPool
-from roastify.rewrite import POOL_NAME, find_pool
+from roastify.rewrite import POOL_NAME, build_pool, pool_of, shared_tensor
 
 FORMAT_VERSION = 1
 MANIFEST = "roast.json"
@@ -42,16 +41,15 @@ class Artifact:
 
 def write(model: nn.Module, folder: Path) -> None:
     """Write a converted model; see `roastify.save`."""
-    pool = find_pool(model)
-    if pool is None:
+    plan: RoastPlan = pool_of(model).plan
+    in_state_dict = model.state_dict().keys()
+    extra = [key for key in in_state_dict if key.endswith("_extra_state")]
+    if extra:
         raise CheckpointError(
-            f"this {type(model).__name__} holds no roastify pool; save takes what roastify.convert or roastify.load "
-            f"returned (a dense model is saved with torch or safetensors as usual)"
+            f"{extra[0]} is state that is not a tensor (get_extra_state), which an artifact cannot hold; save the "
+            f"model with torch.save, or remove it"
         )
-    plan: RoastPlan = pool.plan
-    if find_pool(model.get_submodule(plan.owner)) is not model.get_submodule(plan.owner)._modules.get(POOL_NAME):
-        raise CheckpointError("this is a part of a converted model; save the model that roastify.convert returned")
-    tensors, ties = _stored_tensors(model)
+    tensors, ties = _stored_tensors(model, plan)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         pending_weights = folder / (WEIGHTS + _PENDING)
@@ -64,7 +62,7 @@ def write(model: nn.Module, folder: Path) -> None:
             "mapping_version": MAPPING_VERSION,
             "weights": {"file": WEIGHTS, "sha256": _digest(pending_weights)},
             "ties": ties,
-            "buffers": sorted(name for name, _ in model.named_buffers() if not _in_pool(name, plan)),
+            "state_dict": [name for name in [*tensors, *ties] if name in in_state_dict],
             "plan": plan.to_dict(),
         }
         text = json.dumps(manifest, indent=1, ensure_ascii=False)
@@ -122,7 +120,7 @@ def _parse(path: Path) -> dict[str, Any]:
                 f"{path} has {key.replace('_', ' ')} {manifest[key]}, and this roastify reads up to {supported}; "
                 f"install a newer roastify"
             )
-    missing = [key for key in ("weights", "ties", "buffers", "plan") if key not in manifest]
+    missing = [key for key in ("weights", "ties", "state_dict", "plan") if key not in manifest]
     if missing or "sha256" not in manifest["weights"]:
         raise CheckpointError(f"{path} lacks {', '.join(missing) or 'the digest'}; restore it from a whole copy")
     return manifest
@@ -152,33 +150,65 @@ def fill(artifact: Artifact, model: nn.Module, device: torch.device) -> None:
     Raises:
         CheckpointError: a tensor is missing, or has another shape, or a value lies outside parameters and buffers.
     """
-    pool = find_pool(model)
-    assert pool is not None
     wanted = dict(_named_tensors(model, artifact.plan))
     ties: dict[str, str] = artifact.manifest["ties"]
-    try:
-        with safetensors.safe_open(artifact.folder / WEIGHTS, framework="pt") as file:
-            stored = set(file.keys())
-            missing = [name for name in wanted if ties.get(name, name) not in stored]
-            if missing:
-                raise CheckpointError(
-                    f"{artifact.folder / WEIGHTS} lacks {len(missing)} tensors the model needs: "
-                    f"{', '.join(missing[:3])}; restore both files from one save"
-                )
-            loaded: dict[str, torch.Tensor] = {}
-            for name in wanted:
-                key = ties.get(name, name)
-                if key not in loaded:
-                    loaded[key] = _as_tensor(model, key, file.get_tensor(key), wanted[name], device)
-                _assign(model, name, loaded[key])
-    except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{artifact.folder / WEIGHTS} is damaged ({error}); restore it") from error
+    stored = _read_tensors(artifact, {ties.get(name, name) for name in wanted})
+    loaded: dict[str, torch.Tensor] = {}
+    for name, like in wanted.items():
+        key = ties.get(name, name)
+        if key not in loaded:
+            loaded[key] = _as_tensor(key, stored[key], like, device)
+        _assign(model, name, loaded[key])
     _check_no_meta_left(model)
 
 
-def _as_tensor(
-    model: nn.Module, name: str, value: torch.Tensor, like: torch.Tensor, device: torch.device
-) -> torch.Tensor:
+def dense_state_dict(artifact: Artifact) -> dict[str, torch.Tensor]:
+    """Return the state dict that the dense model would have, without its code; tied tensors under all their names."""
+    plan, ties = artifact.plan, artifact.manifest["ties"]
+    pool = build_pool(plan, "cpu")
+    pool_key = f"{plan.owner}.{POOL_NAME}.weight" if plan.owner else f"{POOL_NAME}.weight"
+    names = artifact.manifest["state_dict"]
+    stored = _read_tensors(artifact, {pool_key, *(ties.get(name, name) for name in names)})
+    dense = {name: stored[ties.get(name, name)] for name in names if name != pool_key}
+    with torch.no_grad():
+        pool.weight.copy_(_as_tensor(pool_key, stored[pool_key], pool.weight, torch.device("cpu")))
+        for tensor in plan.shared:
+            weight = shared_tensor(pool, tensor).dense().contiguous()
+            dense |= dict.fromkeys(tensor.aliases, weight)
+    in_order = [alias for tensor in plan.tensors for alias in tensor.aliases]
+    # Every name has memory of its own: safetensors writes no two names for one.
+    return {name: dense[name].clone() for name in [*in_order, *(name for name in dense if name not in set(in_order))]}
+
+
+def write_dense(artifact: Artifact, path: Path) -> int:
+    """Write the dense state dict as one safetensors file, whole or not at all; return the number of tensors."""
+    state = dense_state_dict(artifact)
+    pending = path.with_name(path.name + _PENDING)
+    try:
+        save_file(state, pending, metadata={"format": "pt"})
+        _flush(pending)
+        os.replace(pending, path)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
+    return len(state)
+
+
+def _read_tensors(artifact: Artifact, names: set[str]) -> dict[str, torch.Tensor]:
+    path = artifact.folder / WEIGHTS
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            missing = sorted(names - set(file.keys()))
+            if missing:
+                raise CheckpointError(
+                    f"{path} lacks {len(missing)} of the tensors it should hold: {', '.join(missing[:3])}; restore "
+                    f"both files from one save"
+                )
+            return {name: file.get_tensor(name) for name in names}
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged ({error}); restore both files from one save") from error
+
+
+def _as_tensor(name: str, value: torch.Tensor, like: torch.Tensor, device: torch.device) -> torch.Tensor:
     if value.shape != like.shape:
         raise CheckpointError(f"{name} has shape {tuple(value.shape)} in the artifact; expected {tuple(like.shape)}")
     value = value.to(device)
@@ -213,21 +243,17 @@ def _named_tensors(model: nn.Module, plan: RoastPlan) -> list[tuple[str, torch.T
     Buffers that a state dict leaves out are included: a structure built on the meta device has no values for them.
     """
     buffers = [
-        (name, buffer)
-        for name, buffer in model.named_buffers(remove_duplicate=False)
-        if not _in_pool(name, plan)
+        (name, buffer) for name, buffer in model.named_buffers(remove_duplicate=False) if not _in_pool(name, plan)
     ]
     return [*model.named_parameters(remove_duplicate=False), *buffers]
 
 
-def _stored_tensors(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def _stored_tensors(model: nn.Module, plan: RoastPlan) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Return the tensors to write, tied ones once, and for each further name the one that it is stored under."""
-    pool = find_pool(model)
-    assert isinstance(pool, RoastPool)
     first: dict[int, str] = {}
     tensors: dict[str, torch.Tensor] = {}
     ties: dict[str, str] = {}
-    for name, tensor in _named_tensors(model, pool.plan):
+    for name, tensor in _named_tensors(model, plan):
         if id(tensor) in first:
             ties[name] = first[id(tensor)]
             continue

@@ -89,8 +89,7 @@ class RoastConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON-ready values."""
         return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in dataclasses.asdict(self).items()
+            name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
         }
 
     @classmethod
@@ -129,12 +128,11 @@ def check_ratio(ratio: object) -> Fraction:
     Raises:
         ConfigError: it is not a finite number of at least 1.
     """
-    number = isinstance(ratio, int | float | Fraction) and not isinstance(ratio, bool)
-    if not number or not math.isfinite(ratio):  # type: ignore[arg-type]
+    if not isinstance(ratio, int | float | Fraction) or isinstance(ratio, bool) or not math.isfinite(ratio):
         raise ConfigError(f"ratio must be a finite number of at least 1; found {ratio!r}")
-    if ratio < 1:  # type: ignore[operator]
+    if ratio < 1:
         raise ConfigError(f"ratio must be at least 1 (1 stores every parameter, 50 stores a fiftieth); found {ratio!r}")
-    return Fraction(ratio).limit_denominator(10**9)  # type: ignore[arg-type]
+    return Fraction(ratio).limit_denominator(10**9)
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -6,7 +6,6 @@ it, so hooks, modes, attributes and every reference to the module stay as they a
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -81,10 +80,11 @@ class RoastModule(nn.Module):
 
     _roast: dict[str, SharedTensor]
 
-    @property
-    def weight(self) -> Tensor:
-        """The dense weight, materialised from the pool; gradients flow back to the pool."""
-        return self._roast["weight"].dense()
+    # A property under a type that lets it stand where the dense layers declare a Tensor.
+    weight: Any = property(
+        lambda self: self._roast["weight"].dense(),
+        doc="The dense weight, materialised from the pool; gradients flow back to the pool.",
+    )
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__.get("_roast", ()):
@@ -144,9 +144,7 @@ class RoastEmbedding(RoastModule, nn.Embedding):
 class RoastEmbeddingBag(RoastModule, nn.EmbeddingBag):
     """`nn.EmbeddingBag` on the pool: the rows asked for are read, then reduced by torch's own operator."""
 
-    def forward(
-        self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """Return the reduced bags; all modes and arguments of the dense layer."""
         shared = self._roast["weight"]
         if input.dim() not in (1, 2):
@@ -259,9 +257,11 @@ def kind_of(module_class: type) -> LayerKind | None:
     return None
 
 
-@functools.cache
+_roast_classes: dict[type[nn.Module], type[RoastModule]] = {}
+
+
 def roast_class(module_class: type[nn.Module]) -> type[RoastModule]:
-    """Return the class on the pool for a supported class or a subclass of one.
+    """Return the class on the pool for a supported class or a subclass of one; the same one every time.
 
     A user's subclass keeps its place in front: its own `forward` still runs, and where that calls `super().forward`,
     the pool's comes next.
@@ -270,11 +270,16 @@ def roast_class(module_class: type[nn.Module]) -> type[RoastModule]:
     assert kind is not None, module_class
     if kind.roast.__bases__[-1] is module_class:
         return kind.roast
-    # In transformers' Conv1D itself nothing lies between the two, so the pool's forward must come first.
-    order = (kind.roast, module_class) if module_class is _transformers_conv1d() else (module_class, kind.roast)
-    if kind.roast is _RoastTransformersConv1D and module_class is not _transformers_conv1d():
-        order = (module_class, roast_class(cast("type[nn.Module]", _transformers_conv1d())))
-    return type(f"Roast{module_class.__name__}", order, {"_roast_original": module_class})
+    if module_class not in _roast_classes:
+        bases: tuple[type, ...] = (module_class, kind.roast)
+        if kind.roast is _RoastTransformersConv1D:
+            # This one cannot name transformers' class as its base, so that is joined to it first.
+            conv1d = cast("type[nn.Module]", _transformers_conv1d())
+            bases = (kind.roast, conv1d) if module_class is conv1d else (module_class, roast_class(conv1d))
+        _roast_classes[module_class] = cast(
+            "type[RoastModule]", type(f"Roast{module_class.__name__}", bases, {"_roast_original": module_class})
+        )
+    return _roast_classes[module_class]
 
 
 def original_class(roast: type) -> type[nn.Module]:

@@ -371,16 +371,12 @@ def _matrix(model: torch.nn.Module, info: ParameterInfo) -> dict[str, Any]:
     return {"rows": rows, "cols": cols, "transposed": transposed, "strips": strips}
 
 
-def _match(
-    setting: str, patterns: tuple[str, ...], model: torch.nn.Module, forest: Forest
-) -> dict[str, str]:
+def _match(setting: str, patterns: tuple[str, ...], model: torch.nn.Module, forest: Forest) -> dict[str, str]:
     """Return the tensors that patterns select, each with the pattern that did."""
     modules = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
     selected: dict[str, str] = {}
     for pattern in patterns:
-        hits = [
-            info.name for info in forest.parameters if any(_selects(pattern, name) for name in info.aliases)
-        ]
+        hits = [info.name for info in forest.parameters if any(_selects(pattern, name) for name in info.aliases)]
         if not hits:
             known = modules + [name for info in forest.parameters for name in info.aliases]
             raise PlanError(
@@ -401,9 +397,7 @@ def _selects(pattern: str, parameter: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for name in names)
 
 
-def _choose_tile(
-    shared: Sequence[TensorPlan], room: int, config: RoastConfig, ratio: Fraction
-) -> tuple[int, int]:
+def _choose_tile(shared: Sequence[TensorPlan], room: int, config: RoastConfig, ratio: Fraction) -> tuple[int, int]:
     if config.mapping == "hashednet":
         if config.tile not in ("auto", "1x1"):
             raise ConfigError(f"mapping 'hashednet' is element by element: tile must be 'auto'; found {config.tile!r}")
@@ -430,9 +424,7 @@ def _choose_sign(config: RoastConfig, num_slots: int) -> str:
     return "element" if num_slots < _FEW_SLOTS else "tile"
 
 
-def _place(
-    shared: Sequence[TensorPlan], tile: tuple[int, int], local: bool
-) -> tuple[list[TensorPlan], list[int]]:
+def _place(shared: Sequence[TensorPlan], tile: tuple[int, int], local: bool) -> tuple[list[TensorPlan], list[int]]:
     """Give every tensor its address; return them with the number of tiles in each region.
 
     Tiled tensors come first, aligned to tiles, then strips, packed: so there is padding between strips nowhere and
@@ -452,9 +444,7 @@ def _place(
             num_tiles = -(-tensor.rows // tile[0]) * -(-tensor.cols // tile[1])
             end = base + num_tiles * size
         region_ends[-1] = end
-        placed.append(
-            dataclasses.replace(tensor, base=base, region=len(region_ends) - 1, num_tiles=num_tiles)
-        )
+        placed.append(dataclasses.replace(tensor, base=base, region=len(region_ends) - 1, num_tiles=num_tiles))
     return placed, [-(-end // size) for end in region_ends]
 
 

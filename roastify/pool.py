@@ -106,7 +106,9 @@ class RoastPool(nn.Module):
     def initialise_random(self, std: float, seed: int) -> None:
         """Fill the pool with N(0, std²), the same numbers on every device; the global generators are not touched."""
         generator = torch.Generator().manual_seed(seed % (1 << 63))
-        values = torch.empty(self.weight.shape, dtype=torch.float32, device="cpu").normal_(0.0, std, generator=generator)
+        values = torch.empty(self.weight.shape, dtype=torch.float32, device="cpu").normal_(
+            0.0, std, generator=generator
+        )
         with torch.no_grad():
             self.weight.copy_(values)
 

@@ -55,17 +55,18 @@ def plan_table(plan: RoastPlan, full: bool = False) -> RenderableType:
 
     Args:
         plan: the plan.
-        full: a row for every tensor; otherwise tensors that differ only in a layer's number share a row.
+        full: a row for every tensor; otherwise shared tensors that differ only in a layer's number share a row, and
+            so do kept tensors with the same reason.
     """
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("tensor", overflow="fold")
-    table.add_column("shape", justify="right")
-    table.add_column("op")
-    table.add_column("verdict")
-    table.add_column("λ", justify="right")
-    table.add_column("tiles", justify="right")
-    table.add_column("stored", justify="right")
-    table.add_column("reason", overflow="fold")
+    table.add_column("tensor", overflow="fold", ratio=5)
+    table.add_column("shape", justify="right", no_wrap=True)
+    table.add_column("op", ratio=2)
+    table.add_column("verdict", no_wrap=True)
+    table.add_column("λ", justify="right", no_wrap=True)
+    table.add_column("tiles", justify="right", no_wrap=True)
+    table.add_column("budget", justify="right", no_wrap=True)
+    table.add_column("reason", overflow="fold", ratio=3)
     for group in _groups(plan.tensors, full):
         table.add_row(*_row(plan, group))
     return Group(table, Text(), summary(plan))
@@ -74,9 +75,11 @@ def plan_table(plan: RoastPlan, full: bool = False) -> RenderableType:
 def _groups(tensors: Iterable[TensorPlan], full: bool) -> list[list[TensorPlan]]:
     groups: dict[object, list[TensorPlan]] = {}
     for tensor in tensors:
-        key = tensor.name if full else (_numberless(tensor.name), tensor.shape, tensor.op, tensor.shared, tensor.reason)
+        key: object = tensor.name
+        if not full:
+            key = (_numberless(tensor.name), tensor.shape, tensor.op) if tensor.shared else tensor.reason
         groups.setdefault(key, []).append(tensor)
-    return list(groups.values())
+    return sorted(groups.values(), key=lambda group: not group[0].shared)
 
 
 def _numberless(name: str) -> str:
@@ -86,21 +89,28 @@ def _numberless(name: str) -> str:
 def _row(plan: RoastPlan, group: list[TensorPlan]) -> list[str | Text]:
     first = group[0]
     scales = sorted({f"{tensor.scale:.3g}" for tensor in group if tensor.scale is not None}, key=float)
-    shared_numel = plan.total_numel - plan.kept_numel
+    shapes = {tensor.shape for tensor in group}
     stored: float = sum(tensor.numel for tensor in group)
     if first.shared:
         # A shared tensor's part of the pool, in proportion to what it asks of it.
-        stored *= plan.pool_numel / shared_numel
+        stored *= plan.pool_numel / (plan.total_numel - plan.kept_numel)
     return [
-        first.name if len(group) == 1 else f"{_numberless(first.name)}  (×{len(group)})",
-        "×".join(map(str, first.shape)) or "scalar",
-        first.op,
+        Text(_label(group)),
+        "×".join(map(str, first.shape)) or "1" if len(shapes) == 1 else "various",
+        ", ".join(dict.fromkeys(tensor.op for tensor in group)),
         Text("shared", style="green") if first.shared else Text("kept", style="yellow"),
         scales[0] + (f"…{scales[-1]}" if len(scales) > 1 else "") if scales else "",
         f"{sum(tensor.num_tiles for tensor in group):,}" if first.shared else "",
         f"{stored / plan.stored_numel:.1%}",
-        first.reason,
+        Text(first.reason),
     ]
+
+
+def _label(group: list[TensorPlan]) -> str:
+    names = list(dict.fromkeys(_numberless(tensor.name) for tensor in group))
+    if len(group) == 1:
+        return group[0].name
+    return f"{names[0]} (×{len(group)})" if len(names) == 1 else f"{names[0]} and {len(group) - 1} more"
 
 
 def summary(plan: RoastPlan) -> RenderableType:

@@ -21,6 +21,30 @@ def find_pool(model: nn.Module) -> RoastPool | None:
     return next((module for module in model.modules() if isinstance(module, RoastPool)), None)
 
 
+def pool_of(model: nn.Module) -> RoastPool:
+    """Return the pool of a whole converted model.
+
+    Raises:
+        ConversionError: the model is not a converted one, or only a part or a wrapper of one.
+    """
+    pool = find_pool(model)
+    if pool is None:
+        raise ConversionError(
+            f"this {type(model).__name__} holds no roastify pool; expected a model that roastify.convert or "
+            f"roastify.load returned"
+        )
+    try:
+        owner = model.get_submodule(pool.plan.owner)
+    except AttributeError:
+        owner = nn.Module()
+    if owner._modules.get(POOL_NAME) is not pool:
+        raise ConversionError(
+            f"this {type(model).__name__} is a wrapper or a part of a converted model; pass the model that "
+            f"roastify.convert returned (for a wrapper, its .module)"
+        )
+    return pool
+
+
 def copy_without(model: nn.Module, left_out: set[int]) -> nn.Module:
     """Deep-copy a model, but give the tensors whose ids are in `left_out` no memory: they become meta tensors.
 
@@ -81,6 +105,19 @@ def matrix(tensor: TensorPlan, dense: torch.Tensor) -> torch.Tensor:
     return dense.reshape(tensor.rows, tensor.cols)
 
 
+def shared_tensor(pool: RoastPool, tensor: TensorPlan) -> SharedTensor:
+    """Return a shared tensor as its layers see it."""
+    return SharedTensor(
+        pool,
+        pool.plan.view(tensor),
+        _scale(tensor),
+        torch.Size(tensor.shape),
+        tensor.transposed,
+        getattr(torch, tensor.dtype),
+        tensor.zero_row,
+    )
+
+
 def apply(model: nn.Module, plan: RoastPlan, pool: RoastPool) -> Callable[[], None]:
     """Swap every layer that the plan names to the pool and register the pool, in place; all of it or nothing.
 
@@ -99,15 +136,7 @@ def apply(model: nn.Module, plan: RoastPlan, pool: RoastPool) -> Callable[[], No
 
     try:
         for tensor in plan.shared:
-            shared = SharedTensor(
-                pool,
-                plan.view(tensor),
-                _scale(tensor),
-                torch.Size(tensor.shape),
-                tensor.transposed,
-                getattr(torch, tensor.dtype),
-                tensor.zero_row,
-            )
+            shared = shared_tensor(pool, tensor)
             for module, attribute in owners(model, tensor):
                 swapped.append((module, type(module), attribute, module._parameters[attribute]))
                 to_roast(module, attribute, shared)
@@ -120,8 +149,7 @@ def apply(model: nn.Module, plan: RoastPlan, pool: RoastPool) -> Callable[[], No
 
 def restore(model: nn.Module) -> None:
     """Turn a converted model back into a dense one, in place: original classes, names and ties."""
-    pool = find_pool(model)
-    assert pool is not None
+    pool = pool_of(model)
     plan: RoastPlan = pool.plan
     dense: list[tuple[RoastModule, str, nn.Parameter]] = []
     for tensor in plan.shared:

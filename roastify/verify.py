@@ -125,8 +125,10 @@ def _signature(model: nn.Module) -> inspect.Signature | None:
 
 
 def _same(left: object, right: object) -> bool:
-    return left is right or (type(left) is type(right) and not isinstance(left, Tensor) and left == right) or (
-        repr(left) == repr(right)
+    return (
+        left is right
+        or (type(left) is type(right) and not isinstance(left, Tensor) and left == right)
+        or (repr(left) == repr(right))
     )
 
 

@@ -1,0 +1,201 @@
+"""The command line: click commands that call the Python interface and print what it returns."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import platform
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import roastify
+from roastify import api, report
+from roastify.config import INITS, RoastConfig
+from roastify.errors import ConfigError, RoastError, SourceError, closest
+from roastify.rewrite import pool_of
+from roastify.source import Source, load_source
+
+
+class _DefaultCommand(click.Group):
+    """A group whose first argument may be a source: `roastify model.py` is `roastify convert model.py`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        front = [argument for argument in args if argument in ("--traceback", "--version")]
+        rest = [argument for argument in args if argument not in front]
+        if rest and rest[0] not in self.commands and rest[0] not in ctx.help_option_names:
+            self._refuse_misspelling(ctx, rest)
+            rest = ["convert", *rest]
+        return super().parse_args(ctx, [*front, *rest])
+
+    def _refuse_misspelling(self, ctx: click.Context, args: list[str]) -> None:
+        hint = closest(args[0], self.commands)
+        if hint and args[0].isalpha():
+            ctx.fail(f"no command {args[0]!r}{hint}; a model is named as file.py, file.py:NAME or hf:DIRECTORY")
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except RoastError as error:
+            if ctx.params.get("traceback"):
+                raise
+            console = Console(stderr=True, soft_wrap=True, highlight=False)
+            console.print(Text.assemble(("error: ", "bold red"), str(error)))
+            ctx.exit(2 if isinstance(error, ConfigError | SourceError) else 1)
+
+
+def _out() -> Console:
+    return Console(highlight=False)
+
+
+@click.group(cls=_DefaultCommand, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(roastify.__version__, prog_name="roastify")
+@click.option("--traceback", is_flag=True, help="Show Python's traceback with an error.")
+def main(traceback: bool) -> None:
+    r"""Convert a PyTorch model into one whose large weights share a small trainable pool.
+
+    \b
+    roastify model.py --ratio 50          convert, verify and report
+    roastify model.py --ratio 50 -o out/  the same, and write the artifact
+
+    SOURCE is file.py, file.py:NAME (a module, a class or a function without arguments), or hf:DIRECTORY,
+    hf:CONFIG.json or hf:HUB-NAME.
+    """
+
+
+def _settings_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that `convert`, `plan` and `check` share."""
+    options = [
+        click.argument("source"),
+        click.option("--ratio", type=str, help="Whole-model parameters ÷ parameters stored (default 10)."),
+        click.option("--config", type=click.Path(dir_okay=False), help="TOML file of settings."),
+        click.option("--include", multiple=True, metavar="PATTERN", help="Share only these tensors or modules."),
+        click.option("--exclude", multiple=True, metavar="PATTERN", help="Keep these tensors or modules dense."),
+        click.option("--init", type=click.Choice(INITS), help="match: train from scratch; project: fit the weights."),
+        click.option("--seed", type=int, help="Of the mapping and the pool's initial values."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _config(
+    ratio: str | None, config: str | None, include: tuple[str, ...], exclude: tuple[str, ...], **rest: Any
+) -> RoastConfig:
+    settings = RoastConfig() if config is None else RoastConfig.from_toml(config)
+    return settings.replace(
+        ratio=None if ratio is None else _number(ratio), include=include or None, exclude=exclude or None, **rest
+    )
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is not a number", param_hint="'--ratio'") from None
+
+
+@main.command()
+@_settings_options
+@click.option("-o", "--output", type=click.Path(file_okay=False), help="Write the artifact to this folder.")
+@click.option("--all", "full", is_flag=True, help="A row for every tensor.")
+def convert(source: str, output: str | None, full: bool, **settings: Any) -> None:
+    """Convert, verify, report, and write the artifact (the default command)."""
+    config = _config(**settings)
+    console = _out()
+    found = _load(source)
+    converted = api.convert(found.model, config=config)
+    console.print(report.plan_table(pool_of(converted).plan, full))
+    console.print(report.verify_lines(api.verify(found.model, converted, found.example_inputs)))
+    if output is not None:
+        api.save(converted, output)
+        console.print(f"written to {output}")
+    else:
+        console.print("nothing written; give -o FOLDER for the artifact", style="dim")
+
+
+@main.command()
+@_settings_options
+@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+@click.option("--all", "full", is_flag=True, help="A row for every tensor.")
+def plan(source: str, as_json: bool, full: bool, **settings: Any) -> None:
+    """Show what would be shared, kept, tied and skipped, and why."""
+    config = _config(**settings)
+    planned = api.plan(_load(source).model, config=config)
+    if as_json:
+        click.echo(json.dumps(planned.to_dict(), indent=1))
+    else:
+        _out().print(report.plan_table(planned, full))
+
+
+@main.command()
+@_settings_options
+def check(source: str, **settings: Any) -> None:
+    """Convert and compare signature and outputs with the original, for CI: exit code 0 or 1."""
+    config = _config(**settings)
+    found = _load(source)
+    converted = api.convert(found.model, config=config)
+    console = _out()
+    console.print(report.verify_lines(api.verify(found.model, converted, found.example_inputs)))
+    console.print(Text(f"ok: {source} at ratio {config.ratio:g}", style="green"))
+
+
+@main.command()
+@click.argument("artifact", type=click.Path(file_okay=False))
+@click.option("-o", "--output", required=True, type=click.Path(dir_okay=False), help="A .safetensors file.")
+def densify(artifact: str, output: str) -> None:
+    """Turn an artifact back into a plain state dict."""
+    with _status(f"reading {artifact}"):
+        count = api.densify_artifact(artifact, output)
+    _out().print(f"{count} tensors written to {output}")
+
+
+@main.command()
+def doctor() -> None:
+    """Show versions, devices and the backend in use."""
+    table = Table.grid(padding=(0, 2))
+    for name, value in diagnosis():
+        table.add_row(Text(name, style="dim"), value)
+    _out().print(table)
+
+
+def diagnosis() -> list[tuple[str, str]]:
+    """Return versions, devices and the path that each kind of tensor takes."""
+    rows = [
+        ("roastify", roastify.__version__),
+        ("python", f"{platform.python_version()} on {platform.platform()}"),
+    ]
+    for package in ("torch", "triton", "transformers", "safetensors"):
+        rows.append((package, _version(package)))
+    rows.append(("cpu", f"{torch.get_num_threads()} threads; operations run in torch, a panel of tile rows at a time"))
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            memory = report.human_bytes(properties.total_memory)
+            rows.append((f"cuda:{index}", f"{properties.name}, {memory}; operations run in torch"))
+    else:
+        rows.append(("cuda", "none found"))
+    return rows
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _load(source: str) -> Source:
+    with _status(f"loading {source}"):
+        return load_source(source)
+
+
+def _status(text: str) -> contextlib.AbstractContextManager[object]:
+    return Console(stderr=True).status(text) if sys.stderr.isatty() else contextlib.nullcontext()

@@ -1,0 +1,250 @@
+"""`SOURCE` → `nn.Module`: `file.py`, `file.py:NAME`, or `hf:` with a local directory, config file or hub name."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from roastify.errors import SourceError, closest
+
+# Functions of these names, without required arguments, are taken for the file's model builder.
+_BUILDER = re.compile(r"(build|make|create|get|load)?_?(model|net|network)", re.IGNORECASE)
+_EXAMPLE_INPUTS = "example_inputs"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model and where it came from.
+
+    Args:
+        name: what the user typed.
+        model: the dense model.
+        example_inputs: the file's `example_inputs` (a value, or a function without arguments), transformers' dummy
+            inputs, or None.
+        build: builds the model again.
+    """
+
+    name: str
+    model: nn.Module
+    example_inputs: Any
+    build: Callable[[], nn.Module]
+
+
+def load_source(name: str) -> Source:
+    """Build the model that a `SOURCE` names.
+
+    Raises:
+        SourceError: it does not exist, does not import, or does not hold just one model.
+    """
+    scheme, colon, rest = name.partition(":")
+    if colon and scheme == "hf":
+        return _from_transformers(name, rest)
+    if colon and scheme in ("timm", "torchvision"):
+        raise SourceError(
+            f"{name}: this version reads models from Python files and hf:; wrap the {scheme} call in a file"
+        )
+    path, attribute = _split(name)
+    return _from_file(name, path, attribute)
+
+
+def _split(name: str) -> tuple[Path, str | None]:
+    head, colon, tail = name.rpartition(":")
+    if colon and tail.isidentifier() and head.endswith(".py"):
+        return Path(head), tail
+    return Path(name), None
+
+
+def _from_file(name: str, path: Path, attribute: str | None) -> Source:
+    if path.suffix != ".py":
+        raise SourceError(
+            f"{name}: expected file.py, file.py:NAME or hf:DIRECTORY"
+            + (" (the file exists, but is not a Python file)" if path.is_file() else "")
+        )
+    if not path.is_file():
+        raise SourceError(f"{name}: there is no file {path}")
+    module = _import(path)
+    if attribute is None:
+        attribute = _only_candidate(path, module)
+    elif not hasattr(module, attribute):
+        hint = closest(attribute, (key for key in vars(module) if not key.startswith("_")))
+        raise SourceError(f"{path} has no name {attribute!r}{hint}")
+
+    def build() -> nn.Module:
+        return _build(path, attribute, getattr(module, attribute))
+
+    return Source(name, build(), _example_inputs(path, module), build)
+
+
+def _import(path: Path) -> ModuleType:
+    """Import a file as a user's script would be: its own folder is where its imports are looked for first."""
+    path = path.resolve()
+    module_name = f"_roastify_source_{path.stem}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Registered under its name, as dataclasses and pickling in the file expect.
+    sys.modules[module_name] = module
+    sys.path.insert(0, str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's file raises
+        del sys.modules[module_name]
+        line = _line_in(path, error)
+        raise SourceError(f"{path} does not import: {type(error).__name__}: {error}{line}") from error
+    finally:
+        sys.path.remove(str(path.parent))
+    return module
+
+
+def _line_in(path: Path, error: BaseException) -> str:
+    """Return where in the file an error arose, such as ``" (line 3)"``."""
+    if isinstance(error, SyntaxError):
+        return f" (line {error.lineno})" if error.lineno else ""
+    lines = []
+    trace = error.__traceback__
+    while trace:
+        if trace.tb_frame.f_code.co_filename == str(path):
+            lines.append(trace.tb_lineno)
+        trace = trace.tb_next
+    return f" (line {lines[-1]})" if lines else ""
+
+
+def _only_candidate(path: Path, module: ModuleType) -> str:
+    """Return the one name in a file that is a model: an instance, else a builder function, else a class."""
+    public = {key: value for key, value in vars(module).items() if not key.startswith("_")}
+    instances = [key for key, value in public.items() if isinstance(value, nn.Module)]
+    builders = [
+        key
+        for key, value in public.items()
+        if inspect.isfunction(value)
+        and value.__module__ == module.__name__
+        and _callable_without_arguments(value)
+        and (_BUILDER.fullmatch(key) or _returns_module(value))
+    ]
+    classes = [
+        key
+        for key, value in public.items()
+        if isinstance(value, type)
+        and issubclass(value, nn.Module)
+        and value.__module__ == module.__name__
+        and _callable_without_arguments(value)
+    ]
+    for candidates in (instances, builders, classes):
+        if len(candidates) == 1:
+            return candidates[0]
+        if candidates:
+            raise SourceError(
+                f"{path} holds several models ({', '.join(candidates)}); name one: {path}:{candidates[0]}"
+            )
+    raise SourceError(
+        f"{path} holds no model; expected a torch.nn.Module, a function without required arguments such as "
+        f"build_model(), or an nn.Module class without required arguments. Name another with {path}:NAME"
+    )
+
+
+def _callable_without_arguments(value: Callable[..., Any]) -> bool:
+    try:
+        parameters = inspect.signature(value).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    # A function of *args builds something from them; keyword arguments alone are options.
+    return all(p.default is not p.empty or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def _returns_module(function: Callable[..., Any]) -> bool:
+    try:
+        returned = inspect.signature(function, eval_str=True).return_annotation
+    except Exception:  # an annotation that only a type checker can resolve
+        return False
+    return isinstance(returned, type) and issubclass(returned, nn.Module)
+
+
+def _build(path: Path, attribute: str, value: Any) -> nn.Module:
+    if isinstance(value, nn.Module):
+        return value
+    if not callable(value):
+        raise SourceError(
+            f"{path}:{attribute} is a {type(value).__name__}; expected a torch.nn.Module, a class of one, or a function "
+            f"without arguments that returns one"
+        )
+    try:
+        model = value()
+    except Exception as error:  # whatever the user's code raises
+        raise SourceError(f"{path}:{attribute}() fails: {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise SourceError(f"{path}:{attribute}() returned a {type(model).__name__}; expected a torch.nn.Module")
+    return model
+
+
+def _example_inputs(path: Path, module: ModuleType) -> Any:
+    value = getattr(module, _EXAMPLE_INPUTS, None)
+    if not callable(value):
+        return value
+    try:
+        return value()
+    except Exception as error:  # whatever the user's code raises
+        raise SourceError(f"{path}:{_EXAMPLE_INPUTS}() fails: {type(error).__name__}: {error}") from error
+
+
+def _from_transformers(name: str, rest: str) -> Source:
+    try:
+        import transformers
+    except ImportError:
+        raise SourceError(f"{name} needs transformers; install it with: pip install 'roastify[integrations]'") from None
+    if not rest:
+        raise SourceError(f"{name}: expected hf:DIRECTORY, hf:CONFIG.json or hf:HUB-NAME")
+    try:
+        config = transformers.AutoConfig.from_pretrained(rest)
+    except Exception as error:  # transformers raises OSError, ValueError and hub errors alike
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise SourceError(f"{name}: transformers finds no config there: {first}") from error
+    model_class = _architecture(name, transformers, config)
+    has_weights = Path(rest).is_dir() and any(
+        any(Path(rest).glob(pattern)) for pattern in ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
+    )
+    local = Path(rest).exists()
+
+    def build() -> nn.Module:
+        try:
+            if local and not has_weights:
+                return model_class._from_config(config)
+            return model_class.from_pretrained(rest)
+        except Exception as error:  # transformers raises OSError, ValueError, RuntimeError and hub errors alike
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            raise SourceError(f"{name}: {model_class.__name__} cannot be built: {first}") from error
+
+    model = build()
+    return Source(name, model, _dummy_inputs(model), build)
+
+
+def _architecture(name: str, transformers: ModuleType, config: Any) -> Any:
+    """Return the class that the config names, or else the base model of its type."""
+    for architecture in config.architectures or ():
+        found = getattr(transformers, architecture, None)
+        if found is None:
+            raise SourceError(f"{name}: the config names the architecture {architecture!r}, unknown to transformers")
+        return found
+    try:
+        return transformers.AutoModel._model_mapping[type(config)]
+    except KeyError:
+        raise SourceError(
+            f"{name}: the config names no architecture, and transformers has no base model for {type(config).__name__}"
+        ) from None
+
+
+def _dummy_inputs(model: Any) -> Any:
+    """Return transformers' dummy inputs where the model takes them and its vocabulary holds them."""
+    inputs = getattr(model, "dummy_inputs", None)
+    if not isinstance(inputs, dict):
+        return None
+    accepted = inspect.signature(model.forward).parameters
+    return inputs if all(key in accepted for key in inputs) else None

@@ -1,0 +1,79 @@
+"""What every test shares: poisoned memory, few threads, no GPU tests without a GPU, and two small helpers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import hypothesis
+import pytest
+import torch
+from torch import Tensor
+
+# Two threads, so that code which depends on their number shows it, on any machine.
+torch.set_num_threads(2)
+
+# Reproducible: a failure in CI is a failure here. No deadline: the first example pays for torch's start.
+hypothesis.settings.register_profile("roastify", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("roastify")
+
+_ALLOCATORS = (
+    (torch, "empty"),
+    (torch, "empty_like"),
+    (torch, "empty_strided"),
+    (Tensor, "new_empty"),
+    (Tensor, "new_empty_strided"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch sees none"))
+
+
+def _poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def allocate_poisoned(*args: Any, **kwargs: Any) -> Tensor:
+        tensor = allocate(*args, **kwargs)
+        return tensor.detach().fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    return allocate_poisoned
+
+
+def _set_deterministic(enabled: bool) -> None:
+    torch.use_deterministic_algorithms(enabled)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fill fresh floating memory with NaN, so that whoever reads what nobody wrote fails."""
+    if request.node.get_closest_marker("gpu"):
+        # On a GPU torch's deterministic mode swaps the algorithms that ship and refuses cuBLAS without an environment
+        # variable; on a CPU it changes none that we use.
+        for owner, name in _ALLOCATORS:
+            monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+        yield
+        return
+    _set_deterministic(True)
+    yield
+    _set_deterministic(False)
+
+
+@pytest.fixture
+def shipped_algorithms(poisoned_memory: None) -> None:
+    """Leave torch's deterministic mode, for tests that ask whether results repeat without it."""
+    _set_deterministic(False)
+
+
+@pytest.fixture
+def chunk_table() -> Callable[..., Tensor]:
+    """Return a function from the mappings of a pool's regions, in order, to the pool's chunk table."""
+
+    def build(*maps: Any) -> Tensor:
+        rows: Sequence[tuple[int, int, int]] = [row for tile_map in maps for row in tile_map.chunk_table()]
+        return torch.tensor(rows, dtype=torch.int64).view(-1, 3)
+
+    return build
