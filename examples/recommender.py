@@ -3,6 +3,8 @@
 Its eight tables hold nearly all of its 12 M parameters, as in practice.
 """
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 
@@ -13,7 +15,7 @@ DENSE_FEATURES = 13
 
 def mlp(*sizes: int) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for in_features, out_features in zip(sizes, sizes[1:]):
+    for in_features, out_features in itertools.pairwise(sizes):
         layers += [nn.Linear(in_features, out_features), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 

@@ -289,7 +289,7 @@ def _worth_reading_by_slot(num_rows: int, view: TileView) -> bool:
         not view.strips
         and view.mapping == MappingKind.PERMUTATION
         and (view.sign != SignKind.ELEMENT or _all_positive(view))
-        and num_rows <= _MAX_ROWS_BY_SLOT
+        and 0 < num_rows <= _MAX_ROWS_BY_SLOT
         and view.slot_size >= 256
         and view.num_tiles >= 2 * view.num_slots
     )

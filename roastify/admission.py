@@ -24,9 +24,12 @@ def check_convertible(model: object) -> None:
         raise ConversionError(
             "the model is already converted; convert the dense model, or go back with roastify.densify(model) first"
         )
-    if hasattr(model, POOL_NAME):
-        raise ConversionError(f"the model has an attribute {POOL_NAME!r} of its own; rename it: the pool goes there")
     for name, module in model.named_modules():
+        if hasattr(module, POOL_NAME):
+            raise ConversionError(
+                f"{name or 'the model'} has an attribute {POOL_NAME!r} of its own; rename it: the pool is registered "
+                f"under that name"
+            )
         if isinstance(module, torch.jit.ScriptModule):
             raise ConversionError(
                 f"{name or 'the model'} is a TorchScript module, whose code cannot be rewritten; convert the eager "

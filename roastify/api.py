@@ -14,7 +14,8 @@ from roastify.admission import check_convertible, check_has_values, device_of
 from roastify.config import RoastConfig
 from roastify.errors import ConfigError
 from roastify.initial import fill, measure
-from roastify.plan import RoastPlan, make_plan
+from roastify.plan import RoastPlan
+from roastify.planner import make_plan
 from roastify.trace import trace
 from roastify.verify import VerifyReport
 

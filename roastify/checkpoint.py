@@ -7,9 +7,11 @@ the save. At every other moment the folder holds either the old artifact or the 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +22,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from roastify.errors import CheckpointError
+from roastify.layers import kind_of
 from roastify.mapping import MAPPING_VERSION
 from roastify.plan import RoastPlan
-from roastify.rewrite import POOL_NAME, build_pool, pool_of, shared_tensor
+from roastify.rewrite import POOL_NAME, build_pool, current_plan, owners, shared_tensor
 
 FORMAT_VERSION = 1
 MANIFEST = "roast.json"
@@ -41,7 +44,7 @@ class Artifact:
 
 def write(model: nn.Module, folder: Path) -> None:
     """Write a converted model; see `roastify.save`."""
-    plan: RoastPlan = pool_of(model).plan
+    plan = current_plan(model)
     in_state_dict = model.state_dict().keys()
     extra = [key for key in in_state_dict if key.endswith("_extra_state")]
     if extra:
@@ -54,26 +57,57 @@ def write(model: nn.Module, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         pending_weights = folder / (WEIGHTS + _PENDING)
         pending_manifest = folder / (MANIFEST + _PENDING)
-        # A pending manifest of an earlier, killed save must not be taken for this one's.
-        pending_manifest.unlink(missing_ok=True)
-        save_file(tensors, pending_weights, metadata={"format": "pt"})
+        _finish_interrupted_save(folder)
+        _save_tensors(tensors, pending_weights)
         manifest = {
             "format_version": FORMAT_VERSION,
             "mapping_version": MAPPING_VERSION,
             "weights": {"file": WEIGHTS, "sha256": _digest(pending_weights)},
             "ties": ties,
+            "buffers": {name: list(buffer.shape) for name, buffer in _named_buffers(model, plan)},
             "state_dict": [name for name in [*tensors, *ties] if name in in_state_dict],
             "plan": plan.to_dict(),
         }
-        text = json.dumps(manifest, indent=1, ensure_ascii=False)
+        text = json.dumps(seal(manifest), indent=1, ensure_ascii=False)
         pending_manifest.write_text(text + "\n", encoding="utf-8")
         for path in (pending_weights, pending_manifest):
             _flush(path)
         os.replace(pending_weights, folder / WEIGHTS)
         os.replace(pending_manifest, folder / MANIFEST)
         _flush(folder)
-    except OSError as error:
-        raise CheckpointError(f"cannot write the artifact {folder}: {error.strerror or error}") from error
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"cannot write the artifact {folder}: {_first_line(error)}") from error
+
+
+def seal(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return a manifest with the digest of everything else in it."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    return {**rest, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _finish_interrupted_save(folder: Path) -> None:
+    """Do the second rename of a save that was killed before it, and drop what an earlier kill left."""
+    pending = folder / (MANIFEST + _PENDING)
+    if pending.is_file():
+        weights = folder / WEIGHTS
+        with contextlib.suppress(CheckpointError):
+            if weights.is_file() and _parse(pending)["weights"]["sha256"] == _digest(weights):
+                os.replace(pending, folder / MANIFEST)
+                return
+        pending.unlink()
+
+
+def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write a safetensors file with the permissions that the user's umask gives: its writer makes them private."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
+
+
+def _first_line(error: BaseException) -> str:
+    return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def read(folder: Path) -> Artifact:
@@ -86,13 +120,15 @@ def read(folder: Path) -> Artifact:
         raise CheckpointError(f"there is no artifact folder {folder}; expected one that roastify.save wrote")
     weights = folder / WEIGHTS
     manifest_path = folder / MANIFEST
+    pending = manifest_path.with_name(MANIFEST + _PENDING)
+    if not manifest_path.is_file() and pending.is_file():
+        manifest_path = pending
     for path in (manifest_path, weights):
         if not path.is_file():
             raise CheckpointError(f"{folder} is not a roastify artifact: {path.name} is missing")
     manifest = _parse(manifest_path)
     digest = _digest(weights)
     if manifest["weights"]["sha256"] != digest:
-        pending = manifest_path.with_name(MANIFEST + _PENDING)
         if pending.is_file() and (finished := _parse(pending))["weights"]["sha256"] == digest:
             manifest = finished
         else:
@@ -102,8 +138,10 @@ def read(folder: Path) -> Artifact:
             )
     try:
         plan = RoastPlan.from_dict(manifest["plan"])
-    except (TypeError, KeyError, AttributeError) as error:
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise CheckpointError(f"the plan in {manifest_path} is damaged ({error}); restore the file") from error
+    if manifest.get("sha256") != seal(manifest)["sha256"]:
+        raise CheckpointError(f"{manifest_path} was changed after it was saved (its digest is wrong); restore the file")
     return Artifact(folder, manifest, plan)
 
 
@@ -115,21 +153,29 @@ def _parse(path: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or not isinstance(manifest.get("format_version"), int):
         raise CheckpointError(f"{path} has no format version, so it is not a roastify manifest")
     for key, supported in (("format_version", FORMAT_VERSION), ("mapping_version", MAPPING_VERSION)):
-        if manifest.get(key, 0) > supported:
+        if not isinstance(manifest.get(key), int):
+            raise CheckpointError(f"{path} has no {key.replace('_', ' ')}; restore it from a whole copy")
+        if manifest[key] > supported:
             raise CheckpointError(
                 f"{path} has {key.replace('_', ' ')} {manifest[key]}, and this roastify reads up to {supported}; "
                 f"install a newer roastify"
             )
-    missing = [key for key in ("weights", "ties", "state_dict", "plan") if key not in manifest]
-    if missing or "sha256" not in manifest["weights"]:
+    missing = [key for key in ("weights", "ties", "buffers", "state_dict", "plan") if key not in manifest]
+    if missing or not isinstance(manifest["weights"], dict) or "sha256" not in manifest["weights"]:
         raise CheckpointError(f"{path} lacks {', '.join(missing) or 'the digest'}; restore it from a whole copy")
     return manifest
 
 
 def check_architecture(artifact: Artifact, model: nn.Module) -> None:
-    """Raise `CheckpointError` unless the dense model has just the parameters that the artifact was made from."""
+    """Raise `CheckpointError` unless the dense model is built as the one that the artifact was made from.
+
+    Names, shapes and ties of the parameters, names and shapes of the buffers, and the kinds of the shared layers count.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    buffers = dict(model.named_buffers(remove_duplicate=False))
     expected = {alias: tensor.shape for tensor in artifact.plan.tensors for alias in tensor.aliases}
-    found = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    expected |= {name: tuple(shape) for name, shape in artifact.manifest["buffers"].items()}
+    found = {name: tuple(tensor.shape) for name, tensor in [*parameters.items(), *buffers.items()]}
     differences = [f"{name} is missing" for name in expected if name not in found]
     differences += [f"{name} is not in the artifact" for name in found if name not in expected]
     differences += [
@@ -137,11 +183,30 @@ def check_architecture(artifact: Artifact, model: nn.Module) -> None:
         for name, shape in expected.items()
         if name in found and found[name] != shape
     ]
+    if not differences:
+        differences = [*_tie_differences(artifact.plan, parameters), *_kind_differences(artifact.plan, model)]
     if differences:
         raise CheckpointError(
             f"{artifact.folder} was made from another architecture than this {type(model).__name__} "
             f"({len(differences)} differences): {'; '.join(differences[:3])}; build the model as it was when converted"
         )
+
+
+def _tie_differences(plan: RoastPlan, parameters: dict[str, nn.Parameter]) -> Iterator[str]:
+    owner: dict[int, str] = {}
+    for tensor in plan.tensors:
+        for alias in tensor.aliases:
+            if parameters[alias] is not parameters[tensor.name]:
+                yield f"{alias} is not tied to {tensor.name}"
+            elif owner.setdefault(id(parameters[alias]), tensor.name) != tensor.name:
+                yield f"{alias} is tied to {owner[id(parameters[alias])]}"
+
+
+def _kind_differences(plan: RoastPlan, model: nn.Module) -> Iterator[str]:
+    for tensor in plan.shared:
+        for module, attribute in owners(model, tensor):
+            if kind_of(type(module)) is None or attribute != "weight":
+                yield f"{tensor.name} belongs to a {type(module).__name__}, which cannot read it from the pool"
 
 
 def fill(artifact: Artifact, model: nn.Module, device: torch.device) -> None:
@@ -185,11 +250,11 @@ def write_dense(artifact: Artifact, path: Path) -> int:
     state = dense_state_dict(artifact)
     pending = path.with_name(path.name + _PENDING)
     try:
-        save_file(state, pending, metadata={"format": "pt"})
+        _save_tensors(state, pending)
         _flush(pending)
         os.replace(pending, path)
-    except OSError as error:
-        raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from error
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"cannot write {path}: {_first_line(error)}") from error
     return len(state)
 
 
@@ -224,12 +289,20 @@ def _assign(model: nn.Module, name: str, value: torch.Tensor) -> None:
 def _check_no_meta_left(model: nn.Module) -> None:
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():
-            if isinstance(value, torch.Tensor) and value.is_meta:
+            if attribute not in ("_parameters", "_buffers", "_modules") and _holds_meta(value):
                 place = f"{name}.{attribute}" if name else attribute
                 raise CheckpointError(
                     f"{place} is a plain tensor, neither parameter nor buffer, so no artifact holds its value and it "
                     f"has none on the meta device; build the model on a real device, or register the tensor as a buffer"
                 )
+
+
+def _holds_meta(value: object) -> bool:
+    if isinstance(value, dict):
+        return any(map(_holds_meta, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_holds_meta, value))
+    return isinstance(value, torch.Tensor) and value.is_meta
 
 
 def _in_pool(name: str, plan: RoastPlan) -> bool:
@@ -238,14 +311,14 @@ def _in_pool(name: str, plan: RoastPlan) -> bool:
 
 
 def _named_tensors(model: nn.Module, plan: RoastPlan) -> list[tuple[str, torch.Tensor]]:
-    """Return every name of every parameter and buffer, without the pool's own buffers, which follow from the plan.
+    """Return every name of every parameter and buffer, without the pool's own buffers, which follow from the plan."""
+    return [*model.named_parameters(remove_duplicate=False), *_named_buffers(model, plan)]
 
-    Buffers that a state dict leaves out are included: a structure built on the meta device has no values for them.
-    """
-    buffers = [
-        (name, buffer) for name, buffer in model.named_buffers(remove_duplicate=False) if not _in_pool(name, plan)
-    ]
-    return [*model.named_parameters(remove_duplicate=False), *buffers]
+
+def _named_buffers(model: nn.Module, plan: RoastPlan) -> list[tuple[str, torch.Tensor]]:
+    """Return the model's own buffers, also those not in a state dict: on the meta device they have no value."""
+    named = model.named_buffers(remove_duplicate=False)
+    return [(name, buffer) for name, buffer in named if not _in_pool(name, plan)]
 
 
 def _stored_tensors(model: nn.Module, plan: RoastPlan) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -55,11 +55,16 @@ def _out() -> Console:
     return Console(highlight=False)
 
 
+def _say(line: str) -> None:
+    """Print one line as it is: no markup in a file's name, and no wrapping of it."""
+    click.echo(line)
+
+
 @click.group(cls=_DefaultCommand, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(roastify.__version__, prog_name="roastify")
 @click.option("--traceback", is_flag=True, help="Show Python's traceback with an error.")
-def main(traceback: bool) -> None:
-    r"""Convert a PyTorch model into one whose large weights share a small trainable pool.
+def main(traceback: bool) -> None:  # click keeps the lines of a paragraph that begins with \b
+    """Convert a PyTorch model into one whose large weights share a small trainable pool.
 
     \b
     roastify model.py --ratio 50          convert, verify and report
@@ -67,7 +72,7 @@ def main(traceback: bool) -> None:
 
     SOURCE is file.py, file.py:NAME (a module, a class or a function without arguments), or hf:DIRECTORY,
     hf:CONFIG.json or hf:HUB-NAME.
-    """
+    """  # noqa: D301
 
 
 def _settings_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -116,9 +121,9 @@ def convert(source: str, output: str | None, full: bool, **settings: Any) -> Non
     console.print(report.verify_lines(api.verify(found.model, converted, found.example_inputs)))
     if output is not None:
         api.save(converted, output)
-        console.print(f"written to {output}")
+        _say(f"written to {output}")
     else:
-        console.print("nothing written; give -o FOLDER for the artifact", style="dim")
+        _say("nothing written; give -o FOLDER for the artifact")
 
 
 @main.command()
@@ -144,7 +149,7 @@ def check(source: str, **settings: Any) -> None:
     converted = api.convert(found.model, config=config)
     console = _out()
     console.print(report.verify_lines(api.verify(found.model, converted, found.example_inputs)))
-    console.print(Text(f"ok: {source} at ratio {config.ratio:g}", style="green"))
+    _say(f"ok: {source} at ratio {config.ratio:g}")
 
 
 @main.command()
@@ -154,7 +159,7 @@ def densify(artifact: str, output: str) -> None:
     """Turn an artifact back into a plain state dict."""
     with _status(f"reading {artifact}"):
         count = api.densify_artifact(artifact, output)
-    _out().print(f"{count} tensors written to {output}")
+    _say(f"{count} tensors written to {output}")
 
 
 @main.command()

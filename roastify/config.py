@@ -128,7 +128,11 @@ def check_ratio(ratio: object) -> Fraction:
     Raises:
         ConfigError: it is not a finite number of at least 1.
     """
-    if not isinstance(ratio, int | float | Fraction) or isinstance(ratio, bool) or not math.isfinite(ratio):
+    if (
+        not isinstance(ratio, int | float | Fraction)
+        or isinstance(ratio, bool)
+        or (isinstance(ratio, float) and not math.isfinite(ratio))
+    ):
         raise ConfigError(f"ratio must be a finite number of at least 1; found {ratio!r}")
     if ratio < 1:
         raise ConfigError(f"ratio must be at least 1 (1 stores every parameter, 50 stores a fiftieth); found {ratio!r}")

@@ -196,6 +196,9 @@ class RoastConvTranspose3d(RoastModule, nn.ConvTranspose3d):
 class _RoastTransformersConv1D(RoastModule):
     """transformers' `Conv1D` (a linear layer that keeps its weight as `[in, out]`) on the pool."""
 
+    # transformers' own would leave out what the pool adds.
+    __repr__ = nn.Module.__repr__
+
     def forward(self, x: Tensor) -> Tensor:
         return self._roast["weight"].linear_t(x, cast(Tensor, self.bias))
 
@@ -297,14 +300,13 @@ def to_roast(module: nn.Module, name: str, shared: SharedTensor) -> None:
 
     A `None` stays in the Parameter's place, which keeps the order of a state dict's keys for the way back.
     """
-    roast = roast_class(type(module))
     module._parameters[name] = None
-    module.__class__ = roast
+    module.__class__ = roast_class(type(module))
     module.__dict__["_roast"] = {name: shared}
 
 
 def to_dense(module: RoastModule, parameters: dict[str, nn.Parameter]) -> None:
     """Turn a module on the pool back into its original class, with these dense Parameters."""
     del module.__dict__["_roast"]
-    module.__class__ = original_class(type(module))
+    module.__class__ = original_class(type(module))  # type: ignore[assignment]
     module._parameters.update(parameters)

@@ -2,6 +2,7 @@ r"""`RoastPool`: the owner of the one shared Parameter, its initial values and t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -52,6 +53,7 @@ class RoastPool(nn.Module):
         tile: `(rows, cols)` of a tile.
         maps: the mappings of its regions; one, or one for each tensor.
         shared: view and λ of every shared tensor; tied tensors once.
+        unread_rows: view, λ and row of every row that is zero instead of read (an embedding's padding row).
         dtype: of the Parameter.
         device: of the Parameter.
         trainable: whether the Parameter requires a gradient.
@@ -70,6 +72,7 @@ class RoastPool(nn.Module):
         maps: Sequence[TileMap],
         shared: Sequence[tuple[TileView, float]],
         *,
+        unread_rows: Sequence[tuple[TileView, float, int]] = (),
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         trainable: bool = True,
@@ -88,7 +91,7 @@ class RoastPool(nn.Module):
         with torch.device("cpu"):
             rows = [row for tile_map in maps for row in tile_map.chunk_table()]
             self._masters = {"table": torch.tensor(rows, dtype=torch.int64).view(-1, 3)}
-            self._masters |= _inverse_gamma(num_slots, tile, self._masters["table"], shared)
+            self._masters |= _inverse_gamma(num_slots, tile, self._masters["table"], shared, unread_rows)
         for name, master in self._masters.items():
             self.register_buffer(name, master.to(device), persistent=False)
 
@@ -145,7 +148,11 @@ class RoastPool(nn.Module):
 
 
 def _inverse_gamma(
-    num_slots: int, tile: tuple[int, int], table: Tensor, shared: Sequence[tuple[TileView, float]]
+    num_slots: int,
+    tile: tuple[int, int],
+    table: Tensor,
+    shared: Sequence[tuple[TileView, float]],
+    unread_rows: Sequence[tuple[TileView, float, int]],
 ) -> dict[str, Tensor]:
     """Return 1/Γ as a number for each slot, and element by element for the slots whose elements differ.
 
@@ -167,6 +174,11 @@ def _inverse_gamma(
         unsigned = view._replace(sign=int(SignKind.NONE))
         readers = torch.full((), scale).expand(view.rows, view.cols)
         reference.reduce_into(gamma, readers, table, unsigned, scale)
+    for view, scale, row in unread_rows:
+        unsigned = view._replace(sign=int(SignKind.NONE))
+        readers = torch.full((1, view.cols), scale)
+        read = reference.embedding_reduce(readers, torch.tensor([row]), table, unsigned, scale, [num_slots, size])
+        gamma -= read.view(-1)
     by_slot = gamma.view(num_slots, size)
     per_slot = by_slot.amax(1)
     per_slot[per_slot == 0] = 1.0
@@ -186,4 +198,4 @@ def _nothing_shared(num_slots: int, shared: Sequence[tuple[TileView, float]]) ->
     spans = sorted((view.first_slot + view.first_tile, view.num_tiles, view.num_slots) for view, _ in shared)
     if any(view.first_tile + view.num_tiles > view.num_slots for view, _ in shared):
         return False
-    return all(start + length <= following for (start, length, _), (following, _, _) in zip(spans, spans[1:]))
+    return all(start + length <= following for (start, length, _), (following, _, _) in itertools.pairwise(spans))

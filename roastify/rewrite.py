@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 
 import torch
@@ -27,6 +28,8 @@ def pool_of(model: nn.Module) -> RoastPool:
     Raises:
         ConversionError: the model is not a converted one, or only a part or a wrapper of one.
     """
+    if not isinstance(model, nn.Module):
+        raise ConversionError(f"expected a torch.nn.Module; found {type(model).__name__}")
     pool = find_pool(model)
     if pool is None:
         raise ConversionError(
@@ -73,6 +76,11 @@ def build_pool(plan: RoastPlan, device: torch.device | str) -> RoastPool:
         plan.tile,
         plan.maps(),
         [(plan.view(tensor), _scale(tensor)) for tensor in plan.shared],
+        unread_rows=[
+            (plan.view(tensor), _scale(tensor), tensor.zero_row)
+            for tensor in plan.shared
+            if tensor.zero_row is not None
+        ],
         dtype=getattr(torch, plan.dtype),
         device=device,
         trainable=plan.trainable,
@@ -88,11 +96,14 @@ def _scale(tensor: TensorPlan) -> float:
 
 
 def owners(model: nn.Module, tensor: TensorPlan) -> Iterator[tuple[nn.Module, str]]:
-    """Yield every module that holds a tensor, with its name there, each once."""
+    """Yield every module that holds a tensor, with its name there, each once; places that are gone are passed over."""
     seen = set()
     for alias in tensor.aliases:
         path, _, attribute = alias.rpartition(".")
-        module = model.get_submodule(path)
+        try:
+            module = model.get_submodule(path)
+        except AttributeError:
+            continue
         if (id(module), attribute) not in seen:
             seen.add((id(module), attribute))
             yield module, attribute
@@ -145,6 +156,53 @@ def apply(model: nn.Module, plan: RoastPlan, pool: RoastPool) -> Callable[[], No
         undo()
         raise
     return undo
+
+
+def current_plan(model: nn.Module) -> RoastPlan:
+    """Return the plan of a converted model with the dtypes that it has now.
+
+    Raises:
+        ConversionError: a layer on the pool, or a parameter, was replaced, added or removed since the conversion.
+    """
+    pool = pool_of(model)
+    plan: RoastPlan = pool.plan
+    found = dict(model.named_parameters(remove_duplicate=False))
+    tensors = []
+    for tensor in plan.tensors:
+        if tensor.shared:
+            views = [_on_pool(model, alias) for alias in tensor.aliases]
+            changed = any(view is None or view.pool is not pool for view in views)
+            dtype = None if views[0] is None else views[0].dtype
+        else:
+            parameters = [found.pop(alias, None) for alias in tensor.aliases]
+            changed = any(parameter is None or tuple(parameter.shape) != tensor.shape for parameter in parameters)
+            dtype = None if parameters[0] is None else parameters[0].dtype
+        if changed:
+            raise ConversionError(
+                f"{tensor.name} was replaced or removed since the conversion, so the plan no longer describes the "
+                f"model; go back with roastify.densify(model) and convert again"
+            )
+        tensors.append(dataclasses.replace(tensor, dtype=_dtype_name(dtype)))
+    extra = [name for name, parameter in found.items() if parameter is not pool.weight]
+    if extra:
+        raise ConversionError(
+            f"{extra[0]} was added since the conversion, so the plan does not describe it; go back with "
+            f"roastify.densify(model) and convert again"
+        )
+    return dataclasses.replace(plan, tensors=tuple(tensors), dtype=_dtype_name(pool.weight.dtype))
+
+
+def _on_pool(model: nn.Module, alias: str) -> SharedTensor | None:
+    path, _, attribute = alias.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        return None
+    return module._roast.get(attribute) if isinstance(module, RoastModule) else None
+
+
+def _dtype_name(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def restore(model: nn.Module) -> None:

@@ -93,21 +93,21 @@ def _import(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     # Registered under its name, as dataclasses and pickling in the file expect.
     sys.modules[module_name] = module
-    sys.path.insert(0, str(path.parent))
+    # For good, as it would be for a script: a builder or a forward may import when it runs.
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's file raises
+    except (Exception, SystemExit) as error:  # whatever the user's file raises
         del sys.modules[module_name]
         line = _line_in(path, error)
         raise SourceError(f"{path} does not import: {type(error).__name__}: {error}{line}") from error
-    finally:
-        sys.path.remove(str(path.parent))
     return module
 
 
 def _line_in(path: Path, error: BaseException) -> str:
     """Return where in the file an error arose, such as ``" (line 3)"``."""
-    if isinstance(error, SyntaxError):
+    if isinstance(error, SyntaxError) and error.filename == str(path):
         return f" (line {error.lineno})" if error.lineno else ""
     lines = []
     trace = error.__traceback__
@@ -173,8 +173,8 @@ def _build(path: Path, attribute: str, value: Any) -> nn.Module:
         return value
     if not callable(value):
         raise SourceError(
-            f"{path}:{attribute} is a {type(value).__name__}; expected a torch.nn.Module, a class of one, or a function "
-            f"without arguments that returns one"
+            f"{path}:{attribute} is a {type(value).__name__}; expected a torch.nn.Module, a class of one, or a "
+            f"function without arguments that returns one"
         )
     try:
         model = value()
@@ -247,4 +247,9 @@ def _dummy_inputs(model: Any) -> Any:
     if not isinstance(inputs, dict):
         return None
     accepted = inspect.signature(model.forward).parameters
-    return inputs if all(key in accepted for key in inputs) else None
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
+    fits = all(
+        key in accepted and (vocabulary is None or value.is_floating_point() or int(value.max()) < vocabulary)
+        for key, value in inputs.items()
+    )
+    return inputs if fits else None

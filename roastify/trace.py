@@ -8,12 +8,14 @@ ends up inside a graph, or opaque with a reason.
 from __future__ import annotations
 
 import contextlib
+import copy
+import random
 import warnings
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -87,13 +89,13 @@ class _Tracer(fx.Tracer):
     # Otherwise in-place updates of buffers would run for real while tracing.
     proxy_buffer_attributes = True
 
-    def __init__(self, untraceable: set[nn.Module]) -> None:
+    def __init__(self, untraceable: Collection[type[nn.Module]]) -> None:
         super().__init__()
         self.untraceable = untraceable
         self.entered: list[nn.Module] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return m in self.untraceable or super().is_leaf_module(m, module_qualified_name)
+        return type(m) in self.untraceable or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.entered.append(m)
@@ -104,22 +106,21 @@ class _Tracer(fx.Tracer):
 
 def trace(model: nn.Module) -> Forest:
     """Trace a model into a forest; the model, its state and the random generators are left as they were."""
-    opener = _Opener(model)
+    opener = _Opener()
     opener.open("", model)
     parameters = _collect_parameters(model)
-    _collect_uses(model, opener.regions, parameters)
+    _collect_uses(model, opener, parameters)
     return Forest(tuple(opener.regions), tuple(parameters))
 
 
 class _Opener:
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self) -> None:
         self.regions: list[Region] = []
-        self.untraceable: set[nn.Module] = set()
+        # A class that could not be traced in one place is a leaf from then on: a smaller region loses nothing, since
+        # what it leaves out is opened by itself.
         self.reasons: dict[type[nn.Module], str] = {}
         self.covered: set[nn.Module] = set()
-        self.by_class: dict[type[nn.Module], list[nn.Module]] = {}
-        for module in model.modules():
-            self.by_class.setdefault(type(module), []).append(module)
+        self.opaque: list[nn.Module] = []
 
     def open(self, path: str, module: nn.Module) -> None:
         """Trace `module` as a region, then open whatever its graph has as a leaf and is not torch.nn's own."""
@@ -136,6 +137,8 @@ class _Opener:
             graph = self._trace_region(module)
             reason = None if graph else self.reasons[type(module)]
             self.regions.append(Region(path, type(module).__name__, graph, reason))
+            if graph is None:
+                self.opaque.append(module)
         leaves = _leaf_paths(graph) if graph else {name for name, _ in module.named_children()}
         called_inside = _entered_paths(graph) if graph else set()
         for name, child in _below(module, leaves, called_inside):
@@ -146,19 +149,28 @@ class _Opener:
 
     def _trace_region(self, module: nn.Module) -> fx.Graph | None:
         """Return the module's graph, with submodules that cannot be traced made leaves; None if itself cannot be."""
-        while True:
-            if module in self.untraceable:
-                return None
-            tracer = _Tracer(self.untraceable)
+        while type(module) not in self.reasons:
+            tracer = _Tracer(self.reasons.keys())
             try:
-                with _undisturbed(module):
-                    return tracer.trace(module)
+                with _undisturbed():
+                    return tracer.trace(_twin(module))
             except Exception as error:  # whatever the user's forward raises when it meets a proxy
-                culprit = next((m for m in reversed(tracer.entered) if not tracer.is_leaf_module(m, "")), module)
-                # A class that cannot be traced in one place is not tried again: a smaller region loses nothing, since
-                # what it leaves out is opened by itself.
-                self.reasons.setdefault(type(culprit), _describe(error))
-                self.untraceable.update(self.by_class.get(type(culprit), [culprit]))
+                entered = (type(m) for m in reversed(tracer.entered) if not tracer.is_leaf_module(m, ""))
+                self.reasons[next(entered, type(module))] = _describe(error)
+        return None
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    """Return a copy to trace, so that what a forward does to its modules' attributes is done to the copy.
+
+    It has the same tensors, which a tracer replaces by proxies, and no hooks, which are the user's own affair.
+    """
+    tensors = [*module.parameters(), *module.buffers()]
+    twin = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+    for child in twin.modules():
+        for hooks in (child._forward_hooks, child._forward_pre_hooks, child._backward_hooks, child._backward_pre_hooks):
+            hooks.clear()
+    return twin
 
 
 def _describe(error: BaseException) -> str:
@@ -197,9 +209,10 @@ def _entered_paths(graph: fx.Graph) -> set[str]:
 def _below(module: nn.Module, leaves: set[str], inside: set[str]) -> Iterator[tuple[str, nn.Module]]:
     """Yield what must still be opened: leaves of the graph, and modules that it never reached."""
     for name, child in module.named_children():
-        if name in inside and name not in leaves:
-            deeper = {path[len(name) + 1 :] for path in leaves if path.startswith(name + ".")}
-            deeper_inside = {path[len(name) + 1 :] for path in inside if path.startswith(name + ".")}
+        deeper = {path[len(name) + 1 :] for path in leaves if path.startswith(name + ".")}
+        deeper_inside = {path[len(name) + 1 :] for path in inside if path.startswith(name + ".")}
+        # A container such as ModuleList is never called itself, though what it holds is.
+        if name not in leaves and (name in inside or deeper or deeper_inside):
             for path, grandchild in _below(child, deeper, deeper_inside):
                 yield _join(name, path), grandchild
         else:
@@ -207,27 +220,16 @@ def _below(module: nn.Module, leaves: set[str], inside: set[str]) -> Iterator[tu
 
 
 @contextlib.contextmanager
-def _undisturbed(module: nn.Module) -> Iterator[None]:
-    """Undo whatever a forward run on proxies does to its modules' attributes and to the random generators."""
-    saved = [
-        (child, dict(child.__dict__), [(value, value.copy()) for value in child.__dict__.values() if _plain(value)])
-        for child in module.modules()
-    ]
+def _undisturbed() -> Iterator[None]:
+    """Leave the random generators as they were, and keep the warnings of a run on proxies to ourselves."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for child, attributes, containers in saved:
-            child.__dict__.clear()
-            child.__dict__.update(attributes)
-            for container, contents in containers:
-                container.clear()
-                container.extend(contents) if isinstance(container, list) else container.update(contents)
-
-
-def _plain(value: object) -> bool:
-    return type(value) in (list, dict, set, OrderedDict)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
 
 
 def _collect_parameters(model: nn.Module) -> list[ParameterInfo]:
@@ -241,10 +243,10 @@ def _collect_parameters(model: nn.Module) -> list[ParameterInfo]:
     return list(found.values())
 
 
-def _collect_uses(model: nn.Module, regions: list[Region], parameters: list[ParameterInfo]) -> None:
+def _collect_uses(model: nn.Module, opener: _Opener, parameters: list[ParameterInfo]) -> None:
     calls: dict[str, int] = {}
     functional: dict[str, list[WeightUse]] = {}
-    for region in regions:
+    for region in opener.regions:
         if region.graph is None:
             continue
         for node in region.graph.nodes:
@@ -254,7 +256,8 @@ def _collect_uses(model: nn.Module, regions: list[Region], parameters: list[Para
             elif node.op == "get_attr":
                 name = _join(region.path, str(node.target))
                 functional.setdefault(name, []).extend(_functional_uses(name, node))
-    opaque = {region.path: region.reason for region in regions if region.reason}
+    # Opaque code may read the parameters of anything below it.
+    within_opaque = {id(module) for opaque in opener.opaque for module in opaque.modules()}
     for info in parameters:
         for alias in info.aliases:
             module_path, _, attribute = alias.rpartition(".")
@@ -269,7 +272,7 @@ def _collect_uses(model: nn.Module, regions: list[Region], parameters: list[Para
                 )
             info.uses.extend(functional.get(alias, []))
             if not any(use.module == module_path and use.attribute == attribute for use in info.uses):
-                op = "unseen" if module_path in opaque else "unused"
+                op = "unseen" if id(module) in within_opaque else "unused"
                 info.uses.append(WeightUse(module_path, attribute, op, "opaque"))
 
 

@@ -1,0 +1,39 @@
+# Everything runs in .venv, which `make setup` fills from pyproject.toml within constraints.txt.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench wheel-test clean
+
+help:  ## Show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(READY)  ## Make .venv and install roastify in it, editable, with everything for development
+
+# PyTorch goes first and alone: with a build in place, nothing after it asks for another.
+$(READY): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "setup needs $(PYTHON); name another with: make setup PYTHON=python3.12" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(READY)  ## Convert a BERT-base of 110 M parameters at ratio 50 and write the artifact to out/bert
+	$(BIN)/roastify examples/bert.py --ratio 50 -o out/bert
+
+test: $(READY)  ## Run the tests, and install the wheel in a fresh environment
+	$(BIN)/pytest -n 2 --dist worksteal
+
+check: $(READY)  ## Lint, formatting, types, and `roastify check` on every example
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	for example in examples/*.py; do $(BIN)/roastify check $$example --ratio 50 || exit 1; done
+
+bench: $(READY)  ## Measure against the dense layers on this machine and write benchmarks/results/
+	$(BIN)/python -m benchmarks.cpu
+
+clean:  ## Remove the environment and everything built
+	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,203 @@
+"""CPU benchmark: layers on the pool beside dense ones, and the conversion of BERT-base.
+
+Each case is checked against the dense product before it is timed. Dense and pool calls alternate, so that both see the
+same machine; medians and quartiles are reported. Raw rows go to benchmarks/results/cpu.json.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import nn
+
+import roastify
+
+RESULTS = Path(__file__).parent / "results" / "cpu.json"
+README = Path(__file__).parents[1] / "README.md"
+BEGIN, END = "<!-- cpu: written by `make bench` -->", "<!-- end -->"
+THREADS = 2
+# (out, in), ratio, rows, and what the time may be as a multiple of dense, where something was promised.
+LINEAR_CASES = [
+    ((4096, 4096), 10, 1, 1.5),
+    ((4096, 4096), 10, 16, None),
+    ((4096, 4096), 10, 128, None),
+    ((4096, 4096), 10, 1024, 1.1),
+    ((768, 768), 10, 1, None),
+    ((3072, 768), 10, 128, None),
+    ((4096, 4096), 200, 1, None),
+    ((4096, 4096), 200, 1024, None),
+]
+CONVERSION_LIMIT_S = 10.0
+MEMORY_LIMIT = 2.2
+
+
+def alternate(calls: dict[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
+    """Time the calls in turn for about `seconds` in all; milliseconds."""
+    for call in calls.values():
+        call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(next(iter(times.values()))) < 5:
+        for name, call in calls.items():
+            begun = time.perf_counter()
+            call()
+            times[name].append((time.perf_counter() - begun) * 1e3)
+    return times
+
+
+def spread(times: list[float]) -> dict[str, float]:
+    low, median, high = statistics.quantiles(times, n=4)
+    return {"median_ms": median, "q1_ms": low, "q3_ms": high, "runs": len(times)}
+
+
+def bench_linear(shape: tuple[int, int], ratio: float, rows: int, limit: float | None, seconds: float) -> dict:
+    torch.manual_seed(0)
+    dense = nn.Linear(shape[1], shape[0], bias=True)
+    pooled = roastify.convert(dense, ratio)
+    weight = pooled.weight.detach().clone()
+    x = torch.randn(rows, shape[1])
+    with torch.no_grad():
+        torch.testing.assert_close(pooled(x), F.linear(x, weight, pooled.bias), rtol=1e-4, atol=1e-4)
+        times = alternate({"dense": lambda: dense(x), "pool": lambda: pooled(x)}, seconds)
+    return {
+        "case": "linear",
+        "shape": list(shape),
+        "ratio": ratio,
+        "rows": rows,
+        "tile": list(pooled.roast_pool.plan.tile),
+        "sign": pooled.roast_pool.plan.sign,
+        "dense": spread(times["dense"]),
+        "pool": spread(times["pool"]),
+        "pool_over_dense": statistics.median(times["pool"]) / statistics.median(times["dense"]),
+        "limit": limit,
+    }
+
+
+def memory(field: str) -> int:
+    """Return a memory figure of this process in bytes."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith(field)).split()[1]) * 1024
+
+
+def convert_bert() -> dict:
+    """Convert BERT-base at ratio 50 in this process, and say how long it took and how much memory at the peak."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    torch.set_num_threads(THREADS)
+    model = BertForMaskedLM(BertConfig())
+    model_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    # Forget the peak of building the model; `ru_maxrss` would not do, since a child starts with its parent's.
+    Path("/proc/self/clear_refs").write_text("5")
+    resident = memory("VmRSS")
+    begun = time.perf_counter()
+    converted = roastify.convert(model, 50)
+    seconds = time.perf_counter() - begun
+    peak = memory("VmHWM")
+    plan = converted.roast_pool.plan
+    return {
+        "case": "convert BERT-base",
+        "ratio": 50,
+        "seconds": seconds,
+        "model_bytes": model_bytes,
+        # What the process held beyond the interpreter and its libraries: the model itself and the conversion's peak.
+        "peak_over_model": (peak - (resident - model_bytes)) / model_bytes,
+        "parameters": plan.total_numel,
+        "stored": plan.stored_numel,
+        "limit_seconds": CONVERSION_LIMIT_S,
+        "limit_memory": MEMORY_LIMIT,
+    }
+
+
+def machine() -> dict:
+    model = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    return {
+        "cpu": model,
+        "threads": THREADS,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "roastify": roastify.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def markdown(result: dict) -> str:
+    """Return the README's table of a raw result."""
+    cell = "| {} | {:g} | {} | {:.2f} | {:.2f} | {:.2f} | {} |"
+    lines = [
+        "| layer | ratio | rows | dense, ms | pool, ms | pool ÷ dense | promised |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        if row["case"] == "linear":
+            promised = "" if row["limit"] is None else f"≤ {row['limit']:g}"
+            name = f"Linear {row['shape'][0]}×{row['shape'][1]}"
+            times = row["dense"]["median_ms"], row["pool"]["median_ms"], row["pool_over_dense"]
+            lines.append(cell.format(name, row["ratio"], row["rows"], *times, promised))
+    (bert,) = (row for row in result["rows"] if row["case"] == "convert BERT-base")
+    lines += [
+        "",
+        f"Converting BERT-base at ratio 50 took {bert['seconds']:.1f} s (promised: {bert['limit_seconds']:g}), and at its "
+        f"peak {bert['peak_over_model']:.2f}× the model's memory, the model included (promised: "
+        f"{bert['limit_memory']:g}).",
+        f"{result['machine']['cpu']}, torch {result['machine']['torch']}, {result['machine']['date']}; medians, quartiles "
+        f"in the raw results.",
+    ]
+    return "\n".join(lines)
+
+
+def update_readme(result: dict) -> None:
+    before, _, rest = README.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    README.write_text(f"{before}{BEGIN}\n{markdown(result)}\n{END}{after}")
+
+
+@click.command()
+@click.option("--seconds", default=4.0, help="How long each case is timed.")
+@click.option("--convert-only", is_flag=True, help="Only convert BERT-base, in this process, and print its row.")
+def main(seconds: float, convert_only: bool) -> None:
+    """Measure on this machine's CPU; write the raw rows and the README's table."""
+    if convert_only:
+        print(json.dumps(convert_bert()))
+        return
+    torch.set_num_threads(THREADS)
+    console = Console()
+    rows = []
+    for shape, ratio, num_rows, limit in LINEAR_CASES:
+        with console.status(f"linear {shape[0]}×{shape[1]}, {num_rows} rows"):
+            row = bench_linear(shape, ratio, num_rows, limit, seconds)
+        rows.append(row)
+        verdict = "" if limit is None else f" (limit {limit:g})"
+        console.print(
+            f"linear {shape[0]}×{shape[1]}, ratio {ratio:g}, {num_rows} rows: "
+            f"{row['pool_over_dense']:.2f}× dense{verdict}"
+        )
+    # A process of its own, so that the peak is the conversion's.
+    command = [sys.executable, "-m", "benchmarks.cpu", "--convert-only"]
+    with console.status("converting BERT-base"):
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    rows.append(json.loads(output.splitlines()[-1]))
+    result = {"machine": machine(), "rows": rows}
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    update_readme(result)
+    console.print(markdown(result))
+    console.print(f"written to {RESULTS} and the README")
+
+
+if __name__ == "__main__":
+    main()
