@@ -149,13 +149,14 @@ def markdown(result: dict) -> str:
             times = row["dense"]["median_ms"], row["pool"]["median_ms"], row["pool_over_dense"]
             lines.append(cell.format(name, row["ratio"], row["rows"], *times, promised))
     (bert,) = (row for row in result["rows"] if row["case"] == "convert BERT-base")
+    cpu = result["machine"]
     lines += [
         "",
-        f"Converting BERT-base at ratio 50 took {bert['seconds']:.1f} s (promised: {bert['limit_seconds']:g}), and at its "
-        f"peak {bert['peak_over_model']:.2f}× the model's memory, the model included (promised: "
+        f"Converting BERT-base at ratio 50 took {bert['seconds']:.1f} s (promised: {bert['limit_seconds']:g}), and",
+        f"at its peak {bert['peak_over_model']:.2f}× the model's memory, the model itself included (promised: "
         f"{bert['limit_memory']:g}).",
-        f"{result['machine']['cpu']}, torch {result['machine']['torch']}, {result['machine']['date']}; medians, quartiles "
-        f"in the raw results.",
+        f"{cpu['cpu']}, {cpu['threads']} threads, torch {cpu['torch']}, {cpu['date']}; medians; quartiles are in the",
+        "raw results.",
     ]
     return "\n".join(lines)
 

@@ -315,18 +315,21 @@ def _linear_by_slot(x: Tensor, pool: Tensor, table: Tensor, view: TileView, scal
     pad = view.grid_cols * view.tile_cols - view.cols
     columns = (F.pad(x, (0, pad)) if pad else x).view(num_rows, view.grid_cols, view.tile_cols).transpose(0, 1)
     factors = _tile_factors(view, scale, tiles, dtype)
-    factors = inside.to(dtype) if factors is None else inside.to(dtype) * factors
     # [slots, chunks · rows, tile_cols]: for each slot the activations that its tiles meet, with the tiles' factors.
-    meet = columns[place % view.grid_cols] * factors[..., None, None]
+    meet = columns[place % view.grid_cols]
+    if factors is not None:
+        meet = meet * (factors if factors.dim() == 0 else factors[..., None, None])
     meet = meet.reshape(view.num_slots, -1, view.tile_cols)
     region = pool.reshape(-1, view.tile_rows, view.tile_cols)[view.first_slot : view.first_slot + view.num_slots]
     products = torch.bmm(meet, region.transpose(1, 2))
 
     accumulate = torch.float64 if dtype == torch.float64 else torch.float32
-    out = torch.zeros(view.grid_rows, num_rows * view.tile_rows, dtype=accumulate, device=x.device)
-    index = (place // view.grid_cols).reshape(-1, 1).expand(-1, out.shape[1])
+    out = torch.zeros(view.grid_rows + 1, num_rows * view.tile_rows, dtype=accumulate, device=x.device)
+    # Places of the first and last chunk that are not this tensor's go to a row of their own, which nobody reads.
+    rows = torch.where(inside, place // view.grid_cols, view.grid_rows)
+    index = rows.reshape(-1, 1).expand(-1, out.shape[1])
     out.scatter_add_(0, index, products.to(accumulate).reshape(-1, out.shape[1]))
-    out = out.view(view.grid_rows, num_rows, view.tile_rows).transpose(0, 1).reshape(num_rows, -1)
+    out = out[:-1].view(view.grid_rows, num_rows, view.tile_rows).transpose(0, 1).reshape(num_rows, -1)
     return out[:, : view.rows].to(dtype).contiguous()
 
 

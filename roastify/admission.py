@@ -19,7 +19,8 @@ def device_of(model: nn.Module) -> torch.device:
 def check_convertible(model: object) -> None:
     """Raise `ConversionError` unless this is a dense, initialised, eager model on one device."""
     if not isinstance(model, nn.Module):
-        raise ConversionError(f"expected a torch.nn.Module; found {type(model).__name__}")
+        hint = f" {model.__name__}; call it to build a model" if isinstance(model, type) else ""
+        raise ConversionError(f"expected a torch.nn.Module; found {type(model).__name__}{hint}")
     if find_pool(model) is not None or any(isinstance(module, RoastModule) for module in model.modules()):
         raise ConversionError(
             "the model is already converted; convert the dense model, or go back with roastify.densify(model) first"

@@ -186,9 +186,11 @@ def check_architecture(artifact: Artifact, model: nn.Module) -> None:
     if not differences:
         differences = [*_tie_differences(artifact.plan, parameters), *_kind_differences(artifact.plan, model)]
     if differences:
+        count = "1 difference" if len(differences) == 1 else f"{len(differences)} differences"
         raise CheckpointError(
             f"{artifact.folder} was made from another architecture than this {type(model).__name__} "
-            f"({len(differences)} differences): {'; '.join(differences[:3])}; build the model as it was when converted"
+            f"({count}): "
+            f"{'; '.join(differences[:3])}; build the model as it was when converted"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import reprlib
 import tomllib
 from dataclasses import dataclass
 from fractions import Fraction
@@ -16,6 +17,9 @@ from roastify.mapping import MAPPINGS, SIGNS
 
 SHARINGS = ("global", "local")
 INITS = ("match", "project")
+
+# No model has as many parameters.
+_LARGEST_RATIO = 10**18
 
 
 @dataclass(frozen=True)
@@ -128,15 +132,14 @@ def check_ratio(ratio: object) -> Fraction:
     Raises:
         ConfigError: it is not a finite number of at least 1.
     """
-    if (
-        not isinstance(ratio, int | float | Fraction)
-        or isinstance(ratio, bool)
-        or (isinstance(ratio, float) and not math.isfinite(ratio))
-    ):
-        raise ConfigError(f"ratio must be a finite number of at least 1; found {ratio!r}")
-    if ratio < 1:
-        raise ConfigError(f"ratio must be at least 1 (1 stores every parameter, 50 stores a fiftieth); found {ratio!r}")
-    return Fraction(ratio).limit_denominator(10**9)
+    number = ratio if isinstance(ratio, int | float | Fraction) and not isinstance(ratio, bool) else math.nan
+    if not number < _LARGEST_RATIO:
+        raise ConfigError(f"ratio must be a finite number of at least 1; found {reprlib.repr(ratio)}")
+    if number < 1:
+        raise ConfigError(
+            f"ratio must be at least 1 (1 stores every parameter, 50 stores a fiftieth); found {reprlib.repr(ratio)}"
+        )
+    return Fraction(number).limit_denominator(10**9)
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

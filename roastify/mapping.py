@@ -111,6 +111,13 @@ class TileMap:
     first_chunk: int = 0
 
     def __post_init__(self) -> None:
+        if min(self.tile) < 1:
+            raise ValueError(f"a tile must have at least one row and one column, not {self.tile}")
+        if min(self.num_tiles, self.first_slot, self.first_chunk) < 0:
+            raise ValueError(
+                f"num_tiles, first_slot and first_chunk must not be negative; found {self.num_tiles}, "
+                f"{self.first_slot}, {self.first_chunk}"
+            )
         if not 1 <= self.num_slots <= _MAX_SLOTS:
             raise ValueError(f"num_slots must be from 1 to 2**31, not {self.num_slots}")
         if self.kind not in MAPPINGS:
@@ -170,9 +177,13 @@ class TileMap:
         return -1 if word >> (element & 31) & 1 else 1
 
     def view(self, rows: int, cols: int, base: int, strips: bool = False) -> TileView:
-        """Return the operations' description of a `rows × cols` tensor that begins at address `base` of this map."""
+        """Return the operations' description of a `rows × cols` tensor that begins at address `base` of this map.
+
+        Raises:
+            ValueError: the tensor reaches past the map's tiles, or a tiled one does not begin with a tile.
+        """
         kind = {"hashednet": MappingKind.HASHED, "roast": MappingKind.UNALIGNED}.get(self.kind, MappingKind.PERMUTATION)
-        return TileView(
+        view = TileView(
             rows=rows,
             cols=cols,
             base=base,
@@ -186,3 +197,11 @@ class TileMap:
             key=to_signed64(self.key),
             strips=int(strips),
         )
+        if base < 0 or (not strips and base % self.slot_size):
+            raise ValueError(f"a tensor of tiles must begin at a multiple of {self.slot_size} elements, not at {base}")
+        if view.first_tile + view.num_tiles > self.num_tiles:
+            raise ValueError(
+                f"the tensor takes tiles {view.first_tile} to {view.first_tile + view.num_tiles - 1}, and the map has "
+                f"{self.num_tiles}"
+            )
+        return view

@@ -169,14 +169,15 @@ def _inverse_gamma(
             "uneven_slots": torch.empty(0, dtype=torch.int64),
             "uneven": torch.empty(0, size),
         }
-    gamma = torch.zeros(num_slots * size)
+    # In float64: rows are subtracted below, and λ may differ by orders of magnitude.
+    gamma = torch.zeros(num_slots * size, dtype=torch.float64)
     for view, scale in shared:
         unsigned = view._replace(sign=int(SignKind.NONE))
-        readers = torch.full((), scale).expand(view.rows, view.cols)
+        readers = torch.full((), scale, dtype=torch.float64).expand(view.rows, view.cols)
         reference.reduce_into(gamma, readers, table, unsigned, scale)
     for view, scale, row in unread_rows:
         unsigned = view._replace(sign=int(SignKind.NONE))
-        readers = torch.full((1, view.cols), scale)
+        readers = torch.full((1, view.cols), scale, dtype=torch.float64)
         read = reference.embedding_reduce(readers, torch.tensor([row]), table, unsigned, scale, [num_slots, size])
         gamma -= read.view(-1)
     by_slot = gamma.view(num_slots, size)
@@ -185,9 +186,9 @@ def _inverse_gamma(
     by_slot = torch.where(by_slot == 0, per_slot[:, None], by_slot)
     uneven_slots = (by_slot != per_slot[:, None]).any(1).nonzero().flatten()
     return {
-        "per_slot": per_slot.reciprocal(),
+        "per_slot": per_slot.reciprocal().float(),
         "uneven_slots": uneven_slots,
-        "uneven": by_slot[uneven_slots].reciprocal(),
+        "uneven": by_slot[uneven_slots].reciprocal().float(),
     }
 
 

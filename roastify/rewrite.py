@@ -31,16 +31,17 @@ def pool_of(model: nn.Module) -> RoastPool:
     if not isinstance(model, nn.Module):
         raise ConversionError(f"expected a torch.nn.Module; found {type(model).__name__}")
     pool = find_pool(model)
-    if pool is None:
+    part = next((module for module in model.modules() if isinstance(module, RoastModule)), None)
+    if pool is None and part is None:
         raise ConversionError(
             f"this {type(model).__name__} holds no roastify pool; expected a model that roastify.convert or "
             f"roastify.load returned"
         )
     try:
-        owner = model.get_submodule(pool.plan.owner)
+        owner = model.get_submodule(pool.plan.owner) if pool else nn.Module()
     except AttributeError:
         owner = nn.Module()
-    if owner._modules.get(POOL_NAME) is not pool:
+    if pool is None or owner._modules.get(POOL_NAME) is not pool:
         raise ConversionError(
             f"this {type(model).__name__} is a wrapper or a part of a converted model; pass the model that "
             f"roastify.convert returned (for a wrapper, its .module)"

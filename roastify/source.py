@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import inspect
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -71,7 +72,8 @@ def _from_file(name: str, path: Path, attribute: str | None) -> Source:
         )
     if not path.is_file():
         raise SourceError(f"{name}: there is no file {path}")
-    module = _import(path)
+    with _beside(path):
+        module = _import(path)
     if attribute is None:
         attribute = _only_candidate(path, module)
     elif not hasattr(module, attribute):
@@ -79,13 +81,26 @@ def _from_file(name: str, path: Path, attribute: str | None) -> Source:
         raise SourceError(f"{path} has no name {attribute!r}{hint}")
 
     def build() -> nn.Module:
-        return _build(path, attribute, getattr(module, attribute))
+        with _beside(path):
+            return _build(path, attribute, getattr(module, attribute))
 
-    return Source(name, build(), _example_inputs(path, module), build)
+    model = build()
+    with _beside(path):
+        return Source(name, model, _example_inputs(path, module), build)
+
+
+@contextlib.contextmanager
+def _beside(path: Path) -> Iterator[None]:
+    """Look for imports in the file's own folder first, as for a script that is run."""
+    folder = str(path.resolve().parent)
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
 
 
 def _import(path: Path) -> ModuleType:
-    """Import a file as a user's script would be: its own folder is where its imports are looked for first."""
     path = path.resolve()
     module_name = f"_roastify_source_{path.stem}"
     spec = importlib.util.spec_from_file_location(module_name, path)
@@ -93,9 +108,6 @@ def _import(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     # Registered under its name, as dataclasses and pickling in the file expect.
     sys.modules[module_name] = module
-    # For good, as it would be for a script: a builder or a forward may import when it runs.
-    if str(path.parent) not in sys.path:
-        sys.path.insert(0, str(path.parent))
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # whatever the user's file raises

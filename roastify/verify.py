@@ -36,12 +36,10 @@ class Observation:
     """What a caller sees of a model.
 
     Args:
-        forward: the class's forward function.
         signature: of the bound forward; None where Python cannot tell.
         outputs: for each mode run, the output's type and `(path, description)` of its leaves.
     """
 
-    forward: Any
     signature: inspect.Signature | None
     outputs: dict[str, tuple[type, list[tuple[str, str]]]]
 
@@ -59,14 +57,14 @@ def observe(model: nn.Module, example_inputs: Any = None, who: str = "original")
         for mode in ("eval", "train"):
             try:
                 with _preserved(model), torch.no_grad():
-                    result = model.train(mode == "train")(*args, **kwargs)
+                    result = model.train(mode == "train")(*_copied(args), **_copied(kwargs))
             except Exception as error:  # whatever a model raises on inputs that do not fit it
                 kind = OutputMismatch if who == "converted" else RoastError
                 raise kind(
                     f"the {who} model fails on the example inputs in {mode} mode: {type(error).__name__}: {error}"
                 ) from error
             outputs[mode] = type(result), [(path, _describe(leaf)) for path, leaf in _leaves(result)]
-    return Observation(type(model).forward, _signature(model), outputs)
+    return Observation(_signature(model), outputs)
 
 
 def compare(expected: Observation, found: Observation) -> VerifyReport:
@@ -76,7 +74,7 @@ def compare(expected: Observation, found: Observation) -> VerifyReport:
         SignatureMismatch: the forward signatures differ.
         OutputMismatch: the outputs differ in structure, shape, dtype or device.
     """
-    if expected.forward is not found.forward and expected.signature is not None and found.signature is not None:
+    if expected.signature is not None and found.signature is not None:
         _compare_signatures(expected.signature, found.signature)
     for mode, (expected_type, before) in expected.outputs.items():
         _compare_outputs(mode, (expected_type, before), found.outputs[mode])
@@ -101,7 +99,8 @@ def _compare_signatures(expected: inspect.Signature, found: inspect.Signature) -
             differences.append(f"parameter {name!r} is {'missing' if after is None else 'new'}")
             continue
         for field in ("kind", "default", "annotation"):
-            if not _same(getattr(before, field), getattr(after, field)):
+            same_type = field != "default" or type(before.default) is type(after.default)
+            if not same_type or not _same(getattr(before, field), getattr(after, field)):
                 values = f"{getattr(before, field)!r}, found {getattr(after, field)!r}"
                 differences.append(f"parameter {name!r}: {field} expected {values}")
     if list(expected.parameters) != list(found.parameters) and not differences:
@@ -125,36 +124,51 @@ def _signature(model: nn.Module) -> inspect.Signature | None:
 
 
 def _same(left: object, right: object) -> bool:
-    return (
-        left is right
-        or (type(left) is type(right) and not isinstance(left, Tensor) and left == right)
-        or (repr(left) == repr(right))
-    )
+    if left is right or repr(left) == repr(right):
+        return True
+    try:
+        return bool(left == right)
+    except (RuntimeError, ValueError):  # tensors and arrays, whose comparison is not one truth value
+        return False
 
 
 @contextlib.contextmanager
 def _preserved(model: nn.Module) -> Iterator[None]:
-    """Undo what a forward pass changes: buffers (running statistics), modes, random generators."""
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    """Undo what a forward pass changes: buffers, attributes, modes, random generators."""
+    attributes = [(module, dict(module.__dict__), dict(module._buffers)) for module in model.modules()]
+    # Values are written back only where they were written to: a buffer may be an expanded view.
+    values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     devices = {tensor.device for tensor in [*model.parameters(), *model.buffers()] if tensor.is_cuda}
     try:
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(0)
             yield
     finally:
+        for module, own, buffers in attributes:
+            module.__dict__.clear()
+            module.__dict__.update(own)
+            module._buffers.clear()
+            module._buffers.update(buffers)
         with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
-        for module, training in modes:
-            module.training = training
+            for buffer, value in values:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
 
 
-def _leaves(value: Any) -> list[tuple[str, Any]]:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type | Mapping):
-        # A plain dataclass is a leaf to pytree; its fields are what a caller reads.
-        value = {type(value).__name__: dict(vars(value))}
-    return [(pytree.keystr(path) or "output", leaf) for path, leaf in pytree.tree_flatten_with_path(value)[0]]
+def _copied(inputs: Any) -> Any:
+    """Return inputs whose tensors are copies: a forward may write to what it is given."""
+    return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, inputs)
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    for key_path, leaf in pytree.tree_flatten_with_path(value)[0]:
+        where = path + pytree.keystr(key_path)
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            # A plain dataclass is a leaf to pytree; its fields are what a caller reads.
+            for name, field in vars(leaf).items():
+                yield from _leaves(field, f"{where}.{name}")
+        else:
+            yield where or "output", leaf
 
 
 def _describe(leaf: Any) -> str:

@@ -14,7 +14,6 @@ from typing import Any
 
 import click.testing
 import pytest
-import safetensors
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -361,30 +360,20 @@ def test_example_inputs_that_do_not_fit_are_reported(folder: Path) -> None:
     assert refusal.startswith("error: the original model fails on the example inputs in eval mode: RuntimeError: mat1")
 
 
-@pytest.mark.xfail(
-    strict=True, reason="console.print reads the folder's name as rich's markup: '[v2]' is left out, '[/x]' raises"
-)
 def test_a_folder_with_brackets_in_its_name_is_shown_as_it_is(folder: Path) -> None:
     assert "written to out[v2]" in _run("good.py", "--ratio", 2, "-o", "out[v2]").stdout
 
 
-@pytest.mark.xfail(strict=True, reason="console.print wraps at 80 columns when piped, in the middle of the name")
 def test_a_long_name_of_a_folder_is_shown_on_one_line(folder: Path) -> None:
     name = "a" * 60 + "/" + "b" * 60
     assert f"written to {name}\n" in _run("good.py", "--ratio", 2, "-o", name).stdout
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=safetensors.SafetensorError,
-    reason="checkpoint.write_dense lets safetensors' own error through, so the command ends in a traceback",
-)
 def test_a_dense_file_in_a_folder_that_is_missing_is_reported(folder: Path) -> None:
     _run("good.py", "--ratio", 4, "-o", "out")
     assert "cannot write" in _refusal("densify", "out", "-o", "gone/dense.safetensors", exit_code=1)
 
 
-@pytest.mark.xfail(strict=True, reason="a file that exits passes for the command's own exit: code 3 and not a word")
 def test_a_script_that_exits_is_reported(folder: Path) -> None:
     _write(folder, "script.py", "import sys\nsys.exit(3)\n")
     assert "error: " in _refusal("script.py", exit_code=2)

@@ -336,8 +336,11 @@ def _indices(case: Case, dtype: torch.dtype) -> Tensor:
     return index.to(dtype)
 
 
-@pytest.mark.parametrize("index_dtype", [torch.int64, torch.int32], ids=["int64", "int32"])
-@each_dtype
+@pytest.mark.parametrize(
+    ("dtype", "index_dtype"),
+    [*((dtype, torch.int64) for dtype in DTYPES), (torch.float32, torch.int32)],
+    ids=lambda dtype: str(dtype).removeprefix("torch."),
+)
 @each_case
 def test_embedding(case: Case, dtype: torch.dtype, index_dtype: torch.dtype) -> None:
     oracle, pool, index = Oracle(case), make_pool(case, dtype), _indices(case, index_dtype)
@@ -820,6 +823,10 @@ ALONE = (
     Case("alone", (8, 8), 21, 13, 15, scale=0.5),
     Case("alone-strips", (8, 8), 9, 61, 15, scale=2.0, base=6 * 64, strips=True),
 )
+ALONE_REGIONS = (
+    Case("first", (8, 8), 21, 13, 6, scale=0.5),
+    Case("second", (8, 8), 30, 31, 16, scale=2.0, first_slot=6, first_chunk=1),
+)
 GROUPS = {
     "tile": SHARED,
     "element": _with(SHARED, sign="element"),
@@ -833,6 +840,7 @@ GROUPS = {
     # No other tensor overlaps it, and yet it shares: with itself.
     "one-tensor": (Case("one-tensor", (8, 8), 21, 13, 4, sign="element", scale=0.5),),
     "alone": ALONE,
+    "alone-regions": ALONE_REGIONS,
 }
 each_group = pytest.mark.parametrize("cases", GROUPS.values(), ids=GROUPS.keys())
 
@@ -899,7 +907,7 @@ def test_the_groups_have_what_they_are_for() -> None:
         pool = _build(cases)
         gamma = _gamma(pool, cases).reshape(pool.num_slots, -1)
         uneven = (np.where(gamma == 0, gamma.max(1, keepdims=True), gamma) != gamma.max(1, keepdims=True)).any()
-        assert uneven == (name != "alone"), name
+        assert uneven != name.startswith("alone"), name
     first, second = SHARED[1].view, SHARED[2].view
     assert first.first_tile + first.num_tiles - 1 == second.first_tile
 
@@ -935,6 +943,25 @@ def test_an_sgd_step_is_the_dense_step_projected(cases: Sequence[Case]) -> None:
     fitted.initialise_projection((case.view, case.scale, target) for case, target in zip(cases, targets, strict=True))
     actual, expected = (pool.weight.detach().flatten()[read] for pool in (stepped, fitted))
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@each_group
+def test_rows_that_are_zero_instead_of_read(cases: Sequence[Case]) -> None:
+    """An embedding's padding row reads nothing, so that Γ must not count it; here the last row of every tensor."""
+    pool = _build(cases, unread_rows=[(case.view, case.scale, case.rows - 1) for case in cases])
+    pool.initialise_random(1.0, 0)
+    gamma = np.zeros(pool.weight.numel())
+    for case, (elements, _) in zip(cases, _layouts(cases), strict=True):
+        for element in elements[:-1].ravel():
+            gamma[element] += case.scale**2
+    assert (gamma < _gamma(pool, cases)).any()
+    cotangents = _cotangents(cases)
+    for cotangent in cotangents:
+        cotangent[-1] = 0.0
+    plain = _plain_gradient(pool, cases, cotangents)
+    expected = np.divide(plain, gamma, out=np.zeros_like(plain), where=gamma > 0)
+    actual = _backward(pool, cases, cotangents).numpy().ravel()
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
 
 
 def test_reading_the_pool() -> None:

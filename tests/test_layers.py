@@ -270,10 +270,6 @@ def test_a_zero_padding_row_stays_zero(padding_idx: int) -> None:
     assert not layer(torch.tensor(row)).any() and not layer.weight[row].any()
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="pool._inverse_gamma counts a zero padding row as a reader, though nothing in it reads the pool",
-)
 @pytest.mark.parametrize("layer", [nn.Embedding, nn.EmbeddingBag])
 def test_a_zero_padding_row_is_no_reader_of_the_pool(layer: type[nn.Module]) -> None:
     assert_equals_dense(Wrap(layer(61, 23, padding_idx=2).double()), (indices(61, 6, 4),))
@@ -748,10 +744,6 @@ def tiles_touched(plan: RoastPlan, tensor: TensorPlan) -> set[int]:
     return {row // rows * 10**6 + col // cols for row in range(tensor.rows) for col in range(tensor.cols)}
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="transformers' Conv1D defines __repr__, which hides RoastModule.extra_repr: the layer prints as a dense one",
-)
 def test_repr_of_a_transformers_conv1d_tells_what_it_reads() -> None:
     assert "shared slots" in repr(roastify.convert(Wrap(Conv1D(48, 40)), 3).layer)
 
