@@ -202,17 +202,11 @@ def test_linear(bias: bool, sign: str, tile: str) -> None:
     assert_equals_dense(model, (normal(3, 61),), tile=tile, sign=sign)
 
 
-_NO_ROWS = pytest.mark.xfail(
-    strict=True, reason="reference._linear_by_slot reshapes an empty batch to [-1, 0], which torch refuses"
-)
-
-
 @pytest.mark.parametrize(
     ("tile", "shape"),
     [
         *(("8x8", shape) for shape in [(61,), (1, 61), (2, 3, 61), (200, 61), (0, 61), (2, 0, 61)]),
-        *(("16x16", shape) for shape in [(61,), (1, 61), (2, 3, 61), (200, 61)]),
-        *(pytest.param("16x16", shape, marks=_NO_ROWS) for shape in [(0, 61), (2, 0, 61)]),
+        *(("16x16", shape) for shape in [(61,), (1, 61), (2, 3, 61), (200, 61), (0, 61), (2, 0, 61)]),
     ],
 )
 def test_linear_takes_any_leading_shape(tile: str, shape: tuple[int, ...]) -> None:

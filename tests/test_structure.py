@@ -121,3 +121,11 @@ def test_package_version_is_the_projects() -> None:
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert roastify.__version__ == project["version"]
+
+
+def test_readme_table_is_the_committed_results() -> None:
+    code = (
+        "import json; from benchmarks.cpu import README, RESULTS, markdown; "
+        "assert markdown(json.loads(RESULTS.read_text())) in README.read_text()"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
