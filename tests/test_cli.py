@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import os
 import subprocess
 import sys
@@ -217,7 +218,8 @@ def test_densify_writes_a_state_dict_that_the_model_takes(folder: Path) -> None:
 def test_doctor_shows_versions_and_devices() -> None:
     output = _run("doctor").stdout
     for name in ("python", "torch", "triton", "safetensors", "cpu", "cuda"):
-        assert any(line.startswith(f"{name} ") for line in output.splitlines()), name
+        # A GPU's line carries its number: cuda:0.
+        assert any(re.match(rf"{name}(:\d+)? ", line) for line in output.splitlines()), name
     versions = dict(line.split()[:2] for line in output.splitlines())
     assert versions["roastify"] == roastify.__version__ and versions["torch"] == torch.__version__
 

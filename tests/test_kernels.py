@@ -26,7 +26,7 @@ from roastify.pool import RoastPool
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 # Of the largest value expected. bfloat16 rounds λ, the weight and each panel's product to 8 bits.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 2e-2}
 
 
 @dataclass(frozen=True)
@@ -999,7 +999,7 @@ def test_projection_is_the_least_squares_fit(cases: Sequence[Case], dtype: torch
     targets = _cotangents(cases)
     pool.initialise_projection((case.view, case.scale, target) for case, target in zip(cases, targets, strict=True))
     # Γ is held in float32 whatever the pool's dtype is.
-    limit = {torch.float32: 2e-6, torch.float64: 2e-6, torch.bfloat16: 5e-3}[dtype] * np.abs(fit).max()
+    limit = {torch.float32: 5e-6, torch.float64: 2e-6, torch.bfloat16: 5e-3}[dtype] * np.abs(fit).max()
     assert pool.weight.dtype == dtype
     np.testing.assert_allclose(pool.weight.detach().double().numpy().ravel(), fit, rtol=0, atol=limit)
 
