@@ -514,7 +514,7 @@ class Snapshot:
         }
         plain = (int, str, list, set, dict)
         self.copies = {
-            name: copy.deepcopy({key: value for key, value in values.items() if isinstance(value, plain)})
+            name: {key: copy.copy(value) for key, value in values.items() if isinstance(value, plain)}
             for name, values in self.attributes.items()
         }
         self.generator = torch.get_rng_state()
