@@ -10,6 +10,7 @@ the operator.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +31,17 @@ _SCHEMAS = {
     "embedding_reduce": f"(Tensor grad, Tensor index, {_VIEW}, int[] pool_shape) -> Tensor",
 }
 
+# The modules with the operators' CUDA launchers. They import Triton, so they are imported when a CUDA tensor arrives.
+_CUDA_HOMES = {
+    "gather": "gather",
+    "reduce": "reduce",
+    "linear": "linear",
+    "linear_t": "linear",
+    "linear_reduce": "linear",
+    "embedding": "embedding",
+    "embedding_reduce": "embedding",
+}
+
 _library = torch.library.Library("roastify", "DEF")
 
 
@@ -42,10 +54,20 @@ def _with_view(function: Any, view_position: int) -> Any:
     return call
 
 
+def _on_cuda(name: str) -> Any:
+    """Return the operator's CUDA launcher, found when it is first called."""
+
+    def call(*args: Any) -> Tensor:
+        return getattr(importlib.import_module(f"roastify.kernels.{_CUDA_HOMES[name]}"), name)(*args)
+
+    return call
+
+
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     _view_position = _schema.split("->")[0].split(",").index(" int[] view")
     _library.impl(_name, _with_view(getattr(reference, _name), _view_position), "CompositeExplicitAutograd")
+    _library.impl(_name, _with_view(_on_cuda(_name), _view_position), "CUDA")
 
 _ops = torch.ops.roastify
 

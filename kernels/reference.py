@@ -164,7 +164,11 @@ def _add_segments(
     rows = _segment_rows(table, view, tiles, tile_rows)
     if view.mapping == MappingKind.UNALIGNED:
         elements = rows[..., None] + torch.arange(view.tile_cols, device=rows.device)
-        total.index_add_(0, elements.reshape(-1), values.reshape(-1))
+        total.index_put_((elements.reshape(-1),), values.reshape(-1), True)
+        return
+    if total.is_cuda:
+        # On a GPU it is index_put that sorts and adds in order; scatter_add uses atomics there.
+        total.view(-1, view.tile_cols).index_put_((rows.reshape(-1),), values.reshape(-1, view.tile_cols), True)
         return
     # scatter_add with an index expanded over columns sorts the rows first and adds each in order: the same bits on
     # every run and on any number of threads.
@@ -377,7 +381,7 @@ def _lookup_segments(view: TileView, index: Tensor) -> tuple[Tensor, Tensor]:
 
 def check_lookup(index: Tensor, view: TileView) -> None:
     """Raise `IndexError` for an index outside the table: the pool would quietly give another tensor's weights."""
-    if index.numel() and (int(index.min()) < 0 or int(index.max()) >= view.rows):
+    if not index.is_cuda and index.numel() and (int(index.min()) < 0 or int(index.max()) >= view.rows):
         raise IndexError(
             f"embedding index out of range: found {int(index.min())} to {int(index.max())}, the table has rows 0 to "
             f"{view.rows - 1}"

@@ -1,0 +1,72 @@
+"""`gather` on a GPU: the dense tensor, a block of tiles a program."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from roastify.kernels import reference, tuning
+from roastify.kernels.hash import apply_sign, mapping_arguments, supported, tile_start
+from roastify.kernels.view import TileView
+
+
+@triton.jit
+def place_of(tile, element, base, rows, cols, first_tile, grid_cols, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr,
+             STRIPS: tl.constexpr):  # fmt: skip
+    """Where elements of tiles stand in the row-major tensor, and whether they do: `[tiles, elements]`."""
+    if STRIPS:
+        place = tile[:, None] * (TILE_ROWS * TILE_COLS) + element[None, :] - base
+        return place, (place >= 0) & (place < rows * cols)
+    else:
+        index = tile - first_tile
+        row = (index // grid_cols * TILE_ROWS)[:, None] + (element // TILE_COLS)[None, :]
+        col = (index % grid_cols * TILE_COLS)[:, None] + (element % TILE_COLS)[None, :]
+        return row * cols + col, (row < rows) & (col < cols)
+
+
+@triton.jit
+def _gather_kernel(
+    p_pool, p_table, p_out, scale, key, rows, cols, base, first_tile, num_tiles, grid_cols, num_slots, first_slot,
+    first_chunk, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, SIZE_POW2: tl.constexpr, BT: tl.constexpr,
+    MAPPING: tl.constexpr, SIGN: tl.constexpr, STRIPS: tl.constexpr,
+):  # fmt: skip
+    i_tile = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    tile = first_tile + i_tile
+    element = tl.arange(0, SIZE_POW2)
+    exists = i_tile < num_tiles
+    # Tiles past the last one read the table where the last one does.
+    known = tl.minimum(tile, first_tile + num_tiles - 1)
+    start = tile_start(p_table, known, key, num_slots, first_slot, first_chunk, TILE_ROWS * TILE_COLS, MAPPING)
+    place, inside = place_of(tile, element, base, rows, cols, first_tile, grid_cols, TILE_ROWS, TILE_COLS, STRIPS)
+    inside = inside & exists[:, None] & (element < TILE_ROWS * TILE_COLS)[None, :]
+    values = tl.load(p_pool + start[:, None] + element[None, :], mask=inside, other=0.0).to(tl.float32) * scale
+    values = apply_sign(values, tile[:, None], element[None, :], key, num_slots, MAPPING, SIGN)
+    tl.store(p_out + place, values.to(p_out.dtype.element_ty), mask=inside)
+
+
+def gather(pool: Tensor, table: Tensor, view: TileView, scale: float) -> Tensor:
+    """Return the dense tensor `[rows, cols]`; float64 goes through the reference."""
+    if not supported(pool):
+        return reference.gather(pool, table, view, scale)
+    pool = pool.contiguous()
+    out = torch.empty(view.rows, view.cols, dtype=pool.dtype, device=pool.device)
+    size_pow2 = triton.next_power_of_2(view.slot_size)
+    block_tiles = max(1, tuning.GATHER_ELEMENTS // size_pow2)
+    _gather_kernel[(triton.cdiv(view.num_tiles, block_tiles),)](
+        p_pool=pool,
+        p_out=out,
+        scale=scale,
+        rows=view.rows,
+        cols=view.cols,
+        base=view.base,
+        num_tiles=view.num_tiles,
+        grid_cols=view.grid_cols,
+        SIZE_POW2=size_pow2,
+        BT=block_tiles,
+        STRIPS=view.strips,
+        num_warps=tuning.GATHER_WARPS,
+        **mapping_arguments(table, view),
+    )
+    return out

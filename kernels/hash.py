@@ -1,0 +1,127 @@
+"""The device twin of `roastify.mapping`: where a tile begins in the pool, and which elements are negated.
+
+Triton is imported with this module, so only the launchers' modules import it, and they are imported when the first CUDA
+tensor arrives. With ``TRITON_INTERPRET=1`` in the environment at that moment, the kernels run on a CPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton import knobs
+
+from roastify.kernels.view import MappingKind, SignKind, TileView
+
+# The constants stand here as literals because a kernel sees only constexpr globals; test_triton compares the twins.
+_GOLDEN64 = tl.constexpr(0x9E3779B97F4A7C15)
+_MIX64_A = tl.constexpr(0xBF58476D1CE4E5B9)
+_MIX64_B = tl.constexpr(0x94D049BB133111EB)
+_SLOT_STREAM = tl.constexpr(0xD6E8FEB86659FD93)
+_GOLDEN32 = tl.constexpr(0x9E3779B9)
+_MIX32_A = tl.constexpr(0x85EBCA6B)
+_MIX32_B = tl.constexpr(0xC2B2AE35)
+_PERMUTATION = tl.constexpr(int(MappingKind.PERMUTATION))
+_HASHED = tl.constexpr(int(MappingKind.HASHED))
+_NO_SIGN = tl.constexpr(int(SignKind.NONE))
+_SIGN_TILE = tl.constexpr(int(SignKind.TILE))
+
+
+@triton.jit
+def mix64(key, counter):
+    """A splitmix64 step on each of `counter`."""
+    word = counter.to(tl.uint64) * _GOLDEN64 + (key.to(tl.uint64) + _GOLDEN64)
+    word = (word ^ (word >> 30)) * _MIX64_A
+    word = (word ^ (word >> 27)) * _MIX64_B
+    return word ^ (word >> 31)
+
+
+@triton.jit
+def mix32(word):
+    """MurmurHash3's finalizer on each 32-bit word."""
+    word = (word ^ (word >> 16)) * _MIX32_A
+    word = (word ^ (word >> 13)) * _MIX32_B
+    return word ^ (word >> 16)
+
+
+@triton.jit
+def tile_start(p_table, tile, key, num_slots, first_slot, first_chunk, SIZE: tl.constexpr, MAPPING: tl.constexpr):
+    """The pool element at which each of `tile` (int64) begins."""
+    if MAPPING == _PERMUTATION:
+        chunk = tile // num_slots
+        p_chunk = p_table + (chunk + first_chunk) * 3
+        a = tl.load(p_chunk)
+        b = tl.load(p_chunk + 1)
+        return (first_slot + (a * (tile - chunk * num_slots) + b) % num_slots) * SIZE
+    else:
+        word = (mix64(key.to(tl.uint64) ^ _SLOT_STREAM, tile) >> 1).to(tl.int64)
+        if MAPPING == _HASHED:
+            return (first_slot + word % num_slots) * SIZE
+        else:
+            return first_slot * SIZE + word % ((num_slots - 1) * SIZE + 1)
+
+
+@triton.jit
+def is_negative_tile(tile, key, num_slots, MAPPING: tl.constexpr):
+    """Whether each of `tile` (int64) is negated as a whole, with a sign per tile."""
+    negative = (mix64(key, tile) >> 63) != 0
+    if MAPPING == _PERMUTATION:
+        negative = negative & (tile >= num_slots)
+    return negative
+
+
+@triton.jit
+def is_negative_element(tile, element, key, num_slots, MAPPING: tl.constexpr):
+    """Whether each element (int32 position in its tile) is negated, with a sign per element; shapes broadcast."""
+    word = mix64(key, tile)
+    low = (word & 0xFFFFFFFF).to(tl.uint32)
+    high = (word >> 32).to(tl.uint32)
+    position = element.to(tl.uint32)
+    bits = mix32(low + (position >> 5) * _GOLDEN32) ^ high
+    negative = ((bits >> (position & 31)) & 1) != 0
+    if MAPPING == _PERMUTATION:
+        negative = negative & (tile >= num_slots)
+    return negative
+
+
+@triton.jit
+def apply_sign(values, tile, element, key, num_slots, MAPPING: tl.constexpr, SIGN: tl.constexpr):
+    """`values` with their signs; `tile` and `element` broadcast to their shape."""
+    if SIGN == _NO_SIGN:
+        return values
+    elif SIGN == _SIGN_TILE:
+        return tl.where(is_negative_tile(tile, key, num_slots, MAPPING), -values, values)
+    else:
+        return tl.where(is_negative_element(tile, element, key, num_slots, MAPPING), -values, values)
+
+
+def supported(pool: torch.Tensor) -> bool:
+    """Whether the kernels take this dtype: a kernel's scalars are float32, which would round a float64 scale."""
+    return pool.dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
+def mapping_arguments(table: torch.Tensor, view: TileView) -> dict[str, Any]:
+    """Return the arguments that every kernel takes to find tiles and signs."""
+    # A sign that no tile of this tensor has costs nothing.
+    last = view.first_tile + view.num_tiles
+    unsigned = view.sign == SignKind.NONE or (view.unsigned_first_chunk and last <= view.num_slots)
+    return {
+        "p_table": table,
+        # As a tensor's element would be: a plain int of this size changes type with its value.
+        "key": view.key,
+        "num_slots": view.num_slots,
+        "first_slot": view.first_slot,
+        "first_chunk": view.first_chunk,
+        "first_tile": view.first_tile,
+        "TILE_ROWS": view.tile_rows,
+        "TILE_COLS": view.tile_cols,
+        "MAPPING": view.mapping,
+        "SIGN": int(SignKind.NONE) if unsigned else view.sign,
+    }
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter."""
+    return bool(knobs.runtime.interpret)

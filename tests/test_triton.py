@@ -1,0 +1,235 @@
+"""The Triton kernels, held to the plain-torch reference: on a GPU, or in Triton's interpreter on a CPU."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from roastify.kernels import reference
+from roastify.kernels.view import TileView
+from roastify.mapping import TileMap
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("kernels run on a GPU, or with TRITON_INTERPRET=1", allow_module_level=True)
+
+triton = pytest.importorskip("triton")
+
+from roastify.kernels import embedding, gather, linear, reduce  # noqa: E402
+
+# The interpreter computes with NumPy, whose integers warn where a hash wraps on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+@dataclass(frozen=True)
+class Case:
+    rows: int
+    cols: int
+    tile: tuple[int, int]
+    num_slots: int
+    first_tile: int = 0
+    offset: int = 0
+    mapping: str = "permutation"
+    sign: str = "tile"
+    strips: bool = False
+    region: bool = False
+
+    def build(self) -> tuple[TileView, Tensor, tuple[int, int]]:
+        size = self.tile[0] * self.tile[1]
+        first_slot, first_chunk = (3, 2) if self.region else (0, 0)
+        tile_map = TileMap(
+            5000, self.num_slots, self.tile, 11, self.mapping, self.sign, first_slot=first_slot, first_chunk=first_chunk
+        )
+        rows = [(0, 0, 0)] * first_chunk + tile_map.chunk_table()
+        table = torch.tensor(rows, dtype=torch.int64, device=DEVICE).view(-1, 3)
+        view = tile_map.view(self.rows, self.cols, self.first_tile * size + self.offset, self.strips)
+        slots = self.num_slots + (5 if self.region else 0)
+        return view, table, (slots * self.tile[0], self.tile[1])
+
+
+CASES = {
+    "one chunk": Case(64, 64, (16, 16), 40),
+    "many chunks, padded": Case(77, 123, (16, 16), 7, first_tile=5),
+    "one slot": Case(50, 40, (16, 16), 1),
+    "sign per element": Case(77, 123, (16, 32), 5, first_tile=2, sign="element"),
+    "no sign": Case(33, 70, (32, 16), 9, sign="none"),
+    "small tiles": Case(21, 30, (8, 8), 11, first_tile=3),
+    "odd tiles": Case(21, 30, (5, 7), 6, sign="element"),
+    "large tiles": Case(130, 200, (128, 64), 3, first_tile=1),
+    "a region": Case(40, 50, (16, 16), 6, region=True),
+    "strips": Case(9, 77, (8, 8), 5, first_tile=2, offset=13, strips=True),
+    "strips, sign per element": Case(3, 50, (16, 16), 2, offset=7, strips=True, sign="element"),
+    "rotation": Case(40, 50, (16, 16), 6, mapping="cyclic"),
+    "unaligned tiles": Case(21, 30, (8, 8), 11, mapping="roast"),
+    "element by element": Case(21, 30, (1, 1), 97, mapping="hashednet"),
+}
+DTYPES = list(TOLERANCE)
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(dtype).to(DEVICE)
+
+
+def assert_near(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    assert actual.dtype == dtype and actual.shape == expected.shape
+    atol = TOLERANCE[dtype] * max(1e-6, float(expected.abs().max())) if expected.numel() else 0.0
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=0.0, atol=atol)
+
+
+def in_float64(function, *tensors: Tensor | None) -> Tensor:
+    return function(*(None if tensor is None else tensor.double() for tensor in tensors))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_gather(name: str, dtype: torch.dtype) -> None:
+    view, table, shape = CASES[name].build()
+    pool = randn(*shape, dtype=dtype)
+    expected = in_float64(lambda pool: reference.gather(pool, table, view, 0.7), pool)
+    assert_near(gather.gather(pool, table, view, 0.7), expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_reduce(name: str, dtype: torch.dtype) -> None:
+    view, table, shape = CASES[name].build()
+    grad = randn(view.rows, view.cols, dtype=dtype)
+    expected = in_float64(lambda grad: reference.reduce(grad, table, view, 0.7, list(shape)), grad)
+    found = reduce.reduce(grad, table, view, 0.7, list(shape))
+    assert_near(found, expected, dtype)
+    assert torch.equal(found, reduce.reduce(grad, table, view, 0.7, list(shape)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_embedding(name: str, dtype: torch.dtype) -> None:
+    view, table, shape = CASES[name].build()
+    pool = randn(*shape, dtype=dtype)
+    for index_dtype in (torch.int64, torch.int32):
+        index = torch.randint(0, view.rows, (3, 5), generator=torch.Generator().manual_seed(1)).to(DEVICE, index_dtype)
+        expected = in_float64(lambda pool, index=index: reference.embedding(index, pool, table, view, 0.7), pool)
+        assert_near(embedding.embedding(index, pool, table, view, 0.7), expected, dtype)
+
+
+def test_an_index_outside_the_table_gives_nan() -> None:
+    view, table, shape = CASES["many chunks, padded"].build()
+    index = torch.tensor([3, -1, 77, 76], device=DEVICE)
+    out = embedding.embedding(index, randn(*shape), table, view, 0.7)
+    assert out.isnan().all(1).tolist() == [False, True, True, False]
+
+
+SMALL_BATCH = [name for name, case in CASES.items() if case.mapping in ("permutation", "cyclic")]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_rows", [1, 5, 33])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", SMALL_BATCH)
+def test_linear(name: str, bias: bool, num_rows: int, dtype: torch.dtype) -> None:
+    view, table, shape = CASES[name].build()
+    pool, x = randn(*shape, dtype=dtype), randn(num_rows, view.cols, dtype=dtype, seed=1)
+    b = randn(view.rows, dtype=dtype, seed=2) if bias else None
+    expected = in_float64(lambda x, pool, b: reference.linear(x, pool, b, table, view, 0.7), x, pool, b)
+    found = linear.linear(x, pool, b, table, view, 0.7)
+    assert_near(found, expected, dtype)
+    assert torch.equal(found, linear.linear(x, pool, b, table, view, 0.7))
+
+
+@pytest.mark.parametrize("tiles", [1, 4])
+@pytest.mark.parametrize("block_rows", [1, 16])
+@pytest.mark.parametrize("name", ["many chunks, padded", "one slot", "sign per element", "large tiles", "a region"])
+def test_one_row(monkeypatch: pytest.MonkeyPatch, name: str, block_rows: int, tiles: int) -> None:
+    view, table, shape = CASES[name].build()
+    settings = linear.tuning.SmallBatch(block_rows=block_rows, tiles=tiles, num_warps=4, num_stages=1)
+    monkeypatch.setattr(linear.tuning, "ONE_ROW", settings)
+    pool, x, b = randn(*shape), randn(1, view.cols, seed=1), randn(view.rows, seed=2)
+    expected = in_float64(lambda x, pool, b: reference.linear(x, pool, b, table, view, 0.7), x, pool, b)
+    assert_near(linear.one_row(x, pool, b, table, view, 0.7), expected, torch.float32)
+
+
+@pytest.mark.parametrize("tiles", [1, 3, 100])
+@pytest.mark.parametrize("name", ["many chunks, padded", "one slot", "sign per element", "large tiles", "a region"])
+def test_linear_however_it_is_split(monkeypatch: pytest.MonkeyPatch, name: str, tiles: int) -> None:
+    view, table, shape = CASES[name].build()
+    settings = linear.tuning.SmallBatch(block_rows=16, tiles=tiles, num_warps=4, num_stages=2)
+    monkeypatch.setattr(linear.tuning, "small_batch", lambda rows, cols: settings)
+    pool, x, b = randn(*shape), randn(4, view.cols, seed=1), randn(view.rows, seed=2)
+    assert linear._fits_small_batch(x, pool, view)
+    expected = in_float64(lambda x, pool, b: reference.linear(x, pool, b, table, view, 0.7), x, pool, b)
+    assert_near(linear.linear(x, pool, b, table, view, 0.7), expected, torch.float32)
+
+
+def test_memory_that_is_padding_is_not_read() -> None:
+    """Only what the tensor reads is finite: everything else in the pool is NaN."""
+    view, table, shape = CASES["many chunks, padded"].build()
+    pool = torch.full(shape, float("nan"), device=DEVICE)
+    ones = torch.ones(view.rows, view.cols, device=DEVICE)
+    readers = reference.reduce(ones, table, view._replace(sign=0), 1.0, list(shape))
+    pool[readers > 0] = 1.0
+    assert not gather.gather(pool, table, view, 1.0).isnan().any()
+    assert not linear.linear(randn(3, view.cols), pool, None, table, view, 1.0).isnan().any()
+
+
+@pytest.mark.parametrize("scratch", [1, 2000, 1 << 26])
+@pytest.mark.parametrize("name", ["many chunks, padded", "strips", "unaligned tiles", "one chunk"])
+def test_products_in_panels(monkeypatch: pytest.MonkeyPatch, name: str, scratch: int) -> None:
+    monkeypatch.setattr(linear.tuning, "SCRATCH_ELEMENTS", scratch)
+    monkeypatch.setattr(linear.tuning, "SMALL_BATCH_ROWS", 0)
+    view, table, shape = CASES[name].build()
+    pool = randn(*shape)
+    x, grad = randn(6, view.cols, seed=1), randn(6, view.rows, seed=2)
+    out_bias, in_bias = randn(view.rows, seed=3), randn(view.cols, seed=4)
+    pairs = [
+        (
+            linear.linear(x, pool, out_bias, table, view, 0.7),
+            in_float64(lambda x, p, b: reference.linear(x, p, b, table, view, 0.7), x, pool, out_bias),
+        ),
+        (
+            linear.linear_t(grad, pool, in_bias, table, view, 0.7),
+            in_float64(lambda x, p, b: reference.linear_t(x, p, b, table, view, 0.7), grad, pool, in_bias),
+        ),
+        (
+            linear.linear_reduce(grad, x, table, view, 0.7, list(shape)),
+            in_float64(lambda g, x: reference.linear_reduce(g, x, table, view, 0.7, list(shape)), grad, x),
+        ),
+    ]
+    for found, expected in pairs:
+        assert_near(found, expected, torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_converted_model_on_a_gpu(dtype: torch.dtype) -> None:
+    """Through the operators: forward, every gradient, and CUDA graphs, against the densified model."""
+    import roastify
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Embedding(500, 96), torch.nn.Linear(96, 256), torch.nn.GELU(), torch.nn.Linear(256, 64)
+    )
+    converted = roastify.convert(model, 4).to("cuda", dtype)
+    dense = roastify.densify(converted)
+    index = torch.randint(0, 500, (4, 3), device="cuda")
+    out, expected = converted(index), dense(index)
+    assert_near(out.detach(), expected.detach(), dtype)
+    out.square().sum().backward()
+    first = converted[0].roast_pool.weight.grad.clone()
+    assert first.abs().sum() > 0
+    converted.zero_grad()
+    converted(index).square().sum().backward()
+    assert torch.equal(first, converted[0].roast_pool.weight.grad)
+    with torch.no_grad():
+        graph = torch.cuda.CUDAGraph()
+        converted(index)
+        with torch.cuda.graph(graph):
+            captured = converted(index)
+        graph.replay()
+    assert torch.equal(captured, out)
