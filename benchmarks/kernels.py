@@ -27,6 +27,7 @@ from roastify.kernels import linear, ops, reference, tuning
 from roastify.mapping import TileMap
 
 RESULTS = Path(__file__).parent / "results" / "kernels.json"
+DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"
 LAYERS = 16
 TILE = (128, 64)
 # (out, in), the pool's megabytes in bfloat16, rows, and dense ÷ pool that is aimed at.
@@ -38,6 +39,21 @@ CASES = [
     ((4096, 1024), 2.7, {1: 1.8, 16: 1.8}),
 ]
 SIGNS = ("tile", "element", "none")
+NOTES = """
+What runs, by shape and without anything to set:
+
+- One row and a weight under 8 M elements: a kernel without the matrix unit; every program owns whole rows of the
+  weight.
+- Up to 128 rows: a kernel that multiplies tiles as it reads them from the pool. Programs share `k`, and a second kernel
+  adds their parts in a fixed order: no atomics, the same bits on every run.
+- More rows, and the backward pass: the weight is gathered into a scratch tensor and multiplied by cuBLAS; its gradient
+  is reduced into the pool slot by slot, in a fixed order.
+- float64, and the comparison mappings in `reduce`: plain torch.
+
+A sign for each element is hashed for every weight that is read, which a matrix unit waits for; pools of few slots use
+it for accuracy. From 64 rows on the pool is slower than cuBLAS: there the time goes into the gathered copy, or into a
+kernel that does not yet load whole slots with the tensor-copy engine.
+"""
 
 
 def graphed(calls: list[Callable[[], object]]) -> torch.cuda.CUDAGraph:
@@ -137,12 +153,36 @@ def tune(shape: tuple[int, int], pool_mb: float, rows: int) -> list[tuple[float,
         if tiles > grid_cols or not 40 <= programs <= 600:
             continue
         settings = tuning.SmallBatch(block_rows, tiles, warps, stages)
-        linear.tuning.small_batch = lambda rows, cols, settings=settings: settings
+        linear.tuning.small_batch = lambda *size, settings=settings: settings
         assert layers.error(x) < 1e-2, settings
         times = replay_us({"pool": graphed(layers.pool_calls(x))}, LAYERS, replays=15)
         found.append((statistics.median(times["pool"]), settings))
     linear.tuning.small_batch = original
     return sorted(found)
+
+
+def markdown(result: dict) -> str:
+    """Return docs/performance.md of a raw result."""
+    machine = result["machine"]
+    lines = [
+        "# Performance on a GPU",
+        "",
+        f"Written by `python -m benchmarks.kernels` from [the raw rows](../benchmarks/results/{RESULTS.name}): "
+        f"{machine['gpu']}, torch {machine['torch']}, Triton {machine['triton']}, {machine['date']}. Linear layers in "
+        f"bfloat16, {machine['layers_in_a_row']} different ones in a row in a CUDA graph, tiles of "
+        f"{machine['tile'][0]}×{machine['tile'][1]}; medians, quartiles in the raw rows. Above 1 the pool is "
+        f"faster than cuBLAS on the dense weight, below 1 slower.",
+        "",
+        "| layer | pool, MB | rows | sign | dense, µs | pool, µs | dense ÷ pool | aim |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    cell = "| {} | {:g} | {} | {} | {:.2f} | {:.2f} | {:.2f} | {} |"
+    for row in result["rows"]:
+        name = f"{row['shape'][0]}×{row['shape'][1]}"
+        times = row["dense"]["median_us"], row["pool"]["median_us"], row["dense_over_pool"]
+        aim = "" if row["aim"] is None else f"{row['aim']:g}"
+        lines.append(cell.format(name, row["pool_mb"], row["rows"], row["sign"], *times, aim))
+    return "\n".join([*lines, "", NOTES.strip(), ""])
 
 
 @click.command()
@@ -186,7 +226,8 @@ def main(search: bool) -> None:
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps({"machine": machine, "rows": rows_out}, indent=1) + "\n")
     console.print(table)
-    console.print(f"written to {RESULTS}")
+    DOCUMENT.write_text(markdown({"machine": machine, "rows": rows_out}))
+    console.print(f"written to {RESULTS} and {DOCUMENT}")
 
 
 if __name__ == "__main__":

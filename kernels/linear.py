@@ -203,11 +203,11 @@ def _fits_small_batch(x: Tensor, pool: Tensor, view: TileView) -> bool:
 
 
 def small_batch(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: TileView, scale: float) -> Tensor:
-    """Return `x · Wᵀ + bias` for up to 64 contiguous rows, the weight read straight from the pool."""
+    """Return `x · Wᵀ + bias` for contiguous rows, the weight read straight from the pool."""
     num_rows = x.shape[0]
     if num_rows == 1 and view.rows * view.cols < tuning.ONE_ROW_ELEMENTS:
         return one_row(x, pool, bias, table, view, scale)
-    settings = tuning.small_batch(view.rows, view.cols)
+    settings = tuning.small_batch(view.rows, view.cols, num_rows)
     block_rows = min(settings.block_rows, view.tile_rows)
     tiles_each = min(settings.tiles, view.grid_cols)
     split = triton.cdiv(view.grid_cols, tiles_each)
@@ -258,7 +258,7 @@ def small_batch(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, vie
 
 def one_row(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: TileView, scale: float) -> Tensor:
     """Return `x · Wᵀ + bias` for one row: no matrix unit, and every program owns whole rows of the weight."""
-    settings = tuning.ONE_ROW
+    settings = tuning.one_row(view.rows)
     block_rows = min(settings.block_rows, view.tile_rows)
     out = torch.empty(1, view.rows, dtype=x.dtype, device=x.device)
     dependent = _dependent_launch(x)

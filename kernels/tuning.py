@@ -10,8 +10,9 @@ REDUCE_ELEMENTS, REDUCE_WARPS = 2048, 4
 EMBEDDING_ELEMENTS, EMBEDDING_WARPS = 2048, 4
 SUM_ELEMENTS, SUM_WARPS = 1024, 4
 
-# Above this many rows of activations a weight is gathered and multiplied by cuBLAS.
-SMALL_BATCH_ROWS = 64
+# Above this many rows of activations a weight is gathered and multiplied by cuBLAS. (4096², 128 rows: 19.5 µs in the
+# small-batch kernel, 27 gathered; 256 rows: 31.6 and 30.)
+SMALL_BATCH_ROWS = 128
 # A gathered weight's most elements; larger ones are gathered and multiplied in panels of tile rows.
 SCRATCH_ELEMENTS = 1 << 26
 
@@ -32,20 +33,43 @@ class SmallBatch(NamedTuple):
     num_stages: int
 
 
-# H200, bfloat16, 128×64 tiles, one and 16 rows; by the weight's elements, smallest class first.
+class OneRow(NamedTuple):
+    """Settings of the product with one row.
+
+    Args:
+        block_rows: rows of the weight of a program.
+        tiles: tiles along `k` that a program reads at a time.
+        num_warps: of a program.
+    """
+
+    block_rows: int
+    tiles: int
+    num_warps: int
+
+
+# Found by `python -m benchmarks.kernels --search` on an H200, bfloat16, 128×64 tiles: the settings up to a weight's
+# elements and rows of activations.
 _SMALL_BATCH = (
-    (1 << 20, SmallBatch(block_rows=64, tiles=2, num_warps=4, num_stages=3)),
-    (1 << 23, SmallBatch(block_rows=64, tiles=8, num_warps=4, num_stages=3)),
-    (1 << 62, SmallBatch(block_rows=64, tiles=16, num_warps=4, num_stages=4)),
+    (1 << 20, 1 << 30, SmallBatch(block_rows=64, tiles=2, num_warps=4, num_stages=3)),
+    (1 << 23, 1 << 30, SmallBatch(block_rows=64, tiles=8, num_warps=4, num_stages=3)),
+    (1 << 62, 32, SmallBatch(block_rows=64, tiles=16, num_warps=4, num_stages=3)),
+    (1 << 62, 64, SmallBatch(block_rows=64, tiles=32, num_warps=4, num_stages=4)),
+    (1 << 62, 1 << 30, SmallBatch(block_rows=64, tiles=32, num_warps=8, num_stages=3)),
+)
+# One row and a weight smaller than this: no matrix unit, and the whole of `k` in one program. At 768² this takes 2.5 µs
+# where splitting `k` takes 3.2; at 4096² 11.5 and 7.4.
+ONE_ROW_ELEMENTS = 1 << 23
+_ONE_ROW = (
+    (1 << 11, OneRow(block_rows=4, tiles=16, num_warps=8)),
+    (1 << 62, OneRow(block_rows=8, tiles=4, num_warps=2)),
 )
 
 
-# One row and a weight smaller than this: no matrix unit, and the whole of `k` in one program. At 768² this took 2.5 µs
-# where splitting `k` took 3.2; at 4096² 8.9 and 7.3.
-ONE_ROW_ELEMENTS = 1 << 23
-ONE_ROW = SmallBatch(block_rows=4, tiles=8, num_warps=8, num_stages=1)
+def small_batch(rows: int, cols: int, num_rows: int) -> SmallBatch:
+    """Return the settings for a weight of `rows × cols` and `num_rows` rows of activations."""
+    return next(found for numel, batch, found in _SMALL_BATCH if rows * cols < numel and num_rows <= batch)
 
 
-def small_batch(rows: int, cols: int) -> SmallBatch:
-    """Return the settings for a weight of `rows × cols`."""
-    return next(settings for most, settings in _SMALL_BATCH if rows * cols < most)
+def one_row(rows: int) -> OneRow:
+    """Return the settings for a weight of `rows` rows and one row of activations."""
+    return next(found for most, found in _ONE_ROW if rows <= most)

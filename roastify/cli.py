@@ -184,7 +184,7 @@ def diagnosis() -> list[tuple[str, str]]:
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
             memory = report.human_bytes(properties.total_memory)
-            rows.append((f"cuda:{index}", f"{properties.name}, {memory}; operations run in torch"))
+            rows.append((f"cuda:{index}", f"{properties.name}, {memory}; operations run in Triton kernels and cuBLAS"))
     else:
         rows.append(("cuda", "none found"))
     return rows

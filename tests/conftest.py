@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -10,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-# Two threads, so that code which depends on their number shows it, on any machine.
-torch.set_num_threads(2)
+# Two threads, so that code which depends on their number shows it, on any machine. Beside another worker one: four
+# threads on two cores wait for each other more than they work.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 # Reproducible: a failure in CI is a failure here. No deadline: the first example pays for torch's start.
 hypothesis.settings.register_profile("roastify", derandomize=True, deadline=None)

@@ -148,8 +148,8 @@ def test_linear(name: str, bias: bool, num_rows: int, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("name", ["many chunks, padded", "one slot", "sign per element", "large tiles", "a region"])
 def test_one_row(monkeypatch: pytest.MonkeyPatch, name: str, block_rows: int, tiles: int) -> None:
     view, table, shape = CASES[name].build()
-    settings = linear.tuning.SmallBatch(block_rows=block_rows, tiles=tiles, num_warps=4, num_stages=1)
-    monkeypatch.setattr(linear.tuning, "ONE_ROW", settings)
+    settings = linear.tuning.OneRow(block_rows=block_rows, tiles=tiles, num_warps=4)
+    monkeypatch.setattr(linear.tuning, "one_row", lambda rows: settings)
     pool, x, b = randn(*shape), randn(1, view.cols, seed=1), randn(view.rows, seed=2)
     expected = in_float64(lambda x, pool, b: reference.linear(x, pool, b, table, view, 0.7), x, pool, b)
     assert_near(linear.one_row(x, pool, b, table, view, 0.7), expected, torch.float32)
@@ -160,7 +160,7 @@ def test_one_row(monkeypatch: pytest.MonkeyPatch, name: str, block_rows: int, ti
 def test_linear_however_it_is_split(monkeypatch: pytest.MonkeyPatch, name: str, tiles: int) -> None:
     view, table, shape = CASES[name].build()
     settings = linear.tuning.SmallBatch(block_rows=16, tiles=tiles, num_warps=4, num_stages=2)
-    monkeypatch.setattr(linear.tuning, "small_batch", lambda rows, cols: settings)
+    monkeypatch.setattr(linear.tuning, "small_batch", lambda *size: settings)
     pool, x, b = randn(*shape), randn(4, view.cols, seed=1), randn(view.rows, seed=2)
     assert linear._fits_small_batch(x, pool, view)
     expected = in_float64(lambda x, pool, b: reference.linear(x, pool, b, table, view, 0.7), x, pool, b)
