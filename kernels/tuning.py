@@ -47,27 +47,34 @@ class OneRow(NamedTuple):
     num_warps: int
 
 
-# Found by `python -m benchmarks.kernels --search` on an H200, bfloat16, 128×64 tiles: the settings up to a weight's
-# elements and rows of activations.
+# Found by `python -m benchmarks.kernels --search` on an H200, bfloat16, 128×64 tiles. The first line that fits counts:
+# up to so many elements of the weight, rows of the weight, and rows of activations.
+_ANY = 1 << 62
 _SMALL_BATCH = (
-    (1 << 20, 1 << 30, SmallBatch(block_rows=64, tiles=2, num_warps=4, num_stages=3)),
-    (1 << 23, 1 << 30, SmallBatch(block_rows=64, tiles=8, num_warps=4, num_stages=3)),
-    (1 << 62, 32, SmallBatch(block_rows=64, tiles=16, num_warps=4, num_stages=3)),
-    (1 << 62, 64, SmallBatch(block_rows=64, tiles=32, num_warps=4, num_stages=4)),
-    (1 << 62, 1 << 30, SmallBatch(block_rows=64, tiles=32, num_warps=8, num_stages=3)),
+    (1 << 20, _ANY, _ANY, SmallBatch(block_rows=64, tiles=2, num_warps=4, num_stages=3)),
+    (1 << 23, 1 << 11, _ANY, SmallBatch(block_rows=64, tiles=8, num_warps=4, num_stages=3)),
+    (1 << 23, _ANY, _ANY, SmallBatch(block_rows=64, tiles=4, num_warps=4, num_stages=4)),
+    (_ANY, _ANY, 16, SmallBatch(block_rows=64, tiles=16, num_warps=4, num_stages=4)),
+    (_ANY, _ANY, 32, SmallBatch(block_rows=64, tiles=16, num_warps=4, num_stages=3)),
+    (_ANY, _ANY, 64, SmallBatch(block_rows=64, tiles=32, num_warps=4, num_stages=4)),
+    (_ANY, _ANY, _ANY, SmallBatch(block_rows=64, tiles=32, num_warps=8, num_stages=3)),
 )
 # One row and a weight smaller than this: no matrix unit, and the whole of `k` in one program. At 768² this takes 2.5 µs
 # where splitting `k` takes 3.2; at 4096² 11.5 and 7.4.
 ONE_ROW_ELEMENTS = 1 << 23
 _ONE_ROW = (
     (1 << 11, OneRow(block_rows=4, tiles=16, num_warps=8)),
-    (1 << 62, OneRow(block_rows=8, tiles=4, num_warps=2)),
+    (_ANY, OneRow(block_rows=8, tiles=4, num_warps=2)),
 )
 
 
 def small_batch(rows: int, cols: int, num_rows: int) -> SmallBatch:
     """Return the settings for a weight of `rows × cols` and `num_rows` rows of activations."""
-    return next(found for numel, batch, found in _SMALL_BATCH if rows * cols < numel and num_rows <= batch)
+    return next(
+        found
+        for numel, weight_rows, batch, found in _SMALL_BATCH
+        if rows * cols < numel and rows <= weight_rows and num_rows <= batch
+    )
 
 
 def one_row(rows: int) -> OneRow:

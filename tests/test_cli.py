@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -221,7 +222,7 @@ def test_doctor_shows_versions_and_devices() -> None:
         # A GPU's line carries its number: cuda:0.
         assert any(re.match(rf"{name}(:\d+)? ", line) for line in output.splitlines()), name
     versions = dict(line.split()[:2] for line in output.splitlines())
-    assert versions["roastify"] == roastify.__version__ and versions["torch"] == torch.__version__
+    assert versions["roastify"] == roastify.__version__ and versions["torch"] == importlib.metadata.version("torch")
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
