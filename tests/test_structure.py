@@ -129,3 +129,11 @@ def test_readme_table_is_the_committed_results() -> None:
         "assert markdown(json.loads(RESULTS.read_text())) in README.read_text()"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_performance_page_is_the_committed_results() -> None:
+    code = (
+        "import json; from benchmarks.kernels import DOCUMENT, RESULTS, markdown; "
+        "assert markdown(json.loads(RESULTS.read_text())) == DOCUMENT.read_text()"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
