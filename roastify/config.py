@@ -57,6 +57,7 @@ class RoastConfig:
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
+        object.__setattr__(self, "ratio", float(self.ratio))
         _check_choice("init", self.init, INITS)
         _check_choice("sign", self.sign, ("auto", *SIGNS))
         _check_choice("mapping", self.mapping, MAPPINGS)

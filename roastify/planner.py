@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import math
 import re
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
@@ -282,9 +283,10 @@ def _nothing_eligible(tensors: Iterable[TensorPlan]) -> str:
 
 
 def _unreachable(total: int, kept: int, least: int, ratio: Fraction, tensors: Iterable[TensorPlan]) -> str:
-    largest = total / (kept + least)
+    # Rounded down, so that it can be reached; ratio 1, which shares nothing, always can.
+    largest = max(1.0, math.floor(100 * total / (kept + least)) / 100)
     return (
         f"ratio {float(ratio):g} is unreachable: it allows {int(total / ratio):,} stored parameters of {total:,}, and "
         f"what must stay dense ({kept:,}) and the smallest pool ({least:,}) take more. The largest reachable ratio is "
-        f"{int(largest * 100) / 100:g}. The biggest kept: {_biggest_kept(tensors) or 'none'}"
+        f"{largest:.2f}. The biggest kept: {_biggest_kept(tensors) or 'none'}"
     )
