@@ -163,17 +163,20 @@ def _add_segments(
     values = values.to(total.dtype) if factors is None else values.to(total.dtype) * factors
     rows = _segment_rows(table, view, tiles, tile_rows)
     if view.mapping == MappingKind.UNALIGNED:
-        elements = rows[..., None] + torch.arange(view.tile_cols, device=rows.device)
-        total.index_put_((elements.reshape(-1),), values.reshape(-1), True)
-        return
+        places = (rows[..., None] + torch.arange(view.tile_cols, device=rows.device)).reshape(-1)
+        target, values = total, values.reshape(-1)
+    else:
+        places = rows.reshape(-1)
+        target, values = total.view(-1, view.tile_cols), values.reshape(-1, view.tile_cols)
+    # The operator that adds in the same order on every run and any number of threads is another one each time. On a
+    # GPU index_put sorts, and the others use atomics; on a CPU index_put is the one with atomics.
     if total.is_cuda:
-        # On a GPU it is index_put that sorts and adds in order; scatter_add uses atomics there.
-        total.view(-1, view.tile_cols).index_put_((rows.reshape(-1),), values.reshape(-1, view.tile_cols), True)
-        return
-    # scatter_add with an index expanded over columns sorts the rows first and adds each in order: the same bits on
-    # every run and on any number of threads.
-    index = rows.reshape(-1, 1).expand(-1, view.tile_cols)
-    total.view(-1, view.tile_cols).scatter_add_(0, index, values.reshape(-1, view.tile_cols))
+        target.index_put_((places,), values, accumulate=True)
+    elif view.mapping == MappingKind.UNALIGNED:
+        target.index_add_(0, places, values)
+    else:
+        # With an index expanded over columns it sorts the rows first; index_add would be slow for short rows.
+        target.scatter_add_(0, places[:, None].expand(-1, view.tile_cols), values)
 
 
 def _accumulator(like: Tensor, numel: int) -> Tensor:

@@ -60,7 +60,6 @@ def make_plan(model: torch.nn.Module, forest: Forest, config: RoastConfig) -> Ro
         num_slots = sum(region_tiles)
     if num_slots < budget_slots:
         raise PlanError(_unreachable(total, kept, budget_slots * size, ratio, verdicts.values()))
-    num_slots = min(num_slots, sum(region_tiles))
     regions = _regions(region_tiles, num_slots, tile, config)
     by_name = {tensor.name: tensor for tensor in placed}
     return RoastPlan(

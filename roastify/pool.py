@@ -106,6 +106,10 @@ class RoastPool(nn.Module):
             return _Precondition.apply(self.weight, self.per_slot, self.uneven_slots, self.uneven)
         return self.weight
 
+    def forward(self, x: Any) -> Any:
+        """Return `x`: a model whose forward runs through its children meets its pool among them."""
+        return x
+
     def initialise_random(self, std: float, seed: int) -> None:
         """Fill the pool with N(0, std²), the same numbers on every device; the global generators are not touched."""
         generator = torch.Generator().manual_seed(seed % (1 << 63))

@@ -180,11 +180,11 @@ def test_the_budget_is_exact_and_every_parameter_has_one_verdict(model: nn.Modul
         assert total / ratio - plan.stored_numel < plan.slot_size
 
 
-_WITHIN_DOUBT = re.compile(r"largest reachable ratio is (\S+)\. The biggest")
+_NAMED_RATIO = re.compile(r"largest reachable ratio is (\S+)\. The biggest")
 
 
 def named_ratio(error: PlanError) -> float:
-    found = _WITHIN_DOUBT.search(str(error))
+    found = _NAMED_RATIO.search(str(error))
     assert found, str(error)
     return float(found[1])
 
@@ -195,10 +195,9 @@ def test_the_ratio_that_an_error_names_is_reachable_and_the_largest(model: nn.Mo
     error = planned(model, config.replace(ratio=10.0**6))
     assert isinstance(error, PlanError)
     largest = named_ratio(error)
-    # Below 1: see the next tests.
-    assume(largest >= 1)
     plan = roastify.plan(model, largest, config=config)
-    assert plan.achieved_ratio >= largest
+    # At ratio 1 nothing is shared, and padding may store more than the dense model.
+    assert plan.achieved_ratio >= largest or largest == 1
     # It is rounded down to two decimals.
     assert isinstance(planned(model, config.replace(ratio=largest + 0.02)), PlanError)
     assert named_ratio(planned(model, config.replace(ratio=largest + 0.02))) == largest
