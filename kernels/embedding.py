@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from roastify.kernels import reference, tuning
-from roastify.kernels.hash import apply_sign, mapping_arguments, supported, tile_start
+from roastify.kernels.hash import apply_sign, supported, tile_start, view_arguments
 from roastify.kernels.view import TileView
 
 
@@ -54,13 +54,10 @@ def embedding(index: Tensor, pool: Tensor, table: Tensor, view: TileView, scale:
             p_out=out,
             scale=scale,
             num_tokens=flat.numel(),
-            rows=view.rows,
-            cols=view.cols,
-            grid_cols=view.grid_cols,
             COLS_POW2=cols_pow2,
             BL=block_tokens,
             num_warps=tuning.EMBEDDING_WARPS,
-            **mapping_arguments(table, view),
+            **view_arguments(table, view),
         )
     return out.view(*index.shape, view.cols)
 

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from roastify.kernels import reference, tuning
-from roastify.kernels.hash import apply_sign, mapping_arguments, supported, tile_start
+from roastify.kernels.hash import apply_sign, supported, tile_start, view_arguments
 from roastify.kernels.view import TileView
 
 
@@ -58,15 +58,12 @@ def gather(pool: Tensor, table: Tensor, view: TileView, scale: float) -> Tensor:
         p_pool=pool,
         p_out=out,
         scale=scale,
-        rows=view.rows,
-        cols=view.cols,
         base=view.base,
         num_tiles=view.num_tiles,
-        grid_cols=view.grid_cols,
         SIZE_POW2=size_pow2,
         BT=block_tiles,
         STRIPS=view.strips,
         num_warps=tuning.GATHER_WARPS,
-        **mapping_arguments(table, view),
+        **view_arguments(table, view),
     )
     return out

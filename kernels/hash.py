@@ -13,16 +13,26 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-from roastify.kernels.view import MappingKind, SignKind, TileView
+from roastify.kernels.view import (
+    GOLDEN32,
+    GOLDEN64,
+    MIX32_A,
+    MIX32_B,
+    MIX64_A,
+    MIX64_B,
+    SLOT_STREAM,
+    MappingKind,
+    SignKind,
+    TileView,
+)
 
-# The constants stand here as literals because a kernel sees only constexpr globals; test_triton compares the twins.
-_GOLDEN64 = tl.constexpr(0x9E3779B97F4A7C15)
-_MIX64_A = tl.constexpr(0xBF58476D1CE4E5B9)
-_MIX64_B = tl.constexpr(0x94D049BB133111EB)
-_SLOT_STREAM = tl.constexpr(0xD6E8FEB86659FD93)
-_GOLDEN32 = tl.constexpr(0x9E3779B9)
-_MIX32_A = tl.constexpr(0x85EBCA6B)
-_MIX32_B = tl.constexpr(0xC2B2AE35)
+_GOLDEN64 = tl.constexpr(GOLDEN64)
+_MIX64_A = tl.constexpr(MIX64_A)
+_MIX64_B = tl.constexpr(MIX64_B)
+_SLOT_STREAM = tl.constexpr(SLOT_STREAM)
+_GOLDEN32 = tl.constexpr(GOLDEN32)
+_MIX32_A = tl.constexpr(MIX32_A)
+_MIX32_B = tl.constexpr(MIX32_B)
 _PERMUTATION = tl.constexpr(int(MappingKind.PERMUTATION))
 _HASHED = tl.constexpr(int(MappingKind.HASHED))
 _NO_SIGN = tl.constexpr(int(SignKind.NONE))
@@ -102,23 +112,23 @@ def supported(pool: torch.Tensor) -> bool:
     return pool.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
-def mapping_arguments(table: torch.Tensor, view: TileView) -> dict[str, Any]:
-    """Return the arguments that every kernel takes to find tiles and signs."""
-    # A sign that no tile of this tensor has costs nothing.
-    last = view.first_tile + view.num_tiles
-    unsigned = view.sign == SignKind.NONE or (view.unsigned_first_chunk and last <= view.num_slots)
+def view_arguments(table: torch.Tensor, view: TileView) -> dict[str, Any]:
+    """Return the arguments that every kernel takes to find a tensor's tiles and signs."""
     return {
         "p_table": table,
-        # As a tensor's element would be: a plain int of this size changes type with its value.
         "key": view.key,
         "num_slots": view.num_slots,
         "first_slot": view.first_slot,
         "first_chunk": view.first_chunk,
         "first_tile": view.first_tile,
+        "rows": view.rows,
+        "cols": view.cols,
+        "grid_cols": view.grid_cols,
         "TILE_ROWS": view.tile_rows,
         "TILE_COLS": view.tile_cols,
         "MAPPING": view.mapping,
-        "SIGN": int(SignKind.NONE) if unsigned else view.sign,
+        # A sign that no tile of this tensor has costs nothing.
+        "SIGN": int(SignKind.NONE) if view.all_positive else view.sign,
     }
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from roastify.kernels import tuning
 from roastify.kernels.gather import gather
-from roastify.kernels.hash import interpreted, is_negative_element, is_negative_tile, mapping_arguments, supported
+from roastify.kernels.hash import interpreted, is_negative_element, is_negative_tile, supported, view_arguments
 from roastify.kernels.reduce import reduce
 from roastify.kernels.view import MappingKind, SignKind, TileView
 
@@ -222,9 +222,6 @@ def small_batch(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, vie
         p_out=parts,
         scale=scale,
         num_rows=num_rows,
-        rows=view.rows,
-        cols=view.cols,
-        grid_cols=view.grid_cols,
         tiles_each=tiles_each,
         BM=max(16, triton.next_power_of_2(num_rows)),
         BN=block_rows,
@@ -236,7 +233,7 @@ def small_batch(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, vie
         DEPENDENT=dependent,
         WIDEN=interpreted(),
         num_warps=settings.num_warps,
-        **mapping_arguments(table, view),
+        **view_arguments(table, view),
         **launch,
     )
     if split > 1:
@@ -268,15 +265,12 @@ def one_row(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: T
         p_bias=out if bias is None else bias,
         p_out=out,
         scale=scale,
-        rows=view.rows,
-        cols=view.cols,
-        grid_cols=view.grid_cols,
         BN=block_rows,
         BT=settings.tiles,
         BIAS=bias is not None,
         DEPENDENT=dependent,
         num_warps=settings.num_warps,
-        **mapping_arguments(table, view),
+        **view_arguments(table, view),
         **({"launch_pdl": True} if dependent else {}),
     )
     return out

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from roastify.kernels import reference, tuning
 from roastify.kernels.gather import place_of
-from roastify.kernels.hash import apply_sign, mapping_arguments, supported
+from roastify.kernels.hash import apply_sign, supported, view_arguments
 from roastify.kernels.view import MappingKind, TileView
 
 
@@ -56,17 +56,14 @@ def reduce(grad_weight: Tensor, table: Tensor, view: TileView, scale: float, poo
         p_grad=grad_weight,
         p_out=out,
         scale=scale,
-        rows=view.rows,
-        cols=view.cols,
         base=view.base,
         num_tiles=view.num_tiles,
-        grid_cols=view.grid_cols,
         chunk_begin=view.first_tile // view.num_slots,
         chunk_end=(view.first_tile + view.num_tiles - 1) // view.num_slots + 1,
         BS=block_slots,
         BE=block_elements,
         STRIPS=view.strips,
         num_warps=tuning.REDUCE_WARPS,
-        **mapping_arguments(table, view),
+        **view_arguments(table, view),
     )
     return out

@@ -73,13 +73,6 @@ def tile_offsets(table: Tensor, view: TileView, tiles: Tensor) -> Tensor:
     return word % ((view.num_slots - 1) * size + 1) + start
 
 
-def _all_positive(view: TileView) -> bool:
-    """Whether no sign can be negative: none asked for, or every tile in chunk 0."""
-    if view.sign == SignKind.NONE:
-        return True
-    return view.unsigned_first_chunk and view.first_tile + view.num_tiles <= view.num_slots
-
-
 def _signed(scale: float, negative: Tensor, dtype: torch.dtype) -> Tensor:
     # As a tensor of the right dtype: two Python numbers would give a float32 result, and round a float64 scale.
     positive = torch.full((), scale, dtype=dtype, device=negative.device)
@@ -88,7 +81,7 @@ def _signed(scale: float, negative: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _tile_factors(view: TileView, scale: float, tiles: Tensor, dtype: torch.dtype) -> Tensor | None:
     """Return `scale · sign` of each tile, or None if it is 1 everywhere; not for signs per element."""
-    if _all_positive(view):
+    if view.all_positive:
         return None if scale == 1.0 else torch.full((), scale, dtype=dtype, device=tiles.device)
     negative = _mix64(view.key, tiles) < 0
     if view.unsigned_first_chunk:
@@ -118,7 +111,7 @@ def _element_factors(view: TileView, scale: float, tiles: Tensor, tile_rows: Ten
 def _segment_factors(
     view: TileView, scale: float, tiles: Tensor, tile_rows: Tensor, dtype: torch.dtype
 ) -> Tensor | None:
-    if view.sign == SignKind.ELEMENT and not _all_positive(view):
+    if view.sign == SignKind.ELEMENT and not view.all_positive:
         return _element_factors(view, scale, tiles, tile_rows, dtype)
     factors = _tile_factors(view, scale, tiles, dtype)
     return factors if factors is None or factors.dim() == 0 else factors[..., None]
@@ -295,7 +288,7 @@ def _worth_reading_by_slot(num_rows: int, view: TileView) -> bool:
     return (
         not view.strips
         and view.mapping == MappingKind.PERMUTATION
-        and (view.sign != SignKind.ELEMENT or _all_positive(view))
+        and (view.sign != SignKind.ELEMENT or view.all_positive)
         and 0 < num_rows <= _MAX_ROWS_BY_SLOT
         and view.slot_size >= 256
         and view.num_tiles >= 2 * view.num_slots

@@ -96,6 +96,12 @@ class TileView(NamedTuple):
         return -(-(self.base + self.numel) // self.slot_size) - self.first_tile
 
     @property
+    def all_positive(self) -> bool:
+        """Whether no sign can be negative: none was asked for, or every tile is in chunk 0."""
+        in_first_chunk = self.first_tile + self.num_tiles <= self.num_slots
+        return self.sign == SignKind.NONE or (self.unsigned_first_chunk and in_first_chunk)
+
+    @property
     def unsigned_first_chunk(self) -> bool:
         """Whether tiles of chunk 0 carry no sign (so that ratio 1 is the identity)."""
         return self.mapping == MappingKind.PERMUTATION

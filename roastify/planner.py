@@ -23,13 +23,13 @@ from roastify.mapping import MAPPING_VERSION, TileMap
 from roastify.plan import Region, RoastPlan, TensorPlan
 from roastify.trace import Forest, ParameterInfo, WeightUse, matrix_of
 
-# Largest first. Tile size made no difference to accuracy beyond noise down to 17 slots (ResNet-9 on CIFAR-10), and
-# larger tiles run faster.
+# Largest first. In a prototype, tile size made no difference to accuracy beyond noise down to 17 slots (ResNet-9 on
+# CIFAR-10), and larger tiles run faster.
 _TILES = ((128, 64), (64, 64), (32, 32), (16, 16), (8, 8))
 _ENOUGH_SLOTS = 16
 _LITTLE_PADDING = Fraction(1, 10)
-# With fewer slots than this, a sign for each tile leaves too many tiles as copies of each other (IMDB at ratio 100, one
-# slot: 71.9 % with a sign a tile, 84.1 % with a sign an element); with more there was no difference.
+# With fewer slots than this, a sign for each tile leaves too many tiles as copies of each other (a prototype on IMDB at
+# ratio 100, one slot: 71.9 % with a sign a tile, 84.1 % with a sign an element). Where the line lies is not measured.
 _FEW_SLOTS = 64
 
 
@@ -47,10 +47,7 @@ def make_plan(model: torch.nn.Module, forest: Forest, config: RoastConfig) -> Ro
     total = sum(tensor.numel for tensor in verdicts.values())
     kept = sum(tensor.numel for tensor in verdicts.values() if not tensor.shared)
     shared = [verdicts[info.name] for info in eligible]
-    if config.sharing == "local" and len(shared) > 1:
-        budget_slots = len(shared)
-    else:
-        budget_slots = 1
+    least_slots = len(shared) if config.sharing == "local" else 1
     budget = total if ratio == 1 else int(total / ratio)
     tile = _choose_tile(shared, budget - kept, config, ratio)
     size = tile[0] * tile[1]
@@ -58,8 +55,8 @@ def make_plan(model: torch.nn.Module, forest: Forest, config: RoastConfig) -> Ro
     placed, region_tiles = _place(shared, tile, local=config.sharing == "local")
     if ratio == 1:
         num_slots = sum(region_tiles)
-    if num_slots < budget_slots:
-        raise PlanError(_unreachable(total, kept, budget_slots * size, ratio, verdicts.values()))
+    if num_slots < least_slots:
+        raise PlanError(_unreachable(total, kept, least_slots * size, ratio, verdicts.values()))
     regions = _regions(region_tiles, num_slots, tile, config)
     by_name = {tensor.name: tensor for tensor in placed}
     return RoastPlan(
