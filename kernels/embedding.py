@@ -30,7 +30,7 @@ def _embedding_kernel(
     col = i_col * TILE_COLS + c
     inside = (token < num_tokens)[:, None] & ((c < TILE_COLS) & (col < cols))[None, :]
     values = tl.load(p_pool + start[:, None] + element, mask=inside, other=0.0).to(tl.float32) * scale
-    values = apply_sign(values, tile[:, None], element, key, num_slots, MAPPING, SIGN)
+    values = apply_sign(values, tile[:, None], element, key, num_slots, first_tile, grid_cols, MAPPING, SIGN)
     # An index outside the table would quietly give another tensor's weights.
     values = tl.where(known[:, None], values, float("nan"))
     tl.store(p_out + token[:, None] * cols + col[None, :], values.to(p_out.dtype.element_ty), mask=inside)

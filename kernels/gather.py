@@ -42,7 +42,7 @@ def _gather_kernel(
     place, inside = place_of(tile, element, base, rows, cols, first_tile, grid_cols, TILE_ROWS, TILE_COLS, STRIPS)
     inside = inside & exists[:, None] & (element < TILE_ROWS * TILE_COLS)[None, :]
     values = tl.load(p_pool + start[:, None] + element[None, :], mask=inside, other=0.0).to(tl.float32) * scale
-    values = apply_sign(values, tile[:, None], element[None, :], key, num_slots, MAPPING, SIGN)
+    values = apply_sign(values, tile[:, None], element[None, :], key, num_slots, first_tile, grid_cols, MAPPING, SIGN)
     tl.store(p_out + place, values.to(p_out.dtype.element_ty), mask=inside)
 
 

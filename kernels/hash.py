@@ -37,6 +37,7 @@ _PERMUTATION = tl.constexpr(int(MappingKind.PERMUTATION))
 _HASHED = tl.constexpr(int(MappingKind.HASHED))
 _NO_SIGN = tl.constexpr(int(SignKind.NONE))
 _SIGN_TILE = tl.constexpr(int(SignKind.TILE))
+_SIGN_ROW = tl.constexpr(int(SignKind.ROW))
 
 
 @triton.jit
@@ -74,9 +75,15 @@ def tile_start(p_table, tile, key, num_slots, first_slot, first_chunk, SIZE: tl.
 
 
 @triton.jit
-def is_negative_tile(tile, key, num_slots, MAPPING: tl.constexpr):
-    """Whether each of `tile` (int64) is negated as a whole, with a sign per tile."""
-    negative = (mix64(key, tile) >> 63) != 0
+def row_tile(tile, first_tile, grid_cols):
+    """The first tile of the row of tiles that each of `tile` is in; strips take `SIGN` tile instead."""
+    return tile - (tile - first_tile) % grid_cols
+
+
+@triton.jit
+def is_negative_tile(tile, source, key, num_slots, MAPPING: tl.constexpr):
+    """Whether each of `tile` is negated as a whole; `source` (int64) is the tile whose word decides."""
+    negative = (mix64(key, source) >> 63) != 0
     if MAPPING == _PERMUTATION:
         negative = negative & (tile >= num_slots)
     return negative
@@ -97,12 +104,16 @@ def is_negative_element(tile, element, key, num_slots, MAPPING: tl.constexpr):
 
 
 @triton.jit
-def apply_sign(values, tile, element, key, num_slots, MAPPING: tl.constexpr, SIGN: tl.constexpr):
-    """`values` with their signs; `tile` and `element` broadcast to their shape."""
+def apply_sign(values, tile, element, key, num_slots, first_tile, grid_cols, MAPPING: tl.constexpr,
+               SIGN: tl.constexpr):  # fmt: skip
+    """`values` with their signs; `tile` (int64) and `element` broadcast to their shape."""
     if SIGN == _NO_SIGN:
         return values
     elif SIGN == _SIGN_TILE:
-        return tl.where(is_negative_tile(tile, key, num_slots, MAPPING), -values, values)
+        return tl.where(is_negative_tile(tile, tile, key, num_slots, MAPPING), -values, values)
+    elif SIGN == _SIGN_ROW:
+        source = row_tile(tile, first_tile, grid_cols)
+        return tl.where(is_negative_tile(tile, source, key, num_slots, MAPPING), -values, values)
     else:
         return tl.where(is_negative_element(tile, element, key, num_slots, MAPPING), -values, values)
 
@@ -127,9 +138,15 @@ def view_arguments(table: torch.Tensor, view: TileView) -> dict[str, Any]:
         "TILE_ROWS": view.tile_rows,
         "TILE_COLS": view.tile_cols,
         "MAPPING": view.mapping,
-        # A sign that no tile of this tensor has costs nothing.
-        "SIGN": int(SignKind.NONE) if view.all_positive else view.sign,
+        "SIGN": int(_effective_sign(view)),
     }
+
+
+def _effective_sign(view: TileView) -> SignKind:
+    """Return what a kernel must do about signs: nothing where no tile is negative; a strip is a row of its own."""
+    if view.all_positive:
+        return SignKind.NONE
+    return SignKind.TILE if view.strips and view.sign == SignKind.ROW else SignKind(view.sign)
 
 
 def interpreted() -> bool:

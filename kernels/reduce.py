@@ -35,7 +35,7 @@ def _reduce_kernel(
         reads = (tile >= first_tile) & (tile < first_tile + num_tiles)
         inside = inside & exists & reads[:, None]
         grad = tl.load(p_grad + place, mask=inside, other=0.0).to(tl.float32)
-        total += apply_sign(grad, tile[:, None], element[None, :], key, num_slots, MAPPING, SIGN)
+        total += apply_sign(grad, tile[:, None], element[None, :], key, num_slots, first_tile, grid_cols, MAPPING, SIGN)
     p_slot = p_out + (first_slot + slot)[:, None] * SIZE + element[None, :]
     tl.store(p_slot, (total * scale).to(p_out.dtype.element_ty), mask=exists)
 

@@ -83,7 +83,8 @@ def _tile_factors(view: TileView, scale: float, tiles: Tensor, dtype: torch.dtyp
     """Return `scale · sign` of each tile, or None if it is 1 everywhere; not for signs per element."""
     if view.all_positive:
         return None if scale == 1.0 else torch.full((), scale, dtype=dtype, device=tiles.device)
-    negative = _mix64(view.key, tiles) < 0
+    source = view.row_tile(tiles) if view.sign == SignKind.ROW else tiles
+    negative = _mix64(view.key, source) < 0
     if view.unsigned_first_chunk:
         negative &= tiles >= view.num_slots
     return _signed(scale, negative, dtype)

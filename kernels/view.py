@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 MASK32 = (1 << 32) - 1
 MASK64 = (1 << 64) - 1
@@ -37,6 +37,8 @@ class SignKind(IntEnum):
     NONE = 0
     TILE = 1
     ELEMENT = 2
+    ROW = 3
+    """A tensor's row of tiles: the sign leaves the sum over `k`, so that a product needs none in its inner loop."""
 
 
 class TileView(NamedTuple):
@@ -94,6 +96,13 @@ class TileView(NamedTuple):
         if not self.strips:
             return self.grid_rows * self.grid_cols
         return -(-(self.base + self.numel) // self.slot_size) - self.first_tile
+
+    def row_tile(self, tile: Any) -> Any:
+        """Return the first tile of the row of tiles that `tile` (an integer or a tensor of them) is in.
+
+        A strip is a row of its own.
+        """
+        return tile if self.strips else tile - (tile - self.first_tile) % self.grid_cols
 
     @property
     def all_positive(self) -> bool:

@@ -34,7 +34,7 @@ class RoastConfig:
         exclude: patterns of tensors or modules that stay dense.
         min_numel: smaller tensors stay dense unless `include` names them.
         tile: `auto`, or `ROWSxCOLS`.
-        sign: `auto`, `none`, `tile` or `element`.
+        sign: `auto`, `none`, `row`, `tile` or `element`.
         mapping: `permutation`, or for comparison `cyclic`, `roast`, `hashednet`.
         sharing: `global` (one pool for all), or for comparison `local` (a region of the pool for each tensor).
         precondition: divide the pool's gradient by Γ, so that dense learning rates carry over.

@@ -37,7 +37,7 @@ from roastify.kernels.view import (
 MAPPING_VERSION = 1
 
 MAPPINGS = ("permutation", "cyclic", "roast", "hashednet")
-SIGNS = ("none", "tile", "element")
+SIGNS = ("none", "row", "tile", "element")
 
 # Streams of the seeded generator; each purpose draws from its own.
 _STREAM_SIGN = 1
@@ -96,7 +96,7 @@ class TileMap:
         tile: `(rows, cols)` of a tile; a slot is `rows·cols` contiguous elements.
         seed: any integer.
         kind: `permutation` (ours), or for comparison `cyclic`, `roast` (unaligned tiles), `hashednet` (tile 1×1).
-        sign: `none`, `tile` or `element`.
+        sign: `none`, `row`, `tile` or `element`.
         first_slot: where the region begins in the pool; not 0 only with a region for each tensor.
         first_chunk: row of the pool's chunk table at which this map's chunks begin.
     """
@@ -162,16 +162,22 @@ class TileMap:
             raise ValueError("the tiles of mapping 'roast' are not aligned to slots; ask for offset(tile)")
         return self.offset(tile) // self.slot_size
 
-    def sign_of(self, tile: int, element: int = 0) -> int:
+    def sign_of(self, tile: int, element: int = 0, row_tile: int | None = None) -> int:
         """Return ±1 for the element at position `element` (row-major) of `tile`.
 
-        With `key(t)` the tile's 64-bit word: per tile, its top bit; per element, bit `element mod 32` of the word
+        With `key(t)` the tile's 64-bit word: per tile, its top bit; per row, the top bit of the word of `row_tile`, the
+        first tile in the tensor's row of tiles (`TileView.row_tile`); per element, bit `element mod 32` of the word
         `mix32(low(key) + (element div 32)·golden) xor high(key)`. Chunk 0 of a permutation has only +1.
+
+        Raises:
+            ValueError: the sign is per row, and `row_tile` is missing: only a tensor's view knows its rows.
         """
+        if self.sign == "row" and row_tile is None:
+            raise ValueError("with a sign for each row of tiles, sign_of needs row_tile; view.row_tile(tile) gives it")
         if self.sign == "none" or (self.num_chunks and tile < self.num_slots):
             return 1
-        key = mix64(self.key, tile)
-        if self.sign == "tile":
+        key = mix64(self.key, tile if row_tile is None or self.sign != "row" else row_tile)
+        if self.sign in ("tile", "row"):
             return -1 if key >> 63 else 1
         word = mix32(((key & MASK32) + (element >> 5) * GOLDEN32) & MASK32) ^ (key >> 32)
         return -1 if word >> (element & 31) & 1 else 1

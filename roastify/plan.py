@@ -83,7 +83,7 @@ class RoastPlan:
         ratio: asked for.
         seed: of mapping and initial values.
         tile: `(rows, cols)`.
-        sign: `none`, `tile` or `element`.
+        sign: `none`, `row`, `tile` or `element`.
         mapping: its name.
         mapping_version: of the formula.
         sharing: `global` or `local`.

@@ -99,7 +99,8 @@ def dense_layout(tile_map: TileMap, rows: int, cols: int, base: int, strips: boo
                 address = base + number * size + row % tile_rows * tile_cols + col % tile_cols
             tile, element = divmod(address, size)
             elements[row, col] = offset(tile) + element
-            signs[row, col] = tile_map.sign_of(tile, element)
+            first_of_row = tile if strips else base // size + row // tile_rows * tiles_across
+            signs[row, col] = tile_map.sign_of(tile, element, first_of_row)
     return elements, signs
 
 
@@ -160,6 +161,8 @@ CASES = [
     Case("8x8-hashed", (8, 8), 77, 40, 11, "hashednet", "tile", scale=0.1),
     Case("8x8-unaligned-element", (8, 8), 77, 123, 11, "roast", "element", scale=1.7),
     Case("16x16-element", (16, 16), 77, 123, 6, sign="element", scale=0.37),
+    Case("16x16-row", (16, 16), 77, 123, 6, sign="row", base=3 * 256, scale=0.6),
+    Case("8x8-unaligned-row", (8, 8), 77, 123, 11, "roast", "row"),
     Case("16x16-cyclic", (16, 16), 77, 123, 9, "cyclic", "tile", scale=3.0),
     Case("16x16-unaligned", (16, 16), 48, 123, 5, "roast", "tile"),
     Case("32x32-cyclic-element", (32, 32), 77, 123, 4, "cyclic", "element"),
@@ -194,6 +197,7 @@ CASES = [
     Case("strips-element", (16, 16), 77, 123, 9, sign="element", base=301, strips=True),
     Case("strips-within-a-tile", (64, 64), 5, 7, 3, base=4096 * 4 + 100, strips=True, scale=-1.4),
     Case("strips-one-element", (8, 8), 1, 1, 3, base=64 * 7 - 1, strips=True, sign="element"),
+    Case("strips-row", (8, 8), 77, 123, 23, base=64 * 5 + 17, strips=True, sign="row"),
     Case("strips-aligned", (16, 16), 32, 48, 2, base=512, strips=True, scale=1.1),
     Case("strips-unaligned-tiles", (8, 8), 40, 41, 9, "roast", "element", base=77, strips=True),
     Case("strips-hashed", (8, 8), 40, 41, 9, "hashednet", "tile", base=77, strips=True),
@@ -475,7 +479,7 @@ def test_lookups_of_nothing_and_of_one(case: Case) -> None:
         assert_near(grad, oracle.to_pool(dense), torch.float32, f"pool {shape}")
 
 
-@pytest.mark.parametrize("sign", ["none", "tile", "element"])
+@pytest.mark.parametrize("sign", ["none", "row", "tile", "element"])
 @pytest.mark.parametrize("bytes_in_panel", [1, 3 * 123 * 16 * 8])
 def test_matrices_of_many_panels(monkeypatch: pytest.MonkeyPatch, sign: str, bytes_in_panel: int) -> None:
     """One tile row a panel, and several with fewer in the last; the matrices of the other tests fit in one."""

@@ -102,7 +102,10 @@ def readers(plan: RoastPlan, tensor: TensorPlan) -> tuple[NDArray[np.int64], NDA
         element = row % tile_rows * tile_cols + col % tile_cols
     offset = {number: tile_map.offset(number) for number in set(tile.tolist())}
     places = [offset[t] + e for t, e in zip(tile.tolist(), element.tolist(), strict=True)]
-    signs = [tile_map.sign_of(t, e) for t, e in zip(tile.tolist(), element.tolist(), strict=True)]
+    first_of_row = tile if tensor.strips else base // (tile_rows * tile_cols) + row // tile_rows * grid_cols
+    signs = [
+        tile_map.sign_of(*place) for place in zip(*(a.tolist() for a in (tile, element, first_of_row)), strict=True)
+    ]
     factors = np.where(row == (-1 if tensor.zero_row is None else tensor.zero_row), 0.0, tensor.scale * np.array(signs))
     shape = tensor.rows, tensor.cols
     return np.array(places).reshape(shape), factors.reshape(shape)
@@ -195,7 +198,7 @@ def seeded() -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("sign", ["none", "tile", "element"])
+@pytest.mark.parametrize("sign", ["none", "row", "tile", "element"])
 @pytest.mark.parametrize("tile", ["8x8", "16x16", "5x7"])
 def test_linear(bias: bool, sign: str, tile: str) -> None:
     model = Wrap(nn.Linear(61, 83, bias=bias).double())

@@ -135,6 +135,11 @@ def test_golden_chunk_coefficients(
             *(0x5CCCE82552FBD400, 0xA983B72644EC4F9E, 0x5F657A2F775CC1B2),
         ),
         (
+            *("permutation", "row", 0, 1000, (16, 16)),
+            [0, 256, 255744, 223488, 90624, 135936, 59392],
+            *(0x625F80FD7E9E7C00, 0x0, 0x0),
+        ),
+        (
             *("permutation", "none", 1, 2**31, (128, 64)),
             [0, 8192, 17592186036224, 8914231279616, 2228223631360, 10481745838080, 17407539380224],
             *(0x0, 0x0, 0x0),
@@ -193,10 +198,10 @@ def test_golden_offsets_and_signs(
     tiles = (0, 1, num_slots - 1, num_slots, num_slots + 1, 3 * num_slots + 2, far)
     assert [tile_map.offset(number) for number in tiles] == offsets
     around_first_border = range(num_slots - 8, num_slots + 56)
-    assert _pack([tile_map.sign_of(number) for number in around_first_border]) == tile_signs
-    assert _pack([tile_map.sign_of(num_slots + 1, element) for element in range(64)]) == element_signs
+    assert _pack([tile_map.sign_of(number, 0, number) for number in around_first_border]) == tile_signs
+    assert _pack([tile_map.sign_of(num_slots + 1, element, num_slots + 1) for element in range(64)]) == element_signs
     last = range(max(tile_map.slot_size - 64, 0), tile_map.slot_size)
-    assert _pack([tile_map.sign_of(far, element) for element in last]) == last_signs
+    assert _pack([tile_map.sign_of(far, element, far) for element in last]) == last_signs
 
 
 # What the design promises of every seed and size.
@@ -222,7 +227,7 @@ def test_loads_differ_by_at_most_one(seed: int, num_slots: int, num_tiles: int, 
 def test_ratio_one_is_the_identity(seed: int, num_slots: int, kind: str, sign: str, element: int) -> None:
     tile_map = TileMap(num_slots, num_slots, (8, 8), seed, kind, sign)
     assert [tile_map.offset(tile) for tile in range(num_slots)] == [64 * tile for tile in range(num_slots)]
-    assert all(tile_map.sign_of(tile, element) == 1 for tile in range(num_slots))
+    assert all(tile_map.sign_of(tile, element, tile) == 1 for tile in range(num_slots))
 
 
 @given(SEEDS, POOLS, st.integers(0, 2000), st.integers(1, 300))
@@ -278,7 +283,7 @@ def test_seeds_count_modulo_two_to_the_64(seed: int, kind: str, sign: str) -> No
         TileMap(400, 50, (8, 8), value, kind, sign) for value in (seed, seed % 2**64, (seed + 1) % 2**64)
     )
     assert [ours.offset(tile) for tile in range(400)] == [same.offset(tile) for tile in range(400)]
-    assert [ours.sign_of(tile, 5) for tile in range(400)] == [same.sign_of(tile, 5) for tile in range(400)]
+    assert [ours.sign_of(tile, 5, tile) for tile in range(400)] == [same.sign_of(tile, 5, tile) for tile in range(400)]
     assert [ours.offset(tile) for tile in range(400)] != [other.offset(tile) for tile in range(400)]
 
 
@@ -344,6 +349,34 @@ def test_seeds_give_unrelated_signs(sign: str) -> None:
     assert np.abs(off_diagonal).max() < 4 / math.sqrt(independent)
 
 
+@pytest.mark.parametrize("kind", MAPPINGS)
+def test_a_row_of_tiles_takes_the_sign_of_its_first_tile(kind: str, chunk_table: Callable[..., Tensor]) -> None:
+    """Of a tensor of 6 × 5 tiles that begins at tile 4, among slots enough that its rows cross chunk borders."""
+    by_row, by_tile = (TileMap(100, 7, (4, 8), 5, kind, sign) for sign in ("row", "tile"))
+    view = by_row.view(6 * 4, 5 * 8, 4 * 32)
+    expected = []
+    for index in range(30):
+        tile, first = 4 + index, 4 + index // 5 * 5
+        assert view.row_tile(tile) == first
+        # Chunk 0 of a permutation has no negative tile; elsewhere the row's first tile decides, negative or not.
+        exempt = by_row.num_chunks > 0 and tile < 7
+        negative = mix64(by_row.key, first) >> 63 == 1 and not exempt
+        assert by_row.sign_of(tile, 3, first) == (-1 if negative else 1)
+        assert exempt or first < 7 or by_row.sign_of(tile, 0, first) == by_tile.sign_of(first)
+        expected.append(-1 if negative else 1)
+    assert {-1, 1} == set(expected)
+    ones = torch.ones(7 * 4, 8)
+    dense = reference.gather(ones, chunk_table(by_row), view, 1.0)
+    assert dense.view(6, 4, 5, 8)[:, 0, :, 0].flatten().int().tolist() == expected
+    with pytest.raises(ValueError, match="row_tile"):
+        by_row.sign_of(9)
+
+
+def test_a_strip_is_a_row_of_its_own() -> None:
+    view = TileMap(100, 7, (4, 8), 5, sign="row").view(3, 100, 40, strips=True)
+    assert [view.row_tile(tile) for tile in range(1, 11)] == list(range(1, 11))
+
+
 @pytest.mark.parametrize("kind", ["roast", "hashednet"])
 @pytest.mark.parametrize("sign", ["tile", "element"])
 def test_hashed_mappings_sign_their_first_tiles_too(kind: str, sign: str) -> None:
@@ -387,7 +420,7 @@ def test_the_twin_has_the_same_signs(
     tile_map = TileMap(first_tile + 5, num_slots, tile, seed, kind, sign)
     table = torch.tensor(tile_map.chunk_table(), dtype=torch.int64).view(-1, 3)
     expected = [
-        [tile_map.sign_of(number, element) for element in range(tile_map.slot_size)]
+        [tile_map.sign_of(number, element, number) for element in range(tile_map.slot_size)]
         for number in range(first_tile, first_tile + 5)
     ]
     assert _signs_twin(tile_map, table, first_tile, 5) == expected
@@ -464,9 +497,9 @@ def test_a_pool_of_one_slot(kind: str, sign: str, chunk_table: Callable[..., Ten
     table = chunk_table(tile_map)
     assert len(table) == (9 if kind in ("permutation", "cyclic") else 0)
     assert _offsets_twin(tile_map, table, list(range(9))) == [0] * 9
-    signs = [[tile_map.sign_of(tile, element) for element in range(32)] for tile in range(9)]
+    signs = [[tile_map.sign_of(tile, element, tile) for element in range(32)] for tile in range(9)]
     assert _signs_twin(tile_map, table, 0, 9) == signs
-    assert len({tuple(pattern) for pattern in signs}) == {"none": 1, "tile": 2, "element": 9}[sign]
+    assert len({tuple(pattern) for pattern in signs}) == {"none": 1, "row": 2, "tile": 2, "element": 9}[sign]
 
 
 def test_chunks_are_counted() -> None:
