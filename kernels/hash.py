@@ -75,6 +75,20 @@ def tile_start(p_table, tile, key, num_slots, first_slot, first_chunk, SIZE: tl.
 
 
 @triton.jit
+def segment(p_table, tile, end, slots, first_chunk, INT: tl.constexpr):
+    """Of the run of tiles from `tile` to its chunk's or `end`: chunk, the slot's step, the first slot, and its end.
+
+    All in integers of type `INT`, which `address_type` chooses. Only a permutation has chunks.
+    """
+    chunk = tile // slots
+    p_chunk = p_table + (chunk + first_chunk) * 3
+    a = tl.load(p_chunk).to(INT)
+    b = tl.load(p_chunk + 1).to(INT)
+    slot = (a * (tile - chunk * slots) + b) % slots
+    return chunk, a, slot, tl.minimum(end, (chunk + 1) * slots)
+
+
+@triton.jit
 def row_tile(tile, first_tile, grid_cols):
     """The first tile of the row of tiles that each of `tile` is in; strips take `SIGN` tile instead."""
     return tile - (tile - first_tile) % grid_cols
@@ -138,11 +152,11 @@ def view_arguments(table: torch.Tensor, view: TileView) -> dict[str, Any]:
         "TILE_ROWS": view.tile_rows,
         "TILE_COLS": view.tile_cols,
         "MAPPING": view.mapping,
-        "SIGN": int(_effective_sign(view)),
+        "SIGN": int(effective_sign(view)),
     }
 
 
-def _effective_sign(view: TileView) -> SignKind:
+def effective_sign(view: TileView) -> SignKind:
     """Return what a kernel must do about signs: nothing where no tile is negative; a strip is a row of its own."""
     if view.all_positive:
         return SignKind.NONE

@@ -1,82 +1,136 @@
-"""The one table of launch settings. None of them is part of the mapping: they change speed, never weights."""
+"""The one table of launch settings. None of them is part of the mapping: they change speed, never weights.
+
+Found by `python -m benchmarks.search` on an H200 (132 multiprocessors), bfloat16, tiles of 128×64. Settings depend on
+shapes alone, so the same call gives the same bits on every run.
+"""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+from roastify.kernels.view import TileView
+
 # Elements and warps of a program.
 GATHER_ELEMENTS, GATHER_WARPS = 4096, 8
 REDUCE_ELEMENTS, REDUCE_WARPS = 2048, 4
 EMBEDDING_ELEMENTS, EMBEDDING_WARPS = 2048, 4
-SUM_ELEMENTS, SUM_WARPS = 1024, 4
+# Partial sums: numbers that a program holds at a time, and the most parts among them.
+SUM_ELEMENTS, SUM_PARTS, SUM_WARPS = 2048, 64, 4
 
-# Above this many rows of activations a weight is gathered and multiplied by cuBLAS. (4096², 128 rows: 19.5 µs in the
-# small-batch kernel, 27 gathered; 256 rows: 31.6 and 30.)
-SMALL_BATCH_ROWS = 128
 # A gathered weight's most elements; larger ones are gathered and multiplied in panels of tile rows.
 SCRATCH_ELEMENTS = 1 << 26
 
+# Rows of activations up to which `few_rows` is taken where `many_rows` could run, and where it cannot. (4096², 128
+# rows: 13.8 µs in the first, 27 gathered.)
+FEW_ROWS, FEW_ROWS_ALONE = 32, 128
+# Above this many rows the gathered copy costs less than what cuBLAS is faster by. (4096², 4096 rows: 215 µs and 222;
+# 8192 rows: 440 and 420.)
+MANY_ROWS = 4096
+_MULTIPROCESSORS = 132
 
-class SmallBatch(NamedTuple):
-    """Settings of the small-batch product.
+
+class Split(NamedTuple):
+    """Settings of `few_rows.split`.
 
     Args:
         block_rows: rows of the weight (columns of the output) of a program, at most a tile's.
-        tiles: tiles along `k` that a program multiplies; the rest of the row is other programs'.
+        tiles: tiles along `k` of a program; the rest of the row is other programs'.
+        stacked: tiles of a step.
         num_warps: of a program.
         num_stages: of its pipeline.
     """
 
     block_rows: int
     tiles: int
+    stacked: int
     num_warps: int
     num_stages: int
 
 
 class OneRow(NamedTuple):
-    """Settings of the product with one row.
-
-    Args:
-        block_rows: rows of the weight of a program.
-        tiles: tiles along `k` that a program reads at a time.
-        num_warps: of a program.
-    """
+    """Settings of `few_rows.one_row`: rows of the weight of a program, tiles along `k` that it reads at a time."""
 
     block_rows: int
     tiles: int
     num_warps: int
 
 
-# Found by `python -m benchmarks.kernels --search` on an H200, bfloat16, 128×64 tiles. The first line that fits counts:
-# up to so many elements of the weight, rows of the weight, and rows of activations.
+class BySlot(NamedTuple):
+    """Settings of `few_rows.by_slot`: rows of a slot of a program."""
+
+    block_rows: int
+    num_warps: int
+
+
+class ManyRows(NamedTuple):
+    """Settings of `many_rows`.
+
+    Args:
+        block_m: rows of activations of a program.
+        block_n: rows of the weight of a program, at most a tile's.
+        tiles: tiles along `k` of a program.
+        num_warps: of a program.
+        num_stages: of its pipeline.
+        early: whether the next kernel may start when this one does, not when its loop is done.
+    """
+
+    block_m: int
+    block_n: int
+    tiles: int
+    num_warps: int
+    num_stages: int
+    early: bool
+
+
+BY_SLOT = BySlot(block_rows=64, num_warps=4)
+
 _ANY = 1 << 62
-_SMALL_BATCH = (
-    (1 << 20, _ANY, _ANY, SmallBatch(block_rows=64, tiles=2, num_warps=4, num_stages=3)),
-    (1 << 23, 1 << 11, _ANY, SmallBatch(block_rows=64, tiles=8, num_warps=4, num_stages=3)),
-    (1 << 23, _ANY, _ANY, SmallBatch(block_rows=64, tiles=4, num_warps=4, num_stages=4)),
-    (_ANY, _ANY, 16, SmallBatch(block_rows=64, tiles=16, num_warps=4, num_stages=4)),
-    (_ANY, _ANY, 32, SmallBatch(block_rows=64, tiles=16, num_warps=4, num_stages=3)),
-    (_ANY, _ANY, 64, SmallBatch(block_rows=64, tiles=32, num_warps=4, num_stages=4)),
-    (_ANY, _ANY, _ANY, SmallBatch(block_rows=64, tiles=32, num_warps=8, num_stages=3)),
+# The first line that fits counts: up to so many elements of the weight, and rows of activations.
+_SPLIT = (
+    (1 << 20, _ANY, Split(block_rows=16, tiles=_ANY, stacked=4, num_warps=4, num_stages=3)),
+    (1 << 23, 1, Split(block_rows=16, tiles=_ANY, stacked=4, num_warps=4, num_stages=3)),
+    (1 << 23, _ANY, Split(block_rows=64, tiles=4, stacked=1, num_warps=4, num_stages=3)),
+    (_ANY, 1, Split(block_rows=16, tiles=_ANY, stacked=4, num_warps=4, num_stages=4)),
+    (_ANY, _ANY, Split(block_rows=64, tiles=16, stacked=1, num_warps=4, num_stages=4)),
 )
-# One row and a weight smaller than this: no matrix unit, and the whole of `k` in one program. At 768² this takes 2.5 µs
-# where splitting `k` takes 3.2; at 4096² 11.5 and 7.4.
-ONE_ROW_ELEMENTS = 1 << 23
+# Up to so many elements of the weight.
 _ONE_ROW = (
-    (1 << 11, OneRow(block_rows=4, tiles=16, num_warps=8)),
-    (_ANY, OneRow(block_rows=8, tiles=4, num_warps=2)),
+    (1 << 20, OneRow(block_rows=4, tiles=16, num_warps=2)),
+    (_ANY, OneRow(block_rows=16, tiles=4, num_warps=4)),
+)
+# Up to so many rows of activations; `tiles` follows from the shape.
+_MANY_ROWS = (
+    (64, ManyRows(block_m=64, block_n=128, tiles=0, num_warps=4, num_stages=3, early=True)),
+    (128, ManyRows(block_m=64, block_n=128, tiles=0, num_warps=4, num_stages=5, early=False)),
+    (256, ManyRows(block_m=64, block_n=128, tiles=0, num_warps=4, num_stages=6, early=False)),
+    (512, ManyRows(block_m=128, block_n=128, tiles=0, num_warps=4, num_stages=4, early=False)),
+    (_ANY, ManyRows(block_m=256, block_n=128, tiles=0, num_warps=8, num_stages=3, early=False)),
 )
 
 
-def small_batch(rows: int, cols: int, num_rows: int) -> SmallBatch:
-    """Return the settings for a weight of `rows × cols` and `num_rows` rows of activations."""
-    return next(
-        found
-        for numel, weight_rows, batch, found in _SMALL_BATCH
-        if rows * cols < numel and rows <= weight_rows and num_rows <= batch
-    )
+def reads_by_slot(view: TileView, num_rows: int) -> bool:
+    """Whether each slot should be read once for all its tiles: a layer has several, and partial sums are few."""
+    return num_rows <= 4 and view.num_tiles >= 2 * view.num_slots
 
 
-def one_row(rows: int) -> OneRow:
-    """Return the settings for a weight of `rows` rows and one row of activations."""
-    return next(found for most, found in _ONE_ROW if rows <= most)
+def is_small(view: TileView) -> bool:
+    """Whether one row is multiplied without the matrix unit (768²: 2.0 µs, with it 2.1; 4096²: 9.1 and 8.1)."""
+    return view.numel < 1 << 23
+
+
+def split(view: TileView, num_rows: int) -> Split:
+    """Return the settings of `few_rows.split`."""
+    return next(found for numel, rows, found in _SPLIT if view.numel < numel and num_rows <= rows)
+
+
+def one_row(rows: int, cols: int) -> OneRow:
+    """Return the settings of `few_rows.one_row` for a weight of `rows × cols`."""
+    return next(found for numel, found in _ONE_ROW if rows * cols < numel)
+
+
+def many_rows(view: TileView, num_rows: int) -> ManyRows:
+    """Return the settings of `many_rows`: programs enough for the multiprocessors, `k` shared where they are few."""
+    found = next(found for most, found in _MANY_ROWS if num_rows <= most)
+    programs = -(-num_rows // found.block_m) * -(-view.rows // min(found.block_n, view.tile_rows))
+    parts = max(1, min(_MULTIPROCESSORS // programs, view.grid_cols // 8))
+    return found._replace(tiles=-(-view.grid_cols // parts))

@@ -105,6 +105,12 @@ class TileView(NamedTuple):
         return tile if self.strips else tile - (tile - self.first_tile) % self.grid_cols
 
     @property
+    def chunks(self) -> tuple[int, int]:
+        """The first chunk that the tensor's tiles are in, and the number of chunks."""
+        first = self.first_tile // self.num_slots
+        return first, (self.first_tile + self.num_tiles - 1) // self.num_slots + 1 - first
+
+    @property
     def all_positive(self) -> bool:
         """Whether no sign can be negative: none was asked for, or every tile is in chunk 0."""
         in_first_chunk = self.first_tile + self.num_tiles <= self.num_slots

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -20,7 +21,7 @@ if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
 
 triton = pytest.importorskip("triton")
 
-from roastify.kernels import embedding, gather, linear, reduce  # noqa: E402
+from roastify.kernels import embedding, few_rows, gather, linear, many_rows, reduce, tuning  # noqa: E402
 
 # The interpreter computes with NumPy, whose integers warn where a hash wraps on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
@@ -59,12 +60,18 @@ CASES = {
     "many chunks, padded": Case(77, 123, (16, 16), 7, first_tile=5),
     "one slot": Case(50, 40, (16, 16), 1),
     "sign per element": Case(77, 123, (16, 32), 5, first_tile=2, sign="element"),
+    "sign per row": Case(77, 123, (16, 16), 7, first_tile=5, sign="row"),
+    "sign per row, one slot": Case(50, 40, (16, 16), 1, first_tile=2, sign="row"),
+    "whole columns": Case(150, 192, (64, 32), 5, first_tile=3, sign="row"),
+    "whole columns, many chunks": Case(300, 320, (128, 64), 2, first_tile=1, sign="row"),
+    "whole columns, no sign": Case(128, 128, (64, 64), 3, sign="none"),
     "no sign": Case(33, 70, (32, 16), 9, sign="none"),
     "small tiles": Case(21, 30, (8, 8), 11, first_tile=3),
     "odd tiles": Case(21, 30, (5, 7), 6, sign="element"),
     "large tiles": Case(130, 200, (128, 64), 3, first_tile=1),
     "a region": Case(40, 50, (16, 16), 6, region=True),
     "strips": Case(9, 77, (8, 8), 5, first_tile=2, offset=13, strips=True),
+    "strips, sign per row": Case(9, 77, (8, 8), 5, offset=13, strips=True, sign="row"),
     "strips, sign per element": Case(3, 50, (16, 16), 2, offset=7, strips=True, sign="element"),
     "rotation": Case(40, 50, (16, 16), 6, mapping="cyclic"),
     "unaligned tiles": Case(21, 30, (8, 8), 11, mapping="roast"),
@@ -126,45 +133,124 @@ def test_an_index_outside_the_table_gives_nan() -> None:
     assert out.isnan().all(1).tolist() == [False, True, True, False]
 
 
-SMALL_BATCH = [name for name, case in CASES.items() if case.mapping in ("permutation", "cyclic")]
+PRODUCTS = [name for name, case in CASES.items() if case.mapping in ("permutation", "cyclic")]
+FEW_ROWS = [
+    name for name in PRODUCTS if min(CASES[name].tile) >= 16 and CASES[name].tile[0] != 5 and not CASES[name].strips
+]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("num_rows", [1, 5, 33])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("name", SMALL_BATCH)
-def test_linear(name: str, bias: bool, num_rows: int, dtype: torch.dtype) -> None:
+def product_case(
+    name: str, num_rows: int, dtype: torch.dtype, bias: bool = True
+) -> tuple[tuple[Tensor, Tensor, Tensor | None, Tensor, TileView, float], Tensor]:
+    """Return a product's arguments and what it must be, in float64."""
     view, table, shape = CASES[name].build()
     pool, x = randn(*shape, dtype=dtype), randn(num_rows, view.cols, dtype=dtype, seed=1)
     b = randn(view.rows, dtype=dtype, seed=2) if bias else None
     expected = in_float64(lambda x, pool, b: reference.linear(x, pool, b, table, view, 0.7), x, pool, b)
-    found = linear.linear(x, pool, b, table, view, 0.7)
-    assert_near(found, expected, dtype)
-    assert torch.equal(found, linear.linear(x, pool, b, table, view, 0.7))
+    return (x, pool, b, table, view, 0.7), expected
 
 
-@pytest.mark.parametrize("tiles", [1, 4])
-@pytest.mark.parametrize("block_rows", [1, 16])
-@pytest.mark.parametrize("name", ["many chunks, padded", "one slot", "sign per element", "large tiles", "a region"])
+def assert_computes(function, arguments, expected: Tensor) -> None:
+    found = function(*arguments)
+    assert_near(found, expected, arguments[0].dtype)
+    assert torch.equal(found, function(*arguments))
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "bias", "dtype"),
+    [(1, True, DTYPES[0]), (5, False, DTYPES[0]), (33, True, DTYPES[0]), (5, True, DTYPES[1]), (3, False, DTYPES[2])],
+    ids=str,
+)
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_linear(name: str, bias: bool, num_rows: int, dtype: torch.dtype) -> None:
+    assert_computes(linear.linear, *product_case(name, num_rows, dtype, bias))
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "block_rows", "dtype"), [(1, 128, DTYPES[0]), (3, 16, DTYPES[1]), (5, 16, DTYPES[2])], ids=str
+)
+@pytest.mark.parametrize("name", [name for name in FEW_ROWS if CASES[name].sign != "element"])
+def test_by_slot(
+    monkeypatch: pytest.MonkeyPatch, name: str, block_rows: int, num_rows: int, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(tuning, "BY_SLOT", tuning.BySlot(block_rows, num_warps=4))
+    monkeypatch.setattr(tuning, "SUM_PARTS", 2)
+    assert_computes(few_rows.by_slot, *product_case(name, num_rows, dtype))
+
+
+@pytest.mark.parametrize(("block_rows", "tiles"), [(4, 1), (16, 4)])
+@pytest.mark.parametrize("name", FEW_ROWS)
 def test_one_row(monkeypatch: pytest.MonkeyPatch, name: str, block_rows: int, tiles: int) -> None:
-    view, table, shape = CASES[name].build()
-    settings = linear.tuning.OneRow(block_rows=block_rows, tiles=tiles, num_warps=4)
-    monkeypatch.setattr(linear.tuning, "one_row", lambda rows: settings)
-    pool, x, b = randn(*shape), randn(1, view.cols, seed=1), randn(view.rows, seed=2)
-    expected = in_float64(lambda x, pool, b: reference.linear(x, pool, b, table, view, 0.7), x, pool, b)
-    assert_near(linear.one_row(x, pool, b, table, view, 0.7), expected, torch.float32)
+    monkeypatch.setattr(tuning, "one_row", lambda rows, cols: tuning.OneRow(block_rows, tiles, num_warps=4))
+    assert_computes(few_rows.one_row, *product_case(name, 1, torch.float32))
 
 
-@pytest.mark.parametrize("tiles", [1, 3, 100])
-@pytest.mark.parametrize("name", ["many chunks, padded", "one slot", "sign per element", "large tiles", "a region"])
-def test_linear_however_it_is_split(monkeypatch: pytest.MonkeyPatch, name: str, tiles: int) -> None:
-    view, table, shape = CASES[name].build()
-    settings = linear.tuning.SmallBatch(block_rows=16, tiles=tiles, num_warps=4, num_stages=2)
-    monkeypatch.setattr(linear.tuning, "small_batch", lambda *size: settings)
-    pool, x, b = randn(*shape), randn(4, view.cols, seed=1), randn(view.rows, seed=2)
-    assert linear._fits_small_batch(x, pool, view)
-    expected = in_float64(lambda x, pool, b: reference.linear(x, pool, b, table, view, 0.7), x, pool, b)
-    assert_near(linear.linear(x, pool, b, table, view, 0.7), expected, torch.float32)
+@pytest.mark.parametrize(("num_rows", "tiles", "stacked"), [(1, 100, 4), (1, 1, 1), (6, 3, 4), (6, 3, 1), (20, 100, 2)])
+@pytest.mark.parametrize("name", FEW_ROWS)
+def test_split(monkeypatch: pytest.MonkeyPatch, name: str, num_rows: int, tiles: int, stacked: int) -> None:
+    settings = tuning.Split(block_rows=16, tiles=tiles, stacked=stacked, num_warps=4, num_stages=2)
+    monkeypatch.setattr(tuning, "split", lambda view, num_rows: settings)
+    assert_computes(few_rows.split, *product_case(name, num_rows, torch.float32))
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    """Let float32 products take the matrix unit's precision; on a CPU the interpreter computes them exactly."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("num_rows", "block_m", "tiles"), [(1, 64, 1), (70, 64, 3), (130, 128, 100)])
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("whole columns")])
+def test_many_rows(
+    monkeypatch: pytest.MonkeyPatch, tf32: None, name: str, num_rows: int, block_m: int, tiles: int, dtype: torch.dtype
+) -> None:
+    if DEVICE == "cuda" and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper GPU")
+    settings = tuning.ManyRows(block_m, 128, tiles, num_warps=4, num_stages=3, early=tiles == 1)
+    monkeypatch.setattr(tuning, "many_rows", lambda view, num_rows: settings)
+    arguments, expected = product_case(name, num_rows, dtype)
+    assert many_rows.fits(arguments[0], arguments[1], arguments[4])
+    if dtype == torch.float32 and DEVICE == "cuda":
+        monkeypatch.setitem(TOLERANCE, torch.float32, 2e-3)
+    assert_computes(many_rows.many_rows, arguments, expected)
+
+
+def test_every_way_is_taken(tf32: None) -> None:
+    """By shape: each kernel of the product is somebody's, and what none of them takes is gathered."""
+
+    def way(case: Case, num_rows: int, dtype: torch.dtype = torch.bfloat16) -> str:
+        view, _, shape = case.build()
+        x = torch.empty(num_rows, view.cols, dtype=dtype, device=DEVICE)
+        return linear.way(x, torch.empty(shape, dtype=dtype, device=DEVICE), view).__name__
+
+    square = Case(1024, 1024, (128, 64), 100, sign="row")
+    assert [way(square, rows) for rows in (1, 2, 32, 129, 5000)] == [
+        "one_row",
+        "split",
+        "split",
+        "many_rows",
+        "gathered",
+    ]
+    reread = Case(1024, 1024, (128, 64), 64, sign="row")
+    assert [way(reread, rows) for rows in (1, 4, 5)] == ["by_slot", "by_slot", "split"]
+    assert way(Case(4096, 4096, (128, 64), 2000, sign="row"), 1) == "split"
+    assert way(Case(1024, 1024, (128, 64), 100, sign="row"), 129, torch.float64) == "gathered"
+    for finer in ("tile", "element"):
+        assert [way(Case(1024, 1024, (128, 64), 100, sign=finer), rows) for rows in (100, 129)] == ["split", "gathered"]
+    assert way(Case(1024, 1000, (128, 64), 100, sign="row"), 200) == "gathered"
+    assert way(CASES["strips"], 1) == way(CASES["small tiles"], 1) == way(CASES["unaligned tiles"], 1) == "gathered"
+
+
+def test_float32_follows_torchs_precision(tf32: None) -> None:
+    view, _, shape = CASES["whole columns"].build()
+    x, pool = torch.empty(200, view.cols, device=DEVICE), torch.empty(shape, device=DEVICE)
+    assert linear.way(x, pool, view).__name__ == "many_rows"
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    assert linear.way(x, pool, view).__name__ == "gathered"
 
 
 def test_memory_that_is_padding_is_not_read() -> None:
@@ -181,8 +267,8 @@ def test_memory_that_is_padding_is_not_read() -> None:
 @pytest.mark.parametrize("scratch", [1, 2000, 1 << 26])
 @pytest.mark.parametrize("name", ["many chunks, padded", "strips", "unaligned tiles", "one chunk"])
 def test_products_in_panels(monkeypatch: pytest.MonkeyPatch, name: str, scratch: int) -> None:
-    monkeypatch.setattr(linear.tuning, "SCRATCH_ELEMENTS", scratch)
-    monkeypatch.setattr(linear.tuning, "SMALL_BATCH_ROWS", 0)
+    monkeypatch.setattr(tuning, "SCRATCH_ELEMENTS", scratch)
+    monkeypatch.setattr(linear, "way", lambda x, pool, view: linear.gathered)
     view, table, shape = CASES[name].build()
     pool = randn(*shape)
     x, grad = randn(6, view.cols, seed=1), randn(6, view.rows, seed=2)
