@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
@@ -24,7 +28,7 @@ spec = importlib.util.spec_from_file_location("benchmarks", ROOT / "benchmarks" 
 assert spec is not None
 sys.modules.setdefault("benchmarks", importlib.util.module_from_spec(spec))
 
-from benchmarks import hashednet  # noqa: E402
+from benchmarks import cases, hashednet, kernels, layers, page, plots, timing  # noqa: E402
 from benchmarks.hashednet import Blocks, Hashed  # noqa: E402
 
 # The interpreter computes with NumPy, whose integers warn where a hash wraps on purpose.
@@ -98,3 +102,133 @@ def test_hashednet_spreads_its_weights_evenly() -> None:
 def test_hashednet_is_tried_with_many_settings(num_rows: int) -> None:
     found = hashednet.blocks_to_try(num_rows)
     assert len(found) >= 8 and len(set(found)) == len(found)
+
+
+def test_the_bandwidth_kernel_reads_what_it_says() -> None:
+    data, out = torch.ones(3 * 4096, device=DEVICE), torch.empty(2, device=DEVICE)
+    assert timing.read(data, out, passes=4) == 4 * float(out.sum()) == 4 * 4 * data.numel()
+
+
+MACHINE = {"gpu": "a GPU", "torch": "2", "triton": "3", "cuda": "13", "roastify": "0", "date": "today"}
+CEILINGS = {
+    "l2_mb": 50.0,
+    "memory_copy_gb_s": 4000.0,
+    "memory_read_gb_s": 4100.0,
+    "l2_read_gb_s": 6000.0,
+    "bfloat16_tflop_s": 700.0,
+    "tf32_tflop_s": 350.0,
+    "float32_tflop_s": 50.0,
+}
+TIMES = {"dense": 12.0, "pool": 10.0, "gathered": 15.0, "hashednet": 400.0, "hashednet_gathered": 200.0, "rival": 1.0}
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every regime at a size for a CPU; each call runs once, and its time is made up."""
+
+    def measure(sides: Mapping[str, Sequence[Callable[[], Any]]], most: int, graph: bool = True) -> dict[str, Any]:
+        for calls in sides.values():
+            for call in calls:
+                call()
+        return {name: timing.spread([TIMES[name]] * most) for name in sides}
+
+    shape = (200, 130)
+    monkeypatch.setattr(timing, "measure", measure)
+    monkeypatch.setattr(timing, "machine", lambda: dict(MACHINE))
+    monkeypatch.setattr(timing, "ceilings", lambda: dict(CEILINGS))
+    monkeypatch.setattr(layers, "l2_bytes", lambda: 1 << 10)
+    monkeypatch.setattr(layers, "_MOST_IN_A_ROW", 3)
+    monkeypatch.setattr(cases, "LINEAR", [(shape, 0.05, {1: 1.0, 16: 2.0})])
+    monkeypatch.setattr(cases, "FLOAT32_ROWS", (3,))
+    monkeypatch.setattr(cases, "TRAINING", [(shape, 0.05, {5: 0.9})])
+    monkeypatch.setattr(cases, "HASHEDNET", [(70, (0.05,))])
+    monkeypatch.setattr(cases, "HASHEDNET_ROWS", (3,))
+    monkeypatch.setattr(cases, "REPEATED_ROWS", (3,))
+    monkeypatch.setattr(cases, "VOCABULARY", shape[0])
+    monkeypatch.setattr(cases, "WIDTH", shape[1])
+    monkeypatch.setattr(cases, "TOKENS", 20)
+    monkeypatch.setattr(cases, "MEMORY", [(shape, 0.05)])
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(kernels.main, arguments)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
+
+
+def test_every_regime_measures_and_the_page_tells_of_it(small: None, tmp_path: Path) -> None:
+    path = tmp_path / "kernels.json"
+    code, output = run("--output", str(path))
+    assert code == 0, output
+    results = json.loads(path.read_text())
+    by_regime = {name: [row for row in results["rows"] if row["regime"] == name] for name in cases.REGIMES}
+    assert all(by_regime.values()) and not any("failed" in row for row in results["rows"])
+    assert [row["sign"] for row in by_regime["linear"]] == ["tile", "element", "none"] * 2 + ["tile"] * 2
+    assert all(row["layers"] == 3 and row["floor"]["pool_us"] > 0 for row in by_regime["linear"])
+    assert all(row["forward_equal"] for row in by_regime["repeat"] if row["what"] == "pool")
+    for row in by_regime["hashednet"]:
+        assert row["hashednet_over_pool"] == 40 and row["hashednet_blocks_tried"] >= 8
+        assert ("grad_pool" in row["hashednet_blocks"]) == (row["what"] == "training")
+
+    document = page.markdown(results)
+    assert "| 200×130 | 0.05 | 16 | tile | bfloat16 | 12.00 | 10.00 | 1.20 | 2 missed |" in document
+    assert "| 200×130 | 0.05 | 1 | tile | bfloat16 | 12.00 | 10.00 | 1.20 | 1 met |" in document
+    # Of the aims: 1 row of 3 signs is met, 16 rows of 3 signs and in float16 are not; training is met; HashedNet's
+    # 50 is missed and 25 met, in two dtypes.
+    assert "6 of 12 aims are met" in document
+    drawn = plots.draw(results["rows"], [], tmp_path)
+    assert [path.name for path in drawn] == ["linear.png", "hashednet.png"]
+    assert all(f"({page.IMAGES.name}/{path.name})" in document for path in drawn)
+
+
+def test_a_case_that_fails_is_a_row_and_the_others_are_measured(
+    small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = cases.Layers.forward_error
+
+    def fail_for_one_row(self: Any, x: Tensor, view: Any) -> float:
+        if x.shape[0] == 1:
+            raise RuntimeError("out of | something")
+        return original(self, x, view)
+
+    monkeypatch.setattr(cases.Layers, "forward_error", fail_for_one_row)
+    path = tmp_path / "kernels.json"
+    code, output = run("--regime", "linear", "--output", str(path))
+    assert code == 1 and "3 failed" in output
+    results = json.loads(path.read_text())
+    assert sum("failed" in row for row in results["rows"]) == 3 and len(results["rows"]) == 8
+    assert "failed: RuntimeError: out of / something |" in page.markdown(results)
+
+
+def test_rows_of_other_regimes_stay_only_beside_the_same_machine(
+    small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "kernels.json"
+    run("--regime", "float32,memory", "--output", str(path))
+    run("--regime", "float32,training", "--output", str(path))
+    regimes = [row["regime"] for row in json.loads(path.read_text())["rows"]]
+    assert regimes == ["float32"] * 2 + ["training"] + ["memory"] * 8
+    monkeypatch.setattr(timing, "machine", lambda: MACHINE | {"gpu": "another"})
+    run("--regime", "training", "--output", str(path))
+    assert [row["regime"] for row in json.loads(path.read_text())["rows"]] == ["training"]
+
+
+def test_a_quick_run_writes_nothing_of_itself(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "RESULTS", tmp_path / "kernels.json")
+    code, output = run("--quick")
+    assert code == 0 and "0 failed" in output and not list(tmp_path.iterdir())
+
+
+def test_an_unknown_regime_is_named(small: None) -> None:
+    code, output = run("--regime", "linear,wrong")
+    assert code == 2 and "unknown: wrong; there are linear, float32" in output
+
+
+def test_the_page_takes_whole_models_with_few_fields(tmp_path: Path) -> None:
+    machine = MACHINE | {"tile": [128, 64]}
+    row = {"model": "BERT", "batch": 1, "dense": {"median_us": 3000.0}, "pool": {"median_us": 2000.0}}
+    models = [row | {"dense_over_pool": 1.5, "case": "inference"}, {"model": "a failure", "failed": "no memory"}]
+    linear = {"regime": "linear", "shape": [2, 2], "pool_mb": 1, "rows": 1, "sign": "tile", "dtype": "x", "layers": 16}
+    document = page.markdown({"machine": machine, "rows": [linear]}, {"machine": {}, "rows": models})
+    assert "| BERT | inference | 1 | 3.00 | 2.00 | 1.50 |" in document and "failed: no memory" in document
+    assert [path.name for path in plots.draw([], models, tmp_path)] == ["models.png"]
