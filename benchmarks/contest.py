@@ -36,38 +36,43 @@ class Rival:
         count = max(2, min(layers.count, int(_HASHED_ELEMENTS / (out * cols))))
         self.weights = [Hashed(out, cols, seed=1 + layer) for layer in range(count)]
         # A float32 pool beside narrow activations costs twice the bytes, but Triton can prefetch its reads.
-        pools = {layers.dtype, torch.float32}
+        pools = dict.fromkeys((layers.dtype, torch.float32))
         self.pools = {dtype: layers.pool.flatten().to(dtype, copy=True) for dtype in pools}
         self.grad_pool = torch.zeros(layers.pool.numel(), device=layers.pool.device)
         self.blocks = hashednet.blocks_to_try(rows)
+        self.tried: dict[str, int] = {}
+        self.refused: dict[str, str] = {}
 
     @functools.cached_property
     def forward_settings(self) -> tuple[torch.dtype, Blocks]:
         """The pool's dtype and the blocks that make the fastest forward."""
-        return self._fastest([(dtype, blocks) for dtype in self.pools for blocks in self.blocks], self.forward)
+        options = [(dtype, blocks) for dtype in self.pools for blocks in self.blocks]
+        return self._fastest("forward", options, self.forward)
 
     @functools.cached_property
     def grad_x_settings(self) -> Blocks:
         """The blocks that make the fastest input's gradient, from the pool that is the forward's best."""
-        return self._fastest(self.blocks, self._grad_x)
+        return self._fastest("grad_x", self.blocks, self._grad_x)
 
     @functools.cached_property
     def grad_pool_settings(self) -> Blocks:
         """The blocks that make the fastest pool's gradient."""
-        return self._fastest(hashednet.GRADIENT_BLOCKS, self._grad_pool)
+        return self._fastest("grad_pool", hashednet.GRADIENT_BLOCKS, self._grad_pool)
 
-    def _fastest(self, options: Sequence[T], calls: Callable[[T], list[Call]]) -> T:
-        best: tuple[float, T] | None = None
+    def _fastest(self, what: str, options: Sequence[T], calls: Callable[[T], list[Call]]) -> T:
+        times: list[tuple[float, T]] = []
         for option in options:
             try:
-                times = timing.measure({"rival": calls(option)}, most=_TUNING_RUNS)
-            except OutOfResources:
-                # Blocks may be too large for this GPU's shared memory or registers; that is an answer too.
-                continue
-            if best is None or times["rival"]["median_us"] < best[0]:
-                best = times["rival"]["median_us"], option
-        assert best is not None, "no block setting fits this GPU"
-        return best[1]
+                found = timing.measure({"rival": calls(option)}, most=_TUNING_RUNS)
+            except (OutOfResources, RuntimeError) as error:
+                # Too large for this GPU, or too much for this version of Triton; the raw row says so.
+                self.refused[f"{what} {option}"] = f"{type(error).__name__}: {str(error)[:100]}"
+            else:
+                times.append((found["rival"]["median_us"], option))
+        if not times:
+            raise RuntimeError(f"HashedNet, {what}: no block setting runs: {self.refused}")
+        self.tried[what] = len(times)
+        return min(times, key=lambda pair: pair[0])[1]
 
     def forward(self, settings: tuple[torch.dtype, Blocks] | None = None) -> list[Call]:
         """Return the forward of each layer; at its best settings by default."""
@@ -188,6 +193,7 @@ class Contest:
             "hashednet_layers": len(self.rival.weights),
             "hashednet_pool_dtype": str(dtype).removeprefix("torch."),
             "hashednet_blocks": {name: found._asdict() for name, found in blocks.items()},
-            "hashednet_blocks_tried": len(self.rival.blocks) * len(self.rival.pools),
+            "hashednet_blocks_tried": self.rival.tried,
+            **({"hashednet_blocks_refused": self.rival.refused} if self.rival.refused else {}),
             "error": error,
         }

@@ -95,7 +95,7 @@ def main(chosen: str, quick: bool, output: Path | None) -> None:
         raise click.BadParameter(
             f"unknown: {', '.join(unknown)}; there are {', '.join(REGIMES)}", param_hint="--regime"
         )
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
     begun = time.perf_counter()
     torch.manual_seed(0)
     ceilings = timing.ceilings()

@@ -138,13 +138,13 @@ def ceilings() -> dict[str, float]:
     sizes = {
         "memory_copy": 2 * large.nbytes,
         "memory_read": read(large, programs, 1),
-        "l2_read": read(small, programs, 64),
+        "l2_read": read(small, programs, 256),
     }
     times = measure(
         {
             "memory_copy": [lambda: target.copy_(large)],
             "memory_read": [lambda: read(large, programs, 1)],
-            "l2_read": [lambda: read(small, programs, 64)],
+            "l2_read": [lambda: read(small, programs, 256)],
         },
         most=20,
     )
