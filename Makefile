@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench wheel-test clean
+.PHONY: help setup demo test check bench bench-gpu wheel-test clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -34,6 +34,10 @@ check: $(READY)  ## Lint, formatting, types, and `roastify check` on every examp
 
 bench: $(READY)  ## Measure against the dense layers on this machine and write benchmarks/results/
 	$(BIN)/python -m benchmarks.cpu
+
+bench-gpu: $(READY)  ## Measure the operators on this machine's GPU and write docs/performance.md
+	$(BIN)/python -m benchmarks.kernels
+	$(BIN)/python -m benchmarks.page
 
 clean:  ## Remove the environment and everything built
 	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

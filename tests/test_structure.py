@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import sysconfig
@@ -133,7 +134,14 @@ def test_readme_table_is_the_committed_results() -> None:
 
 def test_performance_page_is_the_committed_results() -> None:
     code = (
-        "import json; from benchmarks.kernels import DOCUMENT, RESULTS, markdown; "
-        "assert markdown(json.loads(RESULTS.read_text())) == DOCUMENT.read_text()"
+        "from benchmarks.page import DOCUMENT, KERNELS, MODELS, load, markdown; "
+        "assert markdown(load(KERNELS), load(MODELS)) == DOCUMENT.read_text()"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_performance_page_shows_only_pictures_that_exist() -> None:
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]*)\)", (ROOT / "docs" / "performance.md").read_text())
+    assert pictures
+    for picture in pictures:
+        assert (ROOT / "docs" / picture).is_file(), f"docs/{picture} is missing; python -m benchmarks.page draws it"

@@ -1,0 +1,305 @@
+"""docs/performance.md and its plots, from the raw rows of the GPU benchmarks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+
+from benchmarks import plots
+
+Row = dict[str, Any]
+Results = dict[str, Any]
+
+FOLDER = Path(__file__).parent / "results"
+KERNELS, MODELS = FOLDER / "kernels.json", FOLDER / "models.json"
+DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"
+IMAGES = DOCUMENT.parent / "images"
+
+WHAT_RUNS = """
+By shape, and without anything to set:
+
+- One row and a weight under 8 M elements: a kernel without the matrix unit; every program owns whole rows of the
+  weight.
+- Up to 128 rows: a kernel that multiplies tiles as it reads them from the pool. Programs share `k`, and a second kernel
+  adds their parts in a fixed order: no atomics, the same bits on every run.
+- More rows, and the backward pass: the weight is gathered into a scratch tensor and multiplied by cuBLAS; its gradient
+  is reduced into the pool slot by slot, in a fixed order.
+- float64, and the comparison mappings in `reduce`: plain torch.
+
+A sign for each element is hashed for every weight that is read, which a matrix unit waits for; pools of few slots use
+it for accuracy. From 64 rows on the pool is slower than cuBLAS: there the time goes into the gathered copy, or into a
+kernel that does not yet load whole slots with the tensor-copy engine.
+"""
+METHOD = """
+Each case is checked against float64 before it is timed; the largest error over the largest value is in the raw rows.
+Then calls on different layers of one shape run in a row in a CUDA graph, so that launches cost what they cost in a
+model and a dense weight comes from memory as it does there; how many layers, and how many megabytes of dense weights,
+each raw row says. The graphs of the sides of a comparison are replayed in turn. Times are medians; quartiles and the
+number of replays are in the raw rows. An aim is what this project set itself before measuring, and aims that are missed
+stay in the tables.
+"""
+FLOOR = """
+The floor is the time below which no product of this kind can go: the weights read once from the cache (from memory,
+for the part of a pool that is larger than the cache), or the arithmetic, at the rates measured in the same run. For
+dense weights it is one read from memory, or the arithmetic.
+"""
+HASHEDNET = """
+HashedNet hashes every weight by itself; its fused kernel in this comparison is tuned: a 32-bit hash of two
+multiplications, blocks up to the whole batch, and the best of the block settings tried at each size, which the raw rows
+name. "Materialised" is HashedNet whose weight is written out element by element for cuBLAS. "Gather + cuBLAS" is the
+pool of this project without its fused kernels. A training step is forward, both gradients and SGD's update, of one
+layer and its pool. Budgets are in float32; bfloat16 pools have as many elements. The aims are about the fused kernel,
+which is how HashedNet is run elsewhere; where the materialised weight is faster, that is the rival to look at.
+"""
+REPEAT = """
+Whether a second call gave the same bits, with other work in between. HashedNet adds with atomics, in whatever order
+they come.
+"""
+MEMORY = """
+GB/s are of the bytes that must be moved at the least: the weight or its gradient, or the tokens, and what is read or
+written of the pool. The dense side is a copy of the dense weight (for gather and reduce), `F.embedding`, and its
+backward; both backward passes of the embedding run without a graph.
+"""
+
+
+class Column(NamedTuple):
+    """A column of a table: its title, and a row's cell."""
+
+    title: str
+    cell: Callable[[Row], str]
+
+
+def time_of(side: str) -> Callable[[Row], str]:
+    """Return the cell with a side's median time."""
+    return lambda row: f"{row[side]['median_us']:.2f}" if side in row else ""
+
+
+def number(name: str, digits: int = 2) -> Callable[[Row], str]:
+    """Return the cell with a number."""
+    return lambda row: f"{row[name]:.{digits}f}" if row.get(name) is not None else ""
+
+
+def missed(row: Row, value: str) -> bool | None:
+    """Return whether the row missed its aim; None without an aim."""
+    if row.get("aim") is None:
+        return None
+    return not row.get(value, 0.0) >= row["aim"]
+
+
+def aim_of(value: str) -> Callable[[Row], str]:
+    """Return the cell with the aim for a ratio, and whether it is met."""
+
+    def cell(row: Row) -> str:
+        verdict = missed(row, value)
+        return "" if verdict is None else f"{row['aim']:g} {'missed' if verdict else 'met'}"
+
+    return cell
+
+
+def layer(row: Row) -> str:
+    return f"{row['shape'][0]}×{row['shape'][1]}"
+
+
+def precision(row: Row) -> str:
+    return "float32, tf32" if row.get("tf32") and row["dtype"] == "float32" else row["dtype"]
+
+
+def floor(row: Row) -> str:
+    return f"{row['floor']['pool_us']:.2f} {row['floor']['bound']}" if "floor" in row else ""
+
+
+def said(name: str) -> Callable[[Row], str]:
+    """Return the cell with a truth as yes or no."""
+    return lambda row: {True: "yes", False: "no"}.get(row.get(name), "")  # type: ignore[call-overload]
+
+
+LAYER = [Column("layer", layer), Column("pool, MB", lambda row: f"{row['pool_mb']:g}")]
+ROWS, DTYPE = Column("rows", lambda row: str(row["rows"])), Column("dtype", precision)
+SIGN = Column("sign", lambda row: row["sign"])
+WHAT = Column("what", lambda row: row["what"])
+TIMES = [Column("dense, µs", time_of("dense")), Column("pool, µs", time_of("pool"))]
+OVER_DENSE = Column("dense ÷ pool", number("dense_over_pool"))
+AIM = Column("aim", aim_of("dense_over_pool"))
+FLOORS = [
+    Column("floor, µs", floor),
+    Column("dense floor", lambda row: f"{row['floor']['dense_us']:.2f}" if "floor" in row else ""),
+]
+
+
+class Section(NamedTuple):
+    """A regime's part of the page.
+
+    Args:
+        title: of the section.
+        note: a paragraph.
+        columns: of its table.
+        value: the ratio that its aims are about.
+        plot: what its plot shows, if it has one.
+    """
+
+    title: str
+    note: str
+    columns: list[Column]
+    value: str = "dense_over_pool"
+    plot: str = ""
+
+
+SECTIONS = {
+    "linear": Section(
+        "Linear layers",
+        "",
+        [*LAYER, ROWS, SIGN, DTYPE, *TIMES, OVER_DENSE, AIM, *FLOORS],
+        plot="Dense time over pool time by rows, for each layer",
+    ),
+    "float32": Section("Linear layers in float32", "", [*LAYER, ROWS, DTYPE, *TIMES, OVER_DENSE, *FLOORS]),
+    "training": Section(
+        "Forward and backward",
+        "Forward, the input's gradient, and the gradient of the weight or of the pool that all layers share.",
+        [*LAYER, ROWS, DTYPE, *TIMES, OVER_DENSE, AIM],
+    ),
+    "hashednet": Section(
+        "Beside HashedNet",
+        HASHEDNET,
+        [
+            Column("layer", layer),
+            Column("budget, MB", lambda row: f"{row['budget_mb']:g}"),
+            ROWS,
+            DTYPE,
+            WHAT,
+            *TIMES,
+            Column("gather + cuBLAS", time_of("gathered")),
+            Column("HashedNet", time_of("hashednet")),
+            Column("materialised", time_of("hashednet_gathered")),
+            OVER_DENSE,
+            Column("HashedNet ÷ pool", number("hashednet_over_pool", 1)),
+            Column("materialised ÷ pool", number("hashednet_gathered_over_pool", 1)),
+            Column("aim", aim_of("hashednet_over_pool")),
+        ],
+        "hashednet_over_pool",
+        "Times of dense, HashedNet and gather + cuBLAS over the pool's",
+    ),
+    "memory": Section(
+        "Moving data",
+        MEMORY,
+        [*LAYER, WHAT, DTYPE, *TIMES, OVER_DENSE, Column("GB/s", number("gb_s", 0))],
+    ),
+    "repeat": Section(
+        "The same bits again",
+        REPEAT,
+        [
+            WHAT,
+            Column("layer", layer),
+            ROWS,
+            DTYPE,
+            Column("forward", said("forward_equal")),
+            Column("input's gradient", said("grad_x_equal")),
+            Column("pool's gradient", said("grad_pool_equal")),
+        ],
+    ),
+}
+MODEL_COLUMNS = [
+    Column("model", lambda row: str(row.get("model", ""))),
+    Column("case", lambda row: str(row.get("case", ""))),
+    Column("batch", lambda row: str(row.get("batch", ""))),
+    Column("ratio", lambda row: f"{row['ratio']:g}" if "ratio" in row else ""),
+    Column("dense, ms", lambda row: f"{row['dense']['median_us'] / 1e3:.2f}" if "dense" in row else ""),
+    Column("pool, ms", lambda row: f"{row['pool']['median_us'] / 1e3:.2f}" if "pool" in row else ""),
+    OVER_DENSE,
+    AIM,
+]
+
+
+def table(columns: Sequence[Column], rows: Iterable[Row]) -> list[str]:
+    """Return the lines of a table; a row that failed says so where its times would stand."""
+    rows = list(rows)
+    # A column that has nothing to say for any row is left out.
+    columns = [column for column in columns if any(column.cell(row) for row in rows)]
+    lines = ["| " + " | ".join(column.title for column in columns) + " |", "|" + "---|" * len(columns)]
+    for row in rows:
+        cells = [column.cell(row) for column in columns]
+        if "failed" in row:
+            cells[-1] = "failed: " + " ".join(row["failed"].replace("|", "/").split())
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def tally(rows: Sequence[Row], values: dict[str, str]) -> list[str]:
+    """Return how many aims are met, and the worst misses."""
+    verdicts = [(row, missed(row, values[row["regime"]])) for row in rows if row["regime"] in values]
+    aimed = [(row, verdict) for row, verdict in verdicts if verdict is not None]
+    if not aimed:
+        return []
+    met = sum(not verdict for _, verdict in aimed)
+    return [f"{met} of {len(aimed)} aims are met; the tables mark the others as missed."]
+
+
+def described(machine: Row, layers: set[int]) -> str:
+    """Return the machine and the method in a paragraph."""
+    found = machine.get("ceilings", {})
+    in_a_row = " to ".join(str(count) for count in sorted({min(layers), max(layers)}))
+    rates = ""
+    if found:
+        rates = (
+            f" Measured ceilings: {found['memory_copy_gb_s']:.0f} GB/s copying in memory, "
+            f"{found['memory_read_gb_s']:.0f} reading it, {found['l2_read_gb_s']:.0f} reading the cache; "
+            f"{found['bfloat16_tflop_s']:.0f} TFLOP/s in bfloat16, {found['tf32_tflop_s']:.0f} in tf32, "
+            f"{found['float32_tflop_s']:.0f} in float32."
+        )
+    return (
+        f"Written by `python -m benchmarks.page` from [the raw rows](../benchmarks/results/{KERNELS.name}): "
+        f"{machine['gpu']}, torch {machine['torch']}, Triton {machine['triton']}, {machine['date']}. Tiles of "
+        f"{machine['tile'][0]}×{machine['tile'][1]}; {in_a_row} different layers in a row. "
+        f"Above 1 the pool is faster than the dense layer, below 1 slower.{rates}"
+    )
+
+
+def markdown(kernels: Results, models: Results | None = None) -> str:
+    """Return the page of the raw results."""
+    rows = kernels["rows"]
+    layers = {row["layers"] for row in rows if "layers" in row}
+    lines = ["# Performance on a GPU", "", described(kernels["machine"], layers), ""]
+    if counted := tally(rows, {name: section.value for name, section in SECTIONS.items()}):
+        lines += [*counted, ""]
+    for regime, section in SECTIONS.items():
+        chosen = [row for row in rows if row["regime"] == regime]
+        if not chosen:
+            continue
+        lines += [f"## {section.title}", ""]
+        if section.note:
+            lines += [section.note.strip(), ""]
+        if section.plot:
+            lines += [f"![{section.plot}]({IMAGES.name}/{regime}.png)", ""]
+        lines += [*table(section.columns, chosen), ""]
+    if models is not None:
+        lines += ["## Whole models", ""]
+        gpu = models.get("machine", {}).get("gpu")
+        source = f"[The raw rows](../benchmarks/results/{MODELS.name})"
+        lines += [f"{source}{f', {gpu}' if gpu else ''}.", ""]
+        lines += [f"![Dense time over pool time, by model]({IMAGES.name}/models.png)", ""]
+        lines += [*table(MODEL_COLUMNS, models["rows"]), ""]
+    lines += ["## What runs", "", WHAT_RUNS.strip(), "", "## Method", "", METHOD.strip(), "", FLOOR.strip(), ""]
+    return "\n".join(lines)
+
+
+def load(path: Path) -> Results | None:
+    """Return the raw results in a file, or None where there is none."""
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+@click.command()
+def main() -> None:
+    """Write the page and its plots from the committed raw rows."""
+    kernels, models = load(KERNELS), load(MODELS)
+    assert kernels is not None, f"{KERNELS} is missing; python -m benchmarks.kernels writes it"
+    DOCUMENT.write_text(markdown(kernels, models))
+    IMAGES.mkdir(exist_ok=True)
+    drawn = plots.draw(kernels["rows"], models["rows"] if models else [], IMAGES)
+    print(f"written to {', '.join(str(path) for path in (DOCUMENT, *drawn))}")
+
+
+if __name__ == "__main__":
+    main()
