@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks import hashednet, timing
 from benchmarks.contest import Contest
 from benchmarks.hashednet import Hashed
-from benchmarks.layers import DEVICE, SCALE, Layers, floor_us, randn, relative_error
+from benchmarks.layers import DEVICE, SCALE, SIGN, Layers, floor_us, randn, relative_error
 from roastify.kernels import ops, reference
 
 Row = dict[str, Any]
@@ -96,7 +96,7 @@ def facts(shape: Shape, dtype: torch.dtype, elements: float, rows: int, aim: flo
         "dtype": str(dtype).removeprefix("torch."),
         "pool_mb": elements * dtype.itemsize / 1e6,
         "rows": rows,
-        "sign": "tile",
+        "sign": SIGN,
         "aim": aim,
         **extra,
     }
@@ -127,11 +127,11 @@ def linear_cases(effort: Effort) -> Iterator[Case]:
 
     for shape, megabytes, aims in LINEAR:
         for rows, aim in aims.items():
-            for sign in ("tile", "element", "none") if rows in ROWS_OF_EVERY_SIGN else ("tile",):
+            for sign in (SIGN, "none", "tile", "element") if rows in ROWS_OF_EVERY_SIGN else (SIGN,):
                 yield case(shape, in_bfloat16(megabytes), torch.bfloat16, rows, sign, aim)
     shape, megabytes, aims = LINEAR[0]
     for rows in FLOAT16_ROWS:
-        yield case(shape, in_bfloat16(megabytes), torch.float16, rows, "tile", aims.get(rows))
+        yield case(shape, in_bfloat16(megabytes), torch.float16, rows, SIGN, aims.get(rows))
 
 
 def float32_cases(effort: Effort) -> Iterator[Case]:
@@ -142,7 +142,7 @@ def float32_cases(effort: Effort) -> Iterator[Case]:
         for rows in FLOAT32_ROWS:
             yield Case(
                 facts(shape, torch.float32, elements, rows, tf32=tf32),
-                partial(forward, shape, elements, torch.float32, rows, "tile", tf32, effort),
+                partial(forward, shape, elements, torch.float32, rows, SIGN, tf32, effort),
             )
 
 
@@ -152,7 +152,7 @@ def training_cases(effort: Effort) -> Iterator[Case]:
     def measure(shape: Shape, elements: float, rows: int) -> Row:
         layers = layers_of(shape, elements, torch.bfloat16)
         x, grad = layers.activations(rows)
-        views = layers.views("tile")
+        views = layers.views(SIGN)
         view = views[len(views) // 3]
         error = max(layers.forward_error(x, view), layers.backward_error(x, grad, view))
         sides = {"dense": layers.dense_backward(x, grad), "pool": layers.pool_backward(x, grad, views)}
@@ -199,7 +199,7 @@ def repeat_cases(effort: Effort) -> Iterator[Case]:
         with timing.matmul_precision(tf32):
             layers = layers_of(shape, elements, dtype)
             x, grad = layers.activations(rows)
-            view = layers.views("tile")[layers.count // 3]
+            view = layers.views(SIGN)[layers.count // 3]
             arguments = (layers.pool, None, layers.table, view, SCALE)
             return {
                 "forward_equal": same(lambda: ops.linear(x, *arguments)),
@@ -240,7 +240,7 @@ def memory_cases(effort: Effort) -> Iterator[Case]:
 
     def against_a_copy(shape: Shape, elements: float, dtype: torch.dtype, what: str) -> Row:
         layers = layers_of(shape, elements, dtype)
-        views = layers.views("tile")
+        views = layers.views(SIGN)
         if what == "gather":
             calls = [partial(ops.gather, layers.pool, layers.table, view, SCALE) for view in views]
             expected = reference.gather(layers.pool.double(), layers.table, views[-1], SCALE)
@@ -259,7 +259,7 @@ def memory_cases(effort: Effort) -> Iterator[Case]:
 
     def embedding(shape: Shape, elements: float, dtype: torch.dtype, what: str) -> Row:
         layers = layers_of(shape, elements, dtype)
-        views, pool_shape = layers.views("tile"), list(layers.pool.shape)
+        views, pool_shape = layers.views(SIGN), list(layers.pool.shape)
         index = torch.randint(0, shape[0], (TOKENS,), device=DEVICE)
         grad = randn(TOKENS, shape[1], dtype=dtype)
         if what == "embedding":

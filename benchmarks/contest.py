@@ -12,7 +12,7 @@ from triton.runtime.errors import OutOfResources
 
 from benchmarks import hashednet, timing
 from benchmarks.hashednet import Blocks, Hashed
-from benchmarks.layers import LEARNING_RATE, LIMITS, Layers, precision_name, relative_error
+from benchmarks.layers import LEARNING_RATE, LIMITS, SIGN, Layers, precision_name, relative_error
 from benchmarks.timing import Call
 
 T = TypeVar("T")
@@ -149,7 +149,7 @@ class Rival:
 class Contest:
     """All sides at one size; the rival is tuned once for inference and training."""
 
-    def __init__(self, layers: Layers, rows: int, sign: str = "tile") -> None:
+    def __init__(self, layers: Layers, rows: int, sign: str = SIGN) -> None:
         self.layers, self.rival = layers, Rival(layers, rows)
         self.x, self.grad, self.views = self.rival.x, self.rival.grad, layers.views(sign)
 

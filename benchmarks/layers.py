@@ -20,6 +20,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TILE = (128, 64)
 SLOT = TILE[0] * TILE[1]
 SCALE = 0.7
+# What the planner chooses for pools of as many slots.
+SIGN = "row"
 # So small that a thousand steps leave the weights as they are.
 LEARNING_RATE = 1e-9
 # Largest error over the largest value, against float64.

@@ -22,17 +22,20 @@ IMAGES = DOCUMENT.parent / "images"
 WHAT_RUNS = """
 By shape, and without anything to set:
 
-- One row and a weight under 8 M elements: a kernel without the matrix unit; every program owns whole rows of the
-  weight.
-- Up to 128 rows: a kernel that multiplies tiles as it reads them from the pool. Programs share `k`, and a second kernel
-  adds their parts in a fixed order: no atomics, the same bits on every run.
+- Up to 4 rows, where a layer reads every slot of the pool at least twice: each slot is read once and multiplied with
+  all its tiles; a second kernel adds what its tiles gave, in a fixed order.
+- One row and a weight under 8 M elements: no matrix unit; every program owns whole rows of the weight.
+- Up to 32 rows (128 on a GPU without the copy engine, or with a sign for each tile or element): a kernel that
+  multiplies tiles as it reads them from the pool; `k` is shared among programs where that pays, and their parts are
+  added in a fixed order: no atomics, the same bits on every run.
+- Up to 4,096 rows on a Hopper GPU, with a sign for each row of tiles or none: the tensor-copy engine brings whole slots
+  to the matrix unit; no weight is gathered.
 - More rows, and the backward pass: the weight is gathered into a scratch tensor and multiplied by cuBLAS; its gradient
   is reduced into the pool slot by slot, in a fixed order.
 - float64, and the comparison mappings in `reduce`: plain torch.
 
-A sign for each element is hashed for every weight that is read, which a matrix unit waits for; pools of few slots use
-it for accuracy. From 64 rows on the pool is slower than cuBLAS: there the time goes into the gathered copy, or into a
-kernel that does not yet load whole slots with the tensor-copy engine.
+A sign for each element is hashed for every weight that is read, which a matrix unit waits for; only pools of few slots
+use it, for accuracy.
 """
 METHOD = """
 Each case is checked against float64 before it is timed; the largest error over the largest value is in the raw rows.

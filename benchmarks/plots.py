@@ -11,6 +11,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.layers import SIGN
+
 Row = dict[str, Any]
 
 # Okabe and Ito's colours, which colour-blind readers tell apart.
@@ -40,10 +42,10 @@ def line_at_one(axes: Axes, horizontal: bool = True) -> None:
 
 
 def linear(rows: Sequence[Row]) -> Figure | None:
-    """Dense time over pool time by rows of the batch, a line for each layer; bfloat16, a sign for each tile."""
+    """Dense time over pool time by rows of the batch, a line for each layer; bfloat16, a sign for each row of tiles."""
     series: dict[tuple[str, float], list[Row]] = {}
     for row in rows:
-        if row["regime"] == "linear" and row["dtype"] == "bfloat16" and row["sign"] == "tile" and "pool" in row:
+        if row["regime"] == "linear" and row["dtype"] == "bfloat16" and row["sign"] == SIGN and "pool" in row:
             name = f"{row['shape'][0]}×{row['shape'][1]}"
             series.setdefault((name, row["pool_mb"]), []).append(row)
     if not series:

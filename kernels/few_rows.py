@@ -22,7 +22,6 @@ from roastify.kernels.hash import (
     interpreted,
     is_negative_tile,
     mix64,
-    row_tile,
     segment,
     view_arguments,
 )
@@ -202,21 +201,19 @@ def _by_slot_kernel(
     p_chunk = p_table + (chunk + first_chunk) * 3
     b = tl.load(p_chunk + 1, mask=exists, other=0).to(INT)
     inverse = tl.load(p_chunk + 2, mask=exists, other=0).to(INT)
-    # slot - b may be negative, and the remainder of a negative number is not the one wanted.
-    index = chunk * slots + inverse * ((slot + slots - b) % slots) % slots - first_tile
+    ahead = tl.where(slot >= b, slot - b, slot + slots - b)
+    index = chunk * slots + inverse * ahead % slots - first_tile
     exists = exists & (index >= 0) & (index < num_tiles)
     i_n = index // grid_cols
     i_k = index - i_n * grid_cols
     col = (i_k * TILE_COLS)[:, None] + c[None, :]
     n = (i_n * TILE_ROWS)[None, :] + r[:, None]
-    place = (i_k * num_rows + m_q)[None, :].to(tl.int64) * rows + n
+    place = ((i_k * num_rows + m_q) * rows)[None, :] + n
     negative = exists & False
-    if SIGN == _SIGN_TILE or SIGN == _SIGN_ROW:
-        tile = (index + first_tile).to(tl.int64)
-        source = tile
-        if SIGN == _SIGN_ROW:
-            source = row_tile(tile, first_tile, grid_cols)
-        negative = is_negative_tile(tile, source, key, num_slots, MAPPING)
+    if SIGN == _SIGN_TILE:
+        negative = is_negative_tile(first_tile + index, first_tile + index, key, num_slots, MAPPING)
+    elif SIGN == _SIGN_ROW:
+        negative = is_negative_tile(first_tile + index, first_tile + i_n * grid_cols, key, num_slots, MAPPING)
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -224,8 +221,9 @@ def _by_slot_kernel(
     x = tl.load(p_x + m_q.to(INT)[:, None] * cols + col, mask=exists[:, None] & (col < cols), other=0.0)
     if WIDEN:
         weight, x = weight.to(tl.float32), x.to(tl.float32)
-    product = tl.dot(weight, tl.trans(x), input_precision=PRECISION)
-    product = product * tl.where(negative, -scale, scale)[None, :]
+    # On the activations, a column of which a thread has one; of the product's columns it has several.
+    x = tl.where(negative[:, None], -x, x)
+    product = tl.dot(weight, tl.trans(x), input_precision=PRECISION) * scale
     tl.store(p_parts + place, product, mask=exists[None, :] & (n < rows))
 
 
@@ -252,7 +250,7 @@ def by_slot(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: T
         BM=block_m,
         PRECISION=precision(),
         WIDEN=interpreted(),
-        INT=address_type(pool, view, num_rows),
+        INT=address_type(pool, view, max(num_rows, parts.numel() // view.cols)),
         num_warps=settings.num_warps,
         **view_arguments(table, view),
         **dependent_launch(x),

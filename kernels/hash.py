@@ -96,7 +96,7 @@ def row_tile(tile, first_tile, grid_cols):
 
 @triton.jit
 def is_negative_tile(tile, source, key, num_slots, MAPPING: tl.constexpr):
-    """Whether each of `tile` is negated as a whole; `source` (int64) is the tile whose word decides."""
+    """Whether each of `tile` is negated as a whole; `source` is the tile whose word decides; integers of any width."""
     negative = (mix64(key, source) >> 63) != 0
     if MAPPING == _PERMUTATION:
         negative = negative & (tile >= num_slots)

@@ -10,7 +10,8 @@ import triton.language as tl
 from roastify.kernels.hash import interpreted
 from roastify.kernels.view import TileView
 
-# Sizes and addresses of a tensor, whose values must not make a kernel of their own.
+# Addresses and counts whose values must not make a kernel of their own. Row lengths are not among them: whether they
+# are multiples of 16 decides how wide a load may be.
 PLAIN_ARGUMENTS = [
     "key",
     "num_rows",
@@ -23,7 +24,6 @@ PLAIN_ARGUMENTS = [
     "chunk_begin",
     "num_chunks",
     "tiles_each",
-    "numel",
 ]
 
 

@@ -91,6 +91,7 @@ _SPLIT = (
     (1 << 23, 1, Split(block_rows=16, tiles=_ANY, stacked=4, num_warps=4, num_stages=3)),
     (1 << 23, _ANY, Split(block_rows=64, tiles=4, stacked=1, num_warps=4, num_stages=3)),
     (_ANY, 1, Split(block_rows=16, tiles=_ANY, stacked=4, num_warps=4, num_stages=4)),
+    (_ANY, 8, Split(block_rows=32, tiles=_ANY, stacked=4, num_warps=4, num_stages=4)),
     (_ANY, _ANY, Split(block_rows=64, tiles=16, stacked=1, num_warps=4, num_stages=4)),
 )
 # Up to so many elements of the weight.

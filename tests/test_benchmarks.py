@@ -230,7 +230,7 @@ def test_every_regime_measures_and_the_page_tells_of_it(small: None, tmp_path: P
     results = json.loads(path.read_text())
     by_regime = {name: [row for row in results["rows"] if row["regime"] == name] for name in cases.REGIMES}
     assert all(by_regime.values()) and not any("failed" in row for row in results["rows"])
-    assert [row["sign"] for row in by_regime["linear"]] == ["tile", "element", "none"] * 2 + ["tile"] * 2
+    assert [row["sign"] for row in by_regime["linear"]] == ["row", "none", "tile", "element"] * 2 + ["row"] * 2
     assert all(row["layers"] == 3 and row["floor"]["pool_us"] > 0 for row in by_regime["linear"])
     assert all(row["forward_equal"] for row in by_regime["repeat"] if row["what"] == "pool")
     for row in by_regime["hashednet"]:
@@ -240,11 +240,11 @@ def test_every_regime_measures_and_the_page_tells_of_it(small: None, tmp_path: P
         assert ("grad_pool" in row["hashednet_blocks"]) == (row["what"] == "training")
 
     document = page.markdown(results)
-    assert "| 200×130 | 0.05 | 16 | tile | bfloat16 | 12.00 | 10.00 | 1.20 | 2 missed |" in document
+    assert "| 200×130 | 0.05 | 16 | row | bfloat16 | 12.00 | 10.00 | 1.20 | 2 missed |" in document
     assert "| 200×130 | 0.05 | 1 | tile | bfloat16 | 12.00 | 10.00 | 1.20 | 1 met |" in document
-    # Of the aims: 1 row of 3 signs is met, 16 rows of 3 signs and in float16 are not; training is met; HashedNet's
+    # Of the aims: 1 row of 4 signs is met, 16 rows of 4 signs and in float16 are not; training is met; HashedNet's
     # 50 is missed and 25 met, in two dtypes.
-    assert "6 of 12 aims are met" in document
+    assert "7 of 14 aims are met" in document
     drawn = plots.draw(results["rows"], [], tmp_path)
     assert [path.name for path in drawn] == ["linear.png", "hashednet.png"]
     assert all(f"({page.IMAGES.name}/{path.name})" in document for path in drawn)
@@ -263,9 +263,9 @@ def test_a_case_that_fails_is_a_row_and_the_others_are_measured(
     monkeypatch.setattr(cases.Layers, "forward_error", fail_for_one_row)
     path = tmp_path / "kernels.json"
     code, output = run("--regime", "linear", "--output", str(path))
-    assert code == 1 and "3 failed" in output
+    assert code == 1 and "4 failed" in output
     results = json.loads(path.read_text())
-    assert sum("failed" in row for row in results["rows"]) == 3 and len(results["rows"]) == 8
+    assert sum("failed" in row for row in results["rows"]) == 4 and len(results["rows"]) == 10
     assert "failed: RuntimeError: out of / something |" in page.markdown(results)
 
 
@@ -297,7 +297,7 @@ def test_the_page_takes_whole_models_with_few_fields(tmp_path: Path) -> None:
     machine = MACHINE | {"tile": [128, 64]}
     row = {"model": "BERT", "batch": 1, "dense": {"median_us": 3000.0}, "pool": {"median_us": 2000.0}}
     models = [row | {"dense_over_pool": 1.5, "case": "inference"}, {"model": "a failure", "failed": "no memory"}]
-    linear = {"regime": "linear", "shape": [2, 2], "pool_mb": 1, "rows": 1, "sign": "tile", "dtype": "x", "layers": 16}
+    linear = {"regime": "linear", "shape": [2, 2], "pool_mb": 1, "rows": 1, "sign": "row", "dtype": "x", "layers": 16}
     document = page.markdown({"machine": machine, "rows": [linear]}, {"machine": {}, "rows": models})
     assert "| BERT | inference | 1 | 3.00 | 2.00 | 1.50 |" in document and "failed: no memory" in document
     assert [path.name for path in plots.draw([], models, tmp_path)] == ["models.png"]
