@@ -189,6 +189,7 @@ class Subject:
     Args:
         name: `dense` or `converted`.
         model: in the mode that is timed.
+        inputs: its own copy, on the device.
         check: a call whose outputs are compared.
         run: the call that is timed.
         peak_bytes: see `Side`.
@@ -196,6 +197,7 @@ class Subject:
 
     name: str
     model: nn.Module
+    inputs: Any
     check: Callable[[], Any]
     run: Callable[[], Any]
     peak_bytes: int | None
@@ -231,7 +233,6 @@ def measure(dense: nn.Module, converted: nn.Module, example_inputs: Any, options
             compare(
                 prepare("dense", dense, inputs, options),
                 prepare("converted", converted, inputs, options),
-                inputs,
                 options,
                 batch,
             )
@@ -286,7 +287,8 @@ def prepare(name: str, model: nn.Module, inputs: Any, options: BenchOptions) -> 
         BenchError: the model fails, does not compile, or cannot be captured; there is no other path then.
     """
     model.train(options.train)
-    args, kwargs = split_inputs(_placed(inputs, options))
+    inputs = _placed(inputs, options)
+    args, kwargs = split_inputs(inputs)
     call: Callable[..., Any] = model
     if options.compile:
         call = torch.compile(model, dynamic=False, fullgraph=options.fullgraph)
@@ -299,16 +301,14 @@ def prepare(name: str, model: nn.Module, inputs: Any, options: BenchOptions) -> 
             with torch._dynamo.config.patch(_COMPILE_LIMITS):
                 for _ in range(timing.WARM_UP_CALLS):
                     step()
-            peak = _peak_bytes(model, step, (args, kwargs)) if options.device.type == "cuda" else None
-        run = _captured(name, step) if options.graph else step
+            peak = _peak_bytes(model, step, inputs) if options.device.type == "cuda" else None
+        run = timing.captured(step, f"the {name} model") if options.graph else step
     # In training the passes are compared as they are: compiling may draw dropout's masks in another order.
     check = _training_step(model, model, args, kwargs) if options.train else run
-    return Subject(name, model, check, run, peak)
+    return Subject(name, model, inputs, check, run, peak)
 
 
-def compare(
-    dense: Subject, converted: Subject, inputs: Any, options: BenchOptions, batch: int | None = None
-) -> BenchCase:
+def compare(dense: Subject, converted: Subject, options: BenchOptions, batch: int | None = None) -> BenchCase:
     """Check that two models agree, then time them in turn.
 
     Raises:
@@ -328,7 +328,7 @@ def compare(
         )
         for subject in (dense, converted)
     }
-    described = tuple((path, describe(leaf)) for path, leaf in leaves(inputs, "inputs"))
+    described = tuple((path, describe(leaf)) for path, leaf in leaves(dense.inputs, "inputs"))
     return BenchCase(batch, described, agreement.error, agreement.tolerance, sides["dense"], sides["converted"])
 
 
@@ -386,28 +386,19 @@ def _training_step(
             generator = torch.Generator(differentiable[0].device).manual_seed(0)
             gradients.extend(torch.empty_like(leaf).normal_(generator=generator) for leaf in differentiable)
         torch.autograd.backward(differentiable, gradients)
-        return outputs
+        # A captured step's outputs are kept; what led to them is not.
+        return pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, outputs)
 
     return step
 
 
 def _peak_bytes(model: nn.Module, step: Callable[[], Any], inputs: Any) -> int:
-    given = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    given = [leaf for _, leaf in leaves(inputs) if isinstance(leaf, Tensor)]
     storages = [tensor.untyped_storage() for tensor in [*model.parameters(), *model.buffers(), *given]]
     own = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
     # The gradients of the last step are no part of what is there before this one.
     model.zero_grad(set_to_none=True)
     return own + timing.peak_bytes_of(step)
-
-
-def _captured(name: str, step: Callable[[], Any]) -> Callable[[], Any]:
-    try:
-        return timing.captured(step)
-    except timing.CaptureError as error:
-        raise BenchError(
-            f"the {name} model cannot be captured in a CUDA graph: {error}. A captured call may not wait for the GPU "
-            f"or read from it; time it without graphs: --no-graph (in Python, graph=False)"
-        ) from error
 
 
 def _check(dense: Subject, converted: Subject, options: BenchOptions) -> Agreement:

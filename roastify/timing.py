@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import roastify
+from roastify.errors import BenchError
 
 # Lazily made handles, compiled kernels and the allocator's blocks are there after this.
 WARM_UP_CALLS = 3
@@ -85,15 +86,11 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-class CaptureError(Exception):
-    """A call cannot be captured in a CUDA graph; the message is the reason."""
-
-
-def captured(call: Call) -> Call:
-    """Return a replay of the call's CUDA graph on the current device, which returns what the call returned.
+def captured(call: Call, what: str) -> Call:
+    """Return a replay of the call's CUDA graph on the current GPU, which returns what the call returned.
 
     Raises:
-        CaptureError: the call does something that a graph cannot hold.
+        BenchError: `what` does something that a graph cannot hold; there is no other path.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -110,8 +107,11 @@ def captured(call: Call) -> Call:
             except Exception as error:  # ending the capture raises another, which says less
                 first = reason(error)
                 raise
-    except Exception as error:  # CUDA and the allocator raise RuntimeError and its children
-        raise CaptureError(first or reason(error)) from error
+    except Exception as error:
+        raise BenchError(
+            f"{what} cannot be captured in a CUDA graph: {first or reason(error)}. A captured call may not wait for "
+            f"the GPU or read from it; time it without graphs: --no-graph (in Python, graph=False)"
+        ) from error
 
     def replay() -> Any:
         graph.replay()
