@@ -126,16 +126,14 @@ class BenchCase:
     Args:
         batch: asked for; None: the example inputs as they are.
         inputs: `(path, description)` of every input.
-        error: the largest difference of an output (in training, of the pool's gradient as well) over its largest value.
-        tolerance: what the error may be.
+        agreement: how far the two differ, and what was allowed.
         dense: the dense model.
         converted: its converted twin.
     """
 
     batch: int | None
     inputs: tuple[tuple[str, str], ...]
-    error: float
-    tolerance: float
+    agreement: Agreement
     dense: Side
     converted: Side
 
@@ -329,7 +327,7 @@ def compare(dense: Subject, converted: Subject, options: BenchOptions, batch: in
         for subject in (dense, converted)
     }
     described = tuple((path, describe(leaf)) for path, leaf in leaves(dense.inputs, "inputs"))
-    return BenchCase(batch, described, agreement.error, agreement.tolerance, sides["dense"], sides["converted"])
+    return BenchCase(batch, described, agreement, sides["dense"], sides["converted"])
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:

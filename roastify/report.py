@@ -193,8 +193,6 @@ def _bench_lines(report: BenchReport) -> RenderableType:
     how += ["torch.compile"] if report.compile else []
     how += ["CUDA graph"] if report.graph else ["called from Python"]
     first = report.cases[0]
-    worst = max(report.cases, key=lambda case: case.error / case.tolerance)
-    equal = f"equal within {worst.error:.1e} of the largest value" if worst.error else "equal to the last bit"
     machine = dict(report.machine)
     device = machine.pop("gpu", None) or f"{machine['cpu']}, {machine['threads']} threads"
     for name in ("cpu", "threads"):
@@ -204,7 +202,7 @@ def _bench_lines(report: BenchReport) -> RenderableType:
         ("parameters", f"{first.dense.parameters:,} → {first.converted.parameters:,} stored"),
         ("ratio", f"{report.achieved_ratio:.2f} (asked {report.ratio:g})"),
         ("how", ", ".join(how)),
-        ("checked", f"{equal} (allowed {worst.tolerance:g})"),
+        ("checked", _agreement(report)),
         ("on", f"{report.device}: {device}"),
         ("with", ", ".join(f"{name} {value}" for name, value in machine.items() if name != "date")),
         ("date", machine["date"]),
@@ -213,6 +211,17 @@ def _bench_lines(report: BenchReport) -> RenderableType:
     for name, text in lines:
         grid.add_row(Text(name, style="dim"), Text(text))
     return grid
+
+
+def _agreement(report: BenchReport) -> str:
+    found = [case.agreement for case in report.cases]
+    error = max(agreement.error for agreement in found)
+    equal = f"within {error:.1e} of their largest value" if error else "to the last bit"
+    text = f"outputs equal {equal} (allowed {found[0].tolerance:g})"
+    gradients = [agreement.gradient_error for agreement in found if agreement.gradient_error is not None]
+    if gradients:
+        text += f", the pool's gradient within {max(gradients):.1e} (allowed {found[0].gradient_tolerance:g})"
+    return text
 
 
 def check_writable(path: str | Path) -> None:
