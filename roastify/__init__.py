@@ -4,9 +4,11 @@ ROAST hashing (Desai, Zhou, Shrivastava, ICML 2023) with the stability repairs o
 ICLR 2024).
 """
 
-from roastify.api import convert, densify, load, plan, save, verify
+from roastify.api import bench, convert, densify, load, plan, save, verify
+from roastify.bench import BenchReport
 from roastify.config import RoastConfig
 from roastify.errors import (
+    BenchError,
     CheckpointError,
     ConfigError,
     ConversionError,
@@ -22,6 +24,8 @@ from roastify.verify import VerifyReport
 __version__ = "0.1.0"
 
 __all__ = [
+    "BenchError",
+    "BenchReport",
     "CheckpointError",
     "ConfigError",
     "ConversionError",
@@ -33,6 +37,7 @@ __all__ = [
     "SignatureMismatch",
     "SourceError",
     "VerifyReport",
+    "bench",
     "convert",
     "densify",
     "load",

@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
+from roastify import bench as benchmark
 from roastify import checkpoint, rewrite
 from roastify import verify as verification
 from roastify.admission import check_convertible, check_has_values, device_of
+from roastify.bench import BenchOptions, BenchReport
 from roastify.config import RoastConfig
 from roastify.errors import ConfigError
 from roastify.initial import fill, measure
@@ -119,6 +122,76 @@ def verify(original: nn.Module, converted: nn.Module, example_inputs: Any = None
         verification.observe(original, example_inputs),
         verification.observe(converted, example_inputs, who="converted"),
     )
+
+
+def bench(
+    model: nn.Module,
+    ratio: float | None = None,
+    *,
+    example_inputs: Any,
+    config: RoastConfig | str | Path | None = None,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    init: str | None = None,
+    seed: int | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    batches: Sequence[int] = (),
+    compile: bool = False,
+    graph: bool = True,
+    train: bool = False,
+    seconds: float = 2.0,
+    inplace: bool = False,
+) -> BenchReport:
+    """Measure latency and memory of a model beside its converted twin, in the same run and in turn.
+
+    The dense side is given the weights that the converted model stands for, so both must return the same, within what
+    rounding explains; nothing is timed if they do not. Inference runs in eval mode without gradients. On a GPU both are
+    replayed from CUDA graphs.
+
+    Args:
+        model: as in `convert`; it is left unchanged unless `inplace`.
+        ratio: as in `convert`, like `config`, `include`, `exclude`, `init` and `seed`.
+        config: settings.
+        include: may be shared.
+        exclude: stay dense.
+        init: `match` or `project`; the time does not depend on it.
+        seed: of the conversion.
+        example_inputs: a tensor, a sequence of positional or a mapping of keyword arguments, on any device.
+        device: `cpu`, `cuda` or `cuda:N`; default: a GPU if there is one.
+        dtype: `float32`, `bfloat16` or `float16`, for the model and floating inputs; default: as they are.
+        batches: sizes to bring the example inputs to along their first dimension; default: as they are.
+        compile: run both sides under `torch.compile`.
+        graph: False: call the models on a GPU from Python, launches included, instead of replaying CUDA graphs.
+        train: time a forward and a backward pass in train mode; the pool's gradient is checked too.
+        seconds: how long each case is timed, both sides together.
+        inplace: use up the model itself instead of a copy: it ends on the device with the converted model's weights.
+
+    Raises:
+        ConfigError: an option does not fit, or there are no example inputs.
+        BenchError: a model fails, does not compile, or cannot be captured in a CUDA graph.
+        OutputMismatch: the two models do not agree.
+        PlanError: see `convert`.
+        ConversionError: see `convert`.
+    """
+    settings = _settings(config, ratio=ratio, include=include, exclude=exclude, init=init, seed=seed)
+    options = BenchOptions(
+        device=benchmark.parse_device(device),
+        dtype=benchmark.parse_dtype(dtype),
+        batches=tuple(batches),
+        compile=compile,
+        graph=graph,
+        train=train,
+        seconds=seconds,
+    )
+    benchmark.check_inputs(example_inputs, options)
+    check_convertible(model)
+    check_has_values(model)
+    dense = model if inplace else rewrite.copy_without(model, set())
+    dense.to(device=options.device, dtype=options.dtype)
+    converted = convert(dense, config=settings)
+    rewrite.copy_weights(converted, dense)
+    return benchmark.measure(dense, converted, example_inputs, options)
 
 
 def save(model: nn.Module, path: str | Path) -> None:

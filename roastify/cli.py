@@ -18,6 +18,7 @@ from rich.text import Text
 
 import roastify
 from roastify import api, report
+from roastify.bench import DTYPES
 from roastify.config import INITS, RoastConfig
 from roastify.errors import ConfigError, RoastError, SourceError, closest
 from roastify.rewrite import pool_of
@@ -76,7 +77,7 @@ def main(traceback: bool) -> None:  # click keeps the lines of a paragraph that 
 
 
 def _settings_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options that `convert`, `plan` and `check` share."""
+    """Add the options that every command with a model has."""
     options = [
         click.argument("source"),
         click.option("--ratio", type=str, help="Whole-model parameters ÷ parameters stored (default 10)."),
@@ -150,6 +151,55 @@ def check(source: str, **settings: Any) -> None:
     console = _out()
     console.print(report.verify_lines(api.verify(found.model, converted, found.example_inputs)))
     _say(f"ok: {source} at ratio {config.ratio:g}")
+
+
+@main.command()
+@_settings_options
+@click.option("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one).")
+@click.option("--dtype", type=click.Choice(DTYPES), help="Of model and floating inputs (default: as they are).")
+@click.option(
+    "--batch", "batches", type=int, multiple=True, help="Bring the example inputs to this size; may be repeated."
+)
+@click.option("--compile", is_flag=True, help="Run both sides under torch.compile.")
+@click.option("--no-graph", is_flag=True, help="On a GPU, call the models from Python, without CUDA graphs.")
+@click.option("--train", is_flag=True, help="Time a forward and a backward pass instead of inference.")
+@click.option("--seconds", type=float, default=2.0, show_default=True, help="How long each case is timed.")
+@click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Write the raw result to this file.")
+def bench(
+    source: str,
+    device: str | None,
+    dtype: str | None,
+    batches: tuple[int, ...],
+    compile: bool,
+    no_graph: bool,
+    train: bool,
+    seconds: float,
+    json_file: str | None,
+    **settings: Any,
+) -> None:
+    """Measure latency and memory beside the dense model, checked first and in turn."""
+    config = _config(**settings)
+    if json_file is not None:
+        report.check_writable(json_file)
+    found = _load(source)
+    with _status(f"measuring {source}"):
+        measured = api.bench(
+            found.model,
+            config=config,
+            example_inputs=found.example_inputs,
+            device=device,
+            dtype=dtype,
+            batches=batches,
+            compile=compile,
+            graph=not no_graph,
+            train=train,
+            seconds=seconds,
+            inplace=True,
+        )
+    _out().print(report.bench_table(measured))
+    if json_file is not None:
+        report.write_json(measured.to_dict(), json_file)
+        _say(f"written to {json_file}")
 
 
 @main.command()

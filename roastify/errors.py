@@ -35,7 +35,11 @@ class SignatureMismatch(RoastError):
 
 
 class OutputMismatch(RoastError):
-    """The converted model's outputs differ from the original's in structure, shape or dtype."""
+    """The converted model's outputs differ from the original's in structure, shape or dtype; timing compares values."""
+
+
+class BenchError(RoastError):
+    """A model cannot be timed as asked: it fails, does not compile, or cannot be captured in a CUDA graph."""
 
 
 def closest(name: str, known: Iterable[str]) -> str:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from roastify.bench import BenchReport, Side
+from roastify.errors import ConfigError
 from roastify.plan import RoastPlan, TensorPlan
 from roastify.verify import VerifyReport
 
@@ -148,3 +153,86 @@ def verify_lines(report: VerifyReport) -> RenderableType:
     else:
         grid.add_row(Text("outputs", style="dim"), Text("not compared: no example inputs", style="yellow"))
     return grid
+
+
+def bench_table(report: BenchReport) -> RenderableType:
+    """Return a benchmark as a table of both sides at every batch size, and how it was measured."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("batch", no_wrap=True)
+    table.add_column("model", no_wrap=True)
+    # Nothing but a GPU's allocator tells one model's memory from the other's.
+    with_peak = report.cases[0].dense.peak_bytes is not None
+    for heading in ("median", "quartiles", "weights", *(["peak memory"] if with_peak else [])):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for case in report.cases:
+        batch = "as given" if case.batch is None else str(case.batch)
+        table.add_row(batch, "dense", *_measured(case.dense))
+        table.add_row("", "converted", *_measured(case.converted))
+        speed = Text(f"{case.dense_over_converted:.2f}", style="green" if case.dense_over_converted >= 1 else "yellow")
+        table.add_row("", "dense ÷ converted", speed, "", *_memory_ratios(case.dense, case.converted))
+    return Group(table, Text(), _bench_lines(report))
+
+
+def _measured(side: Side) -> list[str]:
+    time = side.time
+    memory = [human_bytes(side.parameter_bytes)]
+    if side.peak_bytes is not None:
+        memory.append(human_bytes(side.peak_bytes))
+    return [f"{time.median_ms:.3f} ms", f"{time.q1_ms:.3f}…{time.q3_ms:.3f}", *memory]
+
+
+def _memory_ratios(dense: Side, converted: Side) -> list[str]:
+    ratios = [f"{dense.parameter_bytes / converted.parameter_bytes:.2f}"]
+    if dense.peak_bytes is not None and converted.peak_bytes is not None:
+        ratios.append(f"{dense.peak_bytes / converted.peak_bytes:.2f}")
+    return ratios
+
+
+def _bench_lines(report: BenchReport) -> RenderableType:
+    how = ["forward and backward in train mode" if report.train else "inference", report.dtype or "the model's dtype"]
+    how += ["torch.compile"] if report.compile else []
+    how += ["CUDA graph"] if report.graph else ["called from Python"]
+    first = report.cases[0]
+    machine = dict(report.machine)
+    device = machine.pop("gpu", None) or f"{machine['cpu']}, {machine['threads']} threads"
+    for name in ("cpu", "threads"):
+        machine.pop(name, None)
+    lines = [
+        ("time", "of one call; above 1 the converted model is faster, below 1 slower"),
+        ("parameters", f"{first.dense.parameters:,} → {first.converted.parameters:,} stored"),
+        ("ratio", f"{report.achieved_ratio:.2f} (asked {report.ratio:g})"),
+        ("how", ", ".join(how)),
+        ("checked", _agreement(report)),
+        ("on", f"{report.device}: {device}"),
+        ("with", ", ".join(f"{name} {value}" for name, value in machine.items() if name != "date")),
+        ("date", machine["date"]),
+    ]
+    grid = Table.grid(padding=(0, 2))
+    for name, text in lines:
+        grid.add_row(Text(name, style="dim"), Text(text))
+    return grid
+
+
+def _agreement(report: BenchReport) -> str:
+    found = [case.agreement for case in report.cases]
+    error = max(agreement.error for agreement in found)
+    equal = f"within {error:.1e} of their largest value" if error else "to the last bit"
+    text = f"outputs equal {equal} (allowed {found[0].tolerance:g})"
+    gradients = [agreement.gradient_error for agreement in found if agreement.gradient_error is not None]
+    if gradients:
+        text += f", the pool's gradient within {max(gradients):.1e} (allowed {found[0].gradient_tolerance:g})"
+    return text
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise `ConfigError` unless a file can be written there: asked before what takes long."""
+    folder = Path(path).parent
+    if not folder.is_dir():
+        raise ConfigError(f"cannot write {path}: there is no folder {folder}; make it first")
+    if not os.access(path if Path(path).exists() else folder, os.W_OK):
+        raise ConfigError(f"cannot write {path}: no permission; name another file")
+
+
+def write_json(values: dict[str, Any], path: str | Path) -> None:
+    """Write plain values as a JSON file; one that is there is replaced."""
+    Path(path).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")

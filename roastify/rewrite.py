@@ -159,6 +159,14 @@ def apply(model: nn.Module, plan: RoastPlan, pool: RoastPool) -> Callable[[], No
     return undo
 
 
+def copy_weights(converted: nn.Module, dense: nn.Module) -> None:
+    """Write the weights that a converted model stands for into the dense model it was made from, one at a time."""
+    pool = pool_of(converted)
+    with torch.no_grad():
+        for tensor in pool.plan.shared:
+            dense.get_parameter(tensor.name).copy_(shared_tensor(pool, tensor).dense())
+
+
 def current_plan(model: nn.Module) -> RoastPlan:
     """Return the plan of a converted model with the dtypes that it has now.
 

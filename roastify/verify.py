@@ -63,7 +63,7 @@ def observe(model: nn.Module, example_inputs: Any = None, who: str = "original")
                 raise kind(
                     f"the {who} model fails on the example inputs in {mode} mode: {type(error).__name__}: {error}"
                 ) from error
-            outputs[mode] = type(result), [(path, _describe(leaf)) for path, leaf in _leaves(result)]
+            outputs[mode] = type(result), [(path, describe(leaf)) for path, leaf in leaves(result)]
     return Observation(_signature(model), outputs)
 
 
@@ -77,7 +77,7 @@ def compare(expected: Observation, found: Observation) -> VerifyReport:
     if expected.signature is not None and found.signature is not None:
         _compare_signatures(expected.signature, found.signature)
     for mode, (expected_type, before) in expected.outputs.items():
-        _compare_outputs(mode, (expected_type, before), found.outputs[mode])
+        compare_outputs(mode, (expected_type, before), found.outputs[mode])
     leaves = expected.outputs["eval"][1] if expected.outputs else []
     return VerifyReport(str(expected.signature or "(unknown)"), tuple(expected.outputs), tuple(leaves))
 
@@ -160,26 +160,33 @@ def _copied(inputs: Any) -> Any:
     return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, inputs)
 
 
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield `(path, leaf)` for everything in an output: tuples, dicts, transformers' outputs, plain dataclasses."""
     for key_path, leaf in pytree.tree_flatten_with_path(value)[0]:
         where = path + pytree.keystr(key_path)
         if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
             # A plain dataclass is a leaf to pytree; its fields are what a caller reads.
             for name, field in vars(leaf).items():
-                yield from _leaves(field, f"{where}.{name}")
+                yield from leaves(field, f"{where}.{name}")
         else:
             yield where or "output", leaf
 
 
-def _describe(leaf: Any) -> str:
+def describe(leaf: Any) -> str:
+    """Return a tensor's dtype, shape and device, or else the type's name."""
     if isinstance(leaf, Tensor):
         return f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)} on {leaf.device}"
     return type(leaf).__name__
 
 
-def _compare_outputs(
+def compare_outputs(
     mode: str, expected: tuple[type, list[tuple[str, str]]], found: tuple[type, list[tuple[str, str]]]
 ) -> None:
+    """Compare two outputs' types and described leaves.
+
+    Raises:
+        OutputMismatch: they differ.
+    """
     (expected_type, before), (found_type, after) = expected, found
     if expected_type is not found_type:
         raise OutputMismatch(

@@ -204,6 +204,60 @@ def test_a_conversion_that_changes_the_outputs_fails(
     assert not (folder / "out").exists()
 
 
+def test_bench_reports_both_models_and_writes_the_raw_result(folder: Path) -> None:
+    arguments = ["--ratio", 4, "--device", "cpu", "--seconds", 0.01, "--json", "raw.json"]
+    output = _run("bench", "good.py", *arguments, "--batch", 1, "--batch", 5, "--dtype", "bfloat16").stdout
+    values = json.loads((folder / "raw.json").read_text())
+    assert [case["batch"] for case in values["cases"]] == [1, 5]
+    assert (values["ratio"], values["dtype"], values["train"], values["graph"]) == (4, "bfloat16", False, False)
+    lines = output.splitlines()
+    for case in values["cases"]:
+        (row,) = (index for index, line in enumerate(lines) if line.startswith(f"{case['batch']} "))
+        for line, side in zip(lines[row : row + 2], (case["dense"], case["converted"]), strict=True):
+            time = side["time"]
+            assert f"{time['median_ms']:.3f} ms" in line and f"{time['q1_ms']:.3f}…{time['q3_ms']:.3f}" in line
+        assert f" {case['dense_over_converted']:.2f} " in lines[row + 2]
+    plan = roastify.plan(_model(folder), 4)
+    assert f"{plan.total_numel:,} → {plan.stored_numel:,} stored" in output
+    assert "inference, bfloat16, called from Python" in output and "(allowed 0.05)" in output
+    assert "gradient" not in output
+    assert torch.__version__ in output and "peak memory" not in output
+    assert lines[-1] == "written to raw.json"
+
+
+def test_bench_takes_its_other_options(folder: Path) -> None:
+    output = _run("bench", "good.py", "--ratio", 2, "--train", "--no-graph", "--device=cpu", "--seconds=0.01").stdout
+    assert "forward and backward in train mode, the model's dtype, called from" in output
+    assert "gradient" in output
+    assert "as given  dense" in output and "above 1 the converted model is faster, below 1 slower" in output
+    assert sorted(path.name for path in folder.iterdir()) == ["good.py"]
+
+
+def test_bench_refuses_a_conversion_that_changes_the_outputs(folder: Path) -> None:
+    _write(folder, "minding.py", MINDING, otherwise="return y + 1")
+    arguments = ["bench", "minding.py", "--ratio", 2, "--device", "cpu", "--json", "raw.json"]
+    assert "so nothing was timed" in _refusal(*arguments, exit_code=1)
+    assert not (folder / "raw.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bare.py"], "error: timing needs example inputs and the source has none; define example_inputs beside the"),
+        (["good.py", "--device", "gpu"], "error: device must be cpu, cuda or cuda:N; found 'gpu'"),
+        (["good.py", "--device", "cuda:99"], "error: device 'cuda:99' is not there"),
+        (["good.py", "--dtype", "int8"], "'int8' is not one of 'float32', 'bfloat16', 'float16'"),
+        (["good.py", "--batch", "0"], "error: a batch must be an integer of at least 1; found 0"),
+        (["good.py", "--seconds", "-1"], "error: seconds must be a positive number; found -1.0"),
+        (["good.py", "--json", "gone/raw.json"], "error: cannot write gone/raw.json: there is no folder gone; make it"),
+        (["good.py", "--json", "."], "Invalid value for '--json': File '.' is a directory"),
+    ],
+)
+def test_bench_refuses_wrong_usage(folder: Path, arguments: list[str], message: str) -> None:
+    _write(folder, "bare.py", "from torch import nn\nmodel = nn.Linear(64, 64)\n")
+    assert message in _refusal("bench", *arguments, "--ratio", 2, exit_code=2)
+
+
 def test_densify_writes_a_state_dict_that_the_model_takes(folder: Path) -> None:
     _run("good.py", "--ratio", 4, "-o", "out")
     output = _run("densify", "out", "-o", "dense.safetensors").stdout
@@ -228,7 +282,7 @@ def test_doctor_shows_versions_and_devices() -> None:
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_help_names_every_command(flag: str) -> None:
     output = _run(flag).stdout
-    for name in ("convert", "plan", "check", "densify", "doctor"):
+    for name in ("convert", "plan", "check", "bench", "densify", "doctor"):
         assert f"\n  {name} " in output
         assert "Usage: " in _run(name, flag).stdout
     assert "--ratio" in _run("convert", flag).stdout
@@ -402,6 +456,15 @@ def test_the_installed_script_converts(folder: Path, script: Callable[..., Any])
     assert "\x1b" not in done.stdout
     assert "same in eval and train: output float32[2, 64] on cpu" in done.stdout
     roastify.load(folder / "out", _model(folder))
+
+
+@pytest.mark.slow
+def test_the_installed_script_times_compiled_models(folder: Path, script: Callable[..., Any]) -> None:
+    done = script("bench", "good.py", "--ratio", "4", "--compile", "--device", "cpu", "--json", "raw.json")
+    assert done.returncode == 0, done.stderr
+    values = json.loads((folder / "raw.json").read_text())
+    assert values["compile"] and values["cases"][0]["agreement"]["error"] < 1e-5
+    assert "torch.compile" in done.stdout and "\x1b" not in done.stdout
 
 
 def test_the_installed_script_fails_without_a_traceback(folder: Path, script: Callable[..., Any]) -> None:

@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"cli"},
     {"source", "api"},
-    {"checkpoint", "admission", "initial", "rewrite", "report", "verify", "planner", "plan", "trace"},
+    {"checkpoint", "admission", "initial", "rewrite", "report", "verify", "planner", "plan", "trace"}
+    | {"bench", "agreement", "timing"},
     {"layers", "pool", "mapping", "config"},
     {"errors"},
     {"kernels"},
