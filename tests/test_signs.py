@@ -24,13 +24,11 @@ signs = importlib.util.module_from_spec(_spec)
 sys.modules[_spec.name] = signs
 _spec.loader.exec_module(signs)
 
-SEEDS = 2
-
 
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with reviews whose words tell the label, and images whose brightness does."""
-    counts = {"train": 96, "test": 40}
+    counts = {"train": 80, "test": 40}
     with lzma.open(tmp_path / "imdb.jsonl.xz", "wt", encoding="utf-8") as lines:
         for split, count in counts.items():
             for index in range(count):
@@ -46,11 +44,11 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     np.savez(tmp_path / "cifar10_jpeg.npz", **arrays)
     pictures = {bytes([value] * 2): np.full((32, 32, 3), value, dtype=np.uint8) for value in (0, 255)}
     monkeypatch.setattr(signs, "decode_jpegs", lambda files: np.stack([pictures[file] for file in files]))
-    small = {"epochs": 3, "batch": 16, "train": 96, "test": 40}
+    small = {"epochs": 3, "batch": 16, "train": 80, "test": 40}
     quick = dataclasses.replace(
         signs.QUICK,
         imdb=dataclasses.replace(signs.QUICK.imdb, **small, length=8),
-        cifar10=dataclasses.replace(signs.QUICK.cifar10, **small),
+        cifar10=dataclasses.replace(signs.QUICK.cifar10, **small, width=64),
     )
     monkeypatch.setattr(signs, "QUICK", quick)
     signs.on_device.cache_clear()
@@ -64,18 +62,19 @@ def smoke(data: Path, *arguments: str) -> Result:
 
 
 def test_smoke_run_trains_records_and_resumes(data: Path) -> None:
-    found = smoke(data, "--seeds", str(SEEDS - 1))
+    found = smoke(data, "--seeds", "1")
     assert found.exit_code == 0, found.output
     first = json.loads((data / "signs.json").read_text())["rows"]
-    found = smoke(data, "--seeds", str(SEEDS), "--resume")
+    found = smoke(data, "--seeds", "2", "--task", "imdb", "--resume")
     assert found.exit_code == 0, found.output
     result = json.loads((data / "signs.json").read_text())
     rows = result["rows"]
 
     assert [row for row in rows if row["seed"] == 0] == first
-    wanted = signs.planned_runs(signs.TASKS, (10.0,), signs.SIGNS, SEEDS)
+    kinds = signs.planned_runs(signs.TASKS, (10.0,), signs.SIGNS, 2)
+    wanted = [run for run in kinds if run.seed == 0 or run.task == "imdb"]
     assert {signs.Run(*(row[field] for field in signs.Run._fields)) for row in rows} == set(wanted)
-    assert len(rows) == len(wanted) == len(signs.TASKS) * SEEDS * (1 + len(signs.SIGNS))
+    assert len(rows) == len(wanted) == 3 * (1 + len(signs.SIGNS))
     for row in rows:
         assert len(row["accuracy"]) == len(row["loss"]) == 3
         assert row["loss"][-1] < row["loss"][0], row
