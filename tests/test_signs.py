@@ -1,0 +1,161 @@
+"""The accuracy benchmark's smoke run on made-up data: what it trains, records, resumes and concludes."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import lzma
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+ROOT = Path(__file__).parents[1]
+
+# By path: only `roastify` is installed.
+_spec = importlib.util.spec_from_file_location("roastify_benchmarks_signs", ROOT / "benchmarks" / "signs.py")
+assert _spec is not None and _spec.loader is not None
+signs = importlib.util.module_from_spec(_spec)
+sys.modules[_spec.name] = signs
+_spec.loader.exec_module(signs)
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with reviews whose words tell the label, and images whose brightness does."""
+    counts = {"train": 80, "test": 40}
+    with lzma.open(tmp_path / "imdb.jsonl.xz", "wt", encoding="utf-8") as lines:
+        for split, count in counts.items():
+            for index in range(count):
+                word = "Fine" if index % 2 else "dull"
+                review = {"split": split, "label": index % 2, "text": f"A {word}<br />film, {word} number {index}!"}
+                lines.write(json.dumps(review) + "\n")
+    arrays = {}
+    for split, count in counts.items():
+        labels = (np.arange(count) % 2).astype(np.uint8)
+        arrays[f"{split}_jpeg"] = np.repeat(labels * 255, 2)
+        arrays[f"{split}_offset"] = np.arange(0, 2 * count + 1, 2)
+        arrays[f"{split}_label"] = labels
+    np.savez(tmp_path / "cifar10_jpeg.npz", **arrays)
+    pictures = {bytes([value] * 2): np.full((32, 32, 3), value, dtype=np.uint8) for value in (0, 255)}
+    monkeypatch.setattr(signs, "decode_jpegs", lambda files: np.stack([pictures[file] for file in files]))
+    small = {"epochs": 3, "batch": 16, "train": 80, "test": 40}
+    quick = dataclasses.replace(
+        signs.QUICK,
+        imdb=dataclasses.replace(signs.QUICK.imdb, **small, length=8),
+        cifar10=dataclasses.replace(signs.QUICK.cifar10, **small, width=64),
+    )
+    monkeypatch.setattr(signs, "QUICK", quick)
+    signs.on_device.cache_clear()
+    return tmp_path
+
+
+def smoke(data: Path, *arguments: str) -> Result:
+    out, document = data / "signs.json", data / "signs.md"
+    fixed = ["--data", str(data), "--quick", "--device", "cpu", "--workers", "0", "--ratio", "10"]
+    return CliRunner().invoke(signs.main, [*fixed, "--out", str(out), "--document", str(document), *arguments])
+
+
+def test_smoke_run_trains_records_and_resumes(data: Path) -> None:
+    found = smoke(data, "--seeds", "1")
+    assert found.exit_code == 0, found.output
+    first = json.loads((data / "signs.json").read_text())["rows"]
+    found = smoke(data, "--seeds", "2", "--task", "imdb", "--resume")
+    assert found.exit_code == 0, found.output
+    result = json.loads((data / "signs.json").read_text())
+    rows = result["rows"]
+
+    assert [row for row in rows if row["seed"] == 0] == first
+    kinds = signs.planned_runs(signs.TASKS, (10.0,), signs.SIGNS, 2)
+    wanted = [run for run in kinds if run.seed == 0 or run.task == "imdb"]
+    assert {signs.Run(*(row[field] for field in signs.Run._fields)) for row in rows} == set(wanted)
+    assert len(rows) == len(wanted) == 3 * (1 + len(signs.SIGNS))
+    for row in rows:
+        assert len(row["accuracy"]) == len(row["loss"]) == 3
+        assert row["loss"][-1] < row["loss"][0], row
+        assert row["accuracy"][-1] > 0.9, row
+        assert (row["slots"] == 0) == (row["sign"] == "dense")
+    # The signs must be what differs: the same losses would mean that the setting never arrived.
+    losses = {row["sign"]: row["loss"] for row in rows if row["task"] == "imdb" and row["seed"] == 0}
+    assert len({tuple(values) for values in losses.values()}) == len(losses)
+    assert (data / "signs.md").read_text() == signs.markdown(result)
+
+    found = smoke(data, "--seeds", "1", "--resume")
+    assert found.exit_code == 0 and " runs] " not in found.output
+    changed = {**result, "settings": {**result["settings"], "tile": "4x4"}}
+    (data / "signs.json").write_text(json.dumps(changed))
+    found = smoke(data, "--resume")
+    assert found.exit_code == 1 and "made with another tile (4x4, now 8x8)" in found.output
+
+
+def test_a_failed_run_keeps_the_others(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(run: signs.Run, *_: object) -> dict:
+        if run.sign == "tile":
+            raise RuntimeError("no tile today")
+        return {**run._asdict(), "slots": 0, "stored": 1, "accuracy": [0.5], "loss": [1.0], "seconds": 0.0}
+
+    monkeypatch.setattr(signs, "train", train)
+    found = smoke(data, "--seeds", "1", "--task", "imdb")
+    assert found.exit_code == 1 and "no tile today" in found.output and "1 of 5 runs failed" in found.output
+    assert len(json.loads((data / "signs.json").read_text())["rows"]) == 4
+
+
+def test_a_seed_gives_every_sign_the_same_start_and_slots() -> None:
+    models = [signs.build(signs.Run("imdb", 10, sign, 3), signs.QUICK) for sign in ("row", "element")]
+    for (name, ours), (_, theirs) in zip(*(model.named_parameters() for model in models), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, msg=name)
+    assert torch.equal(models[0].roast_pool.table, models[1].roast_pool.table)
+    other = signs.build(signs.Run("imdb", 10, "row", 4), signs.QUICK)
+    assert not torch.equal(models[0].roast_pool.table, other.roast_pool.table)
+
+
+def test_crops_and_mirrors() -> None:
+    images = torch.arange(2 * 32 * 32 * 3, dtype=torch.uint8).view(2, 32, 32, 3)
+    found = signs.crop(images, 30, torch.tensor([0, 2]), torch.tensor([1, 2]), torch.tensor([False, True]))
+    expected = torch.stack([images[0, :30, 1:31], images[1, 2:, 2:].flip(1)]).float() / 64 - 2
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_statistics_are_the_textbooks() -> None:
+    # Two-sided 5 % points of Student's t.
+    for degrees, t in ((1, 12.706), (3, 3.182), (12, 2.179), (60, 2.000)):
+        assert signs.two_sided_p(t, degrees) == pytest.approx(0.05, abs=2e-4)
+        assert signs.two_sided_p(-t, degrees) == signs.two_sided_p(t, degrees)
+        assert signs.half_width(2.0, degrees) == pytest.approx(2 * t, rel=1e-3)
+    mean, error = signs.mean_and_error([1.0, 2.0, 3.0, 4.0])
+    assert (mean, error) == (2.5, pytest.approx(math.sqrt(5 / 3) / 2))
+
+
+def test_conclusions_follow_the_numbers() -> None:
+    def rows(sign: str, gain: float) -> list[dict]:
+        return [
+            {"task": "imdb", "ratio": 10.0, "sign": sign, "seed": seed, "slots": 70, "accuracy": [0.1, value]}
+            for seed, value in enumerate((0.80 + gain, 0.82 + gain - 0.001, 0.84 + gain + 0.001))
+        ]
+
+    table = signs.Table([*rows("row", 0.0), *rows("tile", 0.0), *rows("none", -0.02), *rows("element", 0.02)])
+    same, worse, better = (table.overall("row", other) for other in ("tile", "element", "none"))
+    assert "cannot be told from zero" in signs._verdict("tile", same)
+    assert "`row` is worse" in signs._verdict("element", worse)
+    assert "`row` is better" in signs._verdict("none", better)
+    assert better.mean == pytest.approx(2.0) and better.degrees == 2
+
+
+def test_full_settings_ask_the_question(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every pool of the real run has enough slots, and every tensor in it is of tiles: strips have no rows."""
+    runs = signs.planned_runs(signs.TASKS, (10.0, 30.0), signs.SIGNS, 4)
+    signs.report_slots(runs, signs.FULL, quick=False)
+    assert capsys.readouterr().out.count("slots of 32x32") == 4
+    for name in signs.TASKS:
+        plan = signs.build(signs.Run(name, 10, "row", 0), signs.QUICK).roast_pool.plan
+        assert plan.sign == "row" and not any(tensor.strips for tensor in plan.shared)
+
+
+@pytest.mark.skipif(not signs.RESULTS.exists(), reason="the full run is not committed")
+def test_signs_page_is_the_committed_results() -> None:
+    assert signs.markdown(json.loads(signs.RESULTS.read_text())) == signs.DOCUMENT.read_text()
