@@ -1,6 +1,14 @@
-"""`embedding` on a GPU: the rows asked for, and the pool's gradient from them; cost goes with the tokens."""
+"""`embedding` on a GPU: the rows asked for, and the pool's gradient from them; cost goes with the tokens.
+
+The gradient is sorted by where it goes. A row of a table is made of segments, one row of a tile each; torch sorts the
+looked-up segments by their place in the pool, keeping the order of tokens, and runs of one place are added in that
+order. There are no atomics, so the bits are the same on every run, and nothing waits for the GPU, so that a CUDA graph
+can capture it.
+"""
 
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
@@ -9,31 +17,48 @@ from torch import Tensor
 
 from roastify.kernels import reference, tuning
 from roastify.kernels.hash import apply_sign, supported, tile_start, view_arguments
-from roastify.kernels.view import TileView
+from roastify.kernels.launch import PLAIN_ARGUMENTS
+from roastify.kernels.view import MappingKind, TileView
+
+# Lookups of a program that finds their places; elements and warps of one that adds runs, and its fewest steps.
+PLACE_LOOKUPS = 256
+RUN_ELEMENTS, RUN_WARPS, RUN_STEPS = 1024, 4, 16
 
 
 @triton.jit
+def _locate(p_index, lookup, exists, rows, first_tile, grid_cols, TILE_ROWS: tl.constexpr):
+    """Take lookups, numbered token by token, apart: column of tiles, tile, row in it, and whether the index is right.
+
+    An index outside the table stands for row 0 here; the caller says what becomes of it.
+    """
+    token = lookup // grid_cols
+    i_col = lookup % grid_cols
+    index = tl.load(p_index + token, mask=exists, other=0).to(tl.int64)
+    known = (index >= 0) & (index < rows)
+    row = tl.where(known, index, 0)
+    tile = first_tile + (row // TILE_ROWS * grid_cols + i_col)
+    return token, i_col, tile, row % TILE_ROWS, known
+
+
+@triton.jit(do_not_specialize=PLAIN_ARGUMENTS)
 def _embedding_kernel(
-    p_index, p_pool, p_table, p_out, scale, key, num_tokens, rows, cols, first_tile, grid_cols, num_slots, first_slot,
+    p_index, p_pool, p_table, p_out, scale, key, num_lookups, rows, cols, first_tile, grid_cols, num_slots, first_slot,
     first_chunk, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, COLS_POW2: tl.constexpr, BL: tl.constexpr,
     MAPPING: tl.constexpr, SIGN: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64) * BL + tl.arange(0, BL)
-    i_col = tl.program_id(1)
-    index = tl.load(p_index + token, mask=token < num_tokens, other=0).to(tl.int64)
-    known = (index >= 0) & (index < rows)
-    row = tl.where(known, index, 0)
-    tile = first_tile + row // TILE_ROWS * grid_cols + i_col
+    lookup = tl.program_id(0).to(tl.int64) * BL + tl.arange(0, BL)
+    exists = lookup < num_lookups
+    token, i_col, tile, tile_row, known = _locate(p_index, lookup, exists, rows, first_tile, grid_cols, TILE_ROWS)
     start = tile_start(p_table, tile, key, num_slots, first_slot, first_chunk, TILE_ROWS * TILE_COLS, MAPPING)
     c = tl.arange(0, COLS_POW2)
-    element = (row % TILE_ROWS * TILE_COLS)[:, None] + c[None, :]
-    col = i_col * TILE_COLS + c
-    inside = (token < num_tokens)[:, None] & ((c < TILE_COLS) & (col < cols))[None, :]
+    element = (tile_row * TILE_COLS)[:, None] + c[None, :]
+    col = (i_col * TILE_COLS)[:, None] + c[None, :]
+    inside = exists[:, None] & (c < TILE_COLS)[None, :] & (col < cols)
     values = tl.load(p_pool + start[:, None] + element, mask=inside, other=0.0).to(tl.float32) * scale
     values = apply_sign(values, tile[:, None], element, key, num_slots, first_tile, grid_cols, MAPPING, SIGN)
     # An index outside the table would quietly give another tensor's weights.
     values = tl.where(known[:, None], values, float("nan"))
-    tl.store(p_out + token[:, None] * cols + col[None, :], values.to(p_out.dtype.element_ty), mask=inside)
+    tl.store(p_out + token[:, None] * cols + col, values.to(p_out.dtype.element_ty), mask=inside)
 
 
 def embedding(index: Tensor, pool: Tensor, table: Tensor, view: TileView, scale: float) -> Tensor:
@@ -45,22 +70,172 @@ def embedding(index: Tensor, pool: Tensor, table: Tensor, view: TileView, scale:
         return reference.embedding(index, pool, table, view, scale)
     pool, flat = pool.contiguous(), index.reshape(-1).contiguous()
     out = torch.empty(flat.numel(), view.cols, dtype=pool.dtype, device=pool.device)
+    num_lookups = flat.numel() * view.grid_cols
     cols_pow2 = triton.next_power_of_2(view.tile_cols)
-    block_tokens = max(1, tuning.EMBEDDING_ELEMENTS // cols_pow2)
-    if flat.numel():
-        _embedding_kernel[(triton.cdiv(flat.numel(), block_tokens), view.grid_cols)](
+    block_lookups = max(1, tuning.EMBEDDING_ELEMENTS // cols_pow2)
+    if num_lookups:
+        _embedding_kernel[(triton.cdiv(num_lookups, block_lookups),)](
             p_index=flat,
             p_pool=pool,
             p_out=out,
             scale=scale,
-            num_tokens=flat.numel(),
+            num_lookups=num_lookups,
             COLS_POW2=cols_pow2,
-            BL=block_tokens,
+            BL=block_lookups,
             num_warps=tuning.EMBEDDING_WARPS,
             **view_arguments(table, view),
         )
     return out.view(*index.shape, view.cols)
 
 
-# Sorted by torch, then added in order: reproducible, and no work for rows that were not looked up.
-embedding_reduce = reference.embedding_reduce
+@triton.jit(do_not_specialize=PLAIN_ARGUMENTS)
+def _place_kernel(
+    p_index, p_table, p_place, key, num_lookups, nowhere, rows, cols, first_tile, grid_cols, num_slots, first_slot,
+    first_chunk, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, BL: tl.constexpr, MAPPING: tl.constexpr,
+    SIGN: tl.constexpr,
+):  # fmt: skip
+    lookup = tl.program_id(0).to(tl.int64) * BL + tl.arange(0, BL)
+    exists = lookup < num_lookups
+    _, _, tile, tile_row, known = _locate(p_index, lookup, exists, rows, first_tile, grid_cols, TILE_ROWS)
+    slot = tile_start(p_table, tile, key, num_slots, first_slot, first_chunk, 1, MAPPING)
+    place = tl.where(known, slot * TILE_ROWS + tile_row, nowhere)
+    tl.store(p_place + lookup, place.to(p_place.dtype.element_ty), mask=exists)
+
+
+@triton.jit(do_not_specialize=PLAIN_ARGUMENTS)
+def _run_kernel(
+    p_index, p_place, p_order, p_grad, p_out, p_head, p_tail, scale, key, num_lookups, nowhere, steps, rows, cols,
+    first_tile, grid_cols, num_slots, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, COLS_POW2: tl.constexpr,
+    BC: tl.constexpr, MAPPING: tl.constexpr, SIGN: tl.constexpr,
+):  # fmt: skip
+    # The sorted lookups are cut into chunks of `steps`; each program walks `BC` of them side by side.
+    chunk = tl.program_id(0).to(tl.int64) * BC + tl.arange(0, BC)
+    begin = chunk * steps
+    c = tl.arange(0, COLS_POW2)
+    columns = (c < TILE_COLS)[None, :]
+    before = tl.load(p_place + begin - 1, mask=(begin > 0) & (begin < num_lookups), other=-1).to(tl.int64)
+    place = tl.load(p_place + begin, mask=begin < num_lookups, other=-1).to(tl.int64)
+    # Whether the run at hand began in this chunk.
+    begun = place != before
+    total = tl.zeros([BC, COLS_POW2], dtype=tl.float32)
+    for step in range(0, steps):
+        at = begin + step
+        exists = at < num_lookups
+        lookup = tl.load(p_order + at, mask=exists, other=0)
+        token, i_col, tile, tile_row, known = _locate(p_index, lookup, exists, rows, first_tile, grid_cols, TILE_ROWS)
+        col = (i_col * TILE_COLS)[:, None] + c[None, :]
+        inside = (exists & known)[:, None] & columns & (col < cols)
+        grad = tl.load(p_grad + token[:, None] * cols + col, mask=inside, other=0.0).to(tl.float32)
+        element = (tile_row * TILE_COLS)[:, None] + c[None, :]
+        total += apply_sign(grad, tile[:, None], element, key, num_slots, first_tile, grid_cols, MAPPING, SIGN)
+        following = tl.load(p_place + at + 1, mask=at + 1 < num_lookups, other=-1).to(tl.int64)
+        ends = following != place
+        last = step == steps - 1
+        whole = exists & begun & ends & (place != nowhere)
+        p_whole = p_out + place[:, None] * TILE_COLS + c[None, :]
+        tl.store(p_whole, (total * scale).to(p_out.dtype.element_ty), mask=whole[:, None] & columns)
+        # Runs that other chunks have a part of: at the head of this one, and at its tail.
+        part = chunk[:, None] * TILE_COLS + c[None, :]
+        tl.store(p_head + part, total, mask=(exists & (begun == 0) & (ends | last))[:, None] & columns)
+        tl.store(p_tail + part, total, mask=(exists & begun & (ends == 0) & last)[:, None] & columns)
+        total = tl.where(ends[:, None], 0.0, total)
+        begun = begun | ends
+        place = following
+
+
+@triton.jit
+def _join_kernel(
+    p_place, p_head, p_tail, p_out, scale, num_lookups, nowhere, steps, TILE_COLS: tl.constexpr,
+    COLS_POW2: tl.constexpr,
+):  # fmt: skip
+    # A run that was cut is joined by the chunk in which it began.
+    chunk = tl.program_id(0).to(tl.int64)
+    begin = chunk * steps
+    end = begin + steps
+    place = tl.load(p_place + end - 1, mask=end < num_lookups, other=-1).to(tl.int64)
+    following = tl.load(p_place + end, mask=end < num_lookups, other=-2).to(tl.int64)
+    before = tl.load(p_place + begin - 1, mask=begin > 0, other=-1).to(tl.int64)
+    c = tl.arange(0, COLS_POW2)
+    columns = c < TILE_COLS
+    if (following == place) & (before != place) & (place != nowhere):
+        total = tl.load(p_tail + chunk * TILE_COLS + c, mask=columns, other=0.0)
+        while following == place:
+            chunk += 1
+            total += tl.load(p_head + chunk * TILE_COLS + c, mask=columns, other=0.0)
+            end += steps
+            last = tl.load(p_place + end - 1, mask=end < num_lookups, other=-1).to(tl.int64)
+            following = tl.load(p_place + end, mask=(end < num_lookups) & (last == place), other=-2).to(tl.int64)
+        tl.store(p_out + place * TILE_COLS + c, (total * scale).to(p_out.dtype.element_ty), mask=columns)
+
+
+def embedding_reduce(
+    grad: Tensor, index: Tensor, table: Tensor, view: TileView, scale: float, pool_shape: list[int]
+) -> Tensor:
+    """Return the pool's gradient from looked-up rows; an index outside the table gives nothing.
+
+    float64, tables kept as strips, and mappings whose tiles begin anywhere go through the reference.
+    """
+    if not supported(grad) or view.strips or view.mapping == MappingKind.UNALIGNED:
+        return reference.embedding_reduce(grad, index, table, view, scale, pool_shape)
+    grad, index = grad.reshape(-1, view.cols).contiguous(), index.reshape(-1).contiguous()
+    out = torch.zeros(pool_shape, dtype=grad.dtype, device=grad.device)
+    num_lookups = index.numel() * view.grid_cols
+    if not num_lookups:
+        return out
+    # Segments of the pool are numbered from 0, so this is one more than the last. Half as many bits sort twice as fast.
+    nowhere = out.numel() // view.tile_cols
+    place = torch.empty(num_lookups, dtype=torch.int32 if nowhere < 1 << 31 else torch.int64, device=grad.device)
+    arguments = view_arguments(table, view)
+    _place_kernel[(triton.cdiv(num_lookups, PLACE_LOOKUPS),)](
+        p_index=index,
+        p_place=place,
+        num_lookups=num_lookups,
+        nowhere=nowhere,
+        BL=PLACE_LOOKUPS,
+        **arguments,
+    )
+    place, order = torch.sort(place, stable=True)
+    steps = _steps(index.numel())
+    num_chunks = triton.cdiv(num_lookups, steps)
+    cols_pow2 = triton.next_power_of_2(view.tile_cols)
+    head = torch.empty(num_chunks, view.tile_cols, dtype=torch.float32, device=grad.device)
+    tail = torch.empty_like(head)
+    block_chunks = max(1, RUN_ELEMENTS // cols_pow2)
+    for unused in ("p_table", "first_slot", "first_chunk"):
+        del arguments[unused]
+    _run_kernel[(triton.cdiv(num_chunks, block_chunks),)](
+        p_index=index,
+        p_place=place,
+        p_order=order,
+        p_grad=grad,
+        p_out=out,
+        p_head=head,
+        p_tail=tail,
+        scale=scale,
+        num_lookups=num_lookups,
+        nowhere=nowhere,
+        steps=steps,
+        COLS_POW2=cols_pow2,
+        BC=block_chunks,
+        num_warps=RUN_WARPS,
+        **arguments,
+    )
+    _join_kernel[(num_chunks,)](
+        p_place=place,
+        p_head=head,
+        p_tail=tail,
+        p_out=out,
+        scale=scale,
+        num_lookups=num_lookups,
+        nowhere=nowhere,
+        steps=steps,
+        TILE_COLS=view.tile_cols,
+        COLS_POW2=cols_pow2,
+        num_warps=1,
+    )
+    return out
+
+
+def _steps(num_tokens: int) -> int:
+    """Return the lookups of a chunk: of `n` tokens that are all one row, √n are added in a row, then √n parts."""
+    return max(RUN_STEPS, triton.next_power_of_2(math.isqrt(num_tokens)))

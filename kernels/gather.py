@@ -9,16 +9,21 @@ from torch import Tensor
 
 from roastify.kernels import reference, tuning
 from roastify.kernels.hash import apply_sign, supported, tile_start, view_arguments
+from roastify.kernels.launch import PLAIN_ARGUMENTS
 from roastify.kernels.view import TileView
+
+# Of one tile, in one program: the default tiles' 128 × 64. With many more, registers run out.
+MOST_ELEMENTS = 1 << 13
 
 
 @triton.jit
 def place_of(tile, element, base, rows, cols, first_tile, grid_cols, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr,
              STRIPS: tl.constexpr):  # fmt: skip
-    """Where elements of tiles stand in the row-major tensor, and whether they do: `[tiles, elements]`."""
+    """Where elements of tiles (int64) stand in the row-major tensor, and whether they do: `[tiles, elements]`."""
     if STRIPS:
         place = tile[:, None] * (TILE_ROWS * TILE_COLS) + element[None, :] - base
-        return place, (place >= 0) & (place < rows * cols)
+        # Sizes that fit an int32 arrive as one; their product may not fit.
+        return place, (place >= 0) & (place < tl.cast(rows, tl.int64) * cols)
     else:
         index = tile - first_tile
         row = (index // grid_cols * TILE_ROWS)[:, None] + (element // TILE_COLS)[None, :]
@@ -26,21 +31,24 @@ def place_of(tile, element, base, rows, cols, first_tile, grid_cols, TILE_ROWS: 
         return row * cols + col, (row < rows) & (col < cols)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PLAIN_ARGUMENTS)
 def _gather_kernel(
     p_pool, p_table, p_out, scale, key, rows, cols, base, first_tile, num_tiles, grid_cols, num_slots, first_slot,
-    first_chunk, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, SIZE_POW2: tl.constexpr, BT: tl.constexpr,
+    first_chunk, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, BE: tl.constexpr, BT: tl.constexpr,
     MAPPING: tl.constexpr, SIGN: tl.constexpr, STRIPS: tl.constexpr,
 ):  # fmt: skip
-    i_tile = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    SIZE: tl.constexpr = TILE_ROWS * TILE_COLS
+    PARTS: tl.constexpr = (SIZE + BE - 1) // BE
+    program = tl.program_id(0).to(tl.int64)
+    i_tile = program // PARTS * BT + tl.arange(0, BT)
     tile = first_tile + i_tile
-    element = tl.arange(0, SIZE_POW2)
+    element = (program % PARTS * BE).to(tl.int32) + tl.arange(0, BE)
     exists = i_tile < num_tiles
     # Tiles past the last one read the table where the last one does.
-    known = tl.minimum(tile, first_tile + num_tiles - 1)
-    start = tile_start(p_table, known, key, num_slots, first_slot, first_chunk, TILE_ROWS * TILE_COLS, MAPPING)
+    known = first_tile + tl.minimum(i_tile, num_tiles - 1)
+    start = tile_start(p_table, known, key, num_slots, first_slot, first_chunk, SIZE, MAPPING)
     place, inside = place_of(tile, element, base, rows, cols, first_tile, grid_cols, TILE_ROWS, TILE_COLS, STRIPS)
-    inside = inside & exists[:, None] & (element < TILE_ROWS * TILE_COLS)[None, :]
+    inside = inside & exists[:, None] & (element < SIZE)[None, :]
     values = tl.load(p_pool + start[:, None] + element[None, :], mask=inside, other=0.0).to(tl.float32) * scale
     values = apply_sign(values, tile[:, None], element[None, :], key, num_slots, first_tile, grid_cols, MAPPING, SIGN)
     tl.store(p_out + place, values.to(p_out.dtype.element_ty), mask=inside)
@@ -52,15 +60,17 @@ def gather(pool: Tensor, table: Tensor, view: TileView, scale: float) -> Tensor:
         return reference.gather(pool, table, view, scale)
     pool = pool.contiguous()
     out = torch.empty(view.rows, view.cols, dtype=pool.dtype, device=pool.device)
-    size_pow2 = triton.next_power_of_2(view.slot_size)
-    block_tiles = max(1, tuning.GATHER_ELEMENTS // size_pow2)
-    _gather_kernel[(triton.cdiv(view.num_tiles, block_tiles),)](
+    # A slot of any size: large ones are several programs' work.
+    block_elements = min(triton.next_power_of_2(view.slot_size), MOST_ELEMENTS)
+    block_tiles = max(1, tuning.GATHER_ELEMENTS // block_elements)
+    programs = triton.cdiv(view.num_tiles, block_tiles) * triton.cdiv(view.slot_size, block_elements)
+    _gather_kernel[(programs,)](
         p_pool=pool,
         p_out=out,
         scale=scale,
         base=view.base,
         num_tiles=view.num_tiles,
-        SIZE_POW2=size_pow2,
+        BE=block_elements,
         BT=block_tiles,
         STRIPS=view.strips,
         num_warps=tuning.GATHER_WARPS,

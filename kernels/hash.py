@@ -71,7 +71,9 @@ def tile_start(p_table, tile, key, num_slots, first_slot, first_chunk, SIZE: tl.
         if MAPPING == _HASHED:
             return (first_slot + word % num_slots) * SIZE
         else:
-            return first_slot * SIZE + word % ((num_slots - 1) * SIZE + 1)
+            # A pool may have more elements than an int32, in which small arguments arrive, can count.
+            span = (tl.cast(num_slots, tl.int64) - 1) * SIZE + 1
+            return tl.cast(first_slot, tl.int64) * SIZE + word % span
 
 
 @triton.jit

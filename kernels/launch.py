@@ -23,7 +23,11 @@ PLAIN_ARGUMENTS = [
     "first_chunk",
     "chunk_begin",
     "num_chunks",
+    "chunk_end",
     "tiles_each",
+    "num_lookups",
+    "nowhere",
+    "steps",
 ]
 
 

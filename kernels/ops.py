@@ -304,13 +304,21 @@ def embedding(index: Tensor, pool: Tensor, table: Tensor, view: TileView, scale:
     return _ops.embedding(index, pool, table, view, scale)
 
 
+def product_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that a product with `x` runs in: autocast's, or, where that leaves it alone, `dtype`."""
+    # Autocast does not know the meta device, and says so with an error.
+    if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+        return dtype
+    return torch.get_autocast_dtype(x.device.type)
+
+
 def _like_autocast(x: Tensor, pool: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Cast to autocast's dtype where autocast would cast the dense product's arguments."""
-    device_type = x.device.type
-    if not torch.is_autocast_enabled(device_type) or x.dtype == torch.float64:
-        return x, pool, bias
-    dtype = torch.get_autocast_dtype(device_type)
-    return x.to(dtype), pool.to(dtype), None if bias is None else bias.to(dtype)
+    return (
+        x.to(product_dtype(x, x.dtype)),
+        pool.to(product_dtype(x, pool.dtype)),
+        None if bias is None else bias.to(product_dtype(x, bias.dtype)),
+    )
 
 
 def _check_product(name: str, x: Tensor, size: int, pool: Tensor) -> None:

@@ -10,29 +10,33 @@ from torch import Tensor
 from roastify.kernels import reference, tuning
 from roastify.kernels.gather import place_of
 from roastify.kernels.hash import apply_sign, supported, view_arguments
+from roastify.kernels.launch import PLAIN_ARGUMENTS
 from roastify.kernels.view import MappingKind, TileView
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PLAIN_ARGUMENTS)
 def _reduce_kernel(
     p_grad, p_table, p_out, scale, key, rows, cols, base, first_tile, num_tiles, grid_cols, num_slots, first_slot,
     first_chunk, chunk_begin, chunk_end, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, BS: tl.constexpr,
     BE: tl.constexpr, MAPPING: tl.constexpr, SIGN: tl.constexpr, STRIPS: tl.constexpr,
 ):  # fmt: skip
     SIZE: tl.constexpr = TILE_ROWS * TILE_COLS
-    slot = tl.program_id(0).to(tl.int64) * BS + tl.arange(0, BS)
-    element = tl.program_id(1) * BE + tl.arange(0, BE)
+    PARTS: tl.constexpr = (SIZE + BE - 1) // BE
+    program = tl.program_id(0).to(tl.int64)
+    slot = program // PARTS * BS + tl.arange(0, BS)
+    element = (program % PARTS * BE).to(tl.int32) + tl.arange(0, BE)
     exists = (slot < num_slots)[:, None] & (element < SIZE)[None, :]
     total = tl.zeros([BS, BE], dtype=tl.float32)
     for chunk in range(chunk_begin, chunk_end):
-        p_chunk = p_table + (chunk + first_chunk) * 3
+        # What fits an int32 arrives as one, and tiles may be more than it counts.
+        p_chunk = p_table + (tl.cast(chunk, tl.int64) + first_chunk) * 3
         b = tl.load(p_chunk + 1)
         inverse = tl.load(p_chunk + 2)
         # slot - b may be negative, and the remainder of a negative number is not the one wanted.
-        # As slots are int64, so is the number of the chunk's first tile.
-        tile = (slot * 0 + chunk) * num_slots + inverse * ((slot + num_slots - b) % num_slots) % num_slots
+        position = inverse * ((slot + num_slots - b) % num_slots) % num_slots
+        tile = tl.cast(chunk, tl.int64) * num_slots + position
         place, inside = place_of(tile, element, base, rows, cols, first_tile, grid_cols, TILE_ROWS, TILE_COLS, STRIPS)
-        reads = (tile >= first_tile) & (tile < first_tile + num_tiles)
+        reads = (tile >= first_tile) & (tile - first_tile < num_tiles)
         inside = inside & exists & reads[:, None]
         grad = tl.load(p_grad + place, mask=inside, other=0.0).to(tl.float32)
         total += apply_sign(grad, tile[:, None], element[None, :], key, num_slots, first_tile, grid_cols, MAPPING, SIGN)
@@ -51,8 +55,8 @@ def reduce(grad_weight: Tensor, table: Tensor, view: TileView, scale: float, poo
     out = make(pool_shape, dtype=grad_weight.dtype, device=grad_weight.device)
     block_elements = min(triton.next_power_of_2(view.slot_size), tuning.REDUCE_ELEMENTS)
     block_slots = max(1, tuning.REDUCE_ELEMENTS // block_elements)
-    grid = (triton.cdiv(view.num_slots, block_slots), triton.cdiv(view.slot_size, block_elements))
-    _reduce_kernel[grid](
+    programs = triton.cdiv(view.num_slots, block_slots) * triton.cdiv(view.slot_size, block_elements)
+    _reduce_kernel[(programs,)](
         p_grad=grad_weight,
         p_out=out,
         scale=scale,

@@ -401,11 +401,16 @@ def embedding_reduce(
 ) -> Tensor:
     """Return the adjoint of `embedding` for the pool; its cost goes with the tokens, not with the table."""
     grad, index = grad.reshape(-1, view.cols), index.reshape(-1).long()
+    total = _accumulator(grad, pool_shape[0] * pool_shape[1])
     if view.strips:
         dense = _accumulator(grad, view.numel).view(view.rows, view.cols)
-        dense.index_add_(0, index, grad.to(dense.dtype))
-        return reduce(dense.to(grad.dtype), table, view, scale, pool_shape)
-    total = _accumulator(grad, pool_shape[0] * pool_shape[1])
+        # On a GPU index_add uses atomics, see `_add_segments`.
+        if dense.is_cuda:
+            dense.index_put_((index,), grad.to(dense.dtype), accumulate=True)
+        else:
+            dense.index_add_(0, index, grad.to(dense.dtype))
+        reduce_into(total, dense, table, view, scale)
+        return total.to(grad.dtype).view(pool_shape)
     tiles, tile_rows = _lookup_segments(view, index)
     pad = view.grid_cols * view.tile_cols - view.cols
     values = (F.pad(grad, (0, pad)) if pad else grad).reshape(*tiles.shape, view.tile_cols)

@@ -43,33 +43,34 @@ class SharedTensor:
     dtype: torch.dtype
     zero_row: int | None = None
 
-    def _read(self) -> Tensor:
-        return self.pool.read().to(self.dtype)
-
     def dense(self) -> Tensor:
         """Return the dense, differentiable tensor."""
-        matrix = ops.gather(self._read(), self.pool.table, self.view, self.scale)
+        matrix = ops.gather(self.pool.read(self.dtype), self.pool.table, self.view, self.scale)
         weight = (matrix.t() if self.transposed else matrix).reshape(self.shape)
         if self.zero_row is None:
             return weight
-        row = torch.tensor(self.zero_row, device=weight.device)
+        # Filled on the device: a copy from the CPU cannot be captured in a CUDA graph.
+        row = torch.full((), self.zero_row, device=weight.device)
         return weight.index_fill(0, row, 0.0)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return `x · weightᵀ + bias`."""
-        product = ops.linear_t if self.transposed else ops.linear
-        return product(x, self._read(), bias, self.pool.table, self.view, self.scale)
+        return self._product(ops.linear_t if self.transposed else ops.linear, x, bias)
 
     def linear_t(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return `x · weight + bias`."""
-        product = ops.linear if self.transposed else ops.linear_t
-        return product(x, self._read(), bias, self.pool.table, self.view, self.scale)
+        return self._product(ops.linear if self.transposed else ops.linear_t, x, bias)
+
+    def _product(self, product: Callable[..., Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
+        # Read in the dtype that the product runs in, so that autocast finds nothing left to cast.
+        pool = self.pool.read(ops.product_dtype(x, self.dtype))
+        return product(x, pool, bias, self.pool.table, self.view, self.scale)
 
     def rows(self, index: Tensor) -> Tensor:
         """Return `weight[index]`."""
         if self.transposed:
             return F.embedding(index, self.dense())
-        rows = ops.embedding(index, self._read(), self.pool.table, self.view, self.scale)
+        rows = ops.embedding(index, self.pool.read(self.dtype), self.pool.table, self.view, self.scale)
         if self.zero_row is None:
             return rows
         return rows.masked_fill((index == self.zero_row)[..., None], 0.0)

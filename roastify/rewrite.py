@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from torch import nn
 from roastify.errors import ConversionError
 from roastify.layers import RoastModule, SharedTensor, to_dense, to_roast
 from roastify.plan import RoastPlan, TensorPlan
-from roastify.pool import RoastPool
+from roastify.pool import RoastPool, RootForward
 
 POOL_NAME = "roast_pool"
 
@@ -138,9 +139,11 @@ def apply(model: nn.Module, plan: RoastPlan, pool: RoastPool) -> Callable[[], No
     """
     swapped: list[tuple[nn.Module, type[nn.Module], str, nn.Parameter | None]] = []
     owner = model.get_submodule(plan.owner)
+    own_forward = model.__dict__.get("forward")
 
     def undo() -> None:
         owner._modules.pop(POOL_NAME, None)
+        _set_forward(model, own_forward)
         for module, original, attribute, parameter in reversed(swapped):
             module.__class__ = original
             module.__dict__.pop("_roast", None)
@@ -153,6 +156,7 @@ def apply(model: nn.Module, plan: RoastPlan, pool: RoastPool) -> Callable[[], No
                 swapped.append((module, type(module), attribute, module._parameters[attribute]))
                 to_roast(module, attribute, shared)
         owner.add_module(POOL_NAME, pool)
+        _set_forward(model, RootForward(model, pool, own_forward))
     except BaseException:
         undo()
         raise
@@ -165,6 +169,14 @@ def copy_weights(converted: nn.Module, dense: nn.Module) -> None:
     with torch.no_grad():
         for tensor in pool.plan.shared:
             dense.get_parameter(tensor.name).copy_(shared_tensor(pool, tensor).dense())
+
+
+def _set_forward(model: nn.Module, forward: Callable[..., Any] | None) -> None:
+    """Give an instance a forward of its own, or take it away."""
+    if forward is None:
+        model.__dict__.pop("forward", None)
+    else:
+        model.__dict__["forward"] = forward
 
 
 def current_plan(model: nn.Module) -> RoastPlan:
@@ -229,3 +241,6 @@ def restore(model: nn.Module) -> None:
     for module, name, parameter in dense:
         to_dense(module, {name: parameter})
     del model.get_submodule(plan.owner)._modules[POOL_NAME]
+    # One that the user has put around it or in its place since is the user's.
+    if isinstance(forward := model.__dict__.get("forward"), RootForward):
+        _set_forward(model, forward.inner)
