@@ -157,15 +157,18 @@ def _join_kernel(
     before = tl.load(p_place + begin - 1, mask=begin > 0, other=-1).to(tl.int64)
     c = tl.arange(0, COLS_POW2)
     columns = c < TILE_COLS
-    if (following == place) & (before != place) & (place != nowhere):
-        total = tl.load(p_tail + chunk * TILE_COLS + c, mask=columns, other=0.0)
-        while following == place:
-            chunk += 1
-            total += tl.load(p_head + chunk * TILE_COLS + c, mask=columns, other=0.0)
-            end += steps
-            last = tl.load(p_place + end - 1, mask=end < num_lookups, other=-1).to(tl.int64)
-            following = tl.load(p_place + end, mask=(end < num_lookups) & (last == place), other=-2).to(tl.int64)
-        tl.store(p_out + place * TILE_COLS + c, (total * scale).to(p_out.dtype.element_ty), mask=columns)
+    # No branch around the loop: Triton 3.6 fails to compile a loop over a tensor inside one.
+    cut = (following == place) & (before != place) & (place != nowhere)
+    total = tl.load(p_tail + chunk * TILE_COLS + c, mask=columns & cut, other=0.0)
+    goes_on = cut
+    while goes_on:
+        chunk += 1
+        total += tl.load(p_head + chunk * TILE_COLS + c, mask=columns, other=0.0)
+        end += steps
+        last = tl.load(p_place + end - 1, mask=end < num_lookups, other=-1).to(tl.int64)
+        following = tl.load(p_place + end, mask=(end < num_lookups) & (last == place), other=-2).to(tl.int64)
+        goes_on = following == place
+    tl.store(p_out + place * TILE_COLS + c, (total * scale).to(p_out.dtype.element_ty), mask=columns & cut)
 
 
 def embedding_reduce(

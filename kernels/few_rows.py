@@ -260,7 +260,7 @@ def by_slot(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: T
 
 def one_row(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: TileView, scale: float) -> Tensor:
     """Return `x · Wᵀ + bias` for one contiguous row: no matrix unit; every program owns whole rows of the weight."""
-    settings = tuning.one_row(view.rows, view.cols)
+    settings = tuning.one_row(view.rows)
     block_rows = min(settings.block_rows, view.tile_rows)
     out = torch.empty(1, view.rows, dtype=x.dtype, device=x.device)
     _one_row_kernel[(triton.cdiv(view.rows, block_rows),)](

@@ -94,19 +94,24 @@ _SPLIT = (
     (_ANY, 8, Split(block_rows=32, tiles=_ANY, stacked=4, num_warps=4, num_stages=4)),
     (_ANY, _ANY, Split(block_rows=64, tiles=16, stacked=1, num_warps=4, num_stages=4)),
 )
-# Up to so many elements of the weight.
+# A pool of more elements than this is not all in the cache, and longer loads in flight pay more.
+_LARGE_POOL = 1 << 24
+_SPLIT_LARGE_POOL = Split(block_rows=32, tiles=_ANY, stacked=2, num_warps=4, num_stages=6)
+# From so many rows of the weight on, so that there are programs enough.
 _ONE_ROW = (
-    (1 << 20, OneRow(block_rows=4, tiles=16, num_warps=2)),
-    (_ANY, OneRow(block_rows=16, tiles=4, num_warps=4)),
+    (4096, OneRow(block_rows=16, tiles=4, num_warps=4)),
+    (2048, OneRow(block_rows=8, tiles=8, num_warps=4)),
+    (0, OneRow(block_rows=4, tiles=16, num_warps=2)),
 )
-# Up to so many rows of activations; `tiles` follows from the shape.
+# Largest blocks first; `tiles` follows from the shape. A block is taken if it leaves enough programs.
 _MANY_ROWS = (
-    (64, ManyRows(block_m=64, block_n=128, tiles=0, num_warps=4, num_stages=3, early=True)),
-    (128, ManyRows(block_m=64, block_n=128, tiles=0, num_warps=4, num_stages=5, early=False)),
-    (256, ManyRows(block_m=64, block_n=128, tiles=0, num_warps=4, num_stages=6, early=False)),
-    (512, ManyRows(block_m=128, block_n=128, tiles=0, num_warps=4, num_stages=4, early=False)),
-    (_ANY, ManyRows(block_m=256, block_n=128, tiles=0, num_warps=8, num_stages=3, early=False)),
+    ManyRows(block_m=256, block_n=128, tiles=0, num_warps=8, num_stages=3, early=False),
+    ManyRows(block_m=128, block_n=128, tiles=0, num_warps=4, num_stages=4, early=False),
+    ManyRows(block_m=64, block_n=128, tiles=0, num_warps=4, num_stages=6, early=False),
 )
+_ENOUGH_PROGRAMS = 100
+# Up to a block's rows the time is that of the loads, and the next kernel's start may overlap them.
+_MANY_ROWS_OF_ONE_BLOCK = ManyRows(block_m=64, block_n=128, tiles=0, num_warps=4, num_stages=4, early=True)
 
 
 def reads_by_slot(view: TileView, num_rows: int) -> bool:
@@ -121,17 +126,25 @@ def is_small(view: TileView) -> bool:
 
 def split(view: TileView, num_rows: int) -> Split:
     """Return the settings of `few_rows.split`."""
+    if num_rows > 8 and view.num_slots * view.slot_size > _LARGE_POOL and view.numel >= 1 << 23:
+        return _SPLIT_LARGE_POOL
     return next(found for numel, rows, found in _SPLIT if view.numel < numel and num_rows <= rows)
 
 
-def one_row(rows: int, cols: int) -> OneRow:
-    """Return the settings of `few_rows.one_row` for a weight of `rows × cols`."""
-    return next(found for numel, found in _ONE_ROW if rows * cols < numel)
+def one_row(rows: int) -> OneRow:
+    """Return the settings of `few_rows.one_row` for a weight of so many rows."""
+    return next(found for least, found in _ONE_ROW if rows >= least)
 
 
 def many_rows(view: TileView, num_rows: int) -> ManyRows:
     """Return the settings of `many_rows`: programs enough for the multiprocessors, `k` shared where they are few."""
-    found = next(found for most, found in _MANY_ROWS if num_rows <= most)
-    programs = -(-num_rows // found.block_m) * -(-view.rows // min(found.block_n, view.tile_rows))
-    parts = max(1, min(_MULTIPROCESSORS // programs, view.grid_cols // 8))
+
+    def programs(found: ManyRows) -> int:
+        return -(-num_rows // found.block_m) * -(-view.rows // min(found.block_n, view.tile_rows))
+
+    if num_rows <= _MANY_ROWS_OF_ONE_BLOCK.block_m:
+        found = _MANY_ROWS_OF_ONE_BLOCK
+    else:
+        found = next((block for block in _MANY_ROWS if programs(block) >= _ENOUGH_PROGRAMS), _MANY_ROWS[-1])
+    parts = max(1, min(_MULTIPROCESSORS // programs(found), view.grid_cols // 8))
     return found._replace(tiles=-(-view.grid_cols // parts))

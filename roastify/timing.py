@@ -113,11 +113,20 @@ def captured(call: Call, what: str) -> Call:
             f"the GPU or read from it; time it without graphs: --no-graph (in Python, graph=False)"
         ) from error
 
-    def replay() -> Any:
-        graph.replay()
-        return outputs
+    return _Replay(graph, outputs, call)
 
-    return replay
+
+@dataclass(frozen=True)
+class _Replay:
+    """A captured call: its graph, what it returns, and the call itself, whose tensors the graph reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    outputs: Any
+    call: Call
+
+    def __call__(self) -> Any:
+        self.graph.replay()
+        return self.outputs
 
 
 def peak_bytes_of(call: Call) -> int:

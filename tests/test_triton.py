@@ -181,7 +181,7 @@ def test_by_slot(
 @pytest.mark.parametrize(("block_rows", "tiles"), [(4, 1), (16, 4)])
 @pytest.mark.parametrize("name", FEW_ROWS)
 def test_one_row(monkeypatch: pytest.MonkeyPatch, name: str, block_rows: int, tiles: int) -> None:
-    monkeypatch.setattr(tuning, "one_row", lambda rows, cols: tuning.OneRow(block_rows, tiles, num_warps=4))
+    monkeypatch.setattr(tuning, "one_row", lambda rows: tuning.OneRow(block_rows, tiles, num_warps=4))
     assert_computes(few_rows.one_row, *product_case(name, 1, torch.float32))
 
 
