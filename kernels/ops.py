@@ -306,19 +306,23 @@ def embedding(index: Tensor, pool: Tensor, table: Tensor, view: TileView, scale:
 
 def product_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
     """Return the dtype that a product with `x` runs in: autocast's, or, where that leaves it alone, `dtype`."""
+    return _autocast_dtype(x) or dtype
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Return the dtype that autocast would cast a product's arguments to, or None where it leaves them alone."""
     # Autocast does not know the meta device, and says so with an error.
     if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
-        return dtype
+        return None
     return torch.get_autocast_dtype(x.device.type)
 
 
 def _like_autocast(x: Tensor, pool: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Cast to autocast's dtype where autocast would cast the dense product's arguments."""
-    return (
-        x.to(product_dtype(x, x.dtype)),
-        pool.to(product_dtype(x, pool.dtype)),
-        None if bias is None else bias.to(product_dtype(x, bias.dtype)),
-    )
+    dtype = _autocast_dtype(x)
+    if dtype is None:
+        return x, pool, bias
+    return x.to(dtype), pool.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def _check_product(name: str, x: Tensor, size: int, pool: Tensor) -> None:

@@ -143,13 +143,15 @@ class RoastEmbedding(RoastModule, nn.Embedding):
 
 
 class RoastEmbeddingBag(RoastModule, nn.EmbeddingBag):
-    """`nn.EmbeddingBag` on the pool: the rows asked for are read, then reduced by torch's own operator."""
+    """`nn.EmbeddingBag` on the pool: the rows asked for are read, then reduced."""
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """Return the reduced bags; all modes and arguments of the dense layer."""
         shared = self._roast["weight"]
         if input.dim() not in (1, 2):
             raise ValueError(f"input has to be 1D or 2D Tensor, but got Tensor of dimension {input.dim()}")
+        if input.dim() == 2 and input.shape[1] and offsets is None and self._are_plain(per_sample_weights, input):
+            return self._reduce(shared.rows(input), input, per_sample_weights)
         flat = input.reshape(-1)
         rows = shared.rows(flat)
         position = torch.arange(flat.numel(), device=flat.device, dtype=flat.dtype)
@@ -168,6 +170,31 @@ class RoastEmbeddingBag(RoastModule, nn.EmbeddingBag):
             include_last_offset=self.include_last_offset,
             padding_idx=padding_idx,
         )
+
+    def _are_plain(self, weights: Tensor | None, input: Tensor) -> bool:
+        """Whether there is nothing about these weights that the bag operator would refuse."""
+        return weights is None or (self.mode == "sum" and weights.shape == input.shape)
+
+    def _reduce(self, rows: Tensor, input: Tensor, weights: Tensor | None) -> Tensor:
+        """Return bags of one length, from their rows `[bags, entries, dim]`.
+
+        The bag operator would do, but a compiler makes a constant of its number of rows, which is the batch's here.
+        """
+        padding = None if self.padding_idx is None else input == self.padding_idx
+        if weights is not None:
+            rows = rows * weights[..., None]
+        if padding is not None:
+            rows = rows.masked_fill(padding[..., None], -torch.inf if self.mode == "max" else 0.0)
+        if self.mode == "max":
+            bags = rows.max(1).values
+            return bags if padding is None else bags.masked_fill(padding.all(1)[:, None], 0.0)
+        # In the rows' dtype, which autocast would widen.
+        total = rows.sum(1, dtype=rows.dtype)
+        if self.mode != "mean":
+            return total
+        if padding is None:
+            return total / input.shape[1]
+        return total / (~padding).sum(1)[:, None].clamp(min=1)
 
 
 class RoastConv1d(RoastModule, nn.Conv1d):

@@ -52,10 +52,11 @@ class _Gate(torch.autograd.Function):
         per_slot, uneven_slots, uneven = ctx.inverse_gamma
         if per_slot is not None:
             by_slot = grad.reshape(per_slot.shape[0], -1)
-            divided = by_slot * per_slot[:, None].to(grad.dtype)
+            factors = per_slot[:, None].to(grad.dtype)
             if uneven_slots.numel():
-                divided[uneven_slots] = by_slot[uneven_slots] * uneven.to(grad.dtype)
-            grad = divided.view_as(grad)
+                # Of all elements, by themselves: a compiler that meets several gates computes them once.
+                factors = factors.expand_as(by_slot).index_copy(0, uneven_slots, uneven.to(grad.dtype))
+            grad = (by_slot * factors).view_as(grad)
         return grad.to(ctx.dtype), None, None, None, None
 
 
@@ -186,6 +187,11 @@ class RootForward:
             return self.inner
         return types.MethodType(type(self.model).forward, self.model)
 
+    @property
+    def __code__(self) -> types.CodeType:
+        """The code of the forward that runs, which `torch.export` asks for."""
+        return self.__wrapped__.__code__
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward as one pass."""
         if torch.compiler.is_compiling():
@@ -289,7 +295,8 @@ class RoastPool(nn.Module):
 
     def _made(self) -> _Made:
         """Return what the running pass has made of the pool as it is now, which may be nothing yet."""
-        # A compiler removes repeated casts by itself, and this would only be in its way.
+        # What comes and goes is in a compiler's way. Inductor itself merges the casts of a graph with gradients, and
+        # makes those of one without in one kernel.
         running = None if torch.compiler.is_compiling() else _passes.running.get(self)
         if running is None or not _is_plain(self.weight):
             return _Made(self)

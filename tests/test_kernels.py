@@ -652,6 +652,26 @@ def test_sums_are_the_same_bits_every_time(case: Case, dtype: torch.dtype) -> No
 # Dtypes, devices' conventions and errors.
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("strips", [False, True])
+def test_narrow_gradients_are_summed_in_float32(strips: bool, dtype: torch.dtype) -> None:
+    """All tiles share one slot: 4096 in the first and 1 in 64 others, which would vanish one by one."""
+    case = Case("narrow", (8, 8), 8, 8 * 65, 1, sign="none", strips=strips)
+    grad_weight = torch.ones(case.rows, case.cols, dtype=dtype)
+    if strips:
+        grad_weight.view(-1)[:64] = 4096
+    else:
+        grad_weight[:, :8] = 4096
+    operations, shape = torch.ops.roastify, case.pool_shape
+    totals = {
+        "reduce": operations.reduce(grad_weight, *case.arguments, shape),
+        "linear_reduce": operations.linear_reduce(torch.eye(8, dtype=dtype), grad_weight, *case.arguments, shape),
+        "embedding_reduce": operations.embedding_reduce(grad_weight, torch.arange(8), *case.arguments, shape),
+    }
+    for name, total in totals.items():
+        assert total.dtype == dtype and (total[:8] == 4160).all(), name
+
+
 def test_autocast_of_linear() -> None:
     for case in (PANELS, BY_SLOT, STRIPS):
         oracle, pool = Oracle(case), make_pool(case, torch.float32, unread=1.0)

@@ -323,6 +323,18 @@ def test_embedding_bag(mode: str, bags: tuple[tuple[Any, ...], dict[str, Any]]) 
     assert_equals_dense(Wrap(nn.EmbeddingBag(61, 23, mode=mode).double()), *bags)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_embedding_bags_of_narrow_dtypes_under_autocast(mode: str, dtype: torch.dtype) -> None:
+    """Which widens sums, but not those of the bag operator."""
+    dense = Wrap(nn.EmbeddingBag(61, 23, mode=mode, padding_idx=2)).to(dtype)
+    converted = roastify.convert(dense, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = (model(indices(61, 4, 5)) for model in (converted, roastify.densify(converted)))
+    assert found.dtype == expected.dtype == dtype
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
 def test_embedding_bag_with_the_last_offset_included(mode: str) -> None:
     model = Wrap(nn.EmbeddingBag(61, 23, mode=mode, include_last_offset=True).double())
@@ -358,11 +370,12 @@ def test_embedding_bag_refuses_what_the_dense_layer_refuses() -> None:
     refused = [
         ((indices(61, 2, 3, 4),), {}),
         ((indices(61, 4),), {}),
+        ((indices(61, 4, 0),), {}),
         ((indices(61, 2, 3), torch.tensor([0, 2])), {}),
         ((indices(61, 2, 3),), {"per_sample_weights": torch.ones(2, 3)}),
     ]
     for args, kwargs in refused:
-        with pytest.raises((ValueError, NotImplementedError)) as expected:
+        with pytest.raises((ValueError, NotImplementedError, RuntimeError)) as expected:
             dense(*args, **kwargs)
         with pytest.raises(type(expected.value)):
             converted(*args, **kwargs)

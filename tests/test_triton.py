@@ -115,6 +115,15 @@ def test_reduce(name: str, dtype: torch.dtype) -> None:
     assert torch.equal(found, reduce.reduce(grad, table, view, 0.7, list(shape)))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_narrow_gradients_are_summed_in_float32(dtype: torch.dtype) -> None:
+    """All tiles share one slot: 4096 in the first and 1 in 64 others, which would vanish one by one."""
+    view, table, shape = Case(16, 16 * 65, (16, 16), 1, sign="none").build()
+    grad = torch.ones(view.rows, view.cols, dtype=dtype, device=DEVICE)
+    grad[:, :16] = 4096
+    assert (reduce.reduce(grad, table, view, 1.0, list(shape)) == 4160).all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_embedding(name: str, dtype: torch.dtype) -> None:

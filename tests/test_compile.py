@@ -1,0 +1,413 @@
+"""Converted models under `torch.compile`, in CUDA graphs and on several streams."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+from transformers.pytorch_utils import Conv1D
+
+import roastify
+from roastify import RoastConfig
+from roastify.rewrite import pool_of
+
+# torch.compile makes an object of every `autograd.Function` and looks at every `.grad`, of which torch itself warns.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+]
+
+# Inductor warns of much, itself and the device included.
+inductor = pytest.mark.filterwarnings("ignore")
+
+
+class Tokens(nn.Module):
+    """An embedding with a padding row, a convolution, products of both orientations, and a head tied to the table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(96, 64, padding_idx=3)
+        self.conv = nn.Conv1d(64, 48, 3, padding=1)
+        self.up = nn.Linear(48, 128)
+        self.down = Conv1D(64, 128)
+        self.head = nn.Linear(64, 96, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.conv(self.embed(tokens).transpose(1, 2)).transpose(1, 2)
+        return self.head(self.down(self.up(x).relu()).tanh())
+
+
+class Bags(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag = nn.EmbeddingBag(96, 64, padding_idx=3)
+        self.table = nn.Embedding(50, 64, padding_idx=0)
+        self.head = nn.Linear(64, 32)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.bag(tokens) + self.table(tokens % 50).sum(1))
+
+
+class Rows(nn.Module):
+    """Products alone, so that the batch is the rows of each."""
+
+    def __init__(self, width: int = 256) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(width, width)
+        self.first = nn.Linear(width, 2 * width)
+        self.second = nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        picked = self.embed(x[:, 0].abs().mul(10).long() % self.embed.num_embeddings)
+        return self.second(self.first(x + picked).relu())
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {"tokens": Tokens, "bags": Bags}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "tile": {"sign": "tile"},
+    "element": {"sign": "element"},
+    "unpreconditioned": {"precondition": False},
+    "unaligned": {"mapping": "roast"},
+}
+
+
+def convert(model: nn.Module, device: str = "cpu", dtype: torch.dtype = torch.float32, **settings: Any) -> nn.Module:
+    return roastify.convert(model.to(device, dtype), config=RoastConfig(**{"ratio": 3.0, "seed": 1} | settings))
+
+
+def tokens(batch: int, device: str = "cpu", seed: int = 0) -> Tensor:
+    return torch.randint(0, 96, (batch, 9), generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def rows(batch: int, device: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(batch, 256, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def step(run: Callable[[Tensor], Tensor], model: nn.Module, x: Tensor, autocast: bool = False) -> list[Tensor]:
+    """Return the output and the gradient of every parameter."""
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
+        out = run(x)
+    gradients = torch.autograd.grad(out.float().square().mean(), list(model.parameters()))
+    return [out.detach().clone(), *(gradient.clone() for gradient in gradients)]
+
+
+def assert_near(found: list[Tensor], expected: list[Tensor], tolerance: float = 1e-5) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype and other.any()
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * float(other.abs().max()))
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+# One graph.
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+@pytest.mark.parametrize("name", MODELS)
+def test_one_graph_for_any_batch(name: str, settings: dict[str, Any], autocast: bool) -> None:
+    model = convert(MODELS[name](), **settings)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for batch in (4, 7, 12):
+        x = tokens(batch)
+        torch._dynamo.mark_dynamic(x, 0)
+        assert_near(step(compiled, model, x, autocast), step(model, model, x, autocast))
+        assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_all_sizes_dynamic(name: str) -> None:
+    model = convert(MODELS[name]())
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
+    assert_near(step(compiled, model, tokens(4)), step(model, model, tokens(4)))
+    # λ is a number that torch first takes for a variable, finds that it is not, and begins again.
+    first = counter.frame_count
+    assert first in (1, 2)
+    for batch in (7, 12):
+        assert_near(step(compiled, model, tokens(batch)), step(model, model, tokens(batch)))
+    assert counter.frame_count == first
+
+
+def test_sizes_become_dynamic_by_themselves() -> None:
+    model = convert(Tokens())
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    compiled(tokens(4))
+    assert counter.frame_count == 1
+    compiled(tokens(7))
+    second = counter.frame_count
+    compiled(tokens(12))
+    assert counter.frame_count == second <= 3
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(mode: Callable[[], Any]) -> None:
+    model = convert(Tokens()).eval()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    with mode(), torch.autocast("cpu", torch.bfloat16):
+        for batch in (4, 7):
+            x = tokens(batch)
+            torch._dynamo.mark_dynamic(x, 0)
+            assert torch.equal(compiled(x), model(x))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiled_models_see_what_training_writes(autocast: bool) -> None:
+    model = convert(Tokens())
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+    before = step(compiled, model, tokens(4), autocast)
+    for _ in range(2):
+        compiled(tokens(4)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    after = step(compiled, model, tokens(4), autocast)
+    assert not torch.equal(before[0], after[0])
+    assert_near(after, step(model, model, tokens(4), autocast))
+    pool_of(model).weight.data.mul_(2.0)
+    assert_near(step(compiled, model, tokens(4), autocast), step(model, model, tokens(4), autocast))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_compiled_layer_in_a_model_that_is_not(autocast: bool) -> None:
+    """It is called within the model's pass, of which it must not see anything while it is traced."""
+    model = convert(Tokens())
+    x = tokens(4)
+    expected = step(model, model, x, autocast)
+    for layer in (model.up, model.down):
+        layer.compile(backend="aot_eager", fullgraph=True)
+    assert_near(step(model, model, x, autocast), expected)
+    assert_near(step(model, model, x, autocast), expected)
+
+
+def test_a_compiled_function_that_calls_a_model() -> None:
+    model = convert(Tokens())
+
+    def objective(x: Tensor) -> Tensor:
+        return model(x).square().mean() + model.head.weight.square().mean()
+
+    compiled = torch.compile(objective, backend="aot_eager", fullgraph=True)
+    found, expected = (torch.autograd.grad(f(tokens(4)), pool_of(model).weight) for f in (compiled, objective))
+    assert_near(list(found), list(expected))
+
+
+def test_an_exported_program_runs() -> None:
+    model = convert(Tokens()).eval()
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(model, (tokens(4),), dynamic_shapes=({0: batch},))
+    for size in (4, 7):
+        torch.testing.assert_close(program.module()(tokens(size)), model(tokens(size)))
+
+
+@inductor
+def test_inductor() -> None:
+    model = convert(nn.Sequential(nn.Embedding(96, 64, padding_idx=3), nn.Linear(64, 32)))
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    for batch in (4, 7):
+        for autocast in (False, True):
+            found, expected = (step(run, model, tokens(batch), autocast) for run in (compiled, model))
+            assert_near(found, expected)
+
+
+# On a GPU: compilers.
+
+
+@inductor
+@pytest.mark.gpu
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("sign", ["tile", "element"])
+def test_one_graph_across_the_kernels_regimes(sign: str, autocast: bool) -> None:
+    """How many rows there are decides which kernel runs, inside the operator, so that no graph depends on it."""
+    model = convert(Rows(), "cuda", sign=sign)
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for batch in (16, 64, 200, 3000):
+        x = rows(batch, "cuda")
+        torch._dynamo.mark_dynamic(x, 0)
+        assert_near(step(compiled, model, x, autocast), step(model, model, x, autocast), 1e-2 if autocast else 1e-3)
+        assert counter.frame_count == 1
+    x = rows(1, "cuda")
+    assert_near(step(compiled, model, x, autocast), step(model, model, x, autocast), 1e-2 if autocast else 1e-3)
+    assert counter.frame_count == 2, "torch makes a graph of its own for a size of 1"
+
+
+@inductor
+@pytest.mark.gpu
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_inductor_on_a_gpu(name: str, autocast: bool) -> None:
+    model = convert(MODELS[name](), "cuda")
+    compiled = torch.compile(model, fullgraph=True)
+    for batch in (4, 7, 300):
+        x = tokens(batch, "cuda")
+        torch._dynamo.mark_dynamic(x, 0)
+        assert_near(step(compiled, model, x, autocast), step(model, model, x, autocast), 2e-2 if autocast else 1e-3)
+
+
+@inductor
+@pytest.mark.gpu
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_reduce_overhead(training: bool, autocast: bool) -> None:
+    """Inductor's own CUDA graphs, replayed on other inputs and after the weights have changed."""
+    model = convert(Rows(), "cuda")
+    compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
+    tolerance = 1e-2 if autocast else 1e-3
+    for seed in range(6):
+        x = rows(64, "cuda", seed=seed)
+        torch.compiler.cudagraph_mark_step_begin()
+        if training:
+            assert_near(step(compiled, model, x, autocast), step(model, model, x, autocast), tolerance)
+        else:
+            with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+                assert_near([compiled(x).clone()], [model(x)], tolerance)
+        pool_of(model).weight.data.mul_(1.1)
+    assert counters["inductor"]["cudagraph_skips"] == 0
+
+
+# On a GPU: CUDA graphs.
+
+
+def warm_up(run: Callable[[], Any], times: int = 3) -> None:
+    """Run on a side stream, as torch asks before a capture; kernels are compiled by then."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(times):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("batch", [1, 16, 64, 200, 3000])
+def test_a_captured_forward_pass(batch: int, autocast: bool) -> None:
+    model = convert(Rows(), "cuda")
+    x = rows(batch, "cuda")
+
+    def run() -> Tensor:
+        # Autocast's own cache would keep copies of the other weights from before the capture.
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=autocast, cache_enabled=False):
+            return model(x)
+
+    warm_up(run)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+    for seed in range(3):
+        x.copy_(rows(batch, "cuda", seed=seed))
+        # Without a trace, and after the capture: a replay must read the weights that are there.
+        pool_of(model).weight.data.add_(0.01)
+        graph.replay()
+        assert_near([out], [run()], 1e-2 if autocast else 1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", ["rows", "tokens", "bags"])
+def test_a_captured_training_step(name: str, autocast: bool) -> None:
+    model = convert(Rows() if name == "rows" else MODELS[name](), "cuda")
+    twin = copy.deepcopy(model)
+    inputs = [rows(64, "cuda", seed=s) if name == "rows" else tokens(64, "cuda", seed=s) for s in range(8)]
+    static = inputs[0].clone()
+
+    def train(trained: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast, cache_enabled=False):
+            loss = trained(x).float().square().mean()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    warm_up(lambda: train(model, optimizer, static))
+    optimizer.zero_grad(set_to_none=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = train(model, optimizer, static)
+    found = []
+    for x in inputs:
+        static.copy_(x)
+        graph.replay()
+        found.append(loss.clone())
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(3):
+        train(twin, optimizer, inputs[0])
+    expected = [train(twin, optimizer, x) for x in inputs]
+    assert len({float(value) for value in found}) > 1
+    torch.testing.assert_close(found, expected, rtol=1e-2 if autocast else 1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        pool_of(model).weight, pool_of(twin).weight, rtol=1e-2 if autocast else 1e-3, atol=1e-3 if autocast else 1e-5
+    )
+
+
+@pytest.mark.gpu
+def test_graphed_callables() -> None:
+    """Torch captures forward and backward of a whole model, which it refuses to do for one with hooks."""
+    model = convert(Rows(), "cuda")
+    plain = copy.deepcopy(model)
+    graphed = torch.cuda.make_graphed_callables(model, (rows(64, "cuda"),))
+    for seed in range(3):
+        x = rows(64, "cuda", seed=seed)
+        assert_near(step(graphed, model, x), step(plain, plain, x), 1e-4)
+
+
+# On a GPU: streams, and the same bits.
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_two_streams_side_by_side(autocast: bool, grad: bool) -> None:
+    model = convert(Rows(), "cuda")
+    inputs = [rows(batch, "cuda", seed=batch) for batch in (48, 3000)]
+
+    def run(x: Tensor) -> list[Tensor]:
+        if grad:
+            return step(model, model, x, autocast)
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            return [model(x)]
+
+    expected = [run(x) for x in inputs]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in inputs]
+    for _ in range(20):
+        found = []
+        for stream, x in zip(streams, inputs, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(run(x))
+        torch.cuda.synchronize()
+        # Not to the bit: cuBLAS has a workspace for each stream, and may choose by it.
+        for one, other in zip(found, expected, strict=True):
+            assert_near(one, other, 1e-2 if autocast else 1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("batch", [1, 16, 64, 200, 3000])
+@pytest.mark.parametrize("sign", ["tile", "element"])
+def test_the_same_bits_on_every_run(sign: str, batch: int, dtype: torch.dtype) -> None:
+    model = convert(Rows(), "cuda", dtype, sign=sign)
+    x = rows(batch, "cuda", dtype)
+    first = step(model, model, x)
+    assert all(value.any() for value in first)
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(step(model, model, x), first, strict=True))
