@@ -20,10 +20,6 @@ from roastify.kernels.hash import apply_sign, supported, tile_start, view_argume
 from roastify.kernels.launch import PLAIN_ARGUMENTS
 from roastify.kernels.view import MappingKind, TileView
 
-# Lookups of a program that finds their places; elements and warps of one that adds runs, and its fewest steps.
-PLACE_LOOKUPS = 256
-RUN_ELEMENTS, RUN_WARPS, RUN_STEPS = 1024, 4, 16
-
 
 @triton.jit
 def _locate(p_index, lookup, exists, rows, first_tile, grid_cols, TILE_ROWS: tl.constexpr):
@@ -189,12 +185,12 @@ def embedding_reduce(
     nowhere = out.numel() // view.tile_cols
     place = torch.empty(num_lookups, dtype=torch.int32 if nowhere < 1 << 31 else torch.int64, device=grad.device)
     arguments = view_arguments(table, view)
-    _place_kernel[(triton.cdiv(num_lookups, PLACE_LOOKUPS),)](
+    _place_kernel[(triton.cdiv(num_lookups, tuning.PLACE_LOOKUPS),)](
         p_index=index,
         p_place=place,
         num_lookups=num_lookups,
         nowhere=nowhere,
-        BL=PLACE_LOOKUPS,
+        BL=tuning.PLACE_LOOKUPS,
         **arguments,
     )
     place, order = torch.sort(place, stable=True)
@@ -203,7 +199,7 @@ def embedding_reduce(
     cols_pow2 = triton.next_power_of_2(view.tile_cols)
     head = torch.empty(num_chunks, view.tile_cols, dtype=torch.float32, device=grad.device)
     tail = torch.empty_like(head)
-    block_chunks = max(1, RUN_ELEMENTS // cols_pow2)
+    block_chunks = max(1, tuning.RUN_ELEMENTS // cols_pow2)
     for unused in ("p_table", "first_slot", "first_chunk"):
         del arguments[unused]
     _run_kernel[(triton.cdiv(num_chunks, block_chunks),)](
@@ -220,7 +216,7 @@ def embedding_reduce(
         steps=steps,
         COLS_POW2=cols_pow2,
         BC=block_chunks,
-        num_warps=RUN_WARPS,
+        num_warps=tuning.RUN_WARPS,
         **arguments,
     )
     _join_kernel[(num_chunks,)](
@@ -241,4 +237,4 @@ def embedding_reduce(
 
 def _steps(num_tokens: int) -> int:
     """Return the lookups of a chunk: of `n` tokens that are all one row, √n are added in a row, then √n parts."""
-    return max(RUN_STEPS, triton.next_power_of_2(math.isqrt(num_tokens)))
+    return max(tuning.RUN_STEPS, triton.next_power_of_2(math.isqrt(num_tokens)))

@@ -12,9 +12,6 @@ from roastify.kernels.hash import apply_sign, supported, tile_start, view_argume
 from roastify.kernels.launch import PLAIN_ARGUMENTS
 from roastify.kernels.view import TileView
 
-# Of one tile, in one program: the default tiles' 128 × 64. With many more, registers run out.
-MOST_ELEMENTS = 1 << 13
-
 
 @triton.jit
 def place_of(tile, element, base, rows, cols, first_tile, grid_cols, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr,
@@ -61,7 +58,7 @@ def gather(pool: Tensor, table: Tensor, view: TileView, scale: float) -> Tensor:
     pool = pool.contiguous()
     out = torch.empty(view.rows, view.cols, dtype=pool.dtype, device=pool.device)
     # A slot of any size: large ones are several programs' work.
-    block_elements = min(triton.next_power_of_2(view.slot_size), MOST_ELEMENTS)
+    block_elements = min(triton.next_power_of_2(view.slot_size), tuning.MOST_ELEMENTS)
     block_tiles = max(1, tuning.GATHER_ELEMENTS // block_elements)
     programs = triton.cdiv(view.num_tiles, block_tiles) * triton.cdiv(view.slot_size, block_elements)
     _gather_kernel[(programs,)](

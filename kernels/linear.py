@@ -17,6 +17,7 @@ from torch import Tensor
 from roastify.kernels import few_rows, many_rows, tuning
 from roastify.kernels.gather import gather
 from roastify.kernels.hash import effective_sign, supported
+from roastify.kernels.launch import precision
 from roastify.kernels.reduce import reduce
 from roastify.kernels.view import SignKind, TileView
 
@@ -33,6 +34,10 @@ def way(x: Tensor, pool: Tensor, view: TileView) -> Callable[..., Tensor]:
     if not supported(pool) or not few_rows.fits(x, view):
         return gathered
     num_rows = x.shape[0]
+    if x.dtype == torch.float32 and precision() == "ieee":
+        # The matrix unit has no such precision; without it only a row is worth a kernel of its own. (4096², 16 rows:
+        # 91 µs in `split`, 84 gathered, 50 dense.)
+        return few_rows.one_row if num_rows == 1 else gathered
     if tuning.reads_by_slot(view, num_rows) and effective_sign(view) != SignKind.ELEMENT:
         return few_rows.by_slot
     if num_rows == 1 and tuning.is_small(view):
@@ -96,6 +101,10 @@ def linear_reduce(
     total: Tensor | None = None
     for start, stop, panel in _panels(view):
         part = reduce(grad[:, start:stop].t() @ x, table, panel, scale, pool_shape)
-        total = part if total is None else total + part
+        if total is None and stop == view.rows:
+            return part
+        # A narrow dtype accumulates in float32.
+        wide = torch.float64 if part.dtype == torch.float64 else torch.float32
+        total = part.to(wide) if total is None else total + part
     assert total is not None
-    return total
+    return total.to(x.dtype)

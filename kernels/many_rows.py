@@ -84,7 +84,7 @@ def _many_rows_kernel(
 def many_rows(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: TileView, scale: float) -> Tensor:
     """Return `x · Wᵀ + bias` for contiguous rows."""
     num_rows = x.shape[0]
-    settings = tuning.many_rows(view, num_rows)
+    settings = tuning.many_rows(view, num_rows, x.element_size())
     block_n = min(settings.block_n, view.tile_rows)
     tiles_each = min(settings.tiles, view.grid_cols)
     num_parts = triton.cdiv(view.grid_cols, tiles_each)

@@ -12,8 +12,13 @@ from roastify.kernels.view import TileView
 
 # Elements and warps of a program.
 GATHER_ELEMENTS, GATHER_WARPS = 4096, 8
+# Of one tile, in one program: the default tiles' 128 × 64. With many more, registers run out.
+MOST_ELEMENTS = 1 << 13
 REDUCE_ELEMENTS, REDUCE_WARPS = 2048, 4
 EMBEDDING_ELEMENTS, EMBEDDING_WARPS = 2048, 4
+# Lookups of a program that finds their places; elements and warps of one that adds runs, and its fewest steps.
+PLACE_LOOKUPS = 256
+RUN_ELEMENTS, RUN_WARPS, RUN_STEPS = 1024, 4, 16
 # Partial sums: numbers that a program holds at a time, and the most parts among them.
 SUM_ELEMENTS, SUM_PARTS, SUM_WARPS = 2048, 64, 4
 
@@ -103,13 +108,15 @@ _ONE_ROW = (
     (2048, OneRow(block_rows=8, tiles=8, num_warps=4)),
     (0, OneRow(block_rows=4, tiles=16, num_warps=2)),
 )
-# Largest blocks first; `tiles` follows from the shape. A block is taken if it leaves enough programs.
+# With the time of a wave of programs beside the first's; `tiles` follows from the shape. (4096², 1024 rows in one wave
+# of 256: 44.6 µs, in two of 128: 48.8; 256 rows in one of 64: 15.2.)
 _MANY_ROWS = (
-    ManyRows(block_m=256, block_n=128, tiles=0, num_warps=8, num_stages=3, early=False),
-    ManyRows(block_m=128, block_n=128, tiles=0, num_warps=4, num_stages=4, early=False),
-    ManyRows(block_m=64, block_n=128, tiles=0, num_warps=4, num_stages=6, early=False),
+    (1.0, ManyRows(block_m=256, block_n=128, tiles=0, num_warps=8, num_stages=3, early=False)),
+    (0.55, ManyRows(block_m=128, block_n=128, tiles=0, num_warps=4, num_stages=4, early=False)),
+    (0.34, ManyRows(block_m=64, block_n=128, tiles=0, num_warps=4, num_stages=6, early=False)),
 )
-_ENOUGH_PROGRAMS = 100
+# Of a program's shared memory, for what its pipeline loads.
+_STAGES_BYTES = 220_000
 # Up to a block's rows the time is that of the loads, and the next kernel's start may overlap them.
 _MANY_ROWS_OF_ONE_BLOCK = ManyRows(block_m=64, block_n=128, tiles=0, num_warps=4, num_stages=4, early=True)
 
@@ -136,15 +143,21 @@ def one_row(rows: int) -> OneRow:
     return next(found for least, found in _ONE_ROW if rows >= least)
 
 
-def many_rows(view: TileView, num_rows: int) -> ManyRows:
-    """Return the settings of `many_rows`: programs enough for the multiprocessors, `k` shared where they are few."""
+def many_rows(view: TileView, num_rows: int, itemsize: int) -> ManyRows:
+    """Return the settings of `many_rows`: the blocks of fewest waves, `k` shared where a wave has room."""
 
     def programs(found: ManyRows) -> int:
         return -(-num_rows // found.block_m) * -(-view.rows // min(found.block_n, view.tile_rows))
 
+    def time(entry: tuple[float, ManyRows]) -> float:
+        wave, found = entry
+        return wave * -(-programs(found) // _MULTIPROCESSORS)
+
     if num_rows <= _MANY_ROWS_OF_ONE_BLOCK.block_m:
         found = _MANY_ROWS_OF_ONE_BLOCK
     else:
-        found = next((block for block in _MANY_ROWS if programs(block) >= _ENOUGH_PROGRAMS), _MANY_ROWS[-1])
+        _, found = min(_MANY_ROWS, key=time)
     parts = max(1, min(_MULTIPROCESSORS // programs(found), view.grid_cols // 8))
-    return found._replace(tiles=-(-view.grid_cols // parts))
+    stage_bytes = (found.block_m + found.block_n) * view.tile_cols * itemsize
+    stages = min(found.num_stages, _STAGES_BYTES // stage_bytes)
+    return found._replace(tiles=-(-view.grid_cols // parts), num_stages=stages)

@@ -24,7 +24,7 @@ if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from roastify.kernels import embedding, gather, reduce  # noqa: E402
+from roastify.kernels import embedding, gather, reduce, tuning  # noqa: E402
 from roastify.kernels.hash import tile_start  # noqa: E402
 
 # The interpreter computes with NumPy, whose integers warn where a hash wraps on purpose.
@@ -219,7 +219,7 @@ def test_places_in_a_large_tensor(rows: int, cols: int, strips: bool, first_tile
 @pytest.mark.parametrize("tile", [(128, 256), (100, 100), (2, 5000)], ids=str)
 def test_slots_larger_than_a_program(tile: tuple[int, int]) -> None:
     """And in one dimension of the grid: the others have room for 65535 programs."""
-    assert tile[0] * tile[1] > gather.MOST_ELEMENTS
+    assert tile[0] * tile[1] > tuning.MOST_ELEMENTS
     tile_map = TileMap(50, 3, tile, 5)
     view = tile_map.view(2 * tile[0] - 1, 2 * tile[1] - 3, tile[0] * tile[1], False)
     table = torch.tensor(tile_map.chunk_table(), device=DEVICE)

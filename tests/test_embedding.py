@@ -22,7 +22,7 @@ if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
 
 triton = pytest.importorskip("triton")
 
-from roastify.kernels import embedding  # noqa: E402
+from roastify.kernels import embedding, tuning  # noqa: E402
 
 # The interpreter computes with NumPy, whose integers warn where a hash wraps on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
@@ -120,8 +120,8 @@ def test_runs_however_they_are_cut(monkeypatch: pytest.MonkeyPatch, name: str, e
     index = indices(view.rows, 23)
     grad = randn(23, view.cols)
     monkeypatch.setattr(embedding, "_steps", lambda num_tokens: steps)
-    monkeypatch.setattr(embedding, "RUN_ELEMENTS", elements)
-    monkeypatch.setattr(embedding, "PLACE_LOOKUPS", 8)
+    monkeypatch.setattr(tuning, "RUN_ELEMENTS", elements)
+    monkeypatch.setattr(tuning, "PLACE_LOOKUPS", 8)
     found = embedding.embedding_reduce(grad, index, table, view, SCALE, shape)
     assert_near(found, expected_sum(grad, index, name), torch.float32)
 

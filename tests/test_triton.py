@@ -220,7 +220,7 @@ def test_many_rows(
     if DEVICE == "cuda" and torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs a Hopper GPU")
     settings = tuning.ManyRows(block_m, 128, tiles, num_warps=4, num_stages=3, early=tiles == 1)
-    monkeypatch.setattr(tuning, "many_rows", lambda view, num_rows: settings)
+    monkeypatch.setattr(tuning, "many_rows", lambda view, num_rows, itemsize: settings)
     arguments, expected = product_case(name, num_rows, dtype)
     assert many_rows.fits(arguments[0], arguments[1], arguments[4])
     if dtype == torch.float32 and DEVICE == "cuda":
@@ -254,12 +254,22 @@ def test_every_way_is_taken(tf32: None) -> None:
     assert way(CASES["strips"], 1) == way(CASES["small tiles"], 1) == way(CASES["unaligned tiles"], 1) == "gathered"
 
 
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("num_rows", [33, 64, 65, 200, 512, 700, 4096])
+@pytest.mark.parametrize("shape", [(4096, 4096), (768, 768), (11008, 4096), (128, 64)])
+def test_many_rows_settings_fit_a_multiprocessor(shape: tuple[int, int], num_rows: int, itemsize: int) -> None:
+    view, _, _ = Case(*shape, (128, 64), 100, sign="row").build()
+    found = tuning.many_rows(view, num_rows, itemsize)
+    assert 2 <= found.num_stages and (found.block_m + found.block_n) * 64 * itemsize * found.num_stages < 227 * 1024
+    assert 1 <= found.tiles <= view.grid_cols
+
+
 def test_float32_follows_torchs_precision(tf32: None) -> None:
     view, _, shape = CASES["whole columns"].build()
     x, pool = torch.empty(200, view.cols, device=DEVICE), torch.empty(shape, device=DEVICE)
     assert linear.way(x, pool, view).__name__ == "many_rows"
     torch.backends.cuda.matmul.fp32_precision = "ieee"
-    assert linear.way(x, pool, view).__name__ == "gathered"
+    assert [linear.way(rows, pool, view).__name__ for rows in (x, x[:2], x[:1])] == ["gathered", "gathered", "one_row"]
 
 
 def test_memory_that_is_padding_is_not_read() -> None:
