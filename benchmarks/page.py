@@ -47,8 +47,15 @@ stay in the tables.
 """
 FLOOR = """
 The floor is the time below which no product of this kind can go: the weights read once from the cache (from memory,
-for the part of a pool that is larger than the cache), or the arithmetic, at the rates measured in the same run. For
-dense weights it is one read from memory, or the arithmetic.
+for the part of a pool that is larger than the cache), or the arithmetic, at the rates measured in the same run. A layer
+that reads each slot once for all its tiles moves less than that, and goes below it. For dense weights the floor is one
+read from memory, or the arithmetic.
+
+Between the floor and the small-batch kernels lie the start and the end of a kernel (programmatic launch hides only the
+arithmetic before the first load), the second kernel that adds partial sums, and activations, which every program reads
+for itself: at 16 rows of 4096×4096 a quarter as many bytes as the weight, at 64 rows half as many. Tried without gain:
+more tiles side by side along `k`, the copy engine at 16 rows and fewer, whole rows of the weight for each program at 16
+rows of a pool that is in the cache, and adding partial sums in the program that comes last.
 """
 HASHEDNET = """
 HashedNet hashes every weight by itself; its fused kernel in this comparison is tuned: a 32-bit hash of two
@@ -204,16 +211,34 @@ SECTIONS = {
         ],
     ),
 }
+
+
+def of_side(side: str, cell: Callable[[Row], str]) -> Callable[[Row], str]:
+    """Return the cell with what a whole model's row says about one of its sides."""
+    return lambda row: cell(row[side]) if side in row else ""
+
+
 MODEL_COLUMNS = [
-    Column("model", lambda row: str(row.get("model", ""))),
-    Column("case", lambda row: str(row.get("case", ""))),
-    Column("batch", lambda row: str(row.get("batch", ""))),
-    Column("ratio", lambda row: f"{row['ratio']:g}" if "ratio" in row else ""),
-    Column("dense, ms", lambda row: f"{row['dense']['median_us'] / 1e3:.2f}" if "dense" in row else ""),
-    Column("pool, ms", lambda row: f"{row['pool']['median_us'] / 1e3:.2f}" if "pool" in row else ""),
-    OVER_DENSE,
-    AIM,
+    Column("model", lambda row: row["model"]),
+    Column("what", lambda row: row["kind"]),
+    Column("batch", lambda row: str(row["batch"])),
+    Column("ratio", lambda row: f"{row['ratio']:g}"),
+    Column("pool, MB", lambda row: f"{row['pool_bytes'] / 1e6:.1f}" if "pool_bytes" in row else ""),
+    Column("dense, ms", of_side("dense", lambda side: f"{side['time']['median_ms']:.3f}")),
+    Column("converted, ms", of_side("converted", lambda side: f"{side['time']['median_ms']:.3f}")),
+    Column("dense ÷ converted", number("dense_over_converted")),
+    Column("aim", lambda row: MODEL_AIMS.get(row["case"], lambda row: "")(row)),
+    Column("dense peak, MB", of_side("dense", lambda side: f"{side['peak_bytes'] / 1e6:.0f}")),
+    Column("converted peak, MB", of_side("converted", lambda side: f"{side['peak_bytes'] / 1e6:.0f}")),
 ]
+# The whole models that were aimed at.
+MODEL_AIMS: dict[str, Callable[[Row], str]] = {
+    "llama-1.1b/ratio=50/batch=1": lambda row: aim_of("dense_over_converted")(row | {"aim": 1.5}),
+}
+MODEL_NOTE = """
+Both sides under `torch.compile` and CUDA graphs, in bfloat16; a decoding step has one new token and a static key-value
+cache. Peak memory is a side's own weights and buffers and what one call allocates.
+"""
 
 
 def table(columns: Sequence[Column], rows: Iterable[Row]) -> list[str]:
@@ -267,6 +292,8 @@ def markdown(kernels: Results, models: Results | None = None) -> str:
     lines = ["# Performance on a GPU", "", described(kernels["machine"], layers), ""]
     if counted := tally(rows, {name: section.value for name, section in SECTIONS.items()}):
         lines += [*counted, ""]
+    for note in kernels.get("notes", ()):
+        lines += [note, ""]
     for regime, section in SECTIONS.items():
         chosen = [row for row in rows if row["regime"] == regime]
         if not chosen:
@@ -283,6 +310,7 @@ def markdown(kernels: Results, models: Results | None = None) -> str:
         source = f"[The raw rows](../benchmarks/results/{MODELS.name})"
         lines += [f"{source}{f', {gpu}' if gpu else ''}.", ""]
         lines += [f"![Dense time over pool time, by model]({IMAGES.name}/models.png)", ""]
+        lines += [*MODEL_NOTE.strip().splitlines(), ""]
         lines += [*table(MODEL_COLUMNS, models["rows"]), ""]
     lines += ["## What runs", "", WHAT_RUNS.strip(), "", "## Method", "", METHOD.strip(), "", FLOOR.strip(), ""]
     return "\n".join(lines)

@@ -125,18 +125,13 @@ def name_groups(axes: Axes, rows: Sequence[Row]) -> None:
 
 
 def models(rows: Sequence[Row]) -> Figure | None:
-    """Dense time over pool time of whole models."""
-    rows = [row for row in rows if row.get("dense_over_pool")]
+    """Dense time over converted time of whole models."""
+    rows = [row for row in rows if row.get("dense_over_converted")]
     if not rows:
         return None
     figure, axes = plt.subplots(figsize=(9, 0.34 * len(rows) + 1.4))
-    names = []
-    for row in rows:
-        parts = [row.get("model"), row.get("case")]
-        parts += [f"batch {row['batch']}"] if "batch" in row else []
-        parts += [f"ratio {row['ratio']:g}"] if "ratio" in row else []
-        names.append(", ".join(str(part) for part in parts if part))
-    values = [row["dense_over_pool"] for row in rows]
+    names = [f"{row['model']}, {row['kind']}, batch {row['batch']}, ratio {row['ratio']:g}" for row in rows]
+    values = [row["dense_over_converted"] for row in rows]
     places = range(len(rows))
     axes.barh(places, values, color=[COLOURS[0] if value >= 1 else COLOURS[1] for value in values], height=0.65)
     for place, value in zip(places, values, strict=True):

@@ -14,6 +14,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from roastify.kernels import tuning
+from roastify.kernels.backend import has_copy_engine
 from roastify.kernels.hash import effective_sign, interpreted, mix64, segment, view_arguments
 from roastify.kernels.launch import PLAIN_ARGUMENTS, address_type, dependent_launch, precision
 from roastify.kernels.parts import add_parts
@@ -124,9 +125,8 @@ def fits(x: Tensor, pool: Tensor, view: TileView) -> bool:
     multiplied by zero, and the pool's memory there may hold anything), no sign inside the loop, and for float32 the
     matrix unit's own precision.
     """
-    on_hopper = interpreted() or torch.cuda.get_device_capability(x.device)[0] == 9
     return (
-        on_hopper
+        (interpreted() or has_copy_engine(x.device))
         and x.shape[0] > 0
         and view.mapping == MappingKind.PERMUTATION
         and not view.strips

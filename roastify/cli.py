@@ -21,6 +21,7 @@ from roastify import api, report
 from roastify.bench import DTYPES
 from roastify.config import INITS, RoastConfig
 from roastify.errors import ConfigError, RoastError, SourceError, closest
+from roastify.kernels.backend import backend
 from roastify.rewrite import pool_of
 from roastify.source import Source, load_source
 
@@ -229,12 +230,12 @@ def diagnosis() -> list[tuple[str, str]]:
     ]
     for package in ("torch", "triton", "transformers", "safetensors"):
         rows.append((package, _version(package)))
-    rows.append(("cpu", f"{torch.get_num_threads()} threads; operations run in torch, a panel of tile rows at a time"))
+    rows.append(("cpu", f"{torch.get_num_threads()} threads; {backend(torch.device('cpu'))}"))
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
             memory = report.human_bytes(properties.total_memory)
-            rows.append((f"cuda:{index}", f"{properties.name}, {memory}; operations run in Triton kernels and cuBLAS"))
+            rows.append((f"cuda:{index}", f"{properties.name}, {memory}; {backend(torch.device('cuda', index))}"))
     else:
         rows.append(("cuda", "none found"))
     return rows

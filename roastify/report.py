@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from rich.console import Console, Group, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -17,6 +18,7 @@ from rich.text import Text
 
 from roastify.bench import BenchReport, Side
 from roastify.errors import ConfigError
+from roastify.kernels.backend import backend
 from roastify.plan import RoastPlan, TensorPlan
 from roastify.verify import VerifyReport
 
@@ -204,6 +206,7 @@ def _bench_lines(report: BenchReport) -> RenderableType:
         ("how", ", ".join(how)),
         ("checked", _agreement(report)),
         ("on", f"{report.device}: {device}"),
+        ("pool on", backend(torch.device(report.device))),
         ("with", ", ".join(f"{name} {value}" for name, value in machine.items() if name != "date")),
         ("date", machine["date"]),
     ]

@@ -272,6 +272,7 @@ def test_densify_writes_a_state_dict_that_the_model_takes(folder: Path) -> None:
 
 def test_doctor_shows_versions_and_devices() -> None:
     output = _run("doctor").stdout
+    assert "a panel of tile rows at a time" in output
     for name in ("python", "torch", "triton", "safetensors", "cpu", "cuda"):
         # A GPU's line carries its number: cuda:0.
         assert any(re.match(rf"{name}(:\d+)? ", line) for line in output.splitlines()), name

@@ -514,7 +514,7 @@ def test_chunks_are_counted() -> None:
         ({"num_slots": -4}, r"num_slots must be from 1 to 2\*\*31, not -4"),
         ({"num_slots": 2**31 + 1}, r"num_slots must be from 1 to 2\*\*31, not 2147483649"),
         ({"kind": "random"}, "mapping must be one of permutation, cyclic, roast, hashednet, not 'random'"),
-        ({"sign": "row"}, "sign must be one of none, tile, element, not 'row'"),
+        ({"sign": "rows"}, "sign must be one of none, row, tile, element, not 'rows'"),
     ],
 )
 def test_invalid_arguments(arguments: dict[str, object], message: str) -> None:

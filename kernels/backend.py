@@ -1,0 +1,19 @@
+"""What a device's operations run on, told without importing Triton."""
+
+from __future__ import annotations
+
+import torch
+
+
+def has_copy_engine(device: torch.device) -> bool:
+    """Whether a GPU has the tensor-copy engine that `many_rows` is written for: NVIDIA's Hopper."""
+    # AMD's GPUs have capabilities of the same numbers.
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def backend(device: torch.device) -> str:
+    """Return in a few words how the operators run on a device."""
+    if device.type != "cuda":
+        return "torch, a panel of tile rows at a time"
+    above = "the tensor-copy engine" if has_copy_engine(device) else "gathered weights and torch's products"
+    return f"Triton kernels that read the pool for few rows of activations, {above} for more"
