@@ -241,7 +241,7 @@ def test_every_regime_measures_and_the_page_tells_of_it(small: None, tmp_path: P
 
     document = page.markdown(results)
     assert "| 200×130 | 0.05 | 16 | row | bfloat16 | 12.00 | 10.00 | 1.20 | 2 missed |" in document
-    assert "| 200×130 | 0.05 | 1 | tile | bfloat16 | 12.00 | 10.00 | 1.20 | 1 met |" in document
+    assert "| 200×130 | 0.05 | 1 | row | bfloat16 | 12.00 | 10.00 | 1.20 | 1 met |" in document
     # Of the aims: 1 row is met, 16 rows and 16 rows in float16 are not; training is met; HashedNet's 50 is missed and
     # 25 met, in two dtypes.
     assert "4 of 8 aims are met" in document
