@@ -15,7 +15,16 @@ class ConfigError(RoastError):
 
 
 class PlanError(RoastError):
-    """No plan meets the request: the ratio is unreachable, nothing is eligible, or a pattern matches nothing."""
+    """No plan meets the request: the ratio is unreachable, nothing is eligible, or a pattern matches nothing.
+
+    Args:
+        message: what was found, what was expected and what to do.
+        largest_ratio: the largest that can be reached, if the ratio was at fault; otherwise 0.
+    """
+
+    def __init__(self, message: str, largest_ratio: float = 0.0) -> None:
+        super().__init__(message)
+        self.largest_ratio = largest_ratio
 
 
 class ConversionError(RoastError):

@@ -10,9 +10,12 @@ import torch
 from torch import nn
 
 from roastify.errors import ConversionError
-from roastify.layers import RoastModule, SharedTensor, to_dense, to_roast
+from roastify.huggingface import forget_ties, remember_ties
+from roastify.kinds import to_dense, to_roast
+from roastify.layers import RoastModule, SharedTensor
 from roastify.plan import RoastPlan, TensorPlan
 from roastify.pool import RoastPool
+from roastify.trace import computed_attributes
 
 POOL_NAME = "roast_pool"
 
@@ -61,6 +64,8 @@ def copy_without(model: nn.Module, left_out: set[int]) -> nn.Module:
             empty = torch.empty_like(tensor, device="meta")
             is_parameter = isinstance(tensor, nn.Parameter)
             memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
+    for tensor in computed_attributes(model):
+        memo[id(tensor)] = tensor.detach().clone()
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:  # any object's own copying may fail in its own way
@@ -127,30 +132,34 @@ def shared_tensor(pool: RoastPool, tensor: TensorPlan) -> SharedTensor:
         tensor.transposed,
         getattr(torch, tensor.dtype),
         tensor.zero_row,
+        tensor.center,
     )
 
 
 def apply(model: nn.Module, plan: RoastPlan, pool: RoastPool) -> Callable[[], None]:
-    """Swap every layer that the plan names to the pool and register the pool, in place; all of it or nothing.
+    """Turn every module that the plan names into one on the pool and register the pool, in place; all or nothing.
 
     Returns:
         a function that undoes it, holding on to the dense Parameters for as long as it is kept.
     """
-    swapped: list[tuple[nn.Module, type[nn.Module], str, nn.Parameter | None]] = []
+    swapped: list[tuple[nn.Module, str, nn.Parameter | None]] = []
     owner = model.get_submodule(plan.owner)
 
     def undo() -> None:
         owner._modules.pop(POOL_NAME, None)
-        for module, original, attribute, parameter in reversed(swapped):
-            module.__class__ = original
-            module.__dict__.pop("_roast", None)
-            module._parameters[attribute] = parameter
+        forget_ties(model)
+        for module, attribute, parameter in reversed(swapped):
+            if isinstance(module, RoastModule) and attribute in module._roast:
+                to_dense(module, {attribute: parameter})
+            else:
+                module._parameters[attribute] = parameter
 
     try:
+        remember_ties(model)
         for tensor in plan.shared:
             shared = shared_tensor(pool, tensor)
             for module, attribute in owners(model, tensor):
-                swapped.append((module, type(module), attribute, module._parameters[attribute]))
+                swapped.append((module, attribute, module._parameters[attribute]))
                 to_roast(module, attribute, shared)
         owner.add_module(POOL_NAME, pool)
     except BaseException:
@@ -213,7 +222,11 @@ def restore(model: nn.Module) -> None:
     dense: list[tuple[RoastModule, str, nn.Parameter]] = []
     for tensor in plan.shared:
         # A layer that the user has replaced since is the user's.
-        holders = [(module, name) for module, name in owners(model, tensor) if isinstance(module, RoastModule)]
+        holders = [
+            (module, name)
+            for module, name in owners(model, tensor)
+            if isinstance(module, RoastModule) and name in module._roast
+        ]
         if holders:
             weight = holders[0][0]._roast[holders[0][1]].dense().detach()
             parameter = nn.Parameter(weight.contiguous(), requires_grad=pool.weight.requires_grad)
@@ -221,3 +234,4 @@ def restore(model: nn.Module) -> None:
     for module, name, parameter in dense:
         to_dense(module, {name: parameter})
     del model.get_submodule(plan.owner)._modules[POOL_NAME]
+    forget_ties(model)

@@ -698,7 +698,7 @@ def test_assigning_a_weight_is_refused_with_a_way_out(tokens: Tensor) -> None:
     converted = roastify.convert(Mixed(), 3)
     before, keys = converted(tokens), list(converted.state_dict())
     for layer in layers_of(converted):
-        for value in (nn.Parameter(torch.zeros(3)), torch.zeros(3), None):
+        for value in (torch.zeros(3), layers_of(roastify.convert(Mixed(), 3))[0].weight, None):
             with pytest.raises(RoastError, match=r"'weight' of this Roast\w+ .*pool.*roastify\.densify"):
                 layer.weight = value
     assert torch.equal(converted(tokens), before)

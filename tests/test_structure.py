@@ -18,8 +18,9 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"cli"},
     {"source", "api"},
-    {"checkpoint", "admission", "initial", "rewrite", "report", "verify", "planner", "plan", "trace"},
-    {"layers", "pool", "mapping", "config"},
+    {"checkpoint", "admission", "initial", "rewrite", "report", "verify", "planner", "plan", "trace", "huggingface"},
+    {"kinds", "layers", "pool", "mapping", "config"},
+    {"weight"},
     {"errors"},
     {"kernels"},
 ]

@@ -1,0 +1,446 @@
+"""Parameters that no layer of ours reads: materialised on access, whatever module has them; and tensors so read."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+
+import roastify
+import roastify.api
+from roastify import RoastConfig, RoastError
+from roastify.layers import RoastModule
+from roastify.rewrite import pool_of
+from roastify.weight import SharedWeight
+
+transformers.utils.logging.set_verbosity_error()
+
+# torch's own remarks on the models below.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning"),
+    pytest.mark.filterwarnings("ignore:enable_nested_tensor is True, but:UserWarning"),
+]
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(5))
+
+
+def run(model: nn.Module, inputs: Any) -> list[Tensor]:
+    torch.manual_seed(1)
+    output = model(*inputs)
+    leaves = torch.utils._pytree.tree_leaves(output)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer whose packed and plain outputs are summed, behind an embedding."""
+
+    def __init__(self, kind: type[nn.RNNBase], **options: Any) -> None:
+        super().__init__()
+        self.rnn = kind(20, 24, **options)
+
+    def forward(self, x: Tensor) -> Any:
+        packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([4, 2, 2]), batch_first=self.rnn.batch_first)
+        return self.rnn(x)[0], self.rnn(packed)[0].data
+
+
+class Cells(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cells = nn.ModuleList([nn.RNNCell(20, 24), nn.GRUCell(24, 24), nn.LSTMCell(24, 24)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        rnn, gru, lstm = self.cells
+        return lstm(gru(rnn(x)))[0]
+
+
+class Experts(nn.Module):
+    """Fused experts: 3-D weights, read by `bmm`, by `einsum` and one at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_up = nn.Parameter(normal(4, 32, 48) / 6)
+        self.down = nn.Parameter(normal(4, 24, 32) / 5)
+        self.router = nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = torch.bmm(x.expand(4, -1, -1), self.gate_up).chunk(2, dim=-1)
+        every = torch.einsum("ebi,eio->ebo", F.silu(gate) * up, self.down)
+        chosen = self.router(x).softmax(-1)
+        alone = sum(x[:, :24] @ self.down[expert] for expert in range(4))
+        return (every * chosen.t()[..., None]).sum(0) + alone
+
+
+class Raw(nn.Module):
+    """A class token, a position table, a relative bias, and parameters in lists and dictionaries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(normal(1, 1, 32))
+        self.positions = nn.Parameter(normal(1, 50, 32))
+        self.relative = nn.Parameter(normal(7, 7))
+        self.several = nn.ParameterList([normal(32, 20), normal(20, 32)])
+        self.named = nn.ParameterDict({"left": normal(32, 16), "right": normal(16, 32)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1)
+        x = x + self.positions[:, : x.shape[1]]
+        x = x + (self.relative[: x.shape[1], : x.shape[1]] @ x)
+        for weight in self.several:
+            x = x @ weight
+        return x @ self.named["left"] @ self.named["right"]
+
+
+class Tied(nn.Module):
+    """One parameter in three modules: by an embedding, a linear layer and as a raw matrix in both orientations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(40, 24)
+        self.head = nn.Linear(24, 40, bias=False)
+        self.head.weight = self.embed.weight
+        self.raw = nn.Module()
+        self.raw.table = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        return self.head(x) + x @ self.raw.table.t() + (self.head(x) @ self.raw.table) @ self.raw.table.t()
+
+
+class Magic(nn.Module):
+    """Looks its parameter up by a `__getattr__` of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(normal(32, 32))
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__("kernel" if name == "alias" else name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.alias + x @ self.kernel
+
+
+class Lora(nn.Module):
+    """A frozen layer with a trained low-rank adapter, as PEFT has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base_layer = nn.Linear(64, 64).requires_grad_(False)
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(64, 4, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(4, 64, bias=False)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) + self.lora_B["default"](self.lora_A["default"](x))
+
+
+def weight_normed() -> nn.Module:
+    return nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Linear(32, 40)),
+        nn.utils.parametrizations.spectral_norm(nn.Linear(40, 32)),
+        nn.utils.parametrizations.orthogonal(nn.Linear(32, 32)),
+    )
+
+
+def old_weight_norm() -> nn.Module:
+    with pytest.warns(FutureWarning):
+        first = nn.utils.weight_norm(nn.Linear(32, 40))
+    return nn.Sequential(first, nn.utils.spectral_norm(nn.Linear(40, 32)))
+
+
+x3 = normal(3, 4, 20)
+CASES: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
+    "rnn": (lambda: Recurrent(nn.RNN, batch_first=True), (x3,)),
+    "lstm": (lambda: Recurrent(nn.LSTM, batch_first=True, num_layers=2, bidirectional=True), (x3,)),
+    "lstm with projections": (lambda: Recurrent(nn.LSTM, batch_first=True, proj_size=12), (x3,)),
+    "lstm without biases": (lambda: Recurrent(nn.LSTM, batch_first=True, bias=False, dropout=0.3, num_layers=2), (x3,)),
+    "gru": (lambda: Recurrent(nn.GRU, batch_first=True), (x3,)),
+    "cells": (Cells, (normal(3, 20),)),
+    "attention": (lambda: nn.MultiheadAttention(32, 4), (normal(5, 2, 32),) * 3),
+    "attention with sizes": (
+        lambda: nn.MultiheadAttention(32, 4, kdim=24, vdim=20, add_bias_kv=True),
+        (normal(5, 2, 32), normal(6, 2, 24), normal(6, 2, 20)),
+    ),
+    "encoder": (
+        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2),
+        (normal(2, 5, 32),),
+    ),
+    "decoder": (lambda: nn.TransformerDecoderLayer(32, 4, 64), (normal(5, 2, 32), normal(6, 2, 32))),
+    "transformer": (lambda: nn.Transformer(32, 4, 1, 1, 64), (normal(5, 2, 32), normal(6, 2, 32))),
+    "experts": (Experts, (normal(6, 32),)),
+    "raw": (Raw, (normal(2, 6, 32),)),
+    "tied": (Tied, (torch.arange(6).view(2, 3),)),
+    "magic": (Magic, (normal(2, 32),)),
+    "parametrizations": (weight_normed, (normal(2, 32),)),
+    "old weight norm": (old_weight_norm, (normal(2, 32),)),
+}
+SHARES = ("weights", "all")
+
+
+def settings(ratio: float, share: str, init: str = "match") -> RoastConfig:
+    return RoastConfig(ratio=ratio, share=share, init=init, min_numel=40)
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", CASES)
+def test_equal_outputs_without_sharing(name: str, training: bool, share: str) -> None:
+    build, inputs = CASES[name]
+    model = build().double().train(training)
+    inputs = tuple(x.double() if x.is_floating_point() else x for x in inputs)
+    converted = roastify.convert(model, config=settings(1, share, "project"))
+    plan = pool_of(converted).plan
+    assert plan.share == share
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            for before, after in zip(run(model, inputs), run(converted, inputs), strict=True):
+                torch.testing.assert_close(after, before, rtol=1e-10, atol=1e-10)
+    # Whatever is kept has a reason other than where it stands.
+    for tensor in plan.kept:
+        assert tensor.reason.split(":")[0].split(" of ")[0] in ("vector", "small", "constant", "a single number"), (
+            tensor
+        )
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_are_the_dense_ones_brought_to_the_pool(name: str, share: str) -> None:
+    """A step on the pool changes the loss as the projected dense step does: checked along the gradient itself."""
+    build, inputs = CASES[name]
+    model = build().double().eval()
+    inputs = tuple(x.double() if x.is_floating_point() else x for x in inputs)
+    converted = roastify.convert(model, config=settings(1.5, share).replace(precondition=False))
+    pool = pool_of(converted)
+
+    def loss() -> Tensor:
+        return sum((leaf * normal(*leaf.shape)).sum() for leaf in run(converted, inputs))  # type: ignore[return-value]
+
+    loss().backward()
+    assert pool.weight.grad is not None and pool.weight.grad.any()
+    direction = pool.weight.grad / pool.weight.grad.norm()
+    step = 1e-6
+    values = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            pool.weight.add_(direction, alpha=sign * step)
+            values.append(float(loss()))
+            pool.weight.sub_(direction, alpha=sign * step)
+    measured = (values[0] - values[1]) / (2 * step)
+    assert math.isclose(measured, float(pool.weight.grad.norm()), rel_tol=1e-3)
+
+
+def through_pickle(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))
+
+
+def through_torch_save(model: nn.Module) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+# torch refuses to pickle parametrized modules, and copies hooks of the old weight norm with the tensors they set.
+_PICKLED = [name for name in CASES if name not in ("parametrizations",)]
+
+
+@pytest.mark.parametrize(
+    ("name", "copied"),
+    [(name, copy.deepcopy) for name in CASES]
+    + [(name, trip) for name in _PICKLED for trip in (through_pickle, through_torch_save)],
+)
+def test_copies_are_independent_and_equal(name: str, copied: Callable[[nn.Module], nn.Module]) -> None:
+    build, inputs = CASES[name]
+    converted = roastify.convert(build().eval(), config=settings(2, "all"))
+    if name == "old weight norm":
+        with torch.no_grad():  # its hooks leave tensors with a history behind, which torch does not copy
+            run(converted, inputs)
+    twin = copied(converted)
+    with torch.no_grad():
+        before = run(converted, inputs)
+        for one, other in zip(before, run(twin, inputs), strict=True):
+            assert torch.equal(one, other)
+        pool_of(twin).weight.zero_()
+        for one, other in zip(before, run(converted, inputs), strict=True):
+            assert torch.equal(one, other)
+        assert any(not torch.equal(one, other) for one, other in zip(before, run(twin, inputs), strict=True))
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("name", CASES)
+def test_save_load_densify_and_casts(name: str, share: str, tmp_path: Path) -> None:
+    build, inputs = CASES[name]
+    model = build().eval()
+    converted = roastify.convert(model, config=settings(2, share))
+    with torch.no_grad():
+        expected = run(converted, inputs)
+        roastify.save(converted, tmp_path / "a")
+        # `to` unties, and leaves computed attributes as they are.
+        for fresh in (build(), build().to("meta")) if name not in ("tied", "old weight norm") else (build(),):
+            loaded = roastify.load(tmp_path / "a", fresh.eval())
+            for one, other in zip(expected, run(loaded, inputs), strict=True):
+                assert torch.equal(one, other)
+        dense = roastify.densify(converted)
+        assert not any(isinstance(module, RoastModule) for module in dense.modules())
+        assert [type(module) for module in dense.modules()] == [type(module) for module in model.modules()]
+        assert list(dense.state_dict()) == list(model.state_dict())
+        for one, other in zip(expected, run(dense, inputs), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+        state = copy.deepcopy(converted.state_dict())
+        pool_of(converted).weight.zero_()
+        converted.load_state_dict(state)
+        double = run(converted.double(), [x.double() if x.is_floating_point() else x for x in inputs])
+        for one, other in zip(expected, double, strict=True):
+            assert other.dtype == torch.float64
+            torch.testing.assert_close(one.double(), other, rtol=1e-3, atol=1e-3)
+    roastify.api.densify_artifact(tmp_path / "a", tmp_path / "dense.safetensors")
+
+
+def test_a_recurrent_layer_lets_its_dense_weights_go() -> None:
+    converted = roastify.convert(Recurrent(nn.LSTM), 4)
+    assert "_flat_weights" not in vars(converted.rnn) and "_roast_flat_weights" not in vars(converted.rnn)
+    dense = roastify.densify(converted)
+    assert all(one is two for one, two in zip(dense.rnn._flat_weights, dense.rnn.parameters(), strict=True))
+    assert dense.rnn.all_weights[0][0] is dense.rnn.weight_ih_l0
+
+
+def test_a_module_is_called_by_its_old_name_and_class() -> None:
+    converted = roastify.convert(Raw(), 4)
+    assert isinstance(converted, Raw) and type(converted).__name__ == "Raw"
+    assert type(converted).__module__ == Raw.__module__ and type(converted).__doc__ == Raw.__doc__
+    assert "positions: " in converted.extra_repr() and "shared slots" in repr(converted)
+
+
+def test_frozen_weights_with_a_trained_adapter() -> None:
+    converted = roastify.convert(Lora(), config=settings(3, "auto"))
+    pool = pool_of(converted)
+    assert not pool.weight.requires_grad and not pool.plan.trainable
+    converted(normal(2, 64)).sum().backward()
+    assert converted.lora_B["default"].weight.grad is not None and pool.weight.grad is None
+
+
+# What is read refuses writes.
+
+
+@pytest.fixture
+def layer() -> Any:
+    return roastify.convert(nn.Sequential(nn.Linear(32, 32), nn.Embedding(40, 16)), 2)[0]
+
+
+WRITES: list[Callable[[Any], Any]] = [
+    lambda layer: nn.init.normal_(layer.weight),
+    lambda layer: nn.init.kaiming_uniform_(layer.weight),
+    lambda layer: nn.init.trunc_normal_(layer.weight),
+    lambda layer: nn.init.orthogonal_(layer.weight),
+    lambda layer: nn.init.zeros_(layer.weight.data),
+    lambda layer: layer.weight.data.normal_(),
+    lambda layer: layer.weight.data.copy_(torch.zeros(32, 32)),
+    lambda layer: layer.weight.detach()[0].zero_(),
+    lambda layer: layer.weight.data.view(-1)[:7].fill_(0),
+    lambda layer: layer.weight.T.mul_(2),
+    lambda layer: layer.weight.data.t().chunk(2)[1].zero_(),
+    lambda layer: layer.weight.data.__setitem__(0, 1.0),
+    lambda layer: layer.weight.data.__iadd__(1),
+    lambda layer: layer.weight.data.__imul__(2),
+    lambda layer: setattr(layer.weight, "data", torch.zeros(32, 32)),
+    lambda layer: layer.reset_parameters(),
+]
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_write_to_what_was_read_is_refused(layer: Any, write: Callable[[Any], Any], grad: bool) -> None:
+    before = layer.weight.clone(), layer.bias.clone()
+    with torch.set_grad_enabled(grad), pytest.raises(RoastError, match=r"lives in the shared pool.*roastify\.densify"):
+        write(layer)
+    assert torch.equal(layer.weight, before[0]) and torch.equal(layer.bias, before[1])
+
+
+def test_what_is_read_is_a_parameter_to_who_asks_and_a_tensor_to_who_computes(layer: Any) -> None:
+    weight = layer.weight
+    assert isinstance(weight, nn.Parameter) and layer.get_parameter("weight").shape == (32, 32)
+    assert not torch.overrides.has_torch_function((weight,))
+    for result in (weight + 1, weight @ weight, weight.clone(), torch.relu(weight), copy.deepcopy(weight.detach())):
+        assert type(result) is Tensor
+    assert type(weight[0]) is SharedWeight
+    loaded = through_torch_save(weight.detach())  # type: ignore[arg-type]
+    assert type(loaded) is Tensor and torch.equal(loaded, weight)
+    assert repr(weight).startswith("tensor(")
+    other = nn.Linear(32, 32)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad), pytest.raises(ValueError, match="non-leaf"):
+            other.weight = layer.weight
+
+
+def test_a_parameter_that_is_assigned_takes_the_attribute_out_of_the_pool(layer: Any) -> None:
+    own = nn.Parameter(torch.zeros(32, 32))
+    layer.weight = own
+    assert type(layer) is nn.Linear and layer.weight is own and dict(layer.named_parameters())["weight"] is own
+    assert torch.equal(layer(normal(2, 32)), layer.bias.expand(2, 32))
+
+
+def test_one_of_several_attributes_leaves_the_pool() -> None:
+    converted = roastify.convert(Raw(), config=settings(2, "weights"))
+    own = nn.Parameter(torch.zeros(1, 50, 32))
+    converted.positions = own
+    assert isinstance(converted, RoastModule) and converted.positions is own and converted.relative.any()
+    converted(normal(2, 6, 32)).sum().backward()
+    assert own.grad is not None and pool_of(converted).weight.grad is not None
+    with pytest.raises(RoastError, match=r"positions was replaced or removed since the conversion"):
+        roastify.save(converted, "unused")
+    del converted.relative
+    assert not hasattr(converted, "relative")
+    assert roastify.densify(converted).positions.shape == (1, 50, 32)
+
+
+def gpt2() -> Any:
+    config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=120, n_positions=16)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def bert() -> Any:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    return transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=120, **sizes))
+
+
+@pytest.mark.parametrize("share", ["weights", "all"])
+@pytest.mark.parametrize("build", [gpt2, bert])
+def test_transformers_ties_and_initialises_again(build: Callable[[], Any], share: str) -> None:
+    tokens = torch.arange(8)[None]
+    converted = roastify.convert(build().eval(), config=settings(2, share))
+    before = converted(tokens).logits
+    for again in (converted.tie_weights, converted.init_weights):
+        again()
+        assert torch.equal(converted(tokens).logits, before)
+        assert converted.get_output_embeddings().weight.shape == (120, 32)
+    roastify.rewrite.current_plan(converted)
+
+
+@pytest.mark.parametrize("build", [gpt2, bert])
+@pytest.mark.parametrize("size", [120, 133, 90])
+def test_transformers_resizes_the_vocabulary(build: Callable[[], Any], size: int) -> None:
+    converted = roastify.convert(build().eval(), config=settings(2, "weights"))
+    dense = roastify.densify(converted)
+    converted.resize_token_embeddings(size, mean_resizing=False)
+    dense.resize_token_embeddings(size, mean_resizing=False)
+    tokens = torch.arange(8)[None]
+    seen = min(size, 120)
+    expected = dense(tokens).logits[..., :seen]
+    torch.testing.assert_close(converted(tokens).logits[..., :seen], expected, rtol=1e-4, atol=1e-4)
+    assert converted(tokens).logits.shape[-1] == size
+    if size != 120:
+        # The table is the model's own now, and still tied.
+        assert converted.get_input_embeddings().weight is converted.get_output_embeddings().weight
+        with pytest.raises(RoastError, match="was replaced or removed since the conversion"):
+            roastify.save(converted, "unused")
