@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from torch import nn
 from roastify import checkpoint, rewrite
 from roastify import verify as verification
 from roastify.admission import check_convertible, check_has_values, device_of
+from roastify.behaviour import check_behaviour
 from roastify.config import RoastConfig
-from roastify.errors import ConfigError
+from roastify.errors import ConfigError, OutputMismatch
 from roastify.initial import fill, measure
 from roastify.plan import RoastPlan
 from roastify.planner import make_plan
@@ -44,7 +46,8 @@ def convert(
         ratio: parameters of the whole model ÷ parameters stored, at least 1; default: the config's, 10.
         config: a `RoastConfig`, or the path of a TOML file; the other arguments go before it.
         example_inputs: a tensor, a sequence of positional or a mapping of keyword arguments; if given, outputs are
-            compared with the original's in train and eval mode.
+            compared with the original's in train and eval mode, and weights that the model itself writes to are found
+            and stay dense.
         include: patterns of tensors or modules that may be shared (exact name, glob or `re:…`).
         exclude: patterns of tensors or modules that stay dense.
         init: `match` (training from scratch) or `project` (pretrained weights).
@@ -64,19 +67,28 @@ def convert(
     settings = _settings(config, ratio=ratio, include=include, exclude=exclude, init=init, seed=seed)
     check_convertible(model)
     check_has_values(model)
-    planned = measure(model, make_plan(model, trace(model), settings), settings.init)
+    forest = trace(model)
     before = verification.observe(model, example_inputs)
-    pool = rewrite.build_pool(planned, device_of(model))
-    fill(pool, model, planned, settings.init)
-    shared = {id(model.get_parameter(tensor.name)) for tensor in planned.shared}
-    target = model if inplace else rewrite.copy_without(model, shared)
-    undo = rewrite.apply(target, planned, pool)
-    try:
-        verification.compare(before, verification.observe(target, example_inputs, who="converted"))
-    except BaseException:
-        undo()
-        raise
-    return target
+    written: dict[str, str] = {}
+    while True:
+        planned = measure(model, make_plan(model, forest, settings, written), settings.init)
+        pool = rewrite.build_pool(planned, device_of(model))
+        fill(pool, model, planned, settings.init)
+        shared = {id(model.get_parameter(tensor.name)) for tensor in planned.shared}
+        target = model if inplace else rewrite.copy_without(model, shared)
+        undo = rewrite.apply(target, planned, pool)
+        try:
+            verification.compare(before, verification.observe(target, example_inputs, who="converted"))
+            return target
+        except OutputMismatch as error:
+            name = rewrite.refused_write(target, planned, error.__cause__)
+            undo()
+            if name is None:
+                raise
+            written[name] = "written to by the model's own code"
+        except BaseException:
+            undo()
+            raise
 
 
 def plan(
@@ -103,7 +115,8 @@ def verify(original: nn.Module, converted: nn.Module, example_inputs: Any = None
     """Check that the converted model can stand in for the original.
 
     Compares the forward signatures (parameters, kinds, defaults, annotations) and, given example inputs, the outputs'
-    structure, shapes, dtypes and devices in eval and train mode. Both models are left as they were.
+    structure, shapes, dtypes and devices in eval and train mode. Then checks that a deep copy and the state dict carry
+    everything, and that gradients reach the pool. Both models are left as they were.
 
     Args:
         original: the dense model.
@@ -115,10 +128,11 @@ def verify(original: nn.Module, converted: nn.Module, example_inputs: Any = None
         OutputMismatch: the outputs differ, or the converted model fails.
         RoastError: the original fails on the example inputs.
     """
-    return verification.compare(
+    report = verification.compare(
         verification.observe(original, example_inputs),
         verification.observe(converted, example_inputs, who="converted"),
     )
+    return dataclasses.replace(report, behaviour=check_behaviour(original, converted, example_inputs))
 
 
 def save(model: nn.Module, path: str | Path) -> None:

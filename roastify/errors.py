@@ -35,6 +35,19 @@ class SourceError(RoastError):
     """A model source (a file, a name in it, a local directory) does not yield one model."""
 
 
+class WriteRefused(RoastError):
+    """Something was about to write to a tensor that was read from the pool, where the write would be lost.
+
+    Args:
+        message: what was found, what was expected and what to do.
+        source: the module and the attribute that it was read from; None for a view of it.
+    """
+
+    def __init__(self, message: str, source: tuple[object, str] | None = None) -> None:
+        super().__init__(message)
+        self.source = source
+
+
 class CheckpointError(RoastError):
     """An artifact is missing, damaged, newer than this version, or belongs to another architecture."""
 

@@ -10,7 +10,7 @@ import dataclasses
 import fnmatch
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -31,28 +31,50 @@ _LITTLE_PADDING = Fraction(1, 10)
 # With fewer slots than this, a sign for each tile leaves too many tiles as copies of each other (a prototype on IMDB at
 # ratio 100, one slot: 71.9 % with a sign a tile, 84.1 % with a sign an element). Where the line lies is not measured.
 _FEW_SLOTS = 64
+# Vectors join the pool where they would otherwise take more of the budget than this: in a prototype at ratio 100, what
+# was kept left next to nothing for the pool. At ratio 10 it means that 98 % of a model's parameters are shared.
+_MOST_KEPT = Fraction(1, 5)
 
 
-def make_plan(model: torch.nn.Module, forest: Forest, config: RoastConfig) -> RoastPlan:
+def make_plan(
+    model: torch.nn.Module, forest: Forest, config: RoastConfig, held: Mapping[str, str] | None = None
+) -> RoastPlan:
     """Decide a conversion.
+
+    Args:
+        model: shapes and modules are what counts.
+        forest: what tracing found in it.
+        config: the settings.
+        held: tensors that are known not to bear sharing, each with the reason.
 
     Raises:
         PlanError: a pattern matches nothing, no tensor is eligible, or the ratio cannot be reached.
     """
+    held = held or {}
     if config.share != "auto":
-        return _make_plan(model, forest, config, everything=config.share == "all")
+        return _make_plan(model, forest, config, held, everything=config.share == "all")
     try:
-        return _make_plan(model, forest, config, everything=False)
+        plan = _make_plan(model, forest, config, held, everything=False)
     except PlanError as error:
         try:
-            return _make_plan(model, forest, config, everything=True)
+            return _make_plan(model, forest, config, held, everything=True)
         except PlanError as last:
             # The error that names the larger of the two reachable ratios; they differ with a region for each tensor.
             raise (last if last.largest_ratio > error.largest_ratio else error) from None
+    budget = plan.total_numel / check_ratio(config.ratio)
+    if plan.ratio == 1 or plan.kept_numel <= _MOST_KEPT * budget:
+        return plan
+    try:
+        everything = _make_plan(model, forest, config, held, everything=True)
+    except PlanError:  # with a region for each tensor, more tensors need more slots than there are
+        return plan
+    return everything if plan.kept_numel - everything.kept_numel > _MOST_KEPT * budget else plan
 
 
-def _make_plan(model: torch.nn.Module, forest: Forest, config: RoastConfig, everything: bool) -> RoastPlan:
-    verdicts, trainable = _verdicts(model, forest, config, everything)
+def _make_plan(
+    model: torch.nn.Module, forest: Forest, config: RoastConfig, held: Mapping[str, str], everything: bool
+) -> RoastPlan:
+    verdicts, trainable = _verdicts(model, forest, config, held, everything)
     eligible = [info for info in forest.parameters if verdicts[info.name].shared]
     ratio = check_ratio(config.ratio)
     if not eligible:
@@ -93,14 +115,14 @@ def _make_plan(model: torch.nn.Module, forest: Forest, config: RoastConfig, ever
 
 
 def _verdicts(
-    model: torch.nn.Module, forest: Forest, config: RoastConfig, everything: bool
+    model: torch.nn.Module, forest: Forest, config: RoastConfig, held: Mapping[str, str], everything: bool
 ) -> tuple[dict[str, TensorPlan], bool]:
     """Return the verdict on every tensor, and whether the pool is trained."""
     included = _match("include", config.include, model, forest)
     excluded = _match("exclude", config.exclude, model, forest)
     reasons: dict[str, str | None] = {}
     for info in forest.parameters:
-        reason = _obstacle(model, info, everything)
+        reason = _obstacle(model, info, everything) or held.get(info.name)
         if reason is None and info.name in excluded:
             reason = f"excluded by {excluded[info.name]!r}"
         elif reason is None and included and info.name not in included:

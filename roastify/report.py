@@ -147,4 +147,6 @@ def verify_lines(report: VerifyReport) -> RenderableType:
         grid.add_row(Text("outputs", style="dim"), Text(f"same in {' and '.join(report.modes)}: {outputs}{more}"))
     else:
         grid.add_row(Text("outputs", style="dim"), Text("not compared: no example inputs", style="yellow"))
+    if report.behaviour:
+        grid.add_row(Text("works", style="dim"), Text(", ".join(report.behaviour)))
     return grid

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from roastify.errors import ConversionError
+from roastify.errors import ConversionError, WriteRefused
 from roastify.huggingface import forget_ties, remember_ties
 from roastify.kinds import to_dense, to_roast
 from roastify.layers import RoastModule, SharedTensor
@@ -166,6 +166,13 @@ def apply(model: nn.Module, plan: RoastPlan, pool: RoastPool) -> Callable[[], No
         undo()
         raise
     return undo
+
+
+def refused_write(model: nn.Module, plan: RoastPlan, error: BaseException | None) -> str | None:
+    """Return the name of the shared tensor that a model tried to write to, if that is what an error says."""
+    if not isinstance(error, WriteRefused) or error.source is None:
+        return None
+    return next((tensor.name for tensor in plan.shared if error.source in list(owners(model, tensor))), None)
 
 
 def current_plan(model: nn.Module) -> RoastPlan:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from roastify.errors import RoastError
+from roastify.errors import WriteRefused
 
 
 class SharedWeight(Tensor):
@@ -25,19 +25,19 @@ class SharedWeight(Tensor):
     # transformers' initialisers pass over what carries this mark; the pool has its values already.
     _is_hf_initialized = True
 
-    # The attribute that it was read from, as `(module, name, where it lies in the pool)`; None for views of it.
+    # The attribute that it was read from, as `(module, name, where it lies in the pool)`; the last is None in views.
     source: tuple[Any, str, Any] | None = None
 
     @property
     def data(self) -> Tensor:
         """The values without their history, still refusing writes."""
-        return Tensor.data.__get__(self).as_subclass(SharedWeight)  # type: ignore[attr-defined]
+        return _read_only(Tensor.data.__get__(self), self)  # type: ignore[attr-defined]
 
     @data.setter
     def data(self, value: Tensor) -> None:
         if value.shape == self.shape and torch.equal(value, self.detach()):
             return
-        if self.source is None or value.shape == self.shape:
+        if self.source is None or self.source[2] is None or value.shape == self.shape:
             raise _refusal(self, "data")
         # Another shape (a resized vocabulary): the attribute leaves the pool, as it does when it is assigned to.
         module, name, _ = self.source
@@ -59,12 +59,13 @@ class SharedWeight(Tensor):
         return self.as_subclass(Tensor).__repr__(**options)
 
 
-def _refusal(weight: SharedWeight, operation: str) -> RoastError:
+def _refusal(weight: SharedWeight, operation: str) -> WriteRefused:
     name = f"{weight.source[1]!r} of this {type(weight.source[0]).__name__}" if weight.source else "this tensor"
-    return RoastError(
+    return WriteRefused(
         f"{operation} would write to {name}, which lives in the shared pool and has no memory of its own; train the "
-        f"pool, assign a new nn.Parameter to take it out of the pool, or call roastify.densify(model) to get a model "
-        f"whose weights can be set"
+        f"pool, exclude the tensor from the conversion, assign a new nn.Parameter to take it out of the pool, or call "
+        f"roastify.densify(model) to get a model whose weights can be set",
+        weight.source and weight.source[:2],
     )
 
 
@@ -76,18 +77,22 @@ def _refusing(operation: str) -> Any:
     return refuse
 
 
-def _read_only(result: Any) -> Any:
+def _read_only(result: Any, weight: SharedWeight) -> Any:
     """Return views of a shared tensor as tensors that refuse writes too."""
-    if isinstance(result, Tensor):
-        return result.as_subclass(SharedWeight)
-    return type(result)(part.as_subclass(SharedWeight) for part in result)
+    if not isinstance(result, Tensor):
+        return type(result)(_read_only(part, weight) for part in result)
+    view = result.as_subclass(SharedWeight)
+    if weight.source:
+        module, name, _ = weight.source
+        view.source = (module, name, None)
+    return view
 
 
 def _viewing(operation: str) -> Any:
     view = getattr(Tensor, operation)
 
     def read(self: SharedWeight, *args: Any, **kwargs: Any) -> Any:
-        return _read_only(view(self, *args, **kwargs))
+        return _read_only(view(self, *args, **kwargs), self)
 
     read.__name__ = operation
     return read
@@ -95,7 +100,7 @@ def _viewing(operation: str) -> Any:
 
 def _viewing_property(attribute: str) -> property:
     view = getattr(Tensor, attribute)
-    return property(lambda self: _read_only(view.__get__(self)))
+    return property(lambda self: _read_only(view.__get__(self), self))
 
 
 # These end as writers do and write nothing.

@@ -335,7 +335,8 @@ def test_frozen_weights_with_a_trained_adapter() -> None:
 
 @pytest.fixture
 def layer() -> Any:
-    return roastify.convert(nn.Sequential(nn.Linear(32, 32), nn.Embedding(40, 16)), 2)[0]
+    model = nn.Sequential(nn.Linear(32, 32), nn.Embedding(40, 16))
+    return roastify.convert(model, config=RoastConfig(ratio=2, share="weights", min_numel=40))[0]
 
 
 WRITES: list[Callable[[Any], Any]] = [

@@ -159,7 +159,7 @@ def assert_equals_dense(
     assert not any(isinstance(module, RoastModule | RoastPool) for module in dense.modules())
     for tensor in plan.shared:
         places, factors = readers(plan, tensor)
-        expected = factors * pool.weight.detach().reshape(-1).numpy()[places]
+        expected = tensor.center + factors * pool.weight.detach().reshape(-1).numpy()[places]
         np.testing.assert_allclose(to_matrix(tensor, dense.get_parameter(tensor.name)), expected, rtol=1e-14)
 
     outputs, input_gradients = run(converted, args, kwargs)

@@ -652,7 +652,8 @@ def verdicts_of(**settings: Any) -> tuple[RoastPlan, dict[str, TensorPlan]]:
 
 def test_vectors_are_shared_only_where_the_ratio_needs_it() -> None:
     for asked, share in (
-        ({"ratio": 1.5}, "weights"),
+        ({"ratio": 1}, "weights"),
+        ({"ratio": 1.5, "share": "weights"}, "weights"),
         ({"ratio": 1.5, "share": "all"}, "all"),
         ({"ratio": 10}, "all"),
     ):
@@ -665,6 +666,16 @@ def test_vectors_are_shared_only_where_the_ratio_needs_it() -> None:
         verdicts_of(ratio=10, share="weights")
     with pytest.raises(PlanError, match=r"largest reachable ratio is 33\.80"):
         verdicts_of(ratio=100)
+
+
+def test_vectors_join_where_they_would_take_over_a_fifth_of_the_budget() -> None:
+    # 64 of 4,160 parameters are the bias: a fifth of the budget at ratio 13.
+    for ratio, share in ((12.9, "weights"), (13.1, "all")):
+        plan = roastify.plan(nn.Linear(64, 64), ratio)
+        assert plan.share == share and plan.achieved_ratio >= ratio
+    # What cannot be shared anyway makes no difference.
+    frozen = nn.ModuleList([nn.Linear(64, 64), nn.Linear(10, 100).requires_grad_(False)])
+    assert roastify.plan(frozen, 3, include="0").share == "weights"
 
 
 def test_constants_and_vectors_spread_around_their_mean() -> None:
