@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from roastify.errors import RoastError
 from roastify.kernels import ops
 from roastify.kernels.view import TileView
-from roastify.pool import RoastPool
+from roastify.pool import ReplicatedPool, RoastPool
 from roastify.weight import SharedWeight
 
 
@@ -133,6 +134,14 @@ class RoastModule(nn.Module):
 
     def _leave_pool(self, name: str) -> None:
         raise NotImplementedError  # `kinds` makes the classes and knows the way back
+
+    def _replicate_for_data_parallel(self) -> RoastModule:
+        replica = super()._replicate_for_data_parallel()
+        replica.__dict__["_roast"] = {
+            name: dataclasses.replace(shared, pool=cast(RoastPool, ReplicatedPool(shared.pool)))
+            for name, shared in self._roast.items()
+        }
+        return replica
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RoastModule:
         super()._apply(fn, recurse)

@@ -3,6 +3,7 @@ r"""`RoastPool`: the owner of the one shared Parameter, its initial values and t
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -139,6 +140,11 @@ class RoastPool(nn.Module):
             if not direct:
                 self.weight.copy_(total.view_as(self.weight))
 
+    def _replicate_for_data_parallel(self) -> RoastPool:
+        replica = super()._replicate_for_data_parallel()
+        _replicas.setdefault(self, weakref.WeakSet()).add(replica)
+        return replica
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RoastPool:
         super()._apply(fn, recurse)
         for name, master in self._masters.items():
@@ -149,6 +155,29 @@ class RoastPool(nn.Module):
         """Describe the pool's size."""
         rows, cols = self.tile
         return f"{self.weight.numel():,} parameters, {self.num_slots} slots of {rows}×{cols}"
+
+
+# Of every pool, what `nn.DataParallel` made of it for each device; it makes them anew for every forward.
+_replicas: weakref.WeakKeyDictionary[RoastPool, weakref.WeakSet[RoastPool]] = weakref.WeakKeyDictionary()
+
+
+class ReplicatedPool:
+    """Stands for a pool in replicas of the modules that read it, which `nn.DataParallel` runs with their device current.
+
+    Modules hold their pool outside the tree of modules, so replicating the tree does not lead them to its replica.
+    """
+
+    def __init__(self, pool: RoastPool) -> None:
+        self._pool = pool
+
+    def __getattr__(self, name: str) -> Any:
+        device = current_device()
+        return getattr(next(pool for pool in _replicas[self._pool] if pool.weight.device == device), name)
+
+
+def current_device() -> torch.device:
+    """Return the device whose replica is running."""
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _inverse_gamma(

@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from zoo.awkward import MODELS, Lora, Raw, Recurrent, normal
 
 import roastify
 import roastify.api
+import roastify.pool
 from roastify import RoastConfig, RoastError
 from roastify.layers import RoastModule
 from roastify.rewrite import pool_of
@@ -32,10 +33,6 @@ pytestmark = [
 ]
 
 
-def normal(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(5))
-
-
 def run(model: nn.Module, inputs: Any) -> list[Tensor]:
     torch.manual_seed(1)
     output = model(*inputs)
@@ -43,148 +40,6 @@ def run(model: nn.Module, inputs: Any) -> list[Tensor]:
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
-class Recurrent(nn.Module):
-    """A recurrent layer whose packed and plain outputs are summed, behind an embedding."""
-
-    def __init__(self, kind: type[nn.RNNBase], **options: Any) -> None:
-        super().__init__()
-        self.rnn = kind(20, 24, **options)
-
-    def forward(self, x: Tensor) -> Any:
-        packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([4, 2, 2]), batch_first=self.rnn.batch_first)
-        return self.rnn(x)[0], self.rnn(packed)[0].data
-
-
-class Cells(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.cells = nn.ModuleList([nn.RNNCell(20, 24), nn.GRUCell(24, 24), nn.LSTMCell(24, 24)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        rnn, gru, lstm = self.cells
-        return lstm(gru(rnn(x)))[0]
-
-
-class Experts(nn.Module):
-    """Fused experts: 3-D weights, read by `bmm`, by `einsum` and one at a time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate_up = nn.Parameter(normal(4, 32, 48) / 6)
-        self.down = nn.Parameter(normal(4, 24, 32) / 5)
-        self.router = nn.Linear(32, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = torch.bmm(x.expand(4, -1, -1), self.gate_up).chunk(2, dim=-1)
-        every = torch.einsum("ebi,eio->ebo", F.silu(gate) * up, self.down)
-        chosen = self.router(x).softmax(-1)
-        alone = sum(x[:, :24] @ self.down[expert] for expert in range(4))
-        return (every * chosen.t()[..., None]).sum(0) + alone
-
-
-class Raw(nn.Module):
-    """A class token, a position table, a relative bias, and parameters in lists and dictionaries."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.token = nn.Parameter(normal(1, 1, 32))
-        self.positions = nn.Parameter(normal(1, 50, 32))
-        self.relative = nn.Parameter(normal(7, 7))
-        self.several = nn.ParameterList([normal(32, 20), normal(20, 32)])
-        self.named = nn.ParameterDict({"left": normal(32, 16), "right": normal(16, 32)})
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1)
-        x = x + self.positions[:, : x.shape[1]]
-        x = x + (self.relative[: x.shape[1], : x.shape[1]] @ x)
-        for weight in self.several:
-            x = x @ weight
-        return x @ self.named["left"] @ self.named["right"]
-
-
-class Tied(nn.Module):
-    """One parameter in three modules: by an embedding, a linear layer and as a raw matrix in both orientations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(40, 24)
-        self.head = nn.Linear(24, 40, bias=False)
-        self.head.weight = self.embed.weight
-        self.raw = nn.Module()
-        self.raw.table = self.embed.weight
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embed(tokens)
-        return self.head(x) + x @ self.raw.table.t() + (self.head(x) @ self.raw.table) @ self.raw.table.t()
-
-
-class Magic(nn.Module):
-    """Looks its parameter up by a `__getattr__` of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kernel = nn.Parameter(normal(32, 32))
-
-    def __getattr__(self, name: str) -> Any:
-        return super().__getattr__("kernel" if name == "alias" else name)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.alias + x @ self.kernel
-
-
-class Lora(nn.Module):
-    """A frozen layer with a trained low-rank adapter, as PEFT has them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.base_layer = nn.Linear(64, 64).requires_grad_(False)
-        self.lora_A = nn.ModuleDict({"default": nn.Linear(64, 4, bias=False)})
-        self.lora_B = nn.ModuleDict({"default": nn.Linear(4, 64, bias=False)})
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base_layer(x) + self.lora_B["default"](self.lora_A["default"](x))
-
-
-def weight_normed() -> nn.Module:
-    return nn.Sequential(
-        nn.utils.parametrizations.weight_norm(nn.Linear(32, 40)),
-        nn.utils.parametrizations.spectral_norm(nn.Linear(40, 32)),
-        nn.utils.parametrizations.orthogonal(nn.Linear(32, 32)),
-    )
-
-
-def old_weight_norm() -> nn.Module:
-    with pytest.warns(FutureWarning):
-        first = nn.utils.weight_norm(nn.Linear(32, 40))
-    return nn.Sequential(first, nn.utils.spectral_norm(nn.Linear(40, 32)))
-
-
-x3 = normal(3, 4, 20)
-CASES: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
-    "rnn": (lambda: Recurrent(nn.RNN, batch_first=True), (x3,)),
-    "lstm": (lambda: Recurrent(nn.LSTM, batch_first=True, num_layers=2, bidirectional=True), (x3,)),
-    "lstm with projections": (lambda: Recurrent(nn.LSTM, batch_first=True, proj_size=12), (x3,)),
-    "lstm without biases": (lambda: Recurrent(nn.LSTM, batch_first=True, bias=False, dropout=0.3, num_layers=2), (x3,)),
-    "gru": (lambda: Recurrent(nn.GRU, batch_first=True), (x3,)),
-    "cells": (Cells, (normal(3, 20),)),
-    "attention": (lambda: nn.MultiheadAttention(32, 4), (normal(5, 2, 32),) * 3),
-    "attention with sizes": (
-        lambda: nn.MultiheadAttention(32, 4, kdim=24, vdim=20, add_bias_kv=True),
-        (normal(5, 2, 32), normal(6, 2, 24), normal(6, 2, 20)),
-    ),
-    "encoder": (
-        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2),
-        (normal(2, 5, 32),),
-    ),
-    "decoder": (lambda: nn.TransformerDecoderLayer(32, 4, 64), (normal(5, 2, 32), normal(6, 2, 32))),
-    "transformer": (lambda: nn.Transformer(32, 4, 1, 1, 64), (normal(5, 2, 32), normal(6, 2, 32))),
-    "experts": (Experts, (normal(6, 32),)),
-    "raw": (Raw, (normal(2, 6, 32),)),
-    "tied": (Tied, (torch.arange(6).view(2, 3),)),
-    "magic": (Magic, (normal(2, 32),)),
-    "parametrizations": (weight_normed, (normal(2, 32),)),
-    "old weight norm": (old_weight_norm, (normal(2, 32),)),
-}
 SHARES = ("weights", "all")
 
 
@@ -194,9 +49,9 @@ def settings(ratio: float, share: str, init: str = "match") -> RoastConfig:
 
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", MODELS)
 def test_equal_outputs_without_sharing(name: str, training: bool, share: str) -> None:
-    build, inputs = CASES[name]
+    build, inputs = MODELS[name]
     model = build().double().train(training)
     inputs = tuple(x.double() if x.is_floating_point() else x for x in inputs)
     converted = roastify.convert(model, config=settings(1, share, "project"))
@@ -214,10 +69,10 @@ def test_equal_outputs_without_sharing(name: str, training: bool, share: str) ->
 
 
 @pytest.mark.parametrize("share", SHARES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", MODELS)
 def test_gradients_are_the_dense_ones_brought_to_the_pool(name: str, share: str) -> None:
     """A step on the pool changes the loss as the projected dense step does: checked along the gradient itself."""
-    build, inputs = CASES[name]
+    build, inputs = MODELS[name]
     model = build().double().eval()
     inputs = tuple(x.double() if x.is_floating_point() else x for x in inputs)
     converted = roastify.convert(model, config=settings(1.5, share).replace(precondition=False))
@@ -252,16 +107,16 @@ def through_torch_save(model: nn.Module) -> nn.Module:
 
 
 # torch refuses to pickle parametrized modules, and copies hooks of the old weight norm with the tensors they set.
-_PICKLED = [name for name in CASES if name not in ("parametrizations",)]
+_PICKLED = [name for name in MODELS if name not in ("parametrizations",)]
 
 
 @pytest.mark.parametrize(
     ("name", "copied"),
-    [(name, copy.deepcopy) for name in CASES]
+    [(name, copy.deepcopy) for name in MODELS]
     + [(name, trip) for name in _PICKLED for trip in (through_pickle, through_torch_save)],
 )
 def test_copies_are_independent_and_equal(name: str, copied: Callable[[nn.Module], nn.Module]) -> None:
-    build, inputs = CASES[name]
+    build, inputs = MODELS[name]
     converted = roastify.convert(build().eval(), config=settings(2, "all"))
     if name == "old weight norm":
         with torch.no_grad():  # its hooks leave tensors with a history behind, which torch does not copy
@@ -278,9 +133,9 @@ def test_copies_are_independent_and_equal(name: str, copied: Callable[[nn.Module
 
 
 @pytest.mark.parametrize("share", SHARES)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", MODELS)
 def test_save_load_densify_and_casts(name: str, share: str, tmp_path: Path) -> None:
-    build, inputs = CASES[name]
+    build, inputs = MODELS[name]
     model = build().eval()
     converted = roastify.convert(model, config=settings(2, share))
     with torch.no_grad():
@@ -326,7 +181,7 @@ def test_frozen_weights_with_a_trained_adapter() -> None:
     converted = roastify.convert(Lora(), config=settings(3, "auto"))
     pool = pool_of(converted)
     assert not pool.weight.requires_grad and not pool.plan.trainable
-    converted(normal(2, 64)).sum().backward()
+    converted(normal(2, 128)).sum().backward()
     assert converted.lora_B["default"].weight.grad is not None and pool.weight.grad is None
 
 
@@ -445,3 +300,47 @@ def test_transformers_resizes_the_vocabulary(build: Callable[[], Any], size: int
         assert converted.get_input_embeddings().weight is converted.get_output_embeddings().weight
         with pytest.raises(RoastError, match="was replaced or removed since the conversion"):
             roastify.save(converted, "unused")
+
+
+@pytest.mark.parametrize("name", ["raw", "lstm", "tied"])
+def test_a_replica_of_data_parallel_reads_the_pools_replica(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `torch.nn.parallel.replicate` does, for one device, whose copies hold half of every value."""
+    build, inputs = MODELS[name]
+    model = roastify.convert(build().eval(), config=settings(2, "all"))
+    replicas = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, replica in replicas.items():
+        for key, child in module._modules.items():
+            setattr(replica, key, None if child is None else replicas[child])
+        for key, parameter in module._parameters.items():
+            if parameter is None:
+                replica._parameters[key] = None
+            else:
+                setattr(replica, key, parameter * 0.5)
+        for key, buffer in module._buffers.items():
+            setattr(replica, key, buffer)
+    monkeypatch.setattr(roastify.pool, "current_device", lambda: torch.device("cpu"))
+    halved = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in halved.parameters():
+            parameter.mul_(0.5)
+    output, expected = run(replicas[model], inputs), run(halved, inputs)
+    for one, other in zip(output, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    sum((leaf * normal(*leaf.shape)).sum() for leaf in output).backward()
+    sum((leaf * normal(*leaf.shape)).sum() for leaf in expected).backward()
+    torch.testing.assert_close(pool_of(model).weight.grad, pool_of(halved).weight.grad * 0.5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_whatever_exports_dense_exports_converted(name: str) -> None:
+    build, inputs = MODELS[name]
+    model = build().eval()
+    try:
+        torch.export.export(model, inputs)
+    except Exception:  # lengths of packed sequences, and the attributes that the old weight norm sets
+        assert isinstance(model, Recurrent) or name == "old weight norm"
+        return
+    converted = roastify.convert(model, config=settings(2, "all"))
+    exported = torch.export.export(converted, inputs).module()
+    for one, other in zip(run(exported, inputs), run(converted, inputs), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
