@@ -14,12 +14,15 @@ from roastify import verify as verification
 from roastify.admission import check_convertible, check_has_values, device_of
 from roastify.behaviour import check_behaviour
 from roastify.config import RoastConfig
-from roastify.errors import ConfigError, OutputMismatch
+from roastify.errors import ConfigError, OutputMismatch, closest
+from roastify.graph import emit_graph
 from roastify.initial import fill, measure
 from roastify.plan import RoastPlan
 from roastify.planner import make_plan
 from roastify.trace import trace
 from roastify.verify import VerifyReport
+
+EMITS = ("model", "graph")
 
 
 def convert(
@@ -33,6 +36,7 @@ def convert(
     init: str | None = None,
     seed: int | None = None,
     inplace: bool = False,
+    emit: str = "model",
 ) -> nn.Module:
     r"""Return the model with its large weights replaced by views into one small trainable pool.
 
@@ -53,6 +57,7 @@ def convert(
         init: `match` (training from scratch) or `project` (pretrained weights).
         seed: of the mapping and of the pool's initial values.
         inplace: convert the model itself instead of a copy.
+        emit: `model`, or `graph` for one GraphModule, where that says all that the model's code does.
 
     Returns:
         the converted model; its pool is the child `roast_pool`.
@@ -60,11 +65,13 @@ def convert(
     Raises:
         ConfigError: a setting is unknown or out of range.
         PlanError: the ratio is unreachable, nothing is eligible, or a pattern matches nothing.
-        ConversionError: the model is of a kind that cannot be converted as it stands.
+        ConversionError: the model is of a kind that cannot be converted as it stands, or no graph can stand for it.
         SignatureMismatch: the converted model's forward signature differs.
         OutputMismatch: its outputs differ in structure, shape or dtype.
     """
     settings = _settings(config, ratio=ratio, include=include, exclude=exclude, init=init, seed=seed)
+    if emit not in EMITS:
+        raise ConfigError(f"emit must be one of {', '.join(EMITS)}; found {emit!r}{closest(str(emit), EMITS)}")
     check_convertible(model)
     check_has_values(model)
     forest = trace(model)
@@ -79,7 +86,11 @@ def convert(
         undo = rewrite.apply(target, planned, pool)
         try:
             verification.compare(before, verification.observe(target, example_inputs, who="converted"))
-            return target
+            if emit == "model":
+                return target
+            graph = emit_graph(target)
+            verification.compare(before, verification.observe(graph, example_inputs, who="converted"))
+            return graph
         except OutputMismatch as error:
             name = rewrite.refused_write(target, planned, error.__cause__)
             undo()

@@ -19,7 +19,7 @@ from torch import nn
 
 import roastify
 from roastify import api, report
-from roastify.config import INITS, RoastConfig
+from roastify.config import INITS, SHARES, RoastConfig
 from roastify.errors import ConfigError, RoastError, SourceError, closest
 from roastify.inputs import find_inputs, how_to_give
 from roastify.rewrite import pool_of
@@ -85,6 +85,9 @@ def _settings_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--config", type=click.Path(dir_okay=False), help="TOML file of settings."),
         click.option("--include", multiple=True, metavar="PATTERN", help="Share only these tensors or modules."),
         click.option("--exclude", multiple=True, metavar="PATTERN", help="Keep these tensors or modules dense."),
+        click.option(
+            "--share", type=click.Choice(SHARES), help="Share vectors too: auto does where the ratio needs it."
+        ),
         click.option("--init", type=click.Choice(INITS), help="match: train from scratch; project: fit the weights."),
         click.option("--seed", type=int, help="Of the mapping and the pool's initial values."),
     ]

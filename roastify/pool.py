@@ -162,7 +162,7 @@ _replicas: weakref.WeakKeyDictionary[RoastPool, weakref.WeakSet[RoastPool]] = we
 
 
 class ReplicatedPool:
-    """Stands for a pool in replicas of the modules that read it, which `nn.DataParallel` runs with their device current.
+    """Stands for a pool in replicas of the modules that read it: `nn.DataParallel` runs each with its device current.
 
     Modules hold their pool outside the tree of modules, so replicating the tree does not lead them to its replica.
     """

@@ -67,7 +67,7 @@ def observe(model: nn.Module, example_inputs: Any = None, who: str = "original")
                     f"the {who} model fails on the example inputs in {mode} mode: {type(error).__name__}: {error}"
                 ) from error
             outputs[mode] = type(result), [(path, _describe(leaf)) for path, leaf in _leaves(result)]
-    return Observation(_signature(model), outputs)
+    return Observation(signature_of(model), outputs)
 
 
 def run(
@@ -138,7 +138,8 @@ def _compare_signatures(expected: inspect.Signature, found: inspect.Signature) -
         )
 
 
-def _signature(model: nn.Module) -> inspect.Signature | None:
+def signature_of(model: nn.Module) -> inspect.Signature | None:
+    """Return the signature of a model's forward, its annotations resolved where they can be; None if there is none."""
     try:
         return inspect.signature(model.forward, eval_str=True)
     except Exception:  # an annotation that only a type checker can resolve; names then compare as text

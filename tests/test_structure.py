@@ -31,6 +31,7 @@ LAYERS = [
         "huggingface",
         "behaviour",
         "inputs",
+        "graph",
     },
     {"kinds", "layers", "pool", "mapping", "config"},
     {"weight"},

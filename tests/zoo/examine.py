@@ -38,7 +38,6 @@ class Entry:
         family: such as `encoder`, `vision`, `awkward`.
         build: makes it.
         inputs: what it runs on; None to have them guessed.
-        include: patterns to pass to the conversion.
     """
 
     name: str

@@ -8,6 +8,7 @@ import multiprocessing
 import sys
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -92,9 +93,10 @@ def main() -> int:
     ]
     rows: list[Row] = []
     unbuilt: list[str] = []
-    # A fresh process now and then: some models leave much behind.
-    with multiprocessing.get_context("spawn").Pool(options.processes, maxtasksperchild=40) as pool:
-        for found in pool.imap(_examine_by_number, jobs):
+    # A fresh process now and then: some models leave much behind. An executor, which notices when one is killed.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.processes, context, max_tasks_per_child=40) as pool:
+        for found in pool.map(_examine_by_number, jobs):
             if isinstance(found, str):
                 unbuilt.append(found)
                 sys.stdout.write(f"not run  {found}\n")
