@@ -188,6 +188,13 @@ def to_roast(module: nn.Module, name: str, shared: SharedTensor) -> None:
     _renew_flat_weights(module)
 
 
+def to_emptied(module: nn.Module) -> None:
+    """Turn a module that has no Parameters left below it into a class that answers for them (`parameters`)."""
+    if not isinstance(module, RoastModule):
+        module.__class__ = roast_class(type(module), frozenset())
+        module.__dict__["_roast"] = {}
+
+
 def to_dense(module: RoastModule, parameters: Mapping[str, nn.Parameter | None]) -> None:
     """Take attributes of a module out of the pool, with these dense Parameters; its class goes back with the last."""
     original = type(module)._roast_original

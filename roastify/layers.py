@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -131,6 +131,22 @@ class RoastModule(nn.Module):
             f"{type(value).__name__}; train the pool, assign a new nn.Parameter to take it out of the pool, or call "
             f"roastify.densify(model) to get a model whose weights can be set"
         )
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Yield the module's Parameters; where sharing left none, what it reads instead.
+
+        Code asks `next(self.parameters())` for a dtype or a device. What is read answers that, and an optimizer, or
+        `requires_grad = False`, refuses it with an error of its own: neither can be had for a part of the pool.
+        """
+        count = 0
+        for parameter in super().parameters(recurse):
+            count += 1
+            yield parameter
+        if count == 0:
+            for module in self.modules() if recurse else [self]:
+                if isinstance(module, RoastModule):
+                    for name in module._roast:
+                        yield cast(nn.Parameter, read_shared(module, name))
 
     def _leave_pool(self, name: str) -> None:
         raise NotImplementedError  # `kinds` makes the classes and knows the way back

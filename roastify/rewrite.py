@@ -11,7 +11,7 @@ from torch import nn
 
 from roastify.errors import ConversionError, WriteRefused
 from roastify.huggingface import forget_ties, remember_ties
-from roastify.kinds import to_dense, to_roast
+from roastify.kinds import to_dense, to_emptied, to_roast
 from roastify.layers import RoastModule, SharedTensor
 from roastify.plan import RoastPlan, TensorPlan
 from roastify.pool import RoastPool
@@ -144,10 +144,14 @@ def apply(model: nn.Module, plan: RoastPlan, pool: RoastPool) -> Callable[[], No
     """
     swapped: list[tuple[nn.Module, str, nn.Parameter | None]] = []
     owner = model.get_submodule(plan.owner)
+    around = {model.get_submodule(path) for path in _paths_to(plan.owner)}
+    # Those that hold the pool have a Parameter.
+    filled = [module for module in model.modules() if module not in around and _holds_parameters(module)]
 
     def undo() -> None:
         owner._modules.pop(POOL_NAME, None)
         forget_ties(model)
+        _fill_again(model)
         for module, attribute, parameter in reversed(swapped):
             if isinstance(module, RoastModule) and attribute in module._roast:
                 to_dense(module, {attribute: parameter})
@@ -161,6 +165,9 @@ def apply(model: nn.Module, plan: RoastPlan, pool: RoastPool) -> Callable[[], No
             for module, attribute in owners(model, tensor):
                 swapped.append((module, attribute, module._parameters[attribute]))
                 to_roast(module, attribute, shared)
+        for module in filled:
+            if not _holds_parameters(module):
+                to_emptied(module)
         owner.add_module(POOL_NAME, pool)
     except BaseException:
         undo()
@@ -173,6 +180,22 @@ def refused_write(model: nn.Module, plan: RoastPlan, error: BaseException | None
     if not isinstance(error, WriteRefused) or error.source is None:
         return None
     return next((tensor.name for tensor in plan.shared if error.source in list(owners(model, tensor))), None)
+
+
+def _paths_to(path: str) -> Iterator[str]:
+    parts = path.split(".") if path else []
+    yield from (".".join(parts[:length]) for length in range(len(parts) + 1))
+
+
+def _holds_parameters(module: nn.Module) -> bool:
+    return next(module.named_parameters(), None) is not None
+
+
+def _fill_again(model: nn.Module) -> None:
+    """Give modules that had no Parameters left their own classes again."""
+    for module in model.modules():
+        if isinstance(module, RoastModule) and not module._roast:
+            to_dense(module, {})
 
 
 def current_plan(model: nn.Module) -> RoastPlan:
@@ -242,3 +265,4 @@ def restore(model: nn.Module) -> None:
         to_dense(module, {name: parameter})
     del model.get_submodule(plan.owner)._modules[POOL_NAME]
     forget_ties(model)
+    _fill_again(model)

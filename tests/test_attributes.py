@@ -185,6 +185,26 @@ def test_frozen_weights_with_a_trained_adapter() -> None:
     assert converted.lora_B["default"].weight.grad is not None and pool.weight.grad is None
 
 
+def test_a_module_without_parameters_of_its_own_answers_with_what_it_reads() -> None:
+    model = nn.Module()
+    model.body = nn.Sequential(nn.Linear(32, 32, bias=False), nn.ReLU())
+    model.head = nn.Linear(32, 32)
+    converted = roastify.convert(model, config=settings(2, "weights"))
+    body = converted.body
+    assert isinstance(body, nn.Sequential) and type(body).__name__ == "Sequential"
+    (weight,) = body.parameters()
+    assert type(weight) is SharedWeight and torch.equal(weight, body[0].weight)
+    assert [name for name, _ in body.named_parameters()] == []
+    with pytest.raises(RuntimeError, match="leaf"):
+        body.requires_grad_(False)
+    with pytest.raises(ValueError, match="non-leaf"):
+        torch.optim.SGD(body.parameters(), 0.1)
+    # A module with Parameters left has those alone, and a dense one its own class.
+    assert all(type(parameter) is nn.Parameter for parameter in converted.parameters())
+    dense = roastify.densify(converted)
+    assert type(dense.body) is nn.Sequential and type(dense.body[0]) is nn.Linear
+
+
 # What is read refuses writes.
 
 

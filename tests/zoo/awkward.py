@@ -236,12 +236,12 @@ class Guided(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Linear(48, 48), nn.Tanh(), nn.Linear(48, 48))
+        self.body = nn.Sequential(nn.Linear(48, 48, bias=False), nn.Tanh(), nn.Linear(48, 48, bias=False))
         self.scale = nn.Parameter(normal(40, 48))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(next(self.parameters()).dtype).to(self.scale.device) @ self.scale.t() @ self.scale
-        return self.body(x.to(self.body[0].weight.dtype))
+        return self.body(x.to(next(self.body.parameters()).dtype).to(next(self.body[2].parameters()).device))
 
 
 class Changing(nn.Module):

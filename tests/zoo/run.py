@@ -16,6 +16,7 @@ import torch
 from zoo import awkward, extras, pretrained, torch_nn
 from zoo.examine import Entry, Row, Unbuilt, examine
 
+_BATCH = 80
 DOCUMENT = Path(__file__).parents[2] / "docs" / "coverage.md"
 
 
@@ -79,6 +80,17 @@ def _least_shared(rows: list[Row]) -> float:
     return min((row.shared for row in rows if row.parameters >= 1_000_000), default=1.0)
 
 
+def _examine_all(jobs: list[tuple[int, bool]], processes: int) -> Iterator[Row | str]:
+    """Examine entries in processes that are renewed now and then: some models leave much behind.
+
+    Executors, because they notice when a process is killed; one after another, because one that renews its processes
+    itself can hang in Python 3.11.
+    """
+    for start in range(0, len(jobs), _BATCH):
+        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+            yield from pool.map(_examine_by_number, jobs[start : start + _BATCH])
+
+
 def main() -> int:
     """Run what is asked for; the exit code is 1 if a model fails."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -93,18 +105,15 @@ def main() -> int:
     ]
     rows: list[Row] = []
     unbuilt: list[str] = []
-    # A fresh process now and then: some models leave much behind. An executor, which notices when one is killed.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.processes, context, max_tasks_per_child=40) as pool:
-        for found in pool.map(_examine_by_number, jobs):
-            if isinstance(found, str):
-                unbuilt.append(found)
-                sys.stdout.write(f"not run  {found}\n")
-            else:
-                rows.append(found)
-                verdict = "FAILS" if found.failure else "ok"
-                sys.stdout.write(f"{verdict:8} {found.name}: {found.shared:.1%} shared {found.failure}\n")
-            sys.stdout.flush()
+    for found in _examine_all(jobs, options.processes):
+        if isinstance(found, str):
+            unbuilt.append(found)
+            sys.stdout.write(f"not run  {found}\n")
+        else:
+            rows.append(found)
+            verdict = "FAILS" if found.failure else "ok"
+            sys.stdout.write(f"{verdict:8} {found.name}: {found.shared:.1%} shared {found.failure}\n")
+        sys.stdout.flush()
     failed = [row for row in rows if row.failure]
     sys.stdout.write(f"{len(rows) - len(failed)} of {len(rows)} pass, {len(unbuilt)} not run\n")
     if not options.names and not options.unlisted:
