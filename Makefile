@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench bench-gpu wheel-test clean
+.PHONY: help setup demo test zoo check bench bench-gpu wheel-test clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -25,6 +25,9 @@ demo: $(READY)  ## Convert a BERT-base of 110 M parameters at ratio 50 and write
 
 test: $(READY)  ## Run the tests; on a CPU the kernels run in Triton's interpreter
 	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist worksteal
+
+zoo: $(READY)  ## Convert every model of the zoo and write docs/coverage.md
+	cd tests && $(CURDIR)/$(BIN)/python -m zoo
 
 check: $(READY)  ## Lint, formatting, types, and `roastify check` on every example
 	$(BIN)/ruff check .

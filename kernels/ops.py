@@ -43,13 +43,19 @@ _CUDA_HOMES = {
 }
 
 _library = torch.library.Library("roastify", "DEF")
+_VIEW_TRACKING = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 
 
 def _with_view(function: Any, view_position: int) -> Any:
-    """Return `function` taking its `TileView` as the plain list of integers that the schema has."""
+    """Return `function` taking its `TileView` as the plain list of integers that the schema has.
+
+    Views are not tracked while it runs: else a result that was reshaped on its way out would count as a view made
+    inside autograd's node, which torch forbids to change in place, and models do that to what a layer gives them.
+    """
 
     def call(*args: Any) -> Tensor:
-        return function(*args[:view_position], TileView(*args[view_position]), *args[view_position + 1 :])
+        with torch._C._ExcludeDispatchKeyGuard(_VIEW_TRACKING):
+            return function(*args[:view_position], TileView(*args[view_position]), *args[view_position + 1 :])
 
     return call
 

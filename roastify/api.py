@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,18 @@ from roastify import bench as benchmark
 from roastify import checkpoint, rewrite
 from roastify import verify as verification
 from roastify.admission import check_convertible, check_has_values, device_of
+from roastify.behaviour import check_behaviour
 from roastify.bench import BenchOptions, BenchReport
 from roastify.config import RoastConfig
-from roastify.errors import ConfigError
+from roastify.errors import ConfigError, OutputMismatch, closest
+from roastify.graph import emit_graph
 from roastify.initial import fill, measure
 from roastify.plan import RoastPlan
 from roastify.planner import make_plan
 from roastify.trace import trace
 from roastify.verify import VerifyReport
+
+EMITS = ("model", "graph")
 
 
 def convert(
@@ -34,6 +39,7 @@ def convert(
     init: str | None = None,
     seed: int | None = None,
     inplace: bool = False,
+    emit: str = "model",
 ) -> nn.Module:
     r"""Return the model with its large weights replaced by views into one small trainable pool.
 
@@ -47,12 +53,14 @@ def convert(
         ratio: parameters of the whole model ÷ parameters stored, at least 1; default: the config's, 10.
         config: a `RoastConfig`, or the path of a TOML file; the other arguments go before it.
         example_inputs: a tensor, a sequence of positional or a mapping of keyword arguments; if given, outputs are
-            compared with the original's in train and eval mode.
+            compared with the original's in train and eval mode, and weights that the model itself writes to are found
+            and stay dense.
         include: patterns of tensors or modules that may be shared (exact name, glob or `re:…`).
         exclude: patterns of tensors or modules that stay dense.
         init: `match` (training from scratch) or `project` (pretrained weights).
         seed: of the mapping and of the pool's initial values.
         inplace: convert the model itself instead of a copy.
+        emit: `model`, or `graph` for one GraphModule, where that says all that the model's code does.
 
     Returns:
         the converted model; its pool is the child `roast_pool`.
@@ -60,26 +68,41 @@ def convert(
     Raises:
         ConfigError: a setting is unknown or out of range.
         PlanError: the ratio is unreachable, nothing is eligible, or a pattern matches nothing.
-        ConversionError: the model is of a kind that cannot be converted as it stands.
+        ConversionError: the model is of a kind that cannot be converted as it stands, or no graph can stand for it.
         SignatureMismatch: the converted model's forward signature differs.
         OutputMismatch: its outputs differ in structure, shape or dtype.
     """
     settings = _settings(config, ratio=ratio, include=include, exclude=exclude, init=init, seed=seed)
+    if emit not in EMITS:
+        raise ConfigError(f"emit must be one of {', '.join(EMITS)}; found {emit!r}{closest(str(emit), EMITS)}")
     check_convertible(model)
     check_has_values(model)
-    planned = measure(model, make_plan(model, trace(model), settings), settings.init)
+    forest = trace(model)
     before = verification.observe(model, example_inputs)
-    pool = rewrite.build_pool(planned, device_of(model))
-    fill(pool, model, planned, settings.init)
-    shared = {id(model.get_parameter(tensor.name)) for tensor in planned.shared}
-    target = model if inplace else rewrite.copy_without(model, shared)
-    undo = rewrite.apply(target, planned, pool)
-    try:
-        verification.compare(before, verification.observe(target, example_inputs, who="converted"))
-    except BaseException:
-        undo()
-        raise
-    return target
+    written: dict[str, str] = {}
+    while True:
+        planned = measure(model, make_plan(model, forest, settings, written), settings.init)
+        pool = rewrite.build_pool(planned, device_of(model))
+        fill(pool, model, planned, settings.init)
+        shared = {id(model.get_parameter(tensor.name)) for tensor in planned.shared}
+        target = model if inplace else rewrite.copy_without(model, shared)
+        undo = rewrite.apply(target, planned, pool)
+        try:
+            verification.compare(before, verification.observe(target, example_inputs, who="converted"))
+            if emit == "model":
+                return target
+            graph = emit_graph(target)
+            verification.compare(before, verification.observe(graph, example_inputs, who="converted"))
+            return graph
+        except OutputMismatch as error:
+            name = rewrite.refused_write(target, planned, error.__cause__)
+            undo()
+            if name is None:
+                raise
+            written[name] = "written to by the model's own code"
+        except BaseException:
+            undo()
+            raise
 
 
 def plan(
@@ -106,7 +129,8 @@ def verify(original: nn.Module, converted: nn.Module, example_inputs: Any = None
     """Check that the converted model can stand in for the original.
 
     Compares the forward signatures (parameters, kinds, defaults, annotations) and, given example inputs, the outputs'
-    structure, shapes, dtypes and devices in eval and train mode. Both models are left as they were.
+    structure, shapes, dtypes and devices in eval and train mode. Then checks that a deep copy and the state dict carry
+    everything, and that gradients reach the pool. Both models are left as they were.
 
     Args:
         original: the dense model.
@@ -118,10 +142,11 @@ def verify(original: nn.Module, converted: nn.Module, example_inputs: Any = None
         OutputMismatch: the outputs differ, or the converted model fails.
         RoastError: the original fails on the example inputs.
     """
-    return verification.compare(
+    report = verification.compare(
         verification.observe(original, example_inputs),
         verification.observe(converted, example_inputs, who="converted"),
     )
+    return dataclasses.replace(report, behaviour=check_behaviour(original, converted, example_inputs))
 
 
 def bench(

@@ -22,12 +22,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from roastify.errors import CheckpointError
-from roastify.layers import kind_of
+from roastify.kinds import refusal_of
 from roastify.mapping import MAPPING_VERSION
 from roastify.plan import RoastPlan
 from roastify.rewrite import POOL_NAME, build_pool, current_plan, owners, shared_tensor
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "roast.json"
 WEIGHTS = "model.safetensors"
 _PENDING = ".pending"
@@ -207,8 +207,9 @@ def _tie_differences(plan: RoastPlan, parameters: dict[str, nn.Parameter]) -> It
 def _kind_differences(plan: RoastPlan, model: nn.Module) -> Iterator[str]:
     for tensor in plan.shared:
         for module, attribute in owners(model, tensor):
-            if kind_of(type(module)) is None or attribute != "weight":
-                yield f"{tensor.name} belongs to a {type(module).__name__}, which cannot read it from the pool"
+            refusal = refusal_of(module, attribute)
+            if refusal:
+                yield f"{tensor.name} belongs to a {type(module).__name__} that must keep it: {refusal}"
 
 
 def fill(artifact: Artifact, model: nn.Module, device: torch.device) -> None:

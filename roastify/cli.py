@@ -15,12 +15,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from torch import nn
 
 import roastify
 from roastify import api, report
 from roastify.bench import DTYPES
-from roastify.config import INITS, RoastConfig
+from roastify.config import INITS, SHARES, RoastConfig
 from roastify.errors import ConfigError, RoastError, SourceError, closest
+from roastify.inputs import find_inputs, how_to_give
 from roastify.kernels.backend import backend
 from roastify.rewrite import pool_of
 from roastify.source import Source, load_source
@@ -85,6 +87,9 @@ def _settings_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--config", type=click.Path(dir_okay=False), help="TOML file of settings."),
         click.option("--include", multiple=True, metavar="PATTERN", help="Share only these tensors or modules."),
         click.option("--exclude", multiple=True, metavar="PATTERN", help="Keep these tensors or modules dense."),
+        click.option(
+            "--share", type=click.Choice(SHARES), help="Share vectors too: auto does where the ratio needs it."
+        ),
         click.option("--init", type=click.Choice(INITS), help="match: train from scratch; project: fit the weights."),
         click.option("--seed", type=int, help="Of the mapping and the pool's initial values."),
     ]
@@ -120,7 +125,7 @@ def convert(source: str, output: str | None, full: bool, **settings: Any) -> Non
     found = _load(source)
     converted = api.convert(found.model, config=config)
     console.print(report.plan_table(pool_of(converted).plan, full))
-    console.print(report.verify_lines(api.verify(found.model, converted, found.example_inputs)))
+    _verify(found, converted, console)
     if output is not None:
         api.save(converted, output)
         _say(f"written to {output}")
@@ -149,9 +154,16 @@ def check(source: str, **settings: Any) -> None:
     config = _config(**settings)
     found = _load(source)
     converted = api.convert(found.model, config=config)
-    console = _out()
-    console.print(report.verify_lines(api.verify(found.model, converted, found.example_inputs)))
+    _verify(found, converted, _out())
     _say(f"ok: {source} at ratio {config.ratio:g}")
+
+
+def _verify(found: Source, converted: nn.Module, console: Console) -> None:
+    """Verify with the source's example inputs or, where it has none, with guessed ones."""
+    inputs = found.example_inputs if found.example_inputs is not None else find_inputs(found.model)
+    console.print(report.verify_lines(api.verify(found.model, converted, inputs)))
+    if inputs is None:
+        _say(how_to_give(found.name))
 
 
 @main.command()

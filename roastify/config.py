@@ -17,6 +17,7 @@ from roastify.mapping import MAPPINGS, SIGNS
 
 SHARINGS = ("global", "local")
 INITS = ("match", "project")
+SHARES = ("auto", "weights", "all")
 
 # No model has as many parameters.
 _LARGEST_RATIO = 10**18
@@ -32,7 +33,9 @@ class RoastConfig:
         seed: of the mapping and of the pool's initial values; any integer.
         include: patterns of tensors or modules that may be shared; empty: everything eligible.
         exclude: patterns of tensors or modules that stay dense.
-        min_numel: smaller tensors stay dense unless `include` names them.
+        min_numel: smaller tensors stay dense unless `include` names them or `share` takes all.
+        share: `weights` (matrices and whatever has more dimensions), `all` (vectors, constant and small tensors too),
+            or `auto`: `all` at ratios that are unreachable otherwise.
         tile: `auto`, or `ROWSxCOLS`.
         sign: `auto`, `none`, `row`, `tile` or `element`.
         mapping: `permutation`, or for comparison `cyclic`, `roast`, `hashednet`.
@@ -49,6 +52,7 @@ class RoastConfig:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     min_numel: int = 1024
+    share: str = "auto"
     tile: str = "auto"
     sign: str = "auto"
     mapping: str = "permutation"
@@ -61,6 +65,7 @@ class RoastConfig:
         _check_choice("init", self.init, INITS)
         _check_choice("sign", self.sign, ("auto", *SIGNS))
         _check_choice("mapping", self.mapping, MAPPINGS)
+        _check_choice("share", self.share, SHARES)
         _check_choice("sharing", self.sharing, SHARINGS)
         for name in ("include", "exclude"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))

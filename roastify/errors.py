@@ -15,7 +15,16 @@ class ConfigError(RoastError):
 
 
 class PlanError(RoastError):
-    """No plan meets the request: the ratio is unreachable, nothing is eligible, or a pattern matches nothing."""
+    """No plan meets the request: the ratio is unreachable, nothing is eligible, or a pattern matches nothing.
+
+    Args:
+        message: what was found, what was expected and what to do.
+        largest_ratio: the largest that can be reached, if the ratio was at fault; otherwise 0.
+    """
+
+    def __init__(self, message: str, largest_ratio: float = 0.0) -> None:
+        super().__init__(message)
+        self.largest_ratio = largest_ratio
 
 
 class ConversionError(RoastError):
@@ -24,6 +33,19 @@ class ConversionError(RoastError):
 
 class SourceError(RoastError):
     """A model source (a file, a name in it, a local directory) does not yield one model."""
+
+
+class WriteRefused(RoastError):
+    """Something was about to write to a tensor that was read from the pool, where the write would be lost.
+
+    Args:
+        message: what was found, what was expected and what to do.
+        source: the module and the attribute that it was read from; None for a view of it.
+    """
+
+    def __init__(self, message: str, source: tuple[object, str] | None = None) -> None:
+        super().__init__(message)
+        self.source = source
 
 
 class CheckpointError(RoastError):

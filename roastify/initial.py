@@ -17,36 +17,45 @@ from roastify.rewrite import matrix, owners
 _POOL_SEED_OFFSET = 0x5EED
 
 
+# A constant tensor has no spread of its own. It starts within this much of its value (times the value, where that is
+# above 1): the spread that transformers' models commonly give their weights, small beside the ones of a norm.
+_CONSTANT_SPREAD = 0.02
+
+
 def measure(model: nn.Module, plan: RoastPlan, init: str) -> RoastPlan:
-    r"""Return the plan with λ of every shared tensor and the padding rows that are zero.
+    r"""Return the plan with λ of every shared tensor, its center, and the padding rows that are zero.
 
     :math:`\lambda_j = std_j / \sigma` with σ the parameter-weighted root mean square of all shared tensors' standard
     deviations: every layer starts with the spread its author gave it, and λ is near 1, so that Adam's step keeps its
-    meaning. Where nothing is shared and values are projected, λ is 1 and the weights come back bit for bit.
+    meaning. Vectors and constant tensors (norms, biases) spread around their mean, their center. Where nothing is
+    shared and values are projected, λ is 1, there are no centers, and the weights come back bit for bit.
 
     Raises:
         ConversionError: a tensor holds NaN or infinite values.
     """
-    deviations = {}
-    zero_rows = {}
+    deviations, centers, zero_rows = {}, {}, {}
     for tensor in track(plan.shared, "measuring weights"):
         dense = model.get_parameter(tensor.name).detach()
-        deviations[tensor.name] = _deviation(tensor, dense)
+        mean, deviations[tensor.name] = _mean_and_deviation(tensor, dense)
+        if deviations[tensor.name] == 0 or dense.dim() <= 1:
+            centers[tensor.name] = mean
+        if deviations[tensor.name] == 0:
+            deviations[tensor.name] = _CONSTANT_SPREAD * max(1.0, abs(mean))
         row = _zero_row(model, tensor, dense)
         if row is not None:
             zero_rows[tensor.name] = row
     spread = _pool_deviation(plan, deviations)
     scales = {name: deviation / spread for name, deviation in deviations.items()}
     if init == "project" and plan.no_sharing:
-        scales = dict.fromkeys(deviations, 1.0)
-    return plan.with_values(scales, zero_rows, spread)
+        scales, centers = dict.fromkeys(deviations, 1.0), {}
+    return plan.with_values(scales, centers, zero_rows, spread)
 
 
 def fill(pool: RoastPool, model: nn.Module, plan: RoastPlan, init: str) -> None:
     """Give the pool its first content: random with `match`, the least-squares fit of the weights with `project`."""
     if init == "project":
         pool.initialise_projection(
-            (plan.view(tensor), tensor.scale or 0.0, matrix(tensor, model.get_parameter(tensor.name).detach()))
+            (plan.view(tensor), tensor.scale or 0.0, _around_center(tensor, model.get_parameter(tensor.name).detach()))
             for tensor in track(plan.shared, "projecting weights")
         )
         return
@@ -54,12 +63,19 @@ def fill(pool: RoastPool, model: nn.Module, plan: RoastPlan, init: str) -> None:
     pool.initialise_random(plan.pool_std, plan.seed + _POOL_SEED_OFFSET)
 
 
-def _deviation(tensor: TensorPlan, dense: torch.Tensor) -> float:
+def _around_center(tensor: TensorPlan, dense: torch.Tensor) -> torch.Tensor:
+    return matrix(tensor, dense - tensor.center if tensor.center else dense)
+
+
+def _mean_and_deviation(tensor: TensorPlan, dense: torch.Tensor) -> tuple[float, float]:
     wide = dense if dense.dtype in (torch.float32, torch.float64) else dense.float()
-    deviation = float(wide.std(correction=0))
+    deviation, mean = (float(value) for value in torch.std_mean(wide, correction=0))
     if not math.isfinite(deviation):
         raise ConversionError(f"{tensor.name} holds NaN or infinite values; repair the weights or exclude the tensor")
-    return deviation
+    if bool((dense == dense.reshape(-1)[0]).all()):
+        # Rounding gives a constant tensor a mean beside its value and a spread above zero.
+        return float(dense.reshape(-1)[0]), 0.0
+    return mean, deviation
 
 
 def _pool_deviation(plan: RoastPlan, deviations: dict[str, float]) -> float:
@@ -72,6 +88,7 @@ def _zero_row(model: nn.Module, tensor: TensorPlan, dense: torch.Tensor) -> int 
 
     A tied output layer reads that row as a weight like any other and trains it, as it does in the dense model.
     """
-    rows = {getattr(module, "padding_idx", None) for module, _ in owners(model, tensor)}
+    tables = nn.Embedding | nn.EmbeddingBag
+    rows = {module.padding_idx if isinstance(module, tables) else None for module, _ in owners(model, tensor)}
     row = rows.pop() if len(rows) == 1 else None
     return row if row is not None and not bool(dense[row].any()) else None

@@ -1,15 +1,15 @@
-"""Layers that read their weights from the pool: each a subclass of the layer it replaces.
+"""Modules that read from the pool: each class a subclass of the layer that it replaces, or joined to any class.
 
-A converted module keeps its identity: `to_roast` only changes the object's class and takes the dense Parameter out of
-it, so hooks, modes, attributes and every reference to the module stay as they are, and `to_dense` reverses it.
+`kinds` says which class stands for which, and turns modules into them and back.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from roastify.errors import RoastError
 from roastify.kernels import ops
 from roastify.kernels.view import TileView
-from roastify.pool import RoastPool
+from roastify.pool import ReplicatedPool, RoastPool
+from roastify.weight import SharedWeight
 
 
 @dataclass
@@ -33,6 +34,7 @@ class SharedTensor:
         transposed: whether the matrix in the pool is the dense tensor's transpose.
         dtype: of the dense tensor.
         zero_row: a row that is zero and stays so (an embedding's padding row), or None.
+        center: what is added to every element: the ones that a norm's weights start from.
     """
 
     pool: RoastPool
@@ -42,11 +44,14 @@ class SharedTensor:
     transposed: bool
     dtype: torch.dtype
     zero_row: int | None = None
+    center: float = 0.0
 
     def dense(self) -> Tensor:
         """Return the dense, differentiable tensor."""
         matrix = ops.gather(self.pool.read(self.dtype), self.pool.table, self.view, self.scale)
         weight = (matrix.t() if self.transposed else matrix).reshape(self.shape)
+        if self.center:
+            weight = weight + self.center
         if self.zero_row is None:
             return weight
         # Filled on the device: a copy from the CPU cannot be captured in a CUDA graph.
@@ -55,10 +60,14 @@ class SharedTensor:
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return `x · weightᵀ + bias`."""
+        if self.center:
+            return F.linear(x, self.dense(), bias)
         return self._product(ops.linear_t if self.transposed else ops.linear, x, bias)
 
     def linear_t(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return `x · weight + bias`."""
+        if self.center:
+            return F.linear(x, self.dense().t(), bias)
         return self._product(ops.linear if self.transposed else ops.linear_t, x, bias)
 
     def _product(self, product: Callable[..., Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
@@ -68,7 +77,7 @@ class SharedTensor:
 
     def rows(self, index: Tensor) -> Tensor:
         """Return `weight[index]`."""
-        if self.transposed:
+        if self.transposed or self.center:
             return F.embedding(index, self.dense())
         rows = ops.embedding(index, self.pool.read(self.dtype), self.pool.table, self.view, self.scale)
         if self.zero_row is None:
@@ -77,23 +86,79 @@ class SharedTensor:
 
 
 class RoastModule(nn.Module):
-    """What every layer on the pool has: `weight` reads as the dense, differentiable tensor."""
+    """What every module on the pool has: its shared attributes read as dense, differentiable tensors.
+
+    `_roast` names them. The class made for the module has a property for each, and a `None` stays in the Parameter's
+    place among `_parameters`, which keeps the order of a state dict's keys for the way back.
+    """
 
     _roast: dict[str, SharedTensor]
-
-    # A property under a type that lets it stand where the dense layers declare a Tensor.
-    weight: Any = property(
-        lambda self: self._roast["weight"].dense(),
-        doc="The dense weight, materialised from the pool; gradients flow back to the pool.",
-    )
+    # Set on classes made for a module's class; one that stands in this file is named after its last base.
+    _roast_original: ClassVar[type[nn.Module]]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__.get("_roast", ()):
-            raise RoastError(
-                f"{name!r} of this {type(self).__name__} lives in the shared pool and cannot be assigned; train the "
-                f"pool, or call roastify.densify(model) to get a model whose weights can be set"
-            )
-        super().__setattr__(name, value)
+            self._assign_shared(name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a Parameter; one in the place of a shared attribute takes that out of the pool."""
+        if name in self.__dict__.get("_roast", ()):
+            self._assign_shared(name, param)
+        else:
+            super().register_parameter(name, param)
+
+    def __delattr__(self, name: str) -> None:
+        if name in self.__dict__.get("_roast", ()):
+            self._leave_pool(name)
+            # Not super(): the class may no longer be this one.
+            delattr(self, name)
+        else:
+            super().__delattr__(name)
+
+    def _assign_shared(self, name: str, value: Any) -> None:
+        """Take what is assigned to a shared attribute: what it reads already, or a Parameter of the module's own."""
+        if isinstance(value, SharedWeight):
+            # Tying again what is tied already, as transformers' `tie_weights` does.
+            if value.source is not None and value.source[2] is self._roast[name]:
+                return
+        elif isinstance(value, nn.Parameter):
+            self._leave_pool(name)
+            setattr(self, name, value)
+            return
+        raise RoastError(
+            f"{name!r} of this {type(self).__name__} lives in the shared pool and cannot be assigned a "
+            f"{type(value).__name__}; train the pool, assign a new nn.Parameter to take it out of the pool, or call "
+            f"roastify.densify(model) to get a model whose weights can be set"
+        )
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Yield the module's Parameters; where sharing left none, what it reads instead.
+
+        Code asks `next(self.parameters())` for a dtype or a device. What is read answers that, and an optimizer, or
+        `requires_grad = False`, refuses it with an error of its own: neither can be had for a part of the pool.
+        """
+        count = 0
+        for parameter in super().parameters(recurse):
+            count += 1
+            yield parameter
+        if count == 0:
+            for module in self.modules() if recurse else [self]:
+                if isinstance(module, RoastModule):
+                    for name in module._roast:
+                        yield cast(nn.Parameter, read_shared(module, name))
+
+    def _leave_pool(self, name: str) -> None:
+        raise NotImplementedError  # `kinds` makes the classes and knows the way back
+
+    def _replicate_for_data_parallel(self) -> RoastModule:
+        replica = super()._replicate_for_data_parallel()
+        replica.__dict__["_roast"] = {
+            name: dataclasses.replace(shared, pool=cast(RoastPool, ReplicatedPool(shared.pool)))
+            for name, shared in self._roast.items()
+        }
+        return replica
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RoastModule:
         super()._apply(fn, recurse)
@@ -102,24 +167,102 @@ class RoastModule(nn.Module):
             shared.dtype = fn(torch.empty(0, dtype=shared.dtype)).dtype
         return self
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # Classes made for a user's subclass are not importable, so copies and pickles name the original class.
-        return _new_layer, (original_class(type(self)),), self.__dict__
 
-    def extra_repr(self) -> str:
-        """Describe the layer as its original does, and what it reads from the pool."""
-        parts = [super().extra_repr()]
-        for name, shared in self.__dict__.get("_roast", {}).items():
-            view = shared.view
-            what = "strips" if view.strips else "tiles"
-            parts.append(
-                f"{name}: {view.num_tiles} {what} of {view.tile_rows}×{view.tile_cols} in {view.num_slots} shared "
-                f"slots, scale={shared.scale:.4g}"
-            )
-        return ", ".join(part for part in parts if part)
+def describe_shared(module: RoastModule) -> str:
+    """Return what a module reads from the pool."""
+    parts = []
+    for name, shared in module.__dict__.get("_roast", {}).items():
+        view = shared.view
+        what = "strips" if view.strips else "tiles"
+        parts.append(
+            f"{name}: {view.num_tiles} {what} of {view.tile_rows}×{view.tile_cols} in {view.num_slots} shared slots, "
+            f"scale={shared.scale:.4g}"
+        )
+    return ", ".join(parts)
 
 
-class RoastLinear(RoastModule, nn.Linear):
+# Who wants to know of reads instead of having them done: a tracer, while it traces.
+readers: list[Callable[[RoastModule, str], Any]] = []
+
+
+def read_shared(module: RoastModule, name: str) -> Tensor:
+    """Return a shared attribute as the dense, differentiable tensor."""
+    if readers:
+        return readers[-1](module, name)
+    shared = module._roast[name]
+    if torch.compiler.is_compiling():
+        return shared.dense()
+    weight = shared.dense().as_subclass(SharedWeight)
+    weight.source = (module, name, shared)
+    return weight
+
+
+def reading(name: str) -> property:
+    """Return the property through which a shared attribute is read."""
+    return property(
+        lambda module: read_shared(module, name),
+        doc="Materialised from the pool; gradients flow back to it, and writes are refused.",
+    )
+
+
+class RoastLookup(RoastModule):
+    """Joined to classes that look their attributes up themselves and may ask for a shared one by another name."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self.__dict__.get("_roast", ()):
+            return read_shared(self, name)
+        return super().__getattr__(name)
+
+
+class RoastLayer(RoastModule):
+    """A layer whose `weight` is in the pool."""
+
+    # A property under a type that lets it stand where the dense layers declare a Tensor.
+    weight: Any = reading("weight")
+
+
+class RoastRNN(RoastModule):
+    """`nn.RNN`, `nn.LSTM` and `nn.GRU` on the pool: all that is shared is materialised once a call.
+
+    The dense layers keep a list of their Parameters, and weak references to them, to see when one was replaced.
+    """
+
+    _flat_weights_names: list[str]
+
+    @property
+    def _flat_weights(self) -> list[Tensor | None]:
+        held = self.__dict__.get("_roast_flat_weights")
+        return held if held is not None else [getattr(self, name, None) for name in self._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, value: list[Tensor | None]) -> None:
+        """Leave it: there is nothing to keep up to date."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module with what it reads held for the time of the call: its forward asks for it three times."""
+        if readers:
+            return super().__call__(*args, **kwargs)
+        self.__dict__["_roast_flat_weights"] = self._flat_weights
+        try:
+            with warnings.catch_warnings():
+                # cuDNN would rather have the weights in one piece of memory; there is no such piece to be had.
+                warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous")
+                return super().__call__(*args, **kwargs)
+        finally:
+            self.__dict__.pop("_roast_flat_weights", None)
+
+    def flatten_parameters(self) -> None:
+        """Leave it: what is materialised for a call is not worth moving."""
+
+    def _init_flat_weights(self) -> None:
+        self.__dict__.pop("_flat_weights", None)
+        self._flat_weight_refs: list[Any] = []
+
+    def _update_flat_weights(self) -> None:
+        """Leave it: weights are read anew at every call."""
+
+
+class RoastLinear(RoastLayer, nn.Linear):
     """`nn.Linear` on the pool; no whole weight is materialised for a small batch."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -127,11 +270,11 @@ class RoastLinear(RoastModule, nn.Linear):
         return self._roast["weight"].linear(input, self.bias)
 
 
-class RoastBilinear(RoastModule, nn.Bilinear):
+class RoastBilinear(RoastLayer, nn.Bilinear):
     """`nn.Bilinear` on the pool, its weight materialised for the call."""
 
 
-class RoastEmbedding(RoastModule, nn.Embedding):
+class RoastEmbedding(RoastLayer, nn.Embedding):
     """`nn.Embedding` on the pool: only the rows asked for are read, and cost goes with the tokens."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -142,7 +285,7 @@ class RoastEmbedding(RoastModule, nn.Embedding):
         return torch.where((input == self.padding_idx)[..., None], rows.detach(), rows)
 
 
-class RoastEmbeddingBag(RoastModule, nn.EmbeddingBag):
+class RoastEmbeddingBag(RoastLayer, nn.EmbeddingBag):
     """`nn.EmbeddingBag` on the pool: the rows asked for are read, then reduced."""
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
@@ -197,144 +340,36 @@ class RoastEmbeddingBag(RoastModule, nn.EmbeddingBag):
         return total / (~padding).sum(1)[:, None].clamp(min=1)
 
 
-class RoastConv1d(RoastModule, nn.Conv1d):
+class RoastConv1d(RoastLayer, nn.Conv1d):
     """`nn.Conv1d` on the pool, its weight materialised for the call."""
 
 
-class RoastConv2d(RoastModule, nn.Conv2d):
+class RoastConv2d(RoastLayer, nn.Conv2d):
     """`nn.Conv2d` on the pool, its weight materialised for the call."""
 
 
-class RoastConv3d(RoastModule, nn.Conv3d):
+class RoastConv3d(RoastLayer, nn.Conv3d):
     """`nn.Conv3d` on the pool, its weight materialised for the call."""
 
 
-class RoastConvTranspose1d(RoastModule, nn.ConvTranspose1d):
+class RoastConvTranspose1d(RoastLayer, nn.ConvTranspose1d):
     """`nn.ConvTranspose1d` on the pool, its weight materialised for the call."""
 
 
-class RoastConvTranspose2d(RoastModule, nn.ConvTranspose2d):
+class RoastConvTranspose2d(RoastLayer, nn.ConvTranspose2d):
     """`nn.ConvTranspose2d` on the pool, its weight materialised for the call."""
 
 
-class RoastConvTranspose3d(RoastModule, nn.ConvTranspose3d):
+class RoastConvTranspose3d(RoastLayer, nn.ConvTranspose3d):
     """`nn.ConvTranspose3d` on the pool, its weight materialised for the call."""
 
 
-class _RoastTransformersConv1D(RoastModule):
+class RoastTransformersConv1D(RoastLayer):
     """transformers' `Conv1D` (a linear layer that keeps its weight as `[in, out]`) on the pool."""
 
     # transformers' own would leave out what the pool adds.
     __repr__ = nn.Module.__repr__
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return `x · weight + bias`."""
         return self._roast["weight"].linear_t(x, cast(Tensor, self.bias))
-
-
-@dataclass(frozen=True)
-class LayerKind:
-    """How modules of one class read a weight.
-
-    Args:
-        op: the operation's name in reports.
-        roast: the class on the pool.
-        transposed: whether the dense weight is `[in, out]`, so that the pool holds its transpose.
-        materialises: whether the operation wants the whole weight; then it is cut into strips, not tiles.
-        refusal: returns why a module of this kind must keep its weight, or None.
-    """
-
-    op: str
-    roast: type[RoastModule]
-    transposed: bool = False
-    materialises: bool = False
-    refusal: Callable[[Any], str | None] = lambda module: None
-
-
-def _refuse_table(module: nn.Embedding | nn.EmbeddingBag) -> str | None:
-    if module.max_norm is not None:
-        return "max_norm rewrites rows in place, and a row in the pool has many owners"
-    if module.scale_grad_by_freq:
-        return "scale_grad_by_freq scales a table's own gradient, which does not exist here"
-    return None
-
-
-# The one list of supported modules.
-_KINDS: dict[type[nn.Module], LayerKind] = {
-    nn.Linear: LayerKind("linear", RoastLinear),
-    nn.Bilinear: LayerKind("bilinear", RoastBilinear, materialises=True),
-    nn.Embedding: LayerKind("embedding", RoastEmbedding, refusal=_refuse_table),
-    nn.EmbeddingBag: LayerKind("embedding_bag", RoastEmbeddingBag, refusal=_refuse_table),
-    nn.Conv1d: LayerKind("conv1d", RoastConv1d, materialises=True),
-    nn.Conv2d: LayerKind("conv2d", RoastConv2d, materialises=True),
-    nn.Conv3d: LayerKind("conv3d", RoastConv3d, materialises=True),
-    nn.ConvTranspose1d: LayerKind("conv_transpose1d", RoastConvTranspose1d, materialises=True),
-    nn.ConvTranspose2d: LayerKind("conv_transpose2d", RoastConvTranspose2d, materialises=True),
-    nn.ConvTranspose3d: LayerKind("conv_transpose3d", RoastConvTranspose3d, materialises=True),
-}
-
-
-def _transformers_conv1d() -> type[nn.Module] | None:
-    """Return transformers' `Conv1D` if transformers is loaded: a model that has one has loaded it."""
-    return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
-
-
-def kind_of(module_class: type) -> LayerKind | None:
-    """Return how modules of this class, or of the supported class it derives from, read their `weight`."""
-    for base in module_class.__mro__:
-        if base in _KINDS:
-            return _KINDS[base]
-        if base is _transformers_conv1d():
-            return LayerKind("linear", _RoastTransformersConv1D, transposed=True)
-    return None
-
-
-_roast_classes: dict[type[nn.Module], type[RoastModule]] = {}
-
-
-def roast_class(module_class: type[nn.Module]) -> type[RoastModule]:
-    """Return the class on the pool for a supported class or a subclass of one; the same one every time.
-
-    A user's subclass keeps its place in front: its own `forward` still runs, and where that calls `super().forward`,
-    the pool's comes next.
-    """
-    kind = kind_of(module_class)
-    assert kind is not None, module_class
-    if kind.roast.__bases__[-1] is module_class:
-        return kind.roast
-    if module_class not in _roast_classes:
-        bases: tuple[type, ...] = (module_class, kind.roast)
-        if kind.roast is _RoastTransformersConv1D:
-            # This one cannot name transformers' class as its base, so that is joined to it first.
-            conv1d = cast("type[nn.Module]", _transformers_conv1d())
-            bases = (kind.roast, conv1d) if module_class is conv1d else (module_class, roast_class(conv1d))
-        _roast_classes[module_class] = cast(
-            "type[RoastModule]", type(f"Roast{module_class.__name__}", bases, {"_roast_original": module_class})
-        )
-    return _roast_classes[module_class]
-
-
-def original_class(roast: type) -> type[nn.Module]:
-    """Return the class that a class on the pool stands for."""
-    return roast.__dict__.get("_roast_original", roast.__bases__[-1])
-
-
-def _new_layer(module_class: type[nn.Module]) -> RoastModule:
-    roast = roast_class(module_class)
-    return roast.__new__(roast)
-
-
-def to_roast(module: nn.Module, name: str, shared: SharedTensor) -> None:
-    """Turn a module into its class on the pool, in place; the dense Parameter is let go.
-
-    A `None` stays in the Parameter's place, which keeps the order of a state dict's keys for the way back.
-    """
-    module._parameters[name] = None
-    module.__class__ = roast_class(type(module))
-    module.__dict__["_roast"] = {name: shared}
-
-
-def to_dense(module: RoastModule, parameters: dict[str, nn.Parameter]) -> None:
-    """Turn a module on the pool back into its original class, with these dense Parameters."""
-    del module.__dict__["_roast"]
-    module.__class__ = original_class(type(module))  # type: ignore[assignment]
-    module._parameters.update(parameters)

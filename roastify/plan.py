@@ -25,6 +25,8 @@ class TensorPlan:
         op: what consumes it.
         shared: the verdict.
         reason: why.
+        through: how modules read it, if shared: `layer` (the layer's own operation runs on the pool), `attribute` (it
+            is materialised on access), or both.
         rows: of its matrix in the pool; 0 if kept, like all that follow.
         cols: of its matrix in the pool.
         transposed: whether that matrix is the dense tensor's transpose.
@@ -34,6 +36,7 @@ class TensorPlan:
         num_tiles: tiles that it touches.
         scale: λ; None until the model's values are known.
         zero_row: its row that is zero and stays so (an embedding's padding row), if any.
+        center: what is added to every element read from the pool.
     """
 
     name: str
@@ -43,6 +46,7 @@ class TensorPlan:
     op: str
     shared: bool
     reason: str
+    through: str = ""
     rows: int = 0
     cols: int = 0
     transposed: bool = False
@@ -52,6 +56,7 @@ class TensorPlan:
     num_tiles: int = 0
     scale: float | None = None
     zero_row: int | None = None
+    center: float = 0.0
 
     @property
     def numel(self) -> int:
@@ -95,6 +100,7 @@ class RoastPlan:
         regions: of the pool.
         tensors: the verdict on every parameter, in `named_parameters` order.
         pool_std: standard deviation of a random pool; None until the model's values are known.
+        share: `weights`, or `all` if vectors, constant and small tensors are shared too.
     """
 
     model: str
@@ -113,6 +119,7 @@ class RoastPlan:
     regions: tuple[Region, ...]
     tensors: tuple[TensorPlan, ...]
     pool_std: float | None = None
+    share: str = "weights"
 
     @property
     def slot_size(self) -> int:
@@ -190,10 +197,17 @@ class RoastPlan:
         """Return where a shared tensor lies, as the operations take it."""
         return self.maps()[tensor.region].view(tensor.rows, tensor.cols, tensor.base, tensor.strips)
 
-    def with_values(self, scales: dict[str, float], zero_rows: dict[str, int], pool_std: float) -> RoastPlan:
-        """Return the plan with what only the model's values tell: λ, padding rows that are zero, the pool's spread."""
+    def with_values(
+        self, scales: dict[str, float], centers: dict[str, float], zero_rows: dict[str, int], pool_std: float
+    ) -> RoastPlan:
+        """Return the plan with what only the model's values tell: λ, centers, rows that are zero, the pool's spread."""
         tensors = (
-            dataclasses.replace(tensor, scale=scales[tensor.name], zero_row=zero_rows.get(tensor.name))
+            dataclasses.replace(
+                tensor,
+                scale=scales[tensor.name],
+                center=centers.get(tensor.name, 0.0),
+                zero_row=zero_rows.get(tensor.name),
+            )
             if tensor.shared
             else tensor
             for tensor in self.tensors

@@ -10,7 +10,7 @@ import dataclasses
 import fnmatch
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 
 from roastify.config import RoastConfig, check_ratio
 from roastify.errors import ConfigError, PlanError, closest
-from roastify.layers import kind_of
+from roastify.kinds import kind_of, refusal_of
 from roastify.mapping import MAPPING_VERSION, TileMap
 from roastify.plan import Region, RoastPlan, TensorPlan
 from roastify.trace import Forest, ParameterInfo, WeightUse, matrix_of
@@ -32,15 +32,50 @@ _LITTLE_PADDING = Fraction(1, 10)
 # ratio 100, one slot: 71.9 % with a sign a tile, 84.1 % with a sign an element). Where the line lies is not measured.
 # With more, signs make no difference to accuracy, and a sign for each row of tiles costs a product nothing.
 _FEW_SLOTS = 64
+# Vectors join the pool where they would otherwise take more of the budget than this: in a prototype at ratio 100, what
+# was kept left next to nothing for the pool. At ratio 10 it means that 98 % of a model's parameters are shared.
+_MOST_KEPT = Fraction(1, 5)
 
 
-def make_plan(model: torch.nn.Module, forest: Forest, config: RoastConfig) -> RoastPlan:
+def make_plan(
+    model: torch.nn.Module, forest: Forest, config: RoastConfig, held: Mapping[str, str] | None = None
+) -> RoastPlan:
     """Decide a conversion.
+
+    Args:
+        model: shapes and modules are what counts.
+        forest: what tracing found in it.
+        config: the settings.
+        held: tensors that are known not to bear sharing, each with the reason.
 
     Raises:
         PlanError: a pattern matches nothing, no tensor is eligible, or the ratio cannot be reached.
     """
-    verdicts = _verdicts(model, forest, config)
+    held = held or {}
+    if config.share != "auto":
+        return _make_plan(model, forest, config, held, everything=config.share == "all")
+    try:
+        plan = _make_plan(model, forest, config, held, everything=False)
+    except PlanError as error:
+        try:
+            return _make_plan(model, forest, config, held, everything=True)
+        except PlanError as last:
+            # The error that names the larger of the two reachable ratios; they differ with a region for each tensor.
+            raise (last if last.largest_ratio > error.largest_ratio else error) from None
+    budget = plan.total_numel / check_ratio(config.ratio)
+    if plan.ratio == 1 or plan.kept_numel <= _MOST_KEPT * budget:
+        return plan
+    try:
+        everything = _make_plan(model, forest, config, held, everything=True)
+    except PlanError:  # with a region for each tensor, more tensors need more slots than there are
+        return plan
+    return everything if plan.kept_numel - everything.kept_numel > _MOST_KEPT * budget else plan
+
+
+def _make_plan(
+    model: torch.nn.Module, forest: Forest, config: RoastConfig, held: Mapping[str, str], everything: bool
+) -> RoastPlan:
+    verdicts, trainable = _verdicts(model, forest, config, held, everything)
     eligible = [info for info in forest.parameters if verdicts[info.name].shared]
     ratio = check_ratio(config.ratio)
     if not eligible:
@@ -57,7 +92,7 @@ def make_plan(model: torch.nn.Module, forest: Forest, config: RoastConfig) -> Ro
     if ratio == 1:
         num_slots = sum(region_tiles)
     if num_slots < least_slots:
-        raise PlanError(_unreachable(total, kept, least_slots * size, ratio, verdicts.values()))
+        raise _unreachable(total, kept, least_slots * size, ratio, verdicts.values())
     regions = _regions(region_tiles, num_slots, tile, config)
     by_name = {tensor.name: tensor for tensor in placed}
     return RoastPlan(
@@ -72,44 +107,62 @@ def make_plan(model: torch.nn.Module, forest: Forest, config: RoastConfig) -> Ro
         precondition=config.precondition,
         num_slots=num_slots,
         dtype=_widest(info.parameter.dtype for info in eligible),
-        trainable=any(info.parameter.requires_grad for info in eligible),
+        trainable=trainable,
         owner=_owner(model, shared),
         regions=regions,
         tensors=tuple(by_name.get(tensor.name, tensor) for tensor in verdicts.values()),
+        share="all" if everything else "weights",
     )
 
 
-def _verdicts(model: torch.nn.Module, forest: Forest, config: RoastConfig) -> dict[str, TensorPlan]:
+def _verdicts(
+    model: torch.nn.Module, forest: Forest, config: RoastConfig, held: Mapping[str, str], everything: bool
+) -> tuple[dict[str, TensorPlan], bool]:
+    """Return the verdict on every tensor, and whether the pool is trained."""
     included = _match("include", config.include, model, forest)
     excluded = _match("exclude", config.exclude, model, forest)
-    candidates = [info for info in forest.parameters if _obstacle(model, info) is None]
-    frozen_too = not any(info.parameter.requires_grad for info in candidates)
-    verdicts = {}
+    reasons: dict[str, str | None] = {}
     for info in forest.parameters:
-        reason = _obstacle(model, info)
+        reason = _obstacle(model, info, everything) or held.get(info.name)
         if reason is None and info.name in excluded:
             reason = f"excluded by {excluded[info.name]!r}"
         elif reason is None and included and info.name not in included:
             reason = "not named by include"
-        elif reason is None and not info.parameter.requires_grad and not frozen_too:
-            reason = "frozen, and the pool is trained"
-        elif reason is None and info.name not in included and info.parameter.numel() < config.min_numel:
-            reason = f"small: under {config.min_numel} elements"
-        shared = reason is None
+        elif reason is None and info.name not in included and not everything:
+            reason = f"small: under {config.min_numel} elements" if info.parameter.numel() < config.min_numel else None
+        reasons[info.name] = reason
+    trainable = _trainable([info for info in forest.parameters if reasons[info.name] is None])
+    for info in forest.parameters:
+        if reasons[info.name] is None and info.parameter.requires_grad != trainable:
+            reasons[info.name] = "frozen, and the pool is trained" if trainable else "trained, and the pool is frozen"
+    verdicts = {}
+    for info in forest.parameters:
+        reason = reasons[info.name]
         verdicts[info.name] = TensorPlan(
             name=info.name,
             aliases=info.aliases,
             shape=tuple(info.parameter.shape),
             dtype=str(info.parameter.dtype).removeprefix("torch."),
             op=_op(info.uses),
-            shared=shared,
+            shared=reason is None,
             reason=reason or ("tied: " + ", ".join(info.aliases[1:]) if len(info.aliases) > 1 else "eligible"),
-            **(_matrix(model, info) if shared else {}),
+            **(_matrix(model, info) if reason is None else {}),
         )
-    return verdicts
+    return verdicts, trainable
 
 
-def _obstacle(model: torch.nn.Module, info: ParameterInfo) -> str | None:
+def _trainable(candidates: Sequence[ParameterInfo]) -> bool:
+    """Return whether at least half of what may be shared is trained: a pool is trained or frozen as a whole.
+
+    A model that is adapted (LoRA) has nearly all of its weights frozen, and those are what there is to share.
+    """
+    balance = sum(
+        info.parameter.numel() if info.parameter.requires_grad else -info.parameter.numel() for info in candidates
+    )
+    return balance >= 0
+
+
+def _obstacle(model: torch.nn.Module, info: ParameterInfo, everything: bool) -> str | None:
     """Return why a tensor cannot be shared, or None."""
     parameter = info.parameter
     if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
@@ -119,17 +172,15 @@ def _obstacle(model: torch.nn.Module, info: ParameterInfo) -> str | None:
     for alias in info.aliases:
         path, _, attribute = alias.rpartition(".")
         module = model.get_submodule(path)
-        kind = kind_of(type(module))
-        if kind is None or attribute != "weight":
-            tied = "" if alias == info.name else f" (as {alias})"
-            if parameter.dim() <= 1:
-                return f"vector of {type(module).__name__}{tied}"
-            return f"raw parameter of {type(module).__name__}{tied}: only whole layers are swapped"
-        refusal = kind.refusal(module)
+        refusal = refusal_of(module, attribute)
         if refusal:
             return refusal
+        if parameter.dim() <= 1 and not everything:
+            return f"vector of {type(module).__name__}"
     if parameter.numel() == 0:
         return "empty"
+    if everything:
+        return "a single number" if parameter.numel() == 1 else None
     if info.constant:
         return "constant: no spread to start a pool from"
     return None
@@ -140,14 +191,20 @@ def _op(uses: Sequence[WeightUse]) -> str:
 
 
 def _matrix(model: torch.nn.Module, info: ParameterInfo) -> dict[str, Any]:
-    """Return how an eligible tensor becomes a matrix of tiles, or strips where every consumer wants it whole."""
-    kinds = [kind_of(type(model.get_submodule(alias.rpartition(".")[0]))) for alias in info.aliases]
+    """Return how a tensor becomes a matrix of tiles, or strips where every consumer wants it whole."""
+    kinds = []
+    for alias in info.aliases:
+        path, _, attribute = alias.rpartition(".")
+        kinds.append(kind_of(type(model.get_submodule(path)), attribute))
     transposed = all(kind is not None and kind.transposed for kind in kinds)
-    strips = all(kind is not None and kind.materialises for kind in kinds)
+    strips = all(kind is None or kind.materialises for kind in kinds)
     rows, cols = matrix_of(info.parameter)
     if transposed:
         rows, cols = cols, rows
-    return {"rows": rows, "cols": cols, "transposed": transposed, "strips": strips}
+    elif info.parameter.dim() <= 1:
+        rows, cols = 1, rows
+    through = dict.fromkeys("attribute" if kind is None else "layer" for kind in kinds)
+    return {"rows": rows, "cols": cols, "transposed": transposed, "strips": strips, "through": ", ".join(through)}
 
 
 def _match(setting: str, patterns: tuple[str, ...], model: torch.nn.Module, forest: Forest) -> dict[str, str]:
@@ -279,11 +336,12 @@ def _nothing_eligible(tensors: Iterable[TensorPlan]) -> str:
     )
 
 
-def _unreachable(total: int, kept: int, least: int, ratio: Fraction, tensors: Iterable[TensorPlan]) -> str:
+def _unreachable(total: int, kept: int, least: int, ratio: Fraction, tensors: Iterable[TensorPlan]) -> PlanError:
     # Rounded down, so that it can be reached; ratio 1, which shares nothing, always can.
     largest = max(1.0, math.floor(100 * total / (kept + least)) / 100)
-    return (
+    message = (
         f"ratio {float(ratio):g} is unreachable: it allows {int(total / ratio):,} stored parameters of {total:,}, and "
         f"what must stay dense ({kept:,}) and the smallest pool ({least:,}) take more. The largest reachable ratio is "
         f"{largest:.2f}. The biggest kept: {_biggest_kept(tensors) or 'none'}"
     )
+    return PlanError(message, largest)

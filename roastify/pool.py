@@ -207,6 +207,18 @@ class RootForward:
             else:
                 running[pool] = outer
 
+    def replicate(self) -> nn.Module:
+        """Return the model's replica for `nn.DataParallel`, whose forward is its own: this one runs the original's.
+
+        It stands in the instance's `_replicate_for_data_parallel`, which is what `DataParallel` calls. In a replica
+        every layer casts for itself.
+        """
+        replica = type(self.model)._replicate_for_data_parallel(self.model)
+        del replica.__dict__["forward"], replica.__dict__["_replicate_for_data_parallel"]
+        if self.inner is not None:
+            replica.__dict__["forward"] = self.inner
+        return replica
+
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         # Not through `__wrapped__`: torch.compile traces this, but not the making of a bound method.
         if self.inner is not None:
@@ -341,6 +353,11 @@ class RoastPool(nn.Module):
             if not direct:
                 self.weight.copy_(total.view_as(self.weight))
 
+    def _replicate_for_data_parallel(self) -> RoastPool:
+        replica = super()._replicate_for_data_parallel()
+        _replicas.setdefault(self, weakref.WeakSet()).add(replica)
+        return replica
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RoastPool:
         super()._apply(fn, recurse)
         for name, master in self._masters.items():
@@ -351,6 +368,29 @@ class RoastPool(nn.Module):
         """Describe the pool's size."""
         rows, cols = self.tile
         return f"{self.weight.numel():,} parameters, {self.num_slots} slots of {rows}×{cols}"
+
+
+# Of every pool, what `nn.DataParallel` made of it for each device; it makes them anew for every forward.
+_replicas: weakref.WeakKeyDictionary[RoastPool, weakref.WeakSet[RoastPool]] = weakref.WeakKeyDictionary()
+
+
+class ReplicatedPool:
+    """Stands for a pool in replicas of the modules that read it: `nn.DataParallel` runs each with its device current.
+
+    Modules hold their pool outside the tree of modules, so replicating the tree does not lead them to its replica.
+    """
+
+    def __init__(self, pool: RoastPool) -> None:
+        self._pool = pool
+
+    def __getattr__(self, name: str) -> Any:
+        device = current_device()
+        return getattr(next(pool for pool in _replicas[self._pool] if pool.weight.device == device), name)
+
+
+def current_device() -> torch.device:
+    """Return the device whose replica is running."""
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _inverse_gamma(

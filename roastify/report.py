@@ -133,14 +133,24 @@ def summary(plan: RoastPlan) -> RenderableType:
         ("bytes", f"{human_bytes(plan.total_nbytes)} → {human_bytes(plan.stored_nbytes)}"),
         ("ratio", f"[bold]{plan.achieved_ratio:.2f}[/bold] (asked {plan.ratio:g})"),
         ("shared", f"{len(plan.shared)} of {len(plan.tensors)} tensors, {shared / plan.total_numel:.1%} of parameters"),
+        ("read by", _read_by(plan)),
         ("pool", f"{plan.num_slots:,} slots of {rows}×{cols}, {plan.mapping} mapping, sign per {plan.sign}"),
     ]
+    if plan.share == "all":
+        lines.append(("vectors", "shared too, with constant and small tensors (share = all, or auto at this ratio)"))
     if plan.stored_numel > plan.total_numel:
         lines.append(("note", "nothing is shared at this ratio, and padding to whole tiles stores slightly more"))
     grid = Table.grid(padding=(0, 2))
     for name, text in lines:
         grid.add_row(Text(name, style="dim"), text)
     return grid
+
+
+def _read_by(plan: RoastPlan) -> str:
+    """Return how many tensors layers multiply with, and how many are materialised whenever they are read."""
+    layers = sum("layer" in tensor.through for tensor in plan.shared)
+    others = sum(tensor.through == "attribute" for tensor in plan.shared)
+    return f"{layers} by their layers' own operations, {others} materialised on access"
 
 
 def verify_lines(report: VerifyReport) -> RenderableType:
@@ -154,6 +164,8 @@ def verify_lines(report: VerifyReport) -> RenderableType:
         grid.add_row(Text("outputs", style="dim"), Text(f"same in {' and '.join(report.modes)}: {outputs}{more}"))
     else:
         grid.add_row(Text("outputs", style="dim"), Text("not compared: no example inputs", style="yellow"))
+    if report.behaviour:
+        grid.add_row(Text("works", style="dim"), Text(", ".join(report.behaviour)))
     return grid
 
 

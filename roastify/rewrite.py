@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from roastify.errors import ConversionError
-from roastify.layers import RoastModule, SharedTensor, to_dense, to_roast
+from roastify.errors import ConversionError, WriteRefused
+from roastify.huggingface import forget_ties, remember_ties
+from roastify.kinds import to_dense, to_emptied, to_roast
+from roastify.layers import RoastModule, SharedTensor
 from roastify.plan import RoastPlan, TensorPlan
 from roastify.pool import RoastPool, RootForward
+from roastify.trace import computed_attributes
 
 POOL_NAME = "roast_pool"
 
@@ -62,6 +65,8 @@ def copy_without(model: nn.Module, left_out: set[int]) -> nn.Module:
             empty = torch.empty_like(tensor, device="meta")
             is_parameter = isinstance(tensor, nn.Parameter)
             memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
+    for tensor in computed_attributes(model):
+        memo[id(tensor)] = tensor.detach().clone()
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:  # any object's own copying may fail in its own way
@@ -128,33 +133,44 @@ def shared_tensor(pool: RoastPool, tensor: TensorPlan) -> SharedTensor:
         tensor.transposed,
         getattr(torch, tensor.dtype),
         tensor.zero_row,
+        tensor.center,
     )
 
 
 def apply(model: nn.Module, plan: RoastPlan, pool: RoastPool) -> Callable[[], None]:
-    """Swap every layer that the plan names to the pool and register the pool, in place; all of it or nothing.
+    """Turn every module that the plan names into one on the pool and register the pool, in place; all or nothing.
 
     Returns:
         a function that undoes it, holding on to the dense Parameters for as long as it is kept.
     """
-    swapped: list[tuple[nn.Module, type[nn.Module], str, nn.Parameter | None]] = []
+    swapped: list[tuple[nn.Module, str, nn.Parameter | None]] = []
     owner = model.get_submodule(plan.owner)
     own_forward = model.__dict__.get("forward")
+    around = {model.get_submodule(path) for path in _paths_to(plan.owner)}
+    # Those that hold the pool have a Parameter.
+    filled = [module for module in model.modules() if module not in around and _holds_parameters(module)]
 
     def undo() -> None:
         owner._modules.pop(POOL_NAME, None)
         _set_forward(model, own_forward)
-        for module, original, attribute, parameter in reversed(swapped):
-            module.__class__ = original
-            module.__dict__.pop("_roast", None)
-            module._parameters[attribute] = parameter
+        forget_ties(model)
+        _fill_again(model)
+        for module, attribute, parameter in reversed(swapped):
+            if isinstance(module, RoastModule) and attribute in module._roast:
+                to_dense(module, {attribute: parameter})
+            else:
+                module._parameters[attribute] = parameter
 
     try:
+        remember_ties(model)
         for tensor in plan.shared:
             shared = shared_tensor(pool, tensor)
             for module, attribute in owners(model, tensor):
-                swapped.append((module, type(module), attribute, module._parameters[attribute]))
+                swapped.append((module, attribute, module._parameters[attribute]))
                 to_roast(module, attribute, shared)
+        for module in filled:
+            if not _holds_parameters(module):
+                to_emptied(module)
         owner.add_module(POOL_NAME, pool)
         _set_forward(model, RootForward(model, pool, own_forward))
     except BaseException:
@@ -173,10 +189,35 @@ def copy_weights(converted: nn.Module, dense: nn.Module) -> None:
 
 def _set_forward(model: nn.Module, forward: Callable[..., Any] | None) -> None:
     """Give an instance a forward of its own, or take it away."""
-    if forward is None:
-        model.__dict__.pop("forward", None)
-    else:
+    model.__dict__.pop("forward", None)
+    model.__dict__.pop("_replicate_for_data_parallel", None)
+    if forward is not None:
         model.__dict__["forward"] = forward
+    if isinstance(forward, RootForward):
+        model.__dict__["_replicate_for_data_parallel"] = forward.replicate
+
+
+def refused_write(model: nn.Module, plan: RoastPlan, error: BaseException | None) -> str | None:
+    """Return the name of the shared tensor that a model tried to write to, if that is what an error says."""
+    if not isinstance(error, WriteRefused) or error.source is None:
+        return None
+    return next((tensor.name for tensor in plan.shared if error.source in list(owners(model, tensor))), None)
+
+
+def _paths_to(path: str) -> Iterator[str]:
+    parts = path.split(".") if path else []
+    yield from (".".join(parts[:length]) for length in range(len(parts) + 1))
+
+
+def _holds_parameters(module: nn.Module) -> bool:
+    return next(module.named_parameters(), None) is not None
+
+
+def _fill_again(model: nn.Module) -> None:
+    """Give modules that had no Parameters left their own classes again."""
+    for module in model.modules():
+        if isinstance(module, RoastModule) and not module._roast:
+            to_dense(module, {})
 
 
 def current_plan(model: nn.Module) -> RoastPlan:
@@ -233,7 +274,11 @@ def restore(model: nn.Module) -> None:
     dense: list[tuple[RoastModule, str, nn.Parameter]] = []
     for tensor in plan.shared:
         # A layer that the user has replaced since is the user's.
-        holders = [(module, name) for module, name in owners(model, tensor) if isinstance(module, RoastModule)]
+        holders = [
+            (module, name)
+            for module, name in owners(model, tensor)
+            if isinstance(module, RoastModule) and name in module._roast
+        ]
         if holders:
             weight = holders[0][0]._roast[holders[0][1]].dense().detach()
             parameter = nn.Parameter(weight.contiguous(), requires_grad=pool.weight.requires_grad)
@@ -244,3 +289,5 @@ def restore(model: nn.Module) -> None:
     # One that the user has put around it or in its place since is the user's.
     if isinstance(forward := model.__dict__.get("forward"), RootForward):
         _set_forward(model, forward.inner)
+    forget_ties(model)
+    _fill_again(model)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from roastify.layers import kind_of
+from roastify.kinds import kind_of
 
 
 @dataclass(frozen=True)
@@ -160,12 +160,20 @@ class _Opener:
         return None
 
 
+def computed_attributes(model: nn.Module) -> Iterator[Tensor]:
+    """Yield plain tensors with a history that modules keep (the old `weight_norm` does), which torch does not copy."""
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                yield value
+
+
 def _twin(module: nn.Module) -> nn.Module:
     """Return a copy to trace, so that what a forward does to its modules' attributes is done to the copy.
 
     It has the same tensors, which a tracer replaces by proxies, and no hooks, which are the user's own affair.
     """
-    tensors = [*module.parameters(), *module.buffers()]
+    tensors = [*module.parameters(), *module.buffers(), *computed_attributes(module)]
     twin = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
     for child in twin.modules():
         for hooks in (child._forward_hooks, child._forward_pre_hooks, child._backward_hooks, child._backward_pre_hooks):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -24,11 +26,13 @@ class VerifyReport:
         signature: the forward signature.
         modes: in which outputs were compared: `eval`, `train`; empty without example inputs.
         outputs: `(path, description)` of every output.
+        behaviour: what else was checked: `deepcopy`, `state dict`, `gradients`.
     """
 
     signature: str
     modes: tuple[str, ...]
     outputs: tuple[tuple[str, str], ...]
+    behaviour: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,15 +60,35 @@ def observe(model: nn.Module, example_inputs: Any = None, who: str = "original")
         args, kwargs = split_inputs(example_inputs)
         for mode in ("eval", "train"):
             try:
-                with _preserved(model), torch.no_grad():
-                    result = model.train(mode == "train")(*_copied(args), **_copied(kwargs))
+                result = run(model, args, kwargs, mode)
             except Exception as error:  # whatever a model raises on inputs that do not fit it
                 kind = OutputMismatch if who == "converted" else RoastError
                 raise kind(
                     f"the {who} model fails on the example inputs in {mode} mode: {type(error).__name__}: {error}"
                 ) from error
             outputs[mode] = type(result), [(path, describe(leaf)) for path, leaf in leaves(result)]
-    return Observation(_signature(model), outputs)
+    return Observation(signature_of(model), outputs)
+
+
+def run(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    mode: str,
+    then: Callable[[Any], Any] | None = None,
+) -> Any:
+    """Return a model's output in `eval` or `train` mode; the model and the inputs are left as they were.
+
+    Args:
+        model: to run.
+        args: positional inputs.
+        kwargs: keyword inputs.
+        mode: `eval` or `train`.
+        then: if given, the forward runs with gradients, and this takes its output before the model's state is put back.
+    """
+    with _preserved(model), torch.set_grad_enabled(then is not None):
+        output = model.train(mode == "train")(*_copied(args), **_copied(kwargs))
+        return output if then is None else then(output)
 
 
 def compare(expected: Observation, found: Observation) -> VerifyReport:
@@ -114,7 +138,8 @@ def _compare_signatures(expected: inspect.Signature, found: inspect.Signature) -
         )
 
 
-def _signature(model: nn.Module) -> inspect.Signature | None:
+def signature_of(model: nn.Module) -> inspect.Signature | None:
+    """Return the signature of a model's forward, its annotations resolved where they can be; None if there is none."""
     try:
         return inspect.signature(model.forward, eval_str=True)
     except Exception:  # an annotation that only a type checker can resolve; names then compare as text
@@ -139,11 +164,17 @@ def _preserved(model: nn.Module) -> Iterator[None]:
     # Values are written back only where they were written to: a buffer may be an expanded view.
     values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     devices = {tensor.device for tensor in [*model.parameters(), *model.buffers()] if tensor.is_cuda}
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=devices):
+            # All three, since models draw from each: transformers' speech models mask what numpy tells them.
             torch.manual_seed(0)
+            random.seed(0)
+            np.random.seed(0)
             yield
     finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
         for module, own, buffers in attributes:
             module.__dict__.clear()
             module.__dict__.update(own)

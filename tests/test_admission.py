@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import roastify
-from roastify import rewrite
+from roastify import RoastConfig, rewrite
 from roastify.errors import ConfigError, ConversionError, OutputMismatch, PlanError, RoastError
-from roastify.layers import to_roast
+from roastify.kinds import to_roast
 
 
 class Net(nn.Module):
@@ -137,15 +137,16 @@ def test_a_ratio_beyond_every_float_is_refused() -> None:
 def test_an_unreachable_ratio_names_the_largest_and_what_is_in_the_way(inplace: bool) -> None:
     model = _trained()
     before = _Frozen(model)
+    weights = RoastConfig(share="weights")
     with pytest.raises(PlanError, match=r"ratio 500 is unreachable: .*The biggest kept: block\.0\.bias 48") as caught:
-        roastify.convert(model, 500, inplace=inplace)
+        roastify.convert(model, 500, config=weights, inplace=inplace)
     before.assert_unchanged()
     found = re.search(r"The largest reachable ratio is ([\d.]+)\.", str(caught.value))
     assert found is not None
     largest = float(found[1])
     # It is what it says: reachable, and a little more is not.
-    assert roastify.convert(model, largest).roast_pool.plan.achieved_ratio >= largest
-    _assert_refused(model, PlanError, "is unreachable", inplace, largest + 0.02)
+    assert roastify.convert(model, largest, config=weights).roast_pool.plan.achieved_ratio >= largest
+    _assert_refused(model, PlanError, "is unreachable", inplace, largest + 0.02, config=weights)
 
 
 class _OwnPool(Net):
@@ -186,10 +187,10 @@ def _with_nan(name: str, value: float = float("nan")) -> nn.Module:
 
 REFUSALS: dict[str, tuple[Callable[[], nn.Module], type[RoastError], str]] = {
     "no eligible weight": (
-        lambda: nn.Sequential(nn.LayerNorm(64), nn.Linear(20, 20)),
+        lambda: nn.Sequential(nn.Embedding(64, 32, max_norm=1.0), nn.Embedding(20, 20, max_norm=1.0)),
         PlanError,
-        r"no weight of the model is eligible for sharing; the biggest kept: 1\.weight 400 \(small: under 1024 "
-        r"elements\).*Lower min_numel, widen include or narrow exclude",
+        r"no weight of the model is eligible for sharing; the biggest kept: 0\.weight 2,048 \(max_norm rewrites rows "
+        r"in place.*Lower min_numel, widen include or narrow exclude",
     ),
     "no parameters": (nn.ReLU, PlanError, "the model has no parameters, so there is nothing to share"),
     "a lazy module": (

@@ -177,7 +177,19 @@ def test_check_passes_a_good_model(folder: Path) -> None:
     assert "same in eval and train" in output
     assert output.splitlines()[-1].strip() == "ok: good.py at ratio 4"
     _write(folder, "bare.py", "from torch import nn\nmodel = nn.Linear(64, 64)\n")
-    assert "not compared: no example inputs" in _run("check", "bare.py", "--ratio", 2).stdout
+    # Inputs of a model that brings none are guessed, and asked for where no guess fits.
+    guessed = _run("check", "bare.py", "--ratio", 2).stdout
+    assert "float32[2, 64]" in guessed and "deepcopy, state dict, gradients" in guessed
+    _write(
+        folder,
+        "odd.py",
+        "from torch import nn\n"
+        "class Odd(nn.Linear):\n"
+        "    def forward(self, table): return super().forward(table['x'])\n"
+        "model = Odd(64, 64)\n",
+    )
+    asked = _run("check", "odd.py", "--ratio", 2).stdout
+    assert "not compared: no example inputs" in asked and "define `example_inputs` in odd.py" in asked
 
 
 @pytest.mark.parametrize("command", [[], ["check"]])

@@ -162,7 +162,7 @@ def assert_equals_dense(
     assert not any(isinstance(module, RoastModule | RoastPool) for module in dense.modules())
     for tensor in plan.shared:
         places, factors = readers(plan, tensor)
-        expected = factors * pool.weight.detach().reshape(-1).numpy()[places]
+        expected = tensor.center + factors * pool.weight.detach().reshape(-1).numpy()[places]
         np.testing.assert_allclose(to_matrix(tensor, dense.get_parameter(tensor.name)), expected, rtol=1e-14)
 
     outputs, input_gradients = run(converted, args, kwargs)
@@ -714,7 +714,7 @@ def test_assigning_a_weight_is_refused_with_a_way_out(tokens: Tensor) -> None:
     converted = roastify.convert(Mixed(), 3)
     before, keys = converted(tokens), list(converted.state_dict())
     for layer in layers_of(converted):
-        for value in (nn.Parameter(torch.zeros(3)), torch.zeros(3), None):
+        for value in (torch.zeros(3), layers_of(roastify.convert(Mixed(), 3))[0].weight, None):
             with pytest.raises(RoastError, match=r"'weight' of this Roast\w+ .*pool.*roastify\.densify"):
                 layer.weight = value
     assert torch.equal(converted(tokens), before)

@@ -30,8 +30,8 @@ from roastify.mapping import MAPPINGS
 from roastify.plan import TensorPlan
 
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
-_WANTED_WHOLE = (nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d)
-_SUPPORTED = (nn.Linear, Conv1D, *_TABLES, *_WANTED_WHOLE)
+# Whatever else has a parameter wants it whole.
+_TILED = (nn.Linear, Conv1D, *_TABLES)
 
 
 class Holder(nn.Module):
@@ -102,16 +102,15 @@ def owners(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
     return found
 
 
-def shareable(model: nn.Module, min_numel: int) -> set[str]:
-    return {
-        name
-        for name, holders in owners(model).items()
-        if all(
-            isinstance(module, _SUPPORTED) and attribute == "weight" and not getattr(module, "max_norm", None)
-            for module, attribute in holders
-        )
-        and model.get_parameter(name).numel() >= min_numel
-    }
+def shareable(model: nn.Module, config: RoastConfig) -> set[str]:
+    found = set()
+    for name, holders in owners(model).items():
+        value = model.get_parameter(name)
+        if any(getattr(module, "max_norm", None) for module, _ in holders) or value.numel() == 0:
+            continue
+        if value.numel() > 1 if config.share == "all" else value.dim() > 1 and value.numel() >= config.min_numel:
+            found.add(name)
+    return found
 
 
 @st.composite
@@ -132,6 +131,7 @@ def configurations(draw: st.DrawFn) -> RoastConfig:
         mapping=mapping,
         sharing=draw(st.sampled_from(["global", "local"])),
         min_numel=draw(st.sampled_from([0, 64, 700])),
+        share=draw(st.sampled_from(["weights", "weights", "all"])),
         seed=draw(st.integers(-5, 5)),
     )
 
@@ -148,7 +148,7 @@ def planned(model: nn.Module, config: RoastConfig) -> RoastPlan | PlanError:
 def test_the_budget_is_exact_and_every_parameter_has_one_verdict(model: nn.Module, config: RoastConfig) -> None:
     plan = planned(model, config)
     # The tree itself always has a Linear of 64 × 40 to share.
-    expected = shareable(model, config.min_numel)
+    expected = shareable(model, config)
     unique = {name: value.numel() for name, value in model.named_parameters()}
     total, kept = sum(unique.values()), sum(numel for name, numel in unique.items() if name not in expected)
     ratio = Fraction(config.ratio).limit_denominator(10**6)
@@ -223,7 +223,7 @@ def test_the_ratio_that_an_error_names_is_at_least_one(config: RoastConfig) -> N
 def test_an_unreachable_ratio_names_the_three_biggest_kept() -> None:
     with torch.device("meta"):
         model = nn.ModuleList([nn.Linear(64, width) for width in (70, 10, 90, 80)])
-    error = planned(model, RoastConfig(ratio=500, min_numel=0))
+    error = planned(model, RoastConfig(ratio=500, min_numel=0, share="weights"))
     kept = str(error).split("The biggest kept: ")[1]
     assert kept == "2.bias 90 (vector of Linear); 3.bias 80 (vector of Linear); 0.bias 70 (vector of Linear)"
 
@@ -249,14 +249,17 @@ def elements(plan: RoastPlan, tensor: TensorPlan) -> list[int]:
 def test_addresses_never_overlap_and_are_packed(model: nn.Module, config: RoastConfig) -> None:
     plan = planned(model, config)
     assume(isinstance(plan, RoastPlan))
-    kinds = {name: [type(module) for module, _ in holders] for name, holders in owners(model).items()}
+    kinds = {name: [(type(module), at) for module, at in holders] for name, holders in owners(model).items()}
     in_region: dict[int, list[int]] = {}
     strip_ends: dict[int, int] = {}
     for tensor in sorted(plan.shared, key=lambda tensor: (tensor.strips, tensor.base)):
-        shape = (tensor.shape[0], math.prod(tensor.shape[1:]))
-        assert tensor.transposed == all(kind is Conv1D for kind in kinds[tensor.name])
+        # A vector is one row.
+        shape = (tensor.shape[0], math.prod(tensor.shape[1:])) if len(tensor.shape) > 1 else (1, tensor.numel)
+        assert tensor.transposed == all(kind == (Conv1D, "weight") for kind in kinds[tensor.name])
         assert (tensor.rows, tensor.cols) == (shape[::-1] if tensor.transposed else shape)
-        assert tensor.strips == all(issubclass(kind, _WANTED_WHOLE) for kind in kinds[tensor.name])
+        assert tensor.strips == all(
+            attribute != "weight" or not issubclass(kind, _TILED) for kind, attribute in kinds[tensor.name]
+        )
         found = elements(plan, tensor)
         in_region.setdefault(tensor.region, []).extend(found)
         assert tensor.num_tiles == len({address // plan.slot_size for address in found})
@@ -511,7 +514,7 @@ def shared(**settings: Any) -> set[str]:
 
 
 def test_exclude_goes_before_include_and_names_the_first_pattern() -> None:
-    everything = {"embed.weight", "encoder.0.weight", "encoder.1.0.weight"}
+    everything = {"embed.weight", "encoder.0.weight", "encoder.1.0.weight", "raw"}
     assert shared() == everything
     assert shared(include=["enc*", "embed"], exclude="encoder.1") == {"embed.weight", "encoder.0.weight"}
     plan = roastify.plan(Named(), 1, include="encoder", exclude="re:.*[.]1[.]0")
@@ -525,7 +528,7 @@ def test_exclude_goes_before_include_and_names_the_first_pattern() -> None:
 @pytest.mark.parametrize("pattern", ["head.weight", "head", "h*d", "re:head", "embed", "re:.*embed.weight"])
 def test_a_tie_answers_to_any_of_its_names(pattern: str) -> None:
     assert shared(include=pattern) == {"embed.weight"}
-    assert shared(exclude=pattern) == {"encoder.0.weight", "encoder.1.0.weight"}
+    assert shared(exclude=pattern) == {"encoder.0.weight", "encoder.1.0.weight", "raw"}
 
 
 def test_a_pattern_names_whole_names() -> None:
@@ -534,7 +537,7 @@ def test_a_pattern_names_whole_names() -> None:
         with pytest.raises(PlanError, match="matched no parameter"):
             shared(include=pattern)
     assert shared(include="*.1.*") == {"encoder.1.0.weight"}
-    assert shared(include="re:.*weight") == {*shared(), "small.weight"}
+    assert shared(include="re:.*weight") == {*shared(), "small.weight"} - {"raw"}
 
 
 @pytest.mark.parametrize(
@@ -558,8 +561,8 @@ def test_a_module_without_parameters_matches_nothing() -> None:
 def test_include_lifts_min_numel_and_nothing_else() -> None:
     assert "small.weight" not in shared()
     assert shared(include=["small", "encoder.0"]) == {"small.weight", "encoder.0.weight"}
-    with pytest.raises(PlanError, match=r"eligible.*raw 1,600 \(raw parameter of Named"):
-        roastify.plan(Named(), 1, include=["raw", "small.bias"])
+    with pytest.raises(PlanError, match=r"no weight of the model is eligible.*not named by include"):
+        roastify.plan(Named(), 1, include="small.bias", config=RoastConfig(share="weights"))
 
 
 def test_min_numel_is_the_smallest_size_that_is_shared() -> None:
@@ -604,13 +607,85 @@ def test_an_empty_tensor_is_kept() -> None:
     assert {tensor.name: tensor.reason for tensor in plan.kept}["0.weight"] == "empty"
 
 
-def test_a_weight_tied_to_something_unsupported_is_kept() -> None:
+def test_a_weight_tied_to_a_raw_parameter_is_shared_as_tiles() -> None:
     layer = nn.Linear(7, 64)
     model = nn.ModuleDict({"layer": layer, "holder": Holder(nn.Linear(64, 64), 64)})
     model["holder"].scale = layer.weight
     verdicts = {tensor.name: tensor for tensor in roastify.plan(model, 1, include="*").tensors}
-    assert not verdicts["layer.weight"].shared
-    assert verdicts["layer.weight"].reason.startswith("raw parameter of Holder (as holder.scale)")
+    verdict = verdicts["layer.weight"]
+    # Tiles, because the layer multiplies with them; a raw parameter alone is materialised, so it takes strips.
+    assert verdict.shared and verdict.aliases == ("layer.weight", "holder.scale") and not verdict.strips
+    assert verdict.through == "layer, attribute"
+    plan = roastify.plan(Holder(nn.Linear(64, 64), 640), 1)
+    assert [(tensor.name, tensor.through, tensor.strips) for tensor in plan.shared] == [
+        ("scale", "attribute", True),
+        ("child.weight", "layer", False),
+    ]
+
+
+def test_a_weight_tied_to_something_unsupported_is_kept() -> None:
+    model = nn.ModuleDict({"layer": nn.Linear(40, 64), "table": nn.Embedding(64, 40, max_norm=1.0)})
+    model["table"].weight = model["layer"].weight
+    verdict = roastify.plan(model, 1, config=RoastConfig(share="all")).tensors[0]
+    assert verdict.name == "layer.weight" and not verdict.shared
+    assert verdict.reason.startswith("max_norm rewrites rows in place")
+
+
+class Normed(nn.Module):
+    """Matrices of 2,048 elements, vectors of 148, one number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(32, 32)
+        self.norm = nn.BatchNorm1d(32)
+        self.zero = nn.Linear(32, 32)
+        nn.init.zeros_(self.zero.weight)
+        self.few = nn.Parameter(torch.randn(4, 5))
+        self.temperature = nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.zero(self.norm(self.layer(x))) * self.temperature + self.few.sum()
+
+
+def verdicts_of(**settings: Any) -> tuple[RoastPlan, dict[str, TensorPlan]]:
+    plan = roastify.plan(Normed(), config=RoastConfig(**settings))
+    return plan, {tensor.name: tensor for tensor in plan.tensors}
+
+
+def test_vectors_are_shared_only_where_the_ratio_needs_it() -> None:
+    for asked, share in (
+        ({"ratio": 1}, "weights"),
+        ({"ratio": 1.5, "share": "weights"}, "weights"),
+        ({"ratio": 1.5, "share": "all"}, "all"),
+        ({"ratio": 10}, "all"),
+    ):
+        plan, found = verdicts_of(**asked)
+        assert plan.share == share and plan.achieved_ratio >= asked["ratio"]
+        names = {name for name, tensor in found.items() if tensor.shared}
+        assert names == ({"layer.weight"} if share == "weights" else set(found) - {"temperature"})
+        assert found["temperature"].reason == ("a single number" if share == "all" else "vector of Normed")
+    with pytest.raises(PlanError, match=r"largest reachable ratio is 1\.77.*zero\.weight 1,024 \(constant"):
+        verdicts_of(ratio=10, share="weights")
+    with pytest.raises(PlanError, match=r"largest reachable ratio is 33\.80"):
+        verdicts_of(ratio=100)
+
+
+def test_vectors_join_where_they_would_take_over_a_fifth_of_the_budget() -> None:
+    # 64 of 4,160 parameters are the bias: a fifth of the budget at ratio 13.
+    for ratio, share in ((12.9, "weights"), (13.1, "all")):
+        plan = roastify.plan(nn.Linear(64, 64), ratio)
+        assert plan.share == share and plan.achieved_ratio >= ratio
+    # What cannot be shared anyway makes no difference.
+    frozen = nn.ModuleList([nn.Linear(64, 64), nn.Linear(10, 100).requires_grad_(False)])
+    assert roastify.plan(frozen, 3, include="0").share == "weights"
+
+
+def test_constants_and_vectors_spread_around_their_mean() -> None:
+    plan, found = verdicts_of(ratio=10)
+    assert found["norm.weight"].center == 1 and found["norm.bias"].center == 0 and found["zero.weight"].center == 0
+    for name in ("norm.weight", "norm.bias", "zero.weight"):
+        assert found[name].scale * plan.pool_std == pytest.approx(0.02)
+    assert found["layer.weight"].center == 0 and found["few"].center == 0
 
 
 def test_bytes_are_counted_in_each_tensors_dtype() -> None:
@@ -641,7 +716,7 @@ def test_frozen_tensors_are_kept_unless_nothing_is_trained() -> None:
     model = Named()
     model.encoder.requires_grad_(False)
     plan = roastify.plan(model, 1)
-    assert plan.trainable and {tensor.name for tensor in plan.shared} == {"embed.weight"}
+    assert plan.trainable and {tensor.name for tensor in plan.shared} == {"embed.weight", "raw"}
     assert {t.reason for t in plan.kept if t.name.startswith("encoder.") and t.name.endswith("weight")} == {
         "frozen, and the pool is trained"
     }
@@ -649,10 +724,24 @@ def test_frozen_tensors_are_kept_unless_nothing_is_trained() -> None:
     plan = roastify.plan(model, 1)
     assert not plan.trainable and {tensor.name for tensor in plan.shared} == shared()
     # What is trained but cannot be shared anyway makes no difference.
-    model.raw.requires_grad_(True)
+    model.small.requires_grad_(True)
     model.head.bias.requires_grad_(True)
     plan = roastify.plan(model, 1)
     assert not plan.trainable and {tensor.name for tensor in plan.shared} == shared()
+
+
+def test_a_pool_is_frozen_where_most_of_what_it_could_hold_is() -> None:
+    # As in a model with adapters: most is frozen, and little is trained.
+    model = Named().requires_grad_(False)
+    model.raw.requires_grad_(True)
+    plan = roastify.plan(model, 1)
+    assert not plan.trainable and {tensor.name for tensor in plan.shared} == shared() - {"raw"}
+    assert {t.reason for t in plan.kept if t.name == "raw"} == {"trained, and the pool is frozen"}
+    model.embed.requires_grad_(True)
+    plan = roastify.plan(model, 1)
+    assert plan.trainable and {tensor.name for tensor in plan.shared} == {"raw", "embed.weight"}
+    # Only what may be shared counts.
+    assert not roastify.plan(model, 1, exclude="embed").trainable
 
 
 _BAD_RATIOS = [0, 0.999, -4, 1 - 1e-12, math.nan, math.inf, -math.inf, 10**400, True, False, "3", None, [3], 1 + 0j]

@@ -1,0 +1,122 @@
+"""`SharedWeight`: what reading a shared attribute gives, a tensor that computes as any other and refuses writes.
+
+A write to it would be lost without a word, since the next read materialises the tensor from the pool again. So
+whatever changes a tensor in place raises, through views and `.data` as well: `nn.init.*_(layer.weight)`,
+`layer.weight.data.normal_()`, `reset_parameters()`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from roastify.errors import WriteRefused
+
+
+class SharedWeight(Tensor):
+    """A tensor read from the pool. Results of operations on it are plain tensors, and kernels take it as one."""
+
+    # As `nn.Parameter` does: operations see a plain tensor, so that torch's fused kernels stay in use.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    # `isinstance(layer.weight, nn.Parameter)` holds as in the dense model: `get_parameter` and tying ask it.
+    _is_param = True
+    # transformers' initialisers pass over what carries this mark; the pool has its values already.
+    _is_hf_initialized = True
+
+    # The attribute that it was read from, as `(module, name, where it lies in the pool)`; the last is None in views.
+    source: tuple[Any, str, Any] | None = None
+
+    @property
+    def data(self) -> Tensor:
+        """The values without their history, still refusing writes."""
+        return _read_only(Tensor.data.__get__(self), self)  # type: ignore[attr-defined]
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        if value.shape == self.shape and torch.equal(value, self.detach()):
+            return
+        if self.source is None or self.source[2] is None or value.shape == self.shape:
+            raise _refusal(self, "data")
+        # Another shape (a resized vocabulary): the attribute leaves the pool, as it does when it is assigned to.
+        module, name, _ = self.source
+        setattr(module, name, torch.nn.Parameter(value, requires_grad=self.requires_grad))
+
+    @property
+    def grad_fn(self) -> Any:  # type: ignore[override]
+        """The node that read the pool; never None, so that no module takes the tensor for a Parameter of its own."""
+        node = Tensor.grad_fn.__get__(self)  # type: ignore[union-attr]
+        return node or "read from roastify's pool without gradients"
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return self.as_subclass(Tensor).__deepcopy__(memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+    def __repr__(self, **options: Any) -> str:  # type: ignore[override]
+        return self.as_subclass(Tensor).__repr__(**options)
+
+
+def _refusal(weight: SharedWeight, operation: str) -> WriteRefused:
+    name = f"{weight.source[1]!r} of this {type(weight.source[0]).__name__}" if weight.source else "this tensor"
+    return WriteRefused(
+        f"{operation} would write to {name}, which lives in the shared pool and has no memory of its own; train the "
+        f"pool, exclude the tensor from the conversion, assign a new nn.Parameter to take it out of the pool, or call "
+        f"roastify.densify(model) to get a model whose weights can be set",
+        weight.source and weight.source[:2],
+    )
+
+
+def _refusing(operation: str) -> Any:
+    def refuse(self: SharedWeight, *args: Any, **kwargs: Any) -> Any:
+        raise _refusal(self, operation)
+
+    refuse.__name__ = operation
+    return refuse
+
+
+def _read_only(result: Any, weight: SharedWeight) -> Any:
+    """Return views of a shared tensor as tensors that refuse writes too."""
+    if not isinstance(result, Tensor):
+        return type(result)(_read_only(part, weight) for part in result)
+    view = result.as_subclass(SharedWeight)
+    if weight.source:
+        module, name, _ = weight.source
+        view.source = (module, name, None)
+    return view
+
+
+def _viewing(operation: str) -> Any:
+    view = getattr(Tensor, operation)
+
+    def read(self: SharedWeight, *args: Any, **kwargs: Any) -> Any:
+        return _read_only(view(self, *args, **kwargs), self)
+
+    read.__name__ = operation
+    return read
+
+
+def _viewing_property(attribute: str) -> property:
+    view = getattr(Tensor, attribute)
+    return property(lambda self: _read_only(view.__get__(self), self))
+
+
+# These end as writers do and write nothing.
+_HARMLESS = {"requires_grad_", "share_memory_"}
+_INPLACE_OPERATORS = "add sub mul truediv floordiv mod pow and or xor lshift rshift matmul".split()
+_WRITERS = [
+    name for name in dir(Tensor) if name.endswith("_") and not name.startswith("_") and name not in _HARMLESS
+] + ["__setitem__", *(f"__i{name}__" for name in _INPLACE_OPERATORS)]
+_VIEWS = (
+    "__getitem__ detach view view_as t transpose swapaxes swapdims permute narrow select squeeze unsqueeze flatten "
+    "unflatten movedim diagonal expand expand_as chunk split tensor_split unbind"
+).split()
+
+for _name in _WRITERS:
+    setattr(SharedWeight, _name, _refusing(_name))
+for _name in _VIEWS:
+    setattr(SharedWeight, _name, _viewing(_name))
+for _name in ("T", "mT", "H", "mH"):
+    setattr(SharedWeight, _name, _viewing_property(_name))

@@ -1,0 +1,97 @@
+"""The fast part of the zoo, and that its examination can fail. `make zoo` runs all of it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from zoo import awkward, pretrained, torch_nn
+from zoo.examine import Entry, Unbuilt, examine
+
+from roastify.layers import RoastModule
+
+ROOT = Path(__file__).parents[1]
+transformers.utils.logging.set_verbosity_error()
+pytestmark = pytest.mark.filterwarnings("ignore")  # of models and packages that are not ours
+
+# One of every family, the ones that broke something first.
+_FAST = (
+    "bert deberta-v2 longformer ctrl gemma2 gpt2 t5 led mixtral llama4_text nllb-moe falcon_mamba rwkv beit segformer "
+    "sew-d wavlm whisper clip groupvit patchtst"
+).split()
+_BY_TYPE = {name: family for family, types in pretrained.FAMILIES.items() for name in types.split()}
+
+
+def assert_passes(entry: Entry | None) -> None:
+    assert entry is not None
+    row = examine(entry)
+    assert not row.failure, row
+
+
+@pytest.mark.parametrize("entry", [*torch_nn.entries(), *awkward.entries()], ids=lambda entry: entry.name)
+def test_modules_of_torch_and_awkward_models(entry: Entry) -> None:
+    assert_passes(entry)
+
+
+@pytest.mark.parametrize("model_type", _FAST)
+def test_an_architecture_of_every_family(model_type: str) -> None:
+    assert_passes(pretrained.base_model(model_type, _BY_TYPE[model_type]))
+
+
+class Failing(nn.Module):
+    """Fails a promise in its converted form only."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+        self.layer = nn.Linear(64, 64)
+        if what == "keeps much":
+            self.table = nn.Embedding(1200, 1000, max_norm=1.0)
+            self.wide = nn.Linear(4000, 4000)
+
+    def forward(self, x: Tensor) -> Any:
+        converted = isinstance(self.layer, RoastModule)
+        if self.what == "shape" and converted:
+            return self.layer(x)[:1]
+        if self.what == "values" and converted and self.training:
+            return self.layer(x) + 1
+        return self.layer(x)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("shape", "in eval mode output output of the converted model"),
+        ("values", "Tensor-likes are not close"),
+        ("keeps much", "promised 98%: kept max_norm rewrites rows"),
+        ("nothing", ""),
+    ],
+)
+def test_the_examination_can_fail(what: str, message: str) -> None:
+    row = examine(Entry(what, "failing", lambda: Failing(what), lambda: (torch.randn(3, 64),)))
+    assert message in row.failure and bool(row.failure) == bool(message)
+    assert row.traced + row.opaque > 0
+
+
+def test_a_model_that_does_not_run_unconverted_is_not_the_conversions_fault() -> None:
+    with pytest.raises(Unbuilt, match="RuntimeError"):
+        examine(Entry("wrong", "failing", lambda: nn.Linear(3, 3), lambda: (torch.zeros(2, 4),)))
+
+
+def test_every_listed_type_is_known_to_the_newest_transformers_and_the_page_names_it() -> None:
+    page = (ROOT / "docs" / "coverage.md").read_text()
+    for name in [*_BY_TYPE, *pretrained.HEADS, *awkward.MODELS, *awkward.MORE]:
+        assert f"| {name} |" in page, name
+    assert "**fails**" not in page
+
+
+def test_the_program_runs_one_model() -> None:
+    command = [sys.executable, "-m", "zoo", "--processes", "1", "nn.Bilinear"]
+    result = subprocess.run(command, cwd=ROOT / "tests", capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines()[-1] == "1 of 1 pass, 0 not run"
