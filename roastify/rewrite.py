@@ -14,8 +14,9 @@ from roastify.errors import ConversionError, WriteRefused
 from roastify.huggingface import forget_ties, remember_ties
 from roastify.kinds import to_dense, to_emptied, to_roast
 from roastify.layers import RoastModule, SharedTensor
+from roastify.passes import RootForward
 from roastify.plan import RoastPlan, TensorPlan
-from roastify.pool import RoastPool, RootForward
+from roastify.pool import RoastPool
 from roastify.trace import computed_attributes
 
 POOL_NAME = "roast_pool"

@@ -17,12 +17,12 @@ from click.testing import CliRunner, Result
 
 ROOT = Path(__file__).parents[1]
 
-# By path: only `roastify` is installed.
-_spec = importlib.util.spec_from_file_location("roastify_benchmarks_signs", ROOT / "benchmarks" / "signs.py")
-assert _spec is not None and _spec.loader is not None
-signs = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = signs
-_spec.loader.exec_module(signs)
+# By its path: the repository's root on sys.path would offer the folder kernels/ as a top-level package.
+spec = importlib.util.spec_from_file_location("benchmarks", ROOT / "benchmarks" / "__init__.py")
+assert spec is not None
+sys.modules.setdefault("benchmarks", importlib.util.module_from_spec(spec))
+
+from benchmarks import signs, signs_page, signs_tasks  # noqa: E402
 
 
 @pytest.fixture
@@ -43,15 +43,15 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         arrays[f"{split}_label"] = labels
     np.savez(tmp_path / "cifar10_jpeg.npz", **arrays)
     pictures = {bytes([value] * 2): np.full((32, 32, 3), value, dtype=np.uint8) for value in (0, 255)}
-    monkeypatch.setattr(signs, "decode_jpegs", lambda files: np.stack([pictures[file] for file in files]))
+    monkeypatch.setattr(signs_tasks, "decode_jpegs", lambda files: np.stack([pictures[file] for file in files]))
     small = {"epochs": 3, "batch": 16, "train": 80, "test": 40}
     quick = dataclasses.replace(
-        signs.QUICK,
-        imdb=dataclasses.replace(signs.QUICK.imdb, **small, length=8),
-        cifar10=dataclasses.replace(signs.QUICK.cifar10, **small, width=64),
+        signs_tasks.QUICK,
+        imdb=dataclasses.replace(signs_tasks.QUICK.imdb, **small, length=8),
+        cifar10=dataclasses.replace(signs_tasks.QUICK.cifar10, **small, width=64),
     )
     monkeypatch.setattr(signs, "QUICK", quick)
-    signs.on_device.cache_clear()
+    signs_tasks.on_device.cache_clear()
     return tmp_path
 
 
@@ -71,10 +71,10 @@ def test_smoke_run_trains_records_and_resumes(data: Path) -> None:
     rows = result["rows"]
 
     assert [row for row in rows if row["seed"] == 0] == first
-    kinds = signs.planned_runs(signs.TASKS, (10.0,), signs.SIGNS, 2)
+    kinds = signs.planned_runs(signs_tasks.TASKS, (10.0,), signs_tasks.SIGNS, 2)
     wanted = [run for run in kinds if run.seed == 0 or run.task == "imdb"]
-    assert {signs.Run(*(row[field] for field in signs.Run._fields)) for row in rows} == set(wanted)
-    assert len(rows) == len(wanted) == 3 * (1 + len(signs.SIGNS))
+    assert {signs_tasks.Run(*(row[field] for field in signs_tasks.Run._fields)) for row in rows} == set(wanted)
+    assert len(rows) == len(wanted) == 3 * (1 + len(signs_tasks.SIGNS))
     for row in rows:
         assert len(row["accuracy"]) == len(row["loss"]) == 3
         assert row["loss"][-1] < row["loss"][0], row
@@ -83,7 +83,7 @@ def test_smoke_run_trains_records_and_resumes(data: Path) -> None:
     # The signs must be what differs: the same losses would mean that the setting never arrived.
     losses = {row["sign"]: row["loss"] for row in rows if row["task"] == "imdb" and row["seed"] == 0}
     assert len({tuple(values) for values in losses.values()}) == len(losses)
-    assert (data / "signs.md").read_text() == signs.markdown(result)
+    assert (data / "signs.md").read_text() == signs_page.markdown(result)
 
     found = smoke(data, "--seeds", "1", "--resume")
     assert found.exit_code == 0 and " runs] " not in found.output
@@ -94,7 +94,7 @@ def test_smoke_run_trains_records_and_resumes(data: Path) -> None:
 
 
 def test_a_failed_run_keeps_the_others(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def train(run: signs.Run, *_: object) -> dict:
+    def train(run: signs_tasks.Run, *_: object) -> dict:
         if run.sign == "tile":
             raise RuntimeError("no tile today")
         return {**run._asdict(), "slots": 0, "stored": 1, "accuracy": [0.5], "loss": [1.0], "seconds": 0.0}
@@ -106,17 +106,17 @@ def test_a_failed_run_keeps_the_others(data: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_seed_gives_every_sign_the_same_start_and_slots() -> None:
-    models = [signs.build(signs.Run("imdb", 10, sign, 3), signs.QUICK) for sign in ("row", "element")]
+    models = [signs_tasks.build(signs_tasks.Run("imdb", 10, sign, 3), signs_tasks.QUICK) for sign in ("row", "element")]
     for (name, ours), (_, theirs) in zip(*(model.named_parameters() for model in models), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, msg=name)
     assert torch.equal(models[0].roast_pool.table, models[1].roast_pool.table)
-    other = signs.build(signs.Run("imdb", 10, "row", 4), signs.QUICK)
+    other = signs_tasks.build(signs_tasks.Run("imdb", 10, "row", 4), signs_tasks.QUICK)
     assert not torch.equal(models[0].roast_pool.table, other.roast_pool.table)
 
 
 def test_crops_and_mirrors() -> None:
     images = torch.arange(2 * 32 * 32 * 3, dtype=torch.uint8).view(2, 32, 32, 3)
-    found = signs.crop(images, 30, torch.tensor([0, 2]), torch.tensor([1, 2]), torch.tensor([False, True]))
+    found = signs_tasks.crop(images, 30, torch.tensor([0, 2]), torch.tensor([1, 2]), torch.tensor([False, True]))
     expected = torch.stack([images[0, :30, 1:31], images[1, 2:, 2:].flip(1)]).float() / 64 - 2
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
@@ -124,10 +124,10 @@ def test_crops_and_mirrors() -> None:
 def test_statistics_are_the_textbooks() -> None:
     # Two-sided 5 % points of Student's t.
     for degrees, t in ((1, 12.706), (3, 3.182), (12, 2.179), (60, 2.000)):
-        assert signs.two_sided_p(t, degrees) == pytest.approx(0.05, abs=2e-4)
-        assert signs.two_sided_p(-t, degrees) == signs.two_sided_p(t, degrees)
-        assert signs.half_width(2.0, degrees) == pytest.approx(2 * t, rel=1e-3)
-    mean, error = signs.mean_and_error([1.0, 2.0, 3.0, 4.0])
+        assert signs_page.two_sided_p(t, degrees) == pytest.approx(0.05, abs=2e-4)
+        assert signs_page.two_sided_p(-t, degrees) == signs_page.two_sided_p(t, degrees)
+        assert signs_page.half_width(2.0, degrees) == pytest.approx(2 * t, rel=1e-3)
+    mean, error = signs_page.mean_and_error([1.0, 2.0, 3.0, 4.0])
     assert (mean, error) == (2.5, pytest.approx(math.sqrt(5 / 3) / 2))
 
 
@@ -138,24 +138,24 @@ def test_conclusions_follow_the_numbers() -> None:
             for seed, value in enumerate((0.80 + gain, 0.82 + gain - 0.001, 0.84 + gain + 0.001))
         ]
 
-    table = signs.Table([*rows("row", 0.0), *rows("tile", 0.0), *rows("none", -0.02), *rows("element", 0.02)])
+    table = signs_page.Table([*rows("row", 0.0), *rows("tile", 0.0), *rows("none", -0.02), *rows("element", 0.02)])
     same, worse, better = (table.overall("row", other) for other in ("tile", "element", "none"))
-    assert "cannot be told from zero" in signs._verdict("tile", same)
-    assert "`row` is worse" in signs._verdict("element", worse)
-    assert "`row` is better" in signs._verdict("none", better)
+    assert "cannot be told from zero" in signs_page._verdict("tile", same)
+    assert "`row` is worse" in signs_page._verdict("element", worse)
+    assert "`row` is better" in signs_page._verdict("none", better)
     assert better.mean == pytest.approx(2.0) and better.degrees == 2
 
 
 def test_full_settings_ask_the_question(capsys: pytest.CaptureFixture[str]) -> None:
     """Every pool of the real run has enough slots, and every tensor in it is of tiles: strips have no rows."""
-    runs = signs.planned_runs(signs.TASKS, (10.0, 30.0), signs.SIGNS, 4)
-    signs.report_slots(runs, signs.FULL, quick=False)
+    runs = signs.planned_runs(signs_tasks.TASKS, (10.0, 30.0), signs_tasks.SIGNS, 4)
+    signs.report_slots(runs, signs_tasks.FULL, quick=False)
     assert capsys.readouterr().out.count("slots of 32x32") == 4
-    for name in signs.TASKS:
-        plan = signs.build(signs.Run(name, 10, "row", 0), signs.QUICK).roast_pool.plan
+    for name in signs_tasks.TASKS:
+        plan = signs_tasks.build(signs_tasks.Run(name, 10, "row", 0), signs_tasks.QUICK).roast_pool.plan
         assert plan.sign == "row" and not any(tensor.strips for tensor in plan.shared)
 
 
-@pytest.mark.skipif(not signs.RESULTS.exists(), reason="the full run is not committed")
+@pytest.mark.skipif(not signs_page.RESULTS.exists(), reason="the full run is not committed")
 def test_signs_page_is_the_committed_results() -> None:
-    assert signs.markdown(json.loads(signs.RESULTS.read_text())) == signs.DOCUMENT.read_text()
+    assert signs_page.markdown(json.loads(signs_page.RESULTS.read_text())) == signs_page.DOCUMENT.read_text()

@@ -37,7 +37,7 @@ LAYERS = [
         "agreement",
         "timing",
     },
-    {"kinds", "layers", "pool", "mapping", "config"},
+    {"kinds", "layers", "pool", "passes", "mapping", "config"},
     {"weight"},
     {"errors"},
     {"kernels"},

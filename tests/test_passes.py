@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import roastify
-from roastify.pool import RoastPool, RootForward, _passes
+from roastify.passes import RootForward, _passes
+from roastify.pool import RoastPool
 from roastify.rewrite import pool_of
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
