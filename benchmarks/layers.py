@@ -44,7 +44,7 @@ def count_in_a_row(weight_bytes: int) -> int:
 
 def precision_name(dtype: torch.dtype) -> str:
     """Return the name of the precision of a product, as in `LIMITS`, under torch's present setting."""
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return str(dtype).removeprefix("torch.")
 

@@ -46,10 +46,10 @@ number of replays are in the raw rows. An aim is what this project set itself be
 stay in the tables.
 """
 FLOOR = """
-The floor is the time below which no product of this kind can go: the weights read once from the cache (from memory,
-for the part of a pool that is larger than the cache), or the arithmetic, at the rates measured in the same run. A layer
-that reads each slot once for all its tiles moves less than that, and goes below it. For dense weights the floor is one
-read from memory, or the arithmetic.
+The floor is the time below which no product can go that reads every weight: all of them once from the cache (from
+memory, for the part of a pool that is larger than the cache), or the arithmetic, at the rates measured in the same run.
+A layer that reads each slot once for all its tiles does not read every weight, and may go below it. For dense weights
+the floor is one read from memory, or the arithmetic.
 
 Between the floor and the small-batch kernels lie the start and the end of a kernel (programmatic launch hides only the
 arithmetic before the first load), the second kernel that adds partial sums, and activations, which every program reads

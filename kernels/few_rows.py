@@ -25,7 +25,7 @@ from roastify.kernels.hash import (
     segment,
     view_arguments,
 )
-from roastify.kernels.launch import PLAIN_ARGUMENTS, address_type, dependent_launch, precision
+from roastify.kernels.launch import PLAIN_ARGUMENTS, address_type, dependent_launch, precision, shared_memory
 from roastify.kernels.parts import add_parts
 from roastify.kernels.view import MappingKind, SignKind, TileView
 
@@ -250,7 +250,7 @@ def by_slot(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: T
         BM=block_m,
         PRECISION=precision(),
         WIDEN=interpreted(),
-        INT=address_type(pool, view, max(num_rows, parts.numel() // view.cols)),
+        INT=address_type(pool, view, max(num_rows, -(-parts.numel() // view.cols))),
         num_warps=settings.num_warps,
         **view_arguments(table, view),
         **dependent_launch(x),
@@ -283,7 +283,8 @@ def one_row(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: T
 def split(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: TileView, scale: float) -> Tensor:
     """Return `x · Wᵀ + bias` for contiguous rows, `k` shared among programs where a row of tiles is long."""
     num_rows = x.shape[0]
-    settings = tuning.split(view, num_rows)
+    settings = tuning.split(view, num_rows, x.element_size(), shared_memory(x.device))
+    assert settings is not None, "linear.way asks first"
     block_rows = min(settings.block_rows, view.tile_rows)
     tiles_each = min(settings.tiles, view.grid_cols)
     num_parts = triton.cdiv(view.grid_cols, tiles_each)
@@ -322,5 +323,5 @@ def fits(x: Tensor, view: TileView) -> bool:
         x.shape[0] > 0
         and view.mapping == MappingKind.PERMUTATION
         and not view.strips
-        and all(size >= 16 and size & (size - 1) == 0 for size in (view.tile_rows, view.tile_cols))
+        and all(16 <= size <= 128 and size & (size - 1) == 0 for size in (view.tile_rows, view.tile_cols))
     )

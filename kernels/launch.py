@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 import triton.language as tl
+from triton.runtime.driver import driver
 
 from roastify.kernels.hash import interpreted
 from roastify.kernels.view import TileView
@@ -54,3 +56,15 @@ def dependent_launch(x: torch.Tensor) -> dict[str, Any]:
     """Return the arguments that let a kernel start before the one ahead of it ends (Hopper and later)."""
     able = not interpreted() and torch.version.cuda is not None and torch.cuda.get_device_capability(x.device)[0] >= 9
     return {"DEPENDENT": True, "launch_pdl": True} if able else {"DEPENDENT": False}
+
+
+def shared_memory(device: torch.device) -> int:
+    """Return the bytes of shared memory that a program may take on a device, as Triton itself checks them."""
+    if interpreted():
+        return 227 << 10
+    return _shared_memory(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _shared_memory(index: int) -> int:
+    return int(driver.active.utils.get_device_properties(index)["max_shared_mem"])

@@ -17,7 +17,7 @@ from torch import Tensor
 from roastify.kernels import few_rows, many_rows, tuning
 from roastify.kernels.gather import gather
 from roastify.kernels.hash import effective_sign, supported
-from roastify.kernels.launch import precision
+from roastify.kernels.launch import precision, shared_memory
 from roastify.kernels.reduce import reduce
 from roastify.kernels.view import SignKind, TileView
 
@@ -25,6 +25,7 @@ from roastify.kernels.view import SignKind, TileView
 def linear(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: TileView, scale: float) -> Tensor:
     """Return `x · Wᵀ + bias`, `[..., cols] → [..., rows]`."""
     flat, pool = x.reshape(-1, view.cols).contiguous(), pool.contiguous()
+    bias = None if bias is None else bias.expand(view.rows).contiguous()
     out = way(flat, pool, view)(flat, pool, bias, table, view, scale)
     return out.view(*x.shape[:-1], view.rows)
 
@@ -42,11 +43,12 @@ def way(x: Tensor, pool: Tensor, view: TileView) -> Callable[..., Tensor]:
         return few_rows.by_slot
     if num_rows == 1 and tuning.is_small(view):
         return few_rows.one_row
-    if num_rows <= tuning.FEW_ROWS:
-        return few_rows.split
-    if many_rows.fits(x, pool, view):
+    if num_rows > tuning.FEW_ROWS and many_rows.fits(x, pool, view):
         return many_rows.many_rows if num_rows <= tuning.MANY_ROWS else gathered
-    return few_rows.split if num_rows <= tuning.FEW_ROWS_ALONE else gathered
+    if num_rows > tuning.FEW_ROWS_ALONE:
+        return gathered
+    fits = tuning.split(view, num_rows, x.element_size(), shared_memory(x.device)) is not None
+    return few_rows.split if fits else gathered
 
 
 def gathered(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: TileView, scale: float) -> Tensor:

@@ -64,7 +64,10 @@ def _on_cuda(name: str) -> Any:
     """Return the operator's CUDA launcher, found when it is first called."""
 
     def call(*args: Any) -> Tensor:
-        return getattr(importlib.import_module(f"roastify.kernels.{_CUDA_HOMES[name]}"), name)(*args)
+        launcher = getattr(importlib.import_module(f"roastify.kernels.{_CUDA_HOMES[name]}"), name)
+        # Triton launches on the current device, which need not be the tensors'.
+        with torch.cuda.device(args[0].device):
+            return launcher(*args)
 
     return call
 
@@ -274,17 +277,17 @@ def linear(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: Ti
         `[..., rows]`.
 
     Raises:
-        RuntimeError: `x` has another last size than `cols`, or another dtype than the pool.
+        RuntimeError: `x` has another last size than `cols`, or another dtype than the pool or the bias.
     """
     x, pool, bias = _like_autocast(x, pool, bias)
-    _check_product("linear", x, view.cols, pool)
+    _check_product("linear", x, view.cols, pool, bias)
     return _ops.linear(x, pool, bias, table, view, scale)
 
 
 def linear_t(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: TileView, scale: float) -> Tensor:
     """Return `x · W + bias`, `[..., rows] → [..., cols]`; arguments, dtypes and errors as in `linear`."""
     x, pool, bias = _like_autocast(x, pool, bias)
-    _check_product("linear_t", x, view.rows, pool)
+    _check_product("linear_t", x, view.rows, pool, bias)
     return _ops.linear_t(x, pool, bias, table, view, scale)
 
 
@@ -331,8 +334,10 @@ def _like_autocast(x: Tensor, pool: Tensor, bias: Tensor | None) -> tuple[Tensor
     return x.to(dtype), pool.to(dtype), None if bias is None else bias.to(dtype)
 
 
-def _check_product(name: str, x: Tensor, size: int, pool: Tensor) -> None:
+def _check_product(name: str, x: Tensor, size: int, pool: Tensor, bias: Tensor | None) -> None:
     if x.dim() == 0 or x.shape[-1] != size:
         raise RuntimeError(f"{name}: the input's last size must be {size}; found the shape {tuple(x.shape)}")
     if x.dtype != pool.dtype:
         raise RuntimeError(f"{name}: the input is {x.dtype} and the weights are {pool.dtype}; expected one dtype")
+    if bias is not None and bias.dtype != x.dtype:
+        raise RuntimeError(f"{name}: the input is {x.dtype} and the bias is {bias.dtype}; expected one dtype")

@@ -17,7 +17,7 @@ def _sum_kernel(
     DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
-    s = tl.arange(0, BS)
+    s = tl.arange(0, BS).to(tl.int64)
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()

@@ -88,11 +88,15 @@ class ManyRows(NamedTuple):
 
 
 BY_SLOT = BySlot(block_rows=64, num_warps=4)
+# Columns of its product: activations of a row for each chunk.
+_BY_SLOT_COLUMNS = 128
+# Of a program's shared memory, for what is not its pipeline's: the matrix unit's results on their way out.
+_BESIDE_STAGES_BYTES = 4096
 
 _ANY = 1 << 62
 # The first line that fits counts: up to so many elements of the weight, and rows of activations.
 _SPLIT = (
-    (1 << 20, _ANY, Split(block_rows=16, tiles=_ANY, stacked=4, num_warps=4, num_stages=3)),
+    (1 << 20, 16, Split(block_rows=16, tiles=_ANY, stacked=4, num_warps=4, num_stages=3)),
     (1 << 23, 1, Split(block_rows=16, tiles=_ANY, stacked=4, num_warps=4, num_stages=3)),
     (1 << 23, _ANY, Split(block_rows=64, tiles=4, stacked=1, num_warps=4, num_stages=3)),
     (_ANY, 1, Split(block_rows=16, tiles=_ANY, stacked=4, num_warps=4, num_stages=4)),
@@ -121,9 +125,24 @@ _STAGES_BYTES = 220_000
 _MANY_ROWS_OF_ONE_BLOCK = ManyRows(block_m=64, block_n=128, tiles=0, num_warps=4, num_stages=4, early=True)
 
 
+def _power_of_2(count: int) -> int:
+    """Return the least power of 2 that is not below a positive count."""
+    return 1 << (count - 1).bit_length()
+
+
 def reads_by_slot(view: TileView, num_rows: int) -> bool:
-    """Whether each slot should be read once for all its tiles: a layer has several, and partial sums are few."""
-    return num_rows <= 4 and view.num_tiles >= 2 * view.num_slots
+    """Whether each slot should be read once for all its tiles.
+
+    A layer has several of each; the activations that a slot meets fit a program; partial sums fit the scratch; and no
+    column is padding, which would be multiplied by zero whatever the pool's memory there holds.
+    """
+    return (
+        num_rows <= 4
+        and view.num_tiles >= 2 * view.num_slots
+        and _power_of_2(view.chunks[1]) * _power_of_2(num_rows) <= _BY_SLOT_COLUMNS
+        and view.grid_cols * num_rows * view.rows <= SCRATCH_ELEMENTS
+        and view.cols % view.tile_cols == 0
+    )
 
 
 def is_small(view: TileView) -> bool:
@@ -131,11 +150,23 @@ def is_small(view: TileView) -> bool:
     return view.numel < 1 << 23
 
 
-def split(view: TileView, num_rows: int) -> Split:
-    """Return the settings of `few_rows.split`."""
-    if num_rows > 8 and view.num_slots * view.slot_size > _LARGE_POOL and view.numel >= 1 << 23:
-        return _SPLIT_LARGE_POOL
-    return next(found for numel, rows, found in _SPLIT if view.numel < numel and num_rows <= rows)
+def split(view: TileView, num_rows: int, itemsize: int, shared_bytes: int) -> Split | None:
+    """Return the settings of `few_rows.split`, with no more stages than a program's shared memory holds; None: not one.
+
+    Args:
+        view: of the weight.
+        num_rows: of activations.
+        itemsize: bytes of a number.
+        shared_bytes: that a program may take (`launch.shared_memory`).
+    """
+    if 8 < num_rows <= 32 and view.num_slots * view.slot_size > _LARGE_POOL and view.numel >= 1 << 23:
+        found = _SPLIT_LARGE_POOL
+    else:
+        found = next(found for numel, rows, found in _SPLIT if view.numel < numel and num_rows <= rows)
+    stacked_rows = min(found.block_rows, view.tile_rows) + max(_power_of_2(num_rows), 16 // found.stacked)
+    stage_bytes = found.stacked * stacked_rows * view.tile_cols * itemsize
+    stages = min(found.num_stages, (shared_bytes - _BESIDE_STAGES_BYTES) // stage_bytes)
+    return found._replace(num_stages=stages) if stages > 0 else None
 
 
 def one_row(rows: int) -> OneRow:

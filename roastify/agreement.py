@@ -90,12 +90,8 @@ def _refuse_beyond(tolerance: float, error: float, what: str, measure: str) -> N
         )
 
 
-def _described(output: Any) -> tuple[type, list[tuple[str, str]]]:
-    return type(output), [(path, describe(leaf)) for path, leaf in leaves(output)]
-
-
 def _tolerances(dtype: torch.dtype) -> tuple[float, float]:
-    if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return _TOLERANCE_TF32, _GRADIENT_TOLERANCE_TF32
     known = dtype if dtype in _TOLERANCE else torch.bfloat16
     return _TOLERANCE[known], _GRADIENT_TOLERANCE[known]

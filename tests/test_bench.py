@@ -248,6 +248,15 @@ def test_tensor_cores_have_a_tolerance_of_their_own(net: Net, inputs: Tensor) ->
         torch.set_float32_matmul_precision(before)
 
 
+def test_tensor_cores_asked_for_in_the_newer_way(net: Net, inputs: Tensor) -> None:
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        assert bench(net, inputs).cases[0].agreement.tolerance == 1e-2
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
 class Watching(nn.Module):
     """Keeps in which state it was called."""
 

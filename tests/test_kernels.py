@@ -737,6 +737,9 @@ def test_products_of_mixed_dtypes(transposed: bool) -> None:
     operation, size = (ops.linear_t, 77) if transposed else (ops.linear, 123)
     with pytest.raises(RuntimeError, match=r"the input is torch.bfloat16 and the weights are torch.float32; expected"):
         operation(torch.ones(2, size).bfloat16(), make_pool(PANELS, torch.float32), None, *PANELS.arguments)
+    bias = torch.ones(123 if transposed else 77, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"the input is torch.float32 and the bias is torch.float64; expected one"):
+        operation(torch.ones(2, size), make_pool(PANELS, torch.float32), bias, *PANELS.arguments)
 
 
 # Imports and memory.

@@ -61,6 +61,7 @@ CASES = {
     "one slot": Case(50, 40, (16, 16), 1),
     "sign per element": Case(77, 123, (16, 32), 5, first_tile=2, sign="element"),
     "sign per row": Case(77, 123, (16, 16), 7, first_tile=5, sign="row"),
+    "padding alone": Case(20, 40, (16, 32), 9, first_tile=7, sign="row"),
     "sign per row, one slot": Case(50, 40, (16, 16), 1, first_tile=2, sign="row"),
     "whole columns": Case(150, 192, (64, 32), 5, first_tile=3, sign="row"),
     "whole columns, many chunks": Case(300, 320, (128, 64), 2, first_tile=1, sign="row"),
@@ -198,7 +199,7 @@ def test_one_row(monkeypatch: pytest.MonkeyPatch, name: str, block_rows: int, ti
 @pytest.mark.parametrize("name", FEW_ROWS)
 def test_split(monkeypatch: pytest.MonkeyPatch, name: str, num_rows: int, tiles: int, stacked: int) -> None:
     settings = tuning.Split(block_rows=16, tiles=tiles, stacked=stacked, num_warps=4, num_stages=2)
-    monkeypatch.setattr(tuning, "split", lambda view, num_rows: settings)
+    monkeypatch.setattr(tuning, "split", lambda *arguments: settings)
     assert_computes(few_rows.split, *product_case(name, num_rows, torch.float32))
 
 
@@ -272,15 +273,98 @@ def test_float32_follows_torchs_precision(tf32: None) -> None:
     assert [linear.way(rows, pool, view).__name__ for rows in (x, x[:2], x[:1])] == ["gathered", "gathered", "one_row"]
 
 
-def test_memory_that_is_padding_is_not_read() -> None:
+@pytest.mark.parametrize("num_rows", [1, 3])
+@pytest.mark.parametrize("name", ["padding alone", "sign per element", "large tiles"])
+def test_memory_that_is_padding_is_not_read(name: str, num_rows: int) -> None:
     """Only what the tensor reads is finite: everything else in the pool is NaN."""
-    view, table, shape = CASES["many chunks, padded"].build()
+    view, table, shape = CASES[name].build()
     pool = torch.full(shape, float("nan"), device=DEVICE)
     ones = torch.ones(view.rows, view.cols, device=DEVICE)
     readers = reference.reduce(ones, table, view._replace(sign=0), 1.0, list(shape))
     pool[readers > 0] = 1.0
+    assert pool.isnan().any()
     assert not gather.gather(pool, table, view, 1.0).isnan().any()
-    assert not linear.linear(randn(3, view.cols), pool, None, table, view, 1.0).isnan().any()
+    pool, x = pool.bfloat16(), randn(num_rows, view.cols, dtype=torch.bfloat16)
+    ways = [linear.linear, few_rows.split, *([few_rows.one_row] if num_rows == 1 else [])]
+    for product in ways:
+        assert not product(x, pool, None, table, view, 1.0).isnan().any(), product.__name__
+
+
+@pytest.mark.parametrize("name", ["many chunks, padded", "whole columns, many chunks", "sign per element", "a region"])
+def test_products_in_wide_integers(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """What large pools take: the same results from 64-bit addresses."""
+    for module in (few_rows, many_rows):
+        monkeypatch.setattr(module, "address_type", lambda pool, view, num_rows: triton.language.int64)
+    arguments, expected = product_case(name, 1, torch.bfloat16)
+    ways = [few_rows.one_row, few_rows.split]
+    ways += [few_rows.by_slot] if CASES[name].sign != "element" else []
+    ways += [many_rows.many_rows] if name.startswith("whole columns") else []
+    for product in ways:
+        assert_computes(product, arguments, expected)
+
+
+def test_address_type_by_what_must_be_counted() -> None:
+    view, _, shape = CASES["sign per row"].build()
+    pool = torch.empty(shape, device="meta")
+    narrow, wide = triton.language.int32, triton.language.int64
+    assert few_rows.address_type(pool, view, 4) == narrow
+    assert few_rows.address_type(pool, view, 1 << 28) == wide
+    assert few_rows.address_type(torch.empty(1 << 25, 64, device="meta"), view, 4) == wide
+    assert few_rows.address_type(pool, view._replace(num_slots=1 << 16), 4) == wide
+    assert few_rows.address_type(pool, view._replace(base=(1 << 31) * 256), 4) == wide
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 200])
+def test_bias_of_any_strides(tf32: None, num_rows: int) -> None:
+    (x, pool, _, table, view, scale), _ = product_case("whole columns", num_rows, torch.bfloat16)
+    wide = randn(view.rows, 2, dtype=torch.bfloat16, seed=3)
+    for bias in (wide.flatten()[::2], wide[:, 1], wide[:1, 0].expand(view.rows), wide[0, :1]):
+        whole = bias.expand(view.rows).contiguous()
+        assert torch.equal(
+            linear.linear(x, pool, bias, table, view, scale), linear.linear(x, pool, whole, table, view, scale)
+        )
+
+
+A100, RTX_30, H100 = 166_912, 101_376, 232_448
+
+
+@pytest.mark.parametrize("shared_bytes", [A100, RTX_30, H100])
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("num_rows", [1, 2, 5, 16, 17, 33, 64, 128])
+@pytest.mark.parametrize(("shape", "num_slots"), [((768, 768), 300), ((4096, 4096), 600), ((4096, 4096), 2100)])
+@pytest.mark.parametrize("tile", [(128, 64), (64, 64), (16, 128)])
+def test_split_settings_fit_a_multiprocessor(
+    tile: tuple[int, int], shape: tuple[int, int], num_slots: int, num_rows: int, itemsize: int, shared_bytes: int
+) -> None:
+    tile_map = TileMap(40000, num_slots * 128 * 64 // (tile[0] * tile[1]), tile, sign="tile")
+    found = tuning.split(tile_map.view(*shape, 0), num_rows, itemsize, shared_bytes)
+    # All the way to 128 rows in bfloat16, and to 32 in float32, there is room for the usual tiles.
+    assert found is not None or (itemsize == 4 and num_rows > 32) or tile[1] > 64
+    if found is not None:
+        rows = min(found.block_rows, tile[0]) + max(triton.next_power_of_2(num_rows), 16 // found.stacked)
+        assert 1 <= found.num_stages
+        assert found.stacked * rows * tile[1] * itemsize * found.num_stages < shared_bytes
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "dtype"), [(2, torch.bfloat16), (9, torch.float16), (20, torch.bfloat16)], ids=str
+)
+@pytest.mark.parametrize("name", ["large tiles", "whole columns, many chunks", "sign per row", "sign per element"])
+def test_split_with_the_tables_settings(name: str, num_rows: int, dtype: torch.dtype) -> None:
+    assert_computes(few_rows.split, *product_case(name, num_rows, dtype))
+
+
+def test_a_slot_is_read_once_only_where_that_fits() -> None:
+    """Not with many chunks, not with padded columns, and not where partial sums take more than the scratch."""
+
+    def reads(shape: tuple[int, int], num_slots: int, tile: tuple[int, int] = (128, 64), num_rows: int = 4) -> bool:
+        return tuning.reads_by_slot(TileMap(3_000_000, num_slots, tile).view(*shape, 0), num_rows)
+
+    assert reads((4096, 4096), 600) and not reads((4096, 4096), 600, num_rows=5)
+    assert not reads((4096, 4096), 1500)
+    assert not reads((4096, 4096), 4)
+    assert not reads((4096, 4095), 600)
+    assert not reads((128_000, 4096), 200_000, tile=(16, 16))
 
 
 @pytest.mark.parametrize("scratch", [1, 2000, 1 << 26])
@@ -308,6 +392,19 @@ def test_products_in_panels(monkeypatch: pytest.MonkeyPatch, name: str, scratch:
     ]
     for found, expected in pairs:
         assert_near(found, expected, torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("num_rows", [1, 5, 200])
+def test_tensors_of_a_device_that_is_not_the_current_one(num_rows: int) -> None:
+    from roastify.kernels import ops
+
+    arguments, expected = product_case("whole columns", num_rows, torch.bfloat16)
+    x, pool, bias, table = (value.to("cuda:1") for value in arguments[:4])
+    with torch.cuda.device(0):
+        found = ops.linear(x, pool, bias, table, *arguments[4:])
+    assert_near(found.cpu(), expected.cpu(), torch.bfloat16)
 
 
 @pytest.mark.gpu
