@@ -95,6 +95,8 @@ class RoastModule(nn.Module):
     _roast: dict[str, SharedTensor]
     # Set on classes made for a module's class; one that stands in this file is named after its last base.
     _roast_original: ClassVar[type[nn.Module]]
+    # Takes an attribute out of the pool; `kinds` makes the classes and knows the way back.
+    _leave_pool: Callable[[str], None]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__.get("_roast", ()):
@@ -148,9 +150,6 @@ class RoastModule(nn.Module):
                 if isinstance(module, RoastModule):
                     for name in module._roast:
                         yield cast(nn.Parameter, read_shared(module, name))
-
-    def _leave_pool(self, name: str) -> None:
-        raise NotImplementedError  # `kinds` makes the classes and knows the way back
 
     def _replicate_for_data_parallel(self) -> RoastModule:
         replica = super()._replicate_for_data_parallel()
