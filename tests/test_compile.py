@@ -232,6 +232,7 @@ def test_inductor() -> None:
 
 @inductor
 @pytest.mark.gpu
+@pytest.mark.compiled
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("sign", ["tile", "element"])
 def test_one_graph_across_the_kernels_regimes(sign: str, autocast: bool) -> None:
@@ -251,6 +252,7 @@ def test_one_graph_across_the_kernels_regimes(sign: str, autocast: bool) -> None
 
 @inductor
 @pytest.mark.gpu
+@pytest.mark.compiled
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("name", MODELS)
 def test_inductor_on_a_gpu(name: str, autocast: bool) -> None:
@@ -264,6 +266,7 @@ def test_inductor_on_a_gpu(name: str, autocast: bool) -> None:
 
 @inductor
 @pytest.mark.gpu
+@pytest.mark.compiled
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 def test_reduce_overhead(training: bool, autocast: bool) -> None:
