@@ -26,6 +26,8 @@ PLAIN_ARGUMENTS = [
     "chunk_begin",
     "num_chunks",
     "chunk_end",
+    "begin_tile",
+    "end_tile",
     "tiles_each",
     "num_lookups",
     "nowhere",
