@@ -18,6 +18,7 @@ from torch import Tensor
 from roastify.kernels import reference, tuning
 from roastify.kernels.hash import apply_sign, supported, tile_start, view_arguments
 from roastify.kernels.launch import PLAIN_ARGUMENTS
+from roastify.kernels.tuning import cdiv, power_of_2
 from roastify.kernels.view import MappingKind, TileView
 
 
@@ -67,10 +68,10 @@ def embedding(index: Tensor, pool: Tensor, table: Tensor, view: TileView, scale:
     pool, flat = pool.contiguous(), index.reshape(-1).contiguous()
     out = torch.empty(flat.numel(), view.cols, dtype=pool.dtype, device=pool.device)
     num_lookups = flat.numel() * view.grid_cols
-    cols_pow2 = triton.next_power_of_2(view.tile_cols)
+    cols_pow2 = power_of_2(view.tile_cols)
     block_lookups = max(1, tuning.EMBEDDING_ELEMENTS // cols_pow2)
     if num_lookups:
-        _embedding_kernel[(triton.cdiv(num_lookups, block_lookups),)](
+        _embedding_kernel[(cdiv(num_lookups, block_lookups),)](
             p_index=flat,
             p_pool=pool,
             p_out=out,
@@ -211,7 +212,7 @@ def _write_runs(
     nowhere = out.numel() // view.tile_cols
     place = torch.empty(num_lookups, dtype=torch.int32 if nowhere < 1 << 31 else torch.int64, device=grad.device)
     arguments = view_arguments(table, view)
-    _place_kernel[(triton.cdiv(num_lookups, tuning.PLACE_LOOKUPS),)](
+    _place_kernel[(cdiv(num_lookups, tuning.PLACE_LOOKUPS),)](
         p_index=index,
         p_place=place,
         num_lookups=num_lookups,
@@ -221,14 +222,14 @@ def _write_runs(
     )
     place, order = torch.sort(place, stable=True)
     steps = _steps(index.numel())
-    num_chunks = triton.cdiv(num_lookups, steps)
-    cols_pow2 = triton.next_power_of_2(view.tile_cols)
+    num_chunks = cdiv(num_lookups, steps)
+    cols_pow2 = power_of_2(view.tile_cols)
     head = torch.empty(num_chunks, view.tile_cols, dtype=torch.float32, device=grad.device)
     tail = torch.empty_like(head)
     block_chunks = max(1, tuning.RUN_ELEMENTS // cols_pow2)
     for unused in ("p_table", "first_slot", "first_chunk"):
         del arguments[unused]
-    _run_kernel[(triton.cdiv(num_chunks, block_chunks),)](
+    _run_kernel[(cdiv(num_chunks, block_chunks),)](
         p_index=index,
         p_place=place,
         p_order=order,
@@ -264,4 +265,4 @@ def _write_runs(
 
 def _steps(num_tokens: int) -> int:
     """Return the lookups of a chunk: of `n` tokens that are all one row, √n are added in a row, then √n parts."""
-    return max(tuning.RUN_STEPS, triton.next_power_of_2(math.isqrt(num_tokens)))
+    return max(tuning.RUN_STEPS, power_of_2(math.isqrt(num_tokens)))

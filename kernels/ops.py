@@ -14,6 +14,7 @@ the operator.
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Sequence
 from typing import Any
@@ -71,13 +72,21 @@ def _with_view(function: Any, view_position: int) -> Any:
     return call
 
 
+@functools.cache
+def _launcher(name: str) -> Any:
+    return getattr(importlib.import_module(f"roastify.kernels.{_CUDA_HOMES[name]}"), name)
+
+
 def _on_cuda(name: str) -> Any:
     """Return the operator's CUDA launcher, found when it is first called."""
 
     def call(*args: Any) -> Tensor | None:
-        launcher = getattr(importlib.import_module(f"roastify.kernels.{_CUDA_HOMES[name]}"), name)
+        launcher = _launcher(name)
         # Triton launches on the current device, which need not be the tensors'.
-        with torch.cuda.device(args[0].device):
+        device = args[0].device
+        if device.index == torch.cuda.current_device():
+            return launcher(*args)
+        with torch.cuda.device(device):
             return launcher(*args)
 
     return call
@@ -138,6 +147,14 @@ for _name in ("reduce_", "linear_reduce_", "embedding_reduce_"):
     torch.library.register_fake(f"roastify::{_name}", _adds_in_place, lib=_library)
 
 
+def _call(operator: Any, *args: Any) -> Any:
+    """Call an operator in a backward pass; where no graph of it is asked for, past what would make one."""
+    if torch.is_grad_enabled():
+        return operator(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*args)
+
+
 def _pool_gradient(ctx: Any, position: int, name: str, *args: Any, pool_shape: Sequence[int]) -> Tensor | None:
     """Return the pool's gradient, or None where it was added to the buffer of the backward pass, or nobody asks.
 
@@ -154,9 +171,9 @@ def _pool_gradient(ctx: Any, position: int, name: str, *args: Any, pool_shape: S
         if not is_wanted(read):
             return None
         if (total := sink.total()) is not None:
-            getattr(_ops, name + "_")(total, *args)
+            _call(getattr(_ops, name + "_").default, total, *args)
             return None
-    return getattr(_ops, name)(*args, list(pool_shape))
+    return _call(getattr(_ops, name).default, *args, list(pool_shape))
 
 
 def _save_view(ctx: Any, table: Tensor, view: Sequence[int], scale: float, *tensors: Tensor | None) -> None:
@@ -187,7 +204,7 @@ def _setup_reduce(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward_reduce(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (table,) = ctx.saved_tensors
-    return _ops.gather(grad, table, ctx.view, ctx.scale), None, None, None, None
+    return _call(_ops.gather.default, grad, table, ctx.view, ctx.scale), None, None, None, None
 
 
 def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -203,7 +220,7 @@ def _backward_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     table, x, pool = ctx.saved_tensors
     need_x, need_pool, need_bias = ctx.needs_input_grad[:3]
     return (
-        _ops.linear_t(grad, pool, None, table, ctx.view, ctx.scale) if need_x else None,
+        _call(_ops.linear_t.default, grad, pool, None, table, ctx.view, ctx.scale) if need_x else None,
         _linear_pool_gradient(ctx, grad, x, table, pool) if need_pool else None,
         _sum_to_bias(grad, need_bias),
         None,
@@ -216,7 +233,7 @@ def _backward_linear_t(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     table, x, pool = ctx.saved_tensors
     need_x, need_pool, need_bias = ctx.needs_input_grad[:3]
     return (
-        _ops.linear(grad, pool, None, table, ctx.view, ctx.scale) if need_x else None,
+        _call(_ops.linear.default, grad, pool, None, table, ctx.view, ctx.scale) if need_x else None,
         _linear_pool_gradient(ctx, x, grad, table, pool) if need_pool else None,
         _sum_to_bias(grad, need_bias),
         None,
@@ -234,8 +251,8 @@ def _backward_linear_reduce(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]
     table, grad_output, x = ctx.saved_tensors
     need_grad_output, need_x = ctx.needs_input_grad[:2]
     return (
-        _ops.linear(x, grad, None, table, ctx.view, ctx.scale) if need_grad_output else None,
-        _ops.linear_t(grad_output, grad, None, table, ctx.view, ctx.scale) if need_x else None,
+        _call(_ops.linear.default, x, grad, None, table, ctx.view, ctx.scale) if need_grad_output else None,
+        _call(_ops.linear_t.default, grad_output, grad, None, table, ctx.view, ctx.scale) if need_x else None,
         None,
         None,
         None,
@@ -262,7 +279,7 @@ def _setup_embedding_reduce(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -
 
 def _backward_embedding_reduce(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     table, index = ctx.saved_tensors
-    return _ops.embedding(index, grad, table, ctx.view, ctx.scale), None, None, None, None, None
+    return _call(_ops.embedding.default, index, grad, table, ctx.view, ctx.scale), None, None, None, None, None
 
 
 for _name, _backward, _setup in (
@@ -289,7 +306,7 @@ def gather(pool: Tensor, table: Tensor, view: TileView, scale: float) -> Tensor:
     Returns:
         `[rows, cols]`, of the pool's dtype.
     """
-    return _ops.gather(pool, table, view, scale)
+    return _ops.gather.default(pool, table, view, scale)
 
 
 def reduce(grad_weight: Tensor, table: Tensor, view: TileView, scale: float, pool_shape: Sequence[int]) -> Tensor:
@@ -305,7 +322,7 @@ def reduce(grad_weight: Tensor, table: Tensor, view: TileView, scale: float, poo
     Returns:
         a tensor of `pool_shape` and of `grad_weight`'s dtype.
     """
-    return _ops.reduce(grad_weight, table, view, scale, list(pool_shape))
+    return _ops.reduce.default(grad_weight, table, view, scale, list(pool_shape))
 
 
 def linear(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: TileView, scale: float) -> Tensor:
@@ -327,14 +344,14 @@ def linear(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: Ti
     """
     x, pool, bias = _like_autocast(x, pool, bias)
     _check_product("linear", x, view.cols, pool, bias)
-    return _ops.linear(x, pool, bias, table, view, scale)
+    return _ops.linear.default(x, pool, bias, table, view, scale)
 
 
 def linear_t(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: TileView, scale: float) -> Tensor:
     """Return `x · W + bias`, `[..., rows] → [..., cols]`; arguments, dtypes and errors as in `linear`."""
     x, pool, bias = _like_autocast(x, pool, bias)
     _check_product("linear_t", x, view.rows, pool, bias)
-    return _ops.linear_t(x, pool, bias, table, view, scale)
+    return _ops.linear_t.default(x, pool, bias, table, view, scale)
 
 
 def embedding(index: Tensor, pool: Tensor, table: Tensor, view: TileView, scale: float) -> Tensor:
@@ -356,7 +373,7 @@ def embedding(index: Tensor, pool: Tensor, table: Tensor, view: TileView, scale:
     """
     if index.dtype not in (torch.int64, torch.int32):
         raise RuntimeError(f"embedding indices must be int64 or int32, not {index.dtype}")
-    return _ops.embedding(index, pool, table, view, scale)
+    return _ops.embedding.default(index, pool, table, view, scale)
 
 
 def product_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:

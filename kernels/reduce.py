@@ -15,6 +15,7 @@ from roastify.kernels import reference, tuning
 from roastify.kernels.gather import place_of
 from roastify.kernels.hash import apply_sign, supported, tile_start, view_arguments
 from roastify.kernels.launch import PLAIN_ARGUMENTS
+from roastify.kernels.tuning import cdiv, power_of_2
 from roastify.kernels.view import MappingKind, TileView
 
 
@@ -103,9 +104,9 @@ def _has_kernel(grad_weight: Tensor, view: TileView) -> bool:
 
 def _by_slot(out: Tensor, grad_weight: Tensor, table: Tensor, view: TileView, scale: float, add: bool) -> None:
     """Write every slot of the region: the sum over its tiles, or with `add` that and what is there."""
-    block_elements = min(triton.next_power_of_2(view.slot_size), tuning.REDUCE_ELEMENTS)
+    block_elements = min(power_of_2(view.slot_size), tuning.REDUCE_ELEMENTS)
     block_slots = max(1, tuning.REDUCE_ELEMENTS // block_elements)
-    programs = triton.cdiv(view.num_slots, block_slots) * triton.cdiv(view.slot_size, block_elements)
+    programs = cdiv(view.num_slots, block_slots) * cdiv(view.slot_size, block_elements)
     _reduce_kernel[(programs,)](
         p_grad=grad_weight,
         p_out=out,
@@ -125,12 +126,12 @@ def _by_slot(out: Tensor, grad_weight: Tensor, table: Tensor, view: TileView, sc
 
 def _by_tile(total: Tensor, grad_weight: Tensor, table: Tensor, view: TileView, scale: float) -> None:
     """Add each tile to its slot, a chunk at a time."""
-    block_elements = min(triton.next_power_of_2(view.slot_size), tuning.MOST_ELEMENTS)
+    block_elements = min(power_of_2(view.slot_size), tuning.MOST_ELEMENTS)
     block_tiles = max(1, tuning.GATHER_ELEMENTS // block_elements)
     begin, end = view.first_tile, view.first_tile + view.num_tiles
     while begin < end:
         chunk_end = min(end, (begin // view.num_slots + 1) * view.num_slots)
-        programs = triton.cdiv(chunk_end - begin, block_tiles) * triton.cdiv(view.slot_size, block_elements)
+        programs = cdiv(chunk_end - begin, block_tiles) * cdiv(view.slot_size, block_elements)
         _reduce_chunk_kernel[(programs,)](
             p_grad=grad_weight,
             p_out=total,

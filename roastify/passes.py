@@ -104,16 +104,14 @@ class _Read(torch.autograd.Function):
     Operators find the sink on its node, which also keeps the door that it went through in use.
     """
 
+    # In one piece: with a `setup_context`, torch asks for the signature at each call, which costs more than the rest.
     @staticmethod
-    def forward(token: Tensor, copy: Tensor, door: _Door | None) -> Tensor:
-        return copy.view_as(copy)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.dtype = inputs[0].dtype
-        if (door := inputs[2]) is not None:
+    def forward(ctx: Any, token: Tensor, copy: Tensor, door: _Door | None) -> Tensor:
+        ctx.dtype = token.dtype
+        if door is not None:
             ctx.door, ctx.sink = door, door.sink
             ctx.set_materialize_grads(False)
+        return copy.view_as(copy)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
