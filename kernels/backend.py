@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 
+@functools.cache
 def has_copy_engine(device: torch.device) -> bool:
     """Whether a GPU has the tensor-copy engine that `many_rows` is written for: NVIDIA's Hopper."""
     # AMD's GPUs have capabilities of the same numbers.

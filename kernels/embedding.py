@@ -18,6 +18,7 @@ from torch import Tensor
 from roastify.kernels import reference, tuning
 from roastify.kernels.hash import apply_sign, supported, tile_start, view_arguments
 from roastify.kernels.launch import PLAIN_ARGUMENTS
+from roastify.kernels.tuning import cdiv, power_of_2
 from roastify.kernels.view import MappingKind, TileView
 
 
@@ -67,10 +68,10 @@ def embedding(index: Tensor, pool: Tensor, table: Tensor, view: TileView, scale:
     pool, flat = pool.contiguous(), index.reshape(-1).contiguous()
     out = torch.empty(flat.numel(), view.cols, dtype=pool.dtype, device=pool.device)
     num_lookups = flat.numel() * view.grid_cols
-    cols_pow2 = triton.next_power_of_2(view.tile_cols)
+    cols_pow2 = power_of_2(view.tile_cols)
     block_lookups = max(1, tuning.EMBEDDING_ELEMENTS // cols_pow2)
     if num_lookups:
-        _embedding_kernel[(triton.cdiv(num_lookups, block_lookups),)](
+        _embedding_kernel[(cdiv(num_lookups, block_lookups),)](
             p_index=flat,
             p_pool=pool,
             p_out=out,
@@ -102,7 +103,7 @@ def _place_kernel(
 def _run_kernel(
     p_index, p_place, p_order, p_grad, p_out, p_head, p_tail, scale, key, num_lookups, nowhere, steps, rows, cols,
     first_tile, grid_cols, num_slots, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, COLS_POW2: tl.constexpr,
-    BC: tl.constexpr, MAPPING: tl.constexpr, SIGN: tl.constexpr,
+    BC: tl.constexpr, MAPPING: tl.constexpr, SIGN: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     # The sorted lookups are cut into chunks of `steps`; each program walks `BC` of them side by side.
     chunk = tl.program_id(0).to(tl.int64) * BC + tl.arange(0, BC)
@@ -129,7 +130,10 @@ def _run_kernel(
         last = step == steps - 1
         whole = exists & begun & ends & (place != nowhere)
         p_whole = p_out + place[:, None] * TILE_COLS + c[None, :]
-        tl.store(p_whole, (total * scale).to(p_out.dtype.element_ty), mask=whole[:, None] & columns)
+        result = total * scale
+        if ADD:
+            result += tl.load(p_whole, mask=whole[:, None] & columns, other=0.0)
+        tl.store(p_whole, result.to(p_out.dtype.element_ty), mask=whole[:, None] & columns)
         # Runs that other chunks have a part of: at the head of this one, and at its tail.
         part = chunk[:, None] * TILE_COLS + c[None, :]
         tl.store(p_head + part, total, mask=(exists & (begun == 0) & (ends | last))[:, None] & columns)
@@ -142,7 +146,7 @@ def _run_kernel(
 @triton.jit
 def _join_kernel(
     p_place, p_head, p_tail, p_out, scale, num_lookups, nowhere, steps, TILE_COLS: tl.constexpr,
-    COLS_POW2: tl.constexpr,
+    COLS_POW2: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     # A run that was cut is joined by the chunk in which it began.
     chunk = tl.program_id(0).to(tl.int64)
@@ -164,7 +168,10 @@ def _join_kernel(
         last = tl.load(p_place + end - 1, mask=end < num_lookups, other=-1).to(tl.int64)
         following = tl.load(p_place + end, mask=(end < num_lookups) & (last == place), other=-2).to(tl.int64)
         goes_on = following == place
-    tl.store(p_out + place * TILE_COLS + c, (total * scale).to(p_out.dtype.element_ty), mask=columns & cut)
+    result = total * scale
+    if ADD:
+        result += tl.load(p_out + place * TILE_COLS + c, mask=columns & cut, other=0.0)
+    tl.store(p_out + place * TILE_COLS + c, result.to(p_out.dtype.element_ty), mask=columns & cut)
 
 
 def embedding_reduce(
@@ -174,18 +181,38 @@ def embedding_reduce(
 
     float64, tables kept as strips, and mappings whose tiles begin anywhere go through the reference.
     """
-    if not supported(grad) or view.strips or view.mapping == MappingKind.UNALIGNED:
+    if not _has_kernel(grad, view):
         return reference.embedding_reduce(grad, index, table, view, scale, pool_shape)
-    grad, index = grad.reshape(-1, view.cols).contiguous(), index.reshape(-1).contiguous()
     out = torch.zeros(pool_shape, dtype=grad.dtype, device=grad.device)
+    _write_runs(out, grad, index, table, view, scale, add=False)
+    return out
+
+
+def embedding_reduce_(total: Tensor, grad: Tensor, index: Tensor, table: Tensor, view: TileView, scale: float) -> None:
+    """Add what `embedding_reduce` returns to `total`; only what the rows touch is read and written."""
+    if not _has_kernel(grad, view):
+        reference.embedding_reduce_(total, grad, index, table, view, scale)
+    else:
+        _write_runs(total, grad, index, table, view, scale, add=True)
+
+
+def _has_kernel(grad: Tensor, view: TileView) -> bool:
+    return supported(grad) and not view.strips and view.mapping != MappingKind.UNALIGNED
+
+
+def _write_runs(
+    out: Tensor, grad: Tensor, index: Tensor, table: Tensor, view: TileView, scale: float, add: bool
+) -> None:
+    """Write the sum of each place that the rows touch, or with `add` that and what is there."""
+    grad, index = grad.reshape(-1, view.cols).contiguous(), index.reshape(-1).contiguous()
     num_lookups = index.numel() * view.grid_cols
     if not num_lookups:
-        return out
+        return
     # Segments of the pool are numbered from 0, so this is one more than the last. Half as many bits sort twice as fast.
     nowhere = out.numel() // view.tile_cols
     place = torch.empty(num_lookups, dtype=torch.int32 if nowhere < 1 << 31 else torch.int64, device=grad.device)
     arguments = view_arguments(table, view)
-    _place_kernel[(triton.cdiv(num_lookups, tuning.PLACE_LOOKUPS),)](
+    _place_kernel[(cdiv(num_lookups, tuning.PLACE_LOOKUPS),)](
         p_index=index,
         p_place=place,
         num_lookups=num_lookups,
@@ -195,14 +222,14 @@ def embedding_reduce(
     )
     place, order = torch.sort(place, stable=True)
     steps = _steps(index.numel())
-    num_chunks = triton.cdiv(num_lookups, steps)
-    cols_pow2 = triton.next_power_of_2(view.tile_cols)
+    num_chunks = cdiv(num_lookups, steps)
+    cols_pow2 = power_of_2(view.tile_cols)
     head = torch.empty(num_chunks, view.tile_cols, dtype=torch.float32, device=grad.device)
     tail = torch.empty_like(head)
     block_chunks = max(1, tuning.RUN_ELEMENTS // cols_pow2)
     for unused in ("p_table", "first_slot", "first_chunk"):
         del arguments[unused]
-    _run_kernel[(triton.cdiv(num_chunks, block_chunks),)](
+    _run_kernel[(cdiv(num_chunks, block_chunks),)](
         p_index=index,
         p_place=place,
         p_order=order,
@@ -216,6 +243,7 @@ def embedding_reduce(
         steps=steps,
         COLS_POW2=cols_pow2,
         BC=block_chunks,
+        ADD=add,
         num_warps=tuning.RUN_WARPS,
         **arguments,
     )
@@ -230,11 +258,11 @@ def embedding_reduce(
         steps=steps,
         TILE_COLS=view.tile_cols,
         COLS_POW2=cols_pow2,
+        ADD=add,
         num_warps=1,
     )
-    return out
 
 
 def _steps(num_tokens: int) -> int:
     """Return the lookups of a chunk: of `n` tokens that are all one row, √n are added in a row, then √n parts."""
-    return max(tuning.RUN_STEPS, triton.next_power_of_2(math.isqrt(num_tokens)))
+    return max(tuning.RUN_STEPS, power_of_2(math.isqrt(num_tokens)))

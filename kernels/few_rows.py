@@ -11,6 +11,8 @@ Partial sums are added in a fixed order by a second kernel: no atomics, nothing 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -27,6 +29,7 @@ from roastify.kernels.hash import (
 )
 from roastify.kernels.launch import PLAIN_ARGUMENTS, address_type, dependent_launch, precision, shared_memory
 from roastify.kernels.parts import add_parts
+from roastify.kernels.tuning import cdiv, power_of_2
 from roastify.kernels.view import MappingKind, SignKind, TileView
 
 _SIGN_TILE = tl.constexpr(int(SignKind.TILE))
@@ -234,7 +237,7 @@ def by_slot(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: T
     block_rows = min(settings.block_rows, view.tile_rows)
     parts = torch.empty(view.grid_cols, num_rows, view.rows, dtype=torch.float32, device=x.device)
     chunk_begin, num_chunks = view.chunks
-    block_m = triton.next_power_of_2(num_rows)
+    block_m = power_of_2(num_rows)
     _by_slot_kernel[(view.num_slots * (view.tile_rows // block_rows),)](
         p_x=x,
         p_pool=pool,
@@ -246,7 +249,7 @@ def by_slot(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: T
         num_chunks=num_chunks,
         BR=block_rows,
         # The matrix unit takes no fewer than 16 columns.
-        BC=max(triton.next_power_of_2(num_chunks), 16 // block_m),
+        BC=max(power_of_2(num_chunks), 16 // block_m),
         BM=block_m,
         PRECISION=precision(),
         WIDEN=interpreted(),
@@ -263,7 +266,7 @@ def one_row(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: T
     settings = tuning.one_row(view.rows)
     block_rows = min(settings.block_rows, view.tile_rows)
     out = torch.empty(1, view.rows, dtype=x.dtype, device=x.device)
-    _one_row_kernel[(triton.cdiv(view.rows, block_rows),)](
+    _one_row_kernel[(cdiv(view.rows, block_rows),)](
         p_x=x,
         p_pool=pool,
         p_bias=out if bias is None else bias,
@@ -287,13 +290,13 @@ def split(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: Til
     assert settings is not None, "linear.way asks first"
     block_rows = min(settings.block_rows, view.tile_rows)
     tiles_each = min(settings.tiles, view.grid_cols)
-    num_parts = triton.cdiv(view.grid_cols, tiles_each)
+    num_parts = cdiv(view.grid_cols, tiles_each)
     out = torch.empty(num_rows, view.rows, dtype=x.dtype, device=x.device)
     if num_parts > 1:
         parts = torch.empty(num_parts, num_rows, view.rows, dtype=torch.float32, device=x.device)
     else:
         parts = out
-    _split_kernel[(triton.cdiv(view.rows, block_rows), num_parts)](
+    _split_kernel[(cdiv(view.rows, block_rows), num_parts)](
         p_x=x,
         p_pool=pool,
         p_bias=out if bias is None else bias,
@@ -301,7 +304,7 @@ def split(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: Til
         scale=scale,
         num_rows=num_rows,
         tiles_each=tiles_each,
-        BM=max(16 // settings.stacked, triton.next_power_of_2(num_rows)),
+        BM=max(16 // settings.stacked, power_of_2(num_rows)),
         BN=block_rows,
         BT=settings.stacked,
         STAGES=settings.num_stages,
@@ -319,9 +322,13 @@ def split(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: Til
 
 def fits(x: Tensor, view: TileView) -> bool:
     """Whether these kernels take a product: tiles that fill a matrix unit, and slots that they can step through."""
+    return x.shape[0] > 0 and _fits(view)
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _fits(view: TileView) -> bool:
     return (
-        x.shape[0] > 0
-        and view.mapping == MappingKind.PERMUTATION
+        view.mapping == MappingKind.PERMUTATION
         and not view.strips
         and all(16 <= size <= 128 and size & (size - 1) == 0 for size in (view.tile_rows, view.tile_cols))
     )

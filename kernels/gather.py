@@ -10,6 +10,7 @@ from torch import Tensor
 from roastify.kernels import reference, tuning
 from roastify.kernels.hash import apply_sign, supported, tile_start, view_arguments
 from roastify.kernels.launch import PLAIN_ARGUMENTS
+from roastify.kernels.tuning import cdiv, power_of_2
 from roastify.kernels.view import TileView
 
 
@@ -58,9 +59,9 @@ def gather(pool: Tensor, table: Tensor, view: TileView, scale: float) -> Tensor:
     pool = pool.contiguous()
     out = torch.empty(view.rows, view.cols, dtype=pool.dtype, device=pool.device)
     # A slot of any size: large ones are several programs' work.
-    block_elements = min(triton.next_power_of_2(view.slot_size), tuning.MOST_ELEMENTS)
+    block_elements = min(power_of_2(view.slot_size), tuning.MOST_ELEMENTS)
     block_tiles = max(1, tuning.GATHER_ELEMENTS // block_elements)
-    programs = triton.cdiv(view.num_tiles, block_tiles) * triton.cdiv(view.slot_size, block_elements)
+    programs = cdiv(view.num_tiles, block_tiles) * cdiv(view.slot_size, block_elements)
     _gather_kernel[(programs,)](
         p_pool=pool,
         p_out=out,

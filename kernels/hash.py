@@ -6,6 +6,7 @@ tensor arrives. With ``TRITON_INTERPRET=1`` in the environment at that moment, t
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -141,8 +142,12 @@ def supported(pool: torch.Tensor) -> bool:
 
 def view_arguments(table: torch.Tensor, view: TileView) -> dict[str, Any]:
     """Return the arguments that every kernel takes to find a tensor's tiles and signs."""
+    return {"p_table": table, **_view_numbers(view)}
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _view_numbers(view: TileView) -> dict[str, Any]:
     return {
-        "p_table": table,
         "key": view.key,
         "num_slots": view.num_slots,
         "first_slot": view.first_slot,
@@ -158,6 +163,7 @@ def view_arguments(table: torch.Tensor, view: TileView) -> dict[str, Any]:
     }
 
 
+@functools.lru_cache(maxsize=1 << 12)
 def effective_sign(view: TileView) -> SignKind:
     """Return what a kernel must do about signs: nothing where no tile is negative; a strip is a row of its own."""
     if view.all_positive:
@@ -165,6 +171,7 @@ def effective_sign(view: TileView) -> SignKind:
     return SignKind.TILE if view.strips and view.sign == SignKind.ROW else SignKind(view.sign)
 
 
+@functools.cache
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter."""
     return bool(knobs.runtime.interpret)

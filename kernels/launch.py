@@ -26,6 +26,8 @@ PLAIN_ARGUMENTS = [
     "chunk_begin",
     "num_chunks",
     "chunk_end",
+    "begin_tile",
+    "end_tile",
     "tiles_each",
     "num_lookups",
     "nowhere",
@@ -38,13 +40,13 @@ def address_type(pool: torch.Tensor, view: TileView, num_rows: int) -> tl.dtype:
 
     (64-bit remainders made a single-pass kernel take 10 µs where 32-bit ones take 6.)
     """
-    largest = max(
-        view.num_slots**2,
-        view.first_tile + view.num_tiles + view.num_slots,
-        pool.numel(),
-        num_rows * view.grid_cols * view.tile_cols,
-    )
+    largest = max(_largest_address(view), pool.numel(), num_rows * view.grid_cols * view.tile_cols)
     return tl.int32 if largest < 1 << 31 else tl.int64
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _largest_address(view: TileView) -> int:
+    return max(view.num_slots**2, view.first_tile + view.num_tiles + view.num_slots)
 
 
 def precision() -> str:
@@ -54,8 +56,12 @@ def precision() -> str:
 
 def dependent_launch(x: torch.Tensor) -> dict[str, Any]:
     """Return the arguments that let a kernel start before the one ahead of it ends (Hopper and later)."""
-    able = not interpreted() and torch.version.cuda is not None and torch.cuda.get_device_capability(x.device)[0] >= 9
-    return {"DEPENDENT": True, "launch_pdl": True} if able else {"DEPENDENT": False}
+    return {"DEPENDENT": True, "launch_pdl": True} if _may_overlap(x.device) else {"DEPENDENT": False}
+
+
+@functools.cache
+def _may_overlap(device: torch.device) -> bool:
+    return not interpreted() and torch.version.cuda is not None and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def shared_memory(device: torch.device) -> int:

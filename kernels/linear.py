@@ -18,7 +18,7 @@ from roastify.kernels import few_rows, many_rows, tuning
 from roastify.kernels.gather import gather
 from roastify.kernels.hash import effective_sign, supported
 from roastify.kernels.launch import precision, shared_memory
-from roastify.kernels.reduce import reduce
+from roastify.kernels.reduce import reduce, reduce_
 from roastify.kernels.view import SignKind, TileView
 
 
@@ -100,13 +100,18 @@ def linear_reduce(
 ) -> Tensor:
     """Return `reduce(gradᵀ · x)`, a panel of the weight's gradient at a time."""
     grad, x = grad.reshape(-1, view.rows), x.reshape(-1, view.cols)
-    total: Tensor | None = None
-    for start, stop, panel in _panels(view):
-        part = reduce(grad[:, start:stop].t() @ x, table, panel, scale, pool_shape)
-        if total is None and stop == view.rows:
-            return part
-        # A narrow dtype accumulates in float32.
-        wide = torch.float64 if part.dtype == torch.float64 else torch.float32
-        total = part.to(wide) if total is None else total + part
-    assert total is not None
+    panels = list(_panels(view))
+    if len(panels) == 1:
+        return reduce(grad.t() @ x, table, view, scale, pool_shape)
+    # A narrow dtype accumulates in float32.
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    total = torch.zeros(pool_shape, dtype=wide, device=x.device)
+    linear_reduce_(total, grad, x, table, view, scale)
     return total.to(x.dtype)
+
+
+def linear_reduce_(total: Tensor, grad: Tensor, x: Tensor, table: Tensor, view: TileView, scale: float) -> None:
+    """Add `reduce(gradᵀ · x)` to `total`, a panel of the weight's gradient at a time."""
+    grad, x = grad.reshape(-1, view.rows), x.reshape(-1, view.cols)
+    for start, stop, panel in _panels(view):
+        reduce_(total, grad[:, start:stop].t() @ x, table, panel, scale)

@@ -7,6 +7,8 @@ each row of tiles the loop over `k` has no sign in it; signs of finer grain go o
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -18,6 +20,7 @@ from roastify.kernels.backend import has_copy_engine
 from roastify.kernels.hash import effective_sign, interpreted, mix64, segment, view_arguments
 from roastify.kernels.launch import PLAIN_ARGUMENTS, address_type, dependent_launch, precision
 from roastify.kernels.parts import add_parts
+from roastify.kernels.tuning import cdiv
 from roastify.kernels.view import MappingKind, SignKind, TileView
 
 _SIGN_ROW = tl.constexpr(int(SignKind.ROW))
@@ -88,13 +91,13 @@ def many_rows(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view:
     settings = tuning.many_rows(view, num_rows, x.element_size())
     block_n = min(settings.block_n, view.tile_rows)
     tiles_each = min(settings.tiles, view.grid_cols)
-    num_parts = triton.cdiv(view.grid_cols, tiles_each)
+    num_parts = cdiv(view.grid_cols, tiles_each)
     out = torch.empty(num_rows, view.rows, dtype=x.dtype, device=x.device)
     if num_parts > 1:
         parts = torch.empty(num_parts, num_rows, view.rows, dtype=torch.float32, device=x.device)
     else:
         parts = out
-    grid = (triton.cdiv(num_rows, settings.block_m) * triton.cdiv(view.rows, block_n), num_parts)
+    grid = (cdiv(num_rows, settings.block_m) * cdiv(view.rows, block_n), num_parts)
     _many_rows_kernel[grid](
         d_x=TensorDescriptor.from_tensor(x, [settings.block_m, view.tile_cols]),
         d_pool=TensorDescriptor.from_tensor(pool, [block_n, view.tile_cols]),
@@ -128,15 +131,22 @@ def fits(x: Tensor, pool: Tensor, view: TileView) -> bool:
     return (
         (interpreted() or has_copy_engine(x.device))
         and x.shape[0] > 0
-        and view.mapping == MappingKind.PERMUTATION
-        and not view.strips
-        and effective_sign(view) in (SignKind.NONE, SignKind.ROW)
-        and view.cols % view.tile_cols == 0
-        and view.tile_rows in (64, 128)
-        and view.tile_cols in (32, 64)
+        and _fits(view)
         # A row of the pool may be stepped past the last one, by less than the pool, before it wraps.
         and pool.shape[0] < 1 << 30
         and x.data_ptr() % 16 == 0
         and pool.data_ptr() % 16 == 0
         and (x.dtype != torch.float32 or precision() == "tf32")
+    )
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _fits(view: TileView) -> bool:
+    return (
+        view.mapping == MappingKind.PERMUTATION
+        and not view.strips
+        and effective_sign(view) in (SignKind.NONE, SignKind.ROW)
+        and view.cols % view.tile_cols == 0
+        and view.tile_rows in (64, 128)
+        and view.tile_cols in (32, 64)
     )

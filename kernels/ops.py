@@ -4,12 +4,17 @@ Each takes the pool, the chunk table, a `TileView` as ``int[]`` and the tensor's
 operation on :math:`W = \lambda \cdot sign \cdot pool[slot]`. The family is closed under differentiation (the gradient
 of every operator is another of them), so second derivatives work as well.
 
+The three that make a gradient of the pool have twins (`reduce_`, `linear_reduce_`, `embedding_reduce_`) that add it to
+a tensor of the pool's shape, and touch no more of that than their tensor reads. A backward pass takes them wherever the
+pool was read through a gate (`sink`).
+
 The functions of this module check and cast their arguments, follow autocast where the dense operation would, and call
 the operator.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +23,7 @@ import torch
 from torch import Tensor
 
 from roastify.kernels import reference
+from roastify.kernels.sink import is_wanted, sink_of
 from roastify.kernels.view import TileView
 
 _VIEW = "Tensor table, int[] view, float scale"
@@ -29,6 +35,9 @@ _SCHEMAS = {
     "linear_reduce": f"(Tensor grad, Tensor x, {_VIEW}, int[] pool_shape) -> Tensor",
     "embedding": f"(Tensor index, Tensor pool, {_VIEW}) -> Tensor",
     "embedding_reduce": f"(Tensor grad, Tensor index, {_VIEW}, int[] pool_shape) -> Tensor",
+    "reduce_": f"(Tensor(a!) total, Tensor grad_weight, {_VIEW}) -> ()",
+    "linear_reduce_": f"(Tensor(a!) total, Tensor grad, Tensor x, {_VIEW}) -> ()",
+    "embedding_reduce_": f"(Tensor(a!) total, Tensor grad, Tensor index, {_VIEW}) -> ()",
 }
 
 # The modules with the operators' CUDA launchers. They import Triton, so they are imported when a CUDA tensor arrives.
@@ -40,6 +49,9 @@ _CUDA_HOMES = {
     "linear_reduce": "linear",
     "embedding": "embedding",
     "embedding_reduce": "embedding",
+    "reduce_": "reduce",
+    "linear_reduce_": "linear",
+    "embedding_reduce_": "embedding",
 }
 
 _library = torch.library.Library("roastify", "DEF")
@@ -53,20 +65,28 @@ def _with_view(function: Any, view_position: int) -> Any:
     inside autograd's node, which torch forbids to change in place, and models do that to what a layer gives them.
     """
 
-    def call(*args: Any) -> Tensor:
+    def call(*args: Any) -> Tensor | None:
         with torch._C._ExcludeDispatchKeyGuard(_VIEW_TRACKING):
             return function(*args[:view_position], TileView(*args[view_position]), *args[view_position + 1 :])
 
     return call
 
 
+@functools.cache
+def _launcher(name: str) -> Any:
+    return getattr(importlib.import_module(f"roastify.kernels.{_CUDA_HOMES[name]}"), name)
+
+
 def _on_cuda(name: str) -> Any:
     """Return the operator's CUDA launcher, found when it is first called."""
 
-    def call(*args: Any) -> Tensor:
-        launcher = getattr(importlib.import_module(f"roastify.kernels.{_CUDA_HOMES[name]}"), name)
+    def call(*args: Any) -> Tensor | None:
+        launcher = _launcher(name)
         # Triton launches on the current device, which need not be the tensors'.
-        with torch.cuda.device(args[0].device):
+        device = args[0].device
+        if device.index == torch.cuda.current_device():
+            return launcher(*args)
+        with torch.cuda.device(device):
             return launcher(*args)
 
     return call
@@ -119,6 +139,43 @@ def _(
     return grad.new_empty(pool_shape)
 
 
+def _adds_in_place(*args: Any) -> None:
+    """The fake of operators that only write to their first argument."""
+
+
+for _name in ("reduce_", "linear_reduce_", "embedding_reduce_"):
+    torch.library.register_fake(f"roastify::{_name}", _adds_in_place, lib=_library)
+
+
+def _call(operator: Any, *args: Any) -> Any:
+    """Call an operator in a backward pass; where no graph of it is asked for, past what would make one."""
+    if torch.is_grad_enabled():
+        return operator(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*args)
+
+
+def _pool_gradient(ctx: Any, position: int, name: str, *args: Any, pool_shape: Sequence[int]) -> Tensor | None:
+    """Return the pool's gradient, or None where it was added to the buffer of the backward pass, or nobody asks.
+
+    Args:
+        ctx: of the operator that read the pool.
+        position: of the pool among the operator's tensors.
+        name: of the operator that makes the gradient.
+        args: that operator's, all but the pool's shape.
+        pool_shape: the pool's shape.
+    """
+    # Along the edge that the gradient would take.
+    read = ctx.next_functions[position][0]
+    if (sink := sink_of(read)) is not None:
+        if not is_wanted(read):
+            return None
+        if (total := sink.total()) is not None:
+            _call(getattr(_ops, name + "_").default, total, *args)
+            return None
+    return _call(getattr(_ops, name).default, *args, list(pool_shape))
+
+
 def _save_view(ctx: Any, table: Tensor, view: Sequence[int], scale: float, *tensors: Tensor | None) -> None:
     ctx.save_for_backward(table, *tensors)
     ctx.view, ctx.scale = list(view), scale
@@ -136,7 +193,8 @@ def _setup_gather(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward_gather(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (table,) = ctx.saved_tensors
-    return _ops.reduce(grad, table, ctx.view, ctx.scale, ctx.pool_shape), None, None, None
+    grad_pool = _pool_gradient(ctx, 0, "reduce", grad, table, ctx.view, ctx.scale, pool_shape=ctx.pool_shape)
+    return grad_pool, None, None, None
 
 
 def _setup_reduce(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -146,7 +204,7 @@ def _setup_reduce(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward_reduce(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (table,) = ctx.saved_tensors
-    return _ops.gather(grad, table, ctx.view, ctx.scale), None, None, None, None
+    return _call(_ops.gather.default, grad, table, ctx.view, ctx.scale), None, None, None, None
 
 
 def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -154,12 +212,16 @@ def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _save_view(ctx, table, view, scale, x, pool)
 
 
+def _linear_pool_gradient(ctx: Any, grad: Tensor, x: Tensor, table: Tensor, pool: Tensor) -> Tensor | None:
+    return _pool_gradient(ctx, 1, "linear_reduce", grad, x, table, ctx.view, ctx.scale, pool_shape=pool.shape)
+
+
 def _backward_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     table, x, pool = ctx.saved_tensors
     need_x, need_pool, need_bias = ctx.needs_input_grad[:3]
     return (
-        _ops.linear_t(grad, pool, None, table, ctx.view, ctx.scale) if need_x else None,
-        _ops.linear_reduce(grad, x, table, ctx.view, ctx.scale, list(pool.shape)) if need_pool else None,
+        _call(_ops.linear_t.default, grad, pool, None, table, ctx.view, ctx.scale) if need_x else None,
+        _linear_pool_gradient(ctx, grad, x, table, pool) if need_pool else None,
         _sum_to_bias(grad, need_bias),
         None,
         None,
@@ -171,8 +233,8 @@ def _backward_linear_t(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     table, x, pool = ctx.saved_tensors
     need_x, need_pool, need_bias = ctx.needs_input_grad[:3]
     return (
-        _ops.linear(grad, pool, None, table, ctx.view, ctx.scale) if need_x else None,
-        _ops.linear_reduce(x, grad, table, ctx.view, ctx.scale, list(pool.shape)) if need_pool else None,
+        _call(_ops.linear.default, grad, pool, None, table, ctx.view, ctx.scale) if need_x else None,
+        _linear_pool_gradient(ctx, x, grad, table, pool) if need_pool else None,
         _sum_to_bias(grad, need_bias),
         None,
         None,
@@ -189,8 +251,8 @@ def _backward_linear_reduce(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]
     table, grad_output, x = ctx.saved_tensors
     need_grad_output, need_x = ctx.needs_input_grad[:2]
     return (
-        _ops.linear(x, grad, None, table, ctx.view, ctx.scale) if need_grad_output else None,
-        _ops.linear_t(grad_output, grad, None, table, ctx.view, ctx.scale) if need_x else None,
+        _call(_ops.linear.default, x, grad, None, table, ctx.view, ctx.scale) if need_grad_output else None,
+        _call(_ops.linear_t.default, grad_output, grad, None, table, ctx.view, ctx.scale) if need_x else None,
         None,
         None,
         None,
@@ -206,7 +268,8 @@ def _setup_embedding(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward_embedding(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     table, index = ctx.saved_tensors
-    return None, _ops.embedding_reduce(grad, index, table, ctx.view, ctx.scale, ctx.pool_shape), None, None, None
+    args = grad, index, table, ctx.view, ctx.scale
+    return None, _pool_gradient(ctx, 1, "embedding_reduce", *args, pool_shape=ctx.pool_shape), None, None, None
 
 
 def _setup_embedding_reduce(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -216,7 +279,7 @@ def _setup_embedding_reduce(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -
 
 def _backward_embedding_reduce(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     table, index = ctx.saved_tensors
-    return _ops.embedding(index, grad, table, ctx.view, ctx.scale), None, None, None, None, None
+    return _call(_ops.embedding.default, index, grad, table, ctx.view, ctx.scale), None, None, None, None, None
 
 
 for _name, _backward, _setup in (
@@ -243,7 +306,7 @@ def gather(pool: Tensor, table: Tensor, view: TileView, scale: float) -> Tensor:
     Returns:
         `[rows, cols]`, of the pool's dtype.
     """
-    return _ops.gather(pool, table, view, scale)
+    return _ops.gather.default(pool, table, view, scale)
 
 
 def reduce(grad_weight: Tensor, table: Tensor, view: TileView, scale: float, pool_shape: Sequence[int]) -> Tensor:
@@ -259,7 +322,7 @@ def reduce(grad_weight: Tensor, table: Tensor, view: TileView, scale: float, poo
     Returns:
         a tensor of `pool_shape` and of `grad_weight`'s dtype.
     """
-    return _ops.reduce(grad_weight, table, view, scale, list(pool_shape))
+    return _ops.reduce.default(grad_weight, table, view, scale, list(pool_shape))
 
 
 def linear(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: TileView, scale: float) -> Tensor:
@@ -281,14 +344,14 @@ def linear(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: Ti
     """
     x, pool, bias = _like_autocast(x, pool, bias)
     _check_product("linear", x, view.cols, pool, bias)
-    return _ops.linear(x, pool, bias, table, view, scale)
+    return _ops.linear.default(x, pool, bias, table, view, scale)
 
 
 def linear_t(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: TileView, scale: float) -> Tensor:
     """Return `x · W + bias`, `[..., rows] → [..., cols]`; arguments, dtypes and errors as in `linear`."""
     x, pool, bias = _like_autocast(x, pool, bias)
     _check_product("linear_t", x, view.rows, pool, bias)
-    return _ops.linear_t(x, pool, bias, table, view, scale)
+    return _ops.linear_t.default(x, pool, bias, table, view, scale)
 
 
 def embedding(index: Tensor, pool: Tensor, table: Tensor, view: TileView, scale: float) -> Tensor:
@@ -310,7 +373,7 @@ def embedding(index: Tensor, pool: Tensor, table: Tensor, view: TileView, scale:
     """
     if index.dtype not in (torch.int64, torch.int32):
         raise RuntimeError(f"embedding indices must be int64 or int32, not {index.dtype}")
-    return _ops.embedding(index, pool, table, view, scale)
+    return _ops.embedding.default(index, pool, table, view, scale)
 
 
 def product_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:

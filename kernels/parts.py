@@ -9,6 +9,7 @@ from torch import Tensor
 
 from roastify.kernels import tuning
 from roastify.kernels.launch import PLAIN_ARGUMENTS, dependent_launch
+from roastify.kernels.tuning import cdiv, power_of_2
 
 
 @triton.jit(do_not_specialize=PLAIN_ARGUMENTS)
@@ -35,9 +36,9 @@ def add_parts(parts: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Return the sum of float32 `[parts, num_rows, rows]` over its first size, plus the bias, in a fixed order."""
     num_parts, num_rows, rows = parts.shape
     out = torch.empty(num_rows, rows, dtype=dtype, device=parts.device)
-    block_parts = min(triton.next_power_of_2(num_parts), tuning.SUM_PARTS)
+    block_parts = min(power_of_2(num_parts), tuning.SUM_PARTS)
     block = max(tuning.SUM_ELEMENTS // block_parts, 32)
-    _sum_kernel[(triton.cdiv(out.numel(), block),)](
+    _sum_kernel[(cdiv(out.numel(), block),)](
         p_parts=parts,
         p_bias=out if bias is None else bias,
         p_out=out,

@@ -173,10 +173,10 @@ def _add_segments(
         target.scatter_add_(0, places[:, None].expand(-1, view.tile_cols), values)
 
 
-def _accumulator(like: Tensor, numel: int) -> Tensor:
-    """Return a zeroed flat buffer in which sums over `like` are kept: float32, or float64 for float64."""
+def _accumulator(like: Tensor, shape: list[int]) -> Tensor:
+    """Return a zeroed buffer in which sums over `like` are kept: float32, or float64 for float64."""
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return torch.zeros(numel, dtype=dtype, device=like.device)
+    return torch.zeros(shape, dtype=dtype, device=like.device)
 
 
 class _Panels:
@@ -235,9 +235,14 @@ def gather(pool: Tensor, table: Tensor, view: TileView, scale: float) -> Tensor:
 
 def reduce(grad_weight: Tensor, table: Tensor, view: TileView, scale: float, pool_shape: list[int]) -> Tensor:
     """Return the adjoint of `gather`: `scale · sign · grad_weight` summed over the readers of each pool element."""
-    total = _accumulator(grad_weight, pool_shape[0] * pool_shape[1])
-    reduce_into(total, grad_weight, table, view, scale)
-    return total.to(grad_weight.dtype).view(pool_shape)
+    total = _accumulator(grad_weight, pool_shape)
+    reduce_(total, grad_weight, table, view, scale)
+    return total.to(grad_weight.dtype)
+
+
+def reduce_(total: Tensor, grad_weight: Tensor, table: Tensor, view: TileView, scale: float) -> None:
+    """Add what `reduce` returns to `total`, in `total`'s dtype."""
+    reduce_into(total.view(-1), grad_weight, table, view, scale)
 
 
 def reduce_into(total: Tensor, grad_weight: Tensor, table: Tensor, view: TileView, scale: float) -> None:
@@ -358,15 +363,21 @@ def linear_t(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: 
 def linear_reduce(
     grad: Tensor, x: Tensor, table: Tensor, view: TileView, scale: float, pool_shape: list[int]
 ) -> Tensor:
-    """Return `reduce(gradᵀ · x)`, the gradient of `linear` for the pool, a panel of the weight's gradient at a time."""
+    """Return `reduce(gradᵀ · x)`, the gradient of `linear` for the pool."""
+    total = _accumulator(x, pool_shape)
+    linear_reduce_(total, grad, x, table, view, scale)
+    return total.to(x.dtype)
+
+
+def linear_reduce_(total: Tensor, grad: Tensor, x: Tensor, table: Tensor, view: TileView, scale: float) -> None:
+    """Add what `linear_reduce` returns to `total`, a panel of the weight's gradient at a time."""
     grad, x = grad.reshape(-1, view.rows), x.reshape(-1, view.cols)
     if view.strips:
-        return reduce(grad.t() @ x, table, view, scale, pool_shape)
-    total = _accumulator(x, pool_shape[0] * pool_shape[1])
+        reduce_(total, grad.t() @ x, table, view, scale)
+        return
     panels = _Panels(view, total.element_size(), _PANEL_BYTES_MANY_ROWS, x.device)
     for start, stop, tiles in panels:
-        _add_panel(total, table, view, scale, panels, tiles, grad[:, start:stop].t() @ x)
-    return total.to(x.dtype).view(pool_shape)
+        _add_panel(total.view(-1), table, view, scale, panels, tiles, grad[:, start:stop].t() @ x)
 
 
 def _lookup_segments(view: TileView, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -399,20 +410,25 @@ def embedding(index: Tensor, pool: Tensor, table: Tensor, view: TileView, scale:
 def embedding_reduce(
     grad: Tensor, index: Tensor, table: Tensor, view: TileView, scale: float, pool_shape: list[int]
 ) -> Tensor:
-    """Return the adjoint of `embedding` for the pool; its cost goes with the tokens, not with the table."""
+    """Return the adjoint of `embedding` for the pool."""
+    total = _accumulator(grad, pool_shape)
+    embedding_reduce_(total, grad, index, table, view, scale)
+    return total.to(grad.dtype)
+
+
+def embedding_reduce_(total: Tensor, grad: Tensor, index: Tensor, table: Tensor, view: TileView, scale: float) -> None:
+    """Add what `embedding_reduce` returns to `total`; the cost goes with the tokens, not with the table."""
     grad, index = grad.reshape(-1, view.cols), index.reshape(-1).long()
-    total = _accumulator(grad, pool_shape[0] * pool_shape[1])
     if view.strips:
-        dense = _accumulator(grad, view.numel).view(view.rows, view.cols)
+        dense = _accumulator(grad, [view.rows, view.cols])
         # On a GPU index_add uses atomics, see `_add_segments`.
         if dense.is_cuda:
             dense.index_put_((index,), grad.to(dense.dtype), accumulate=True)
         else:
             dense.index_add_(0, index, grad.to(dense.dtype))
-        reduce_into(total, dense, table, view, scale)
-        return total.to(grad.dtype).view(pool_shape)
+        reduce_(total, dense, table, view, scale)
+        return
     tiles, tile_rows = _lookup_segments(view, index)
     pad = view.grid_cols * view.tile_cols - view.cols
     values = (F.pad(grad, (0, pad)) if pad else grad).reshape(*tiles.shape, view.tile_cols)
-    _add_segments(total, table, view, scale, tiles, tile_rows, values)
-    return total.to(grad.dtype).view(pool_shape)
+    _add_segments(total.view(-1), table, view, scale, tiles, tile_rows, values)

@@ -6,6 +6,7 @@ shapes alone, so the same call gives the same bits on every run.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 from roastify.kernels.view import TileView
@@ -93,6 +94,9 @@ _BY_SLOT_COLUMNS = 128
 # Of a program's shared memory, for what is not its pipeline's: the matrix unit's results on their way out.
 _BESIDE_STAGES_BYTES = 4096
 
+# Shapes for which settings are remembered: a launch should not cost more than it saves.
+_REMEMBERED = 1 << 12
+
 _ANY = 1 << 62
 # The first line that fits counts: up to so many elements of the weight, and rows of activations.
 _SPLIT = (
@@ -125,9 +129,15 @@ _STAGES_BYTES = 220_000
 _MANY_ROWS_OF_ONE_BLOCK = ManyRows(block_m=64, block_n=128, tiles=0, num_warps=4, num_stages=4, early=True)
 
 
-def _power_of_2(count: int) -> int:
+# Triton has both of these, but outside of a kernel each call of them costs microseconds.
+def power_of_2(count: int) -> int:
     """Return the least power of 2 that is not below a positive count."""
     return 1 << (count - 1).bit_length()
+
+
+def cdiv(count: int, each: int) -> int:
+    """Return how many parts of `each` hold `count`."""
+    return -(-count // each)
 
 
 def reads_by_slot(view: TileView, num_rows: int) -> bool:
@@ -139,7 +149,7 @@ def reads_by_slot(view: TileView, num_rows: int) -> bool:
     return (
         num_rows <= 4
         and view.num_tiles >= 2 * view.num_slots
-        and _power_of_2(view.chunks[1]) * _power_of_2(num_rows) <= _BY_SLOT_COLUMNS
+        and power_of_2(view.chunks[1]) * power_of_2(num_rows) <= _BY_SLOT_COLUMNS
         and view.grid_cols * num_rows * view.rows <= SCRATCH_ELEMENTS
         and view.cols % view.tile_cols == 0
     )
@@ -150,6 +160,7 @@ def is_small(view: TileView) -> bool:
     return view.numel < 1 << 23
 
 
+@functools.lru_cache(maxsize=_REMEMBERED)
 def split(view: TileView, num_rows: int, itemsize: int, shared_bytes: int) -> Split | None:
     """Return the settings of `few_rows.split`, with no more stages than a program's shared memory holds; None: not one.
 
@@ -163,7 +174,7 @@ def split(view: TileView, num_rows: int, itemsize: int, shared_bytes: int) -> Sp
         found = _SPLIT_LARGE_POOL
     else:
         found = next(found for numel, rows, found in _SPLIT if view.numel < numel and num_rows <= rows)
-    stacked_rows = min(found.block_rows, view.tile_rows) + max(_power_of_2(num_rows), 16 // found.stacked)
+    stacked_rows = min(found.block_rows, view.tile_rows) + max(power_of_2(num_rows), 16 // found.stacked)
     stage_bytes = found.stacked * stacked_rows * view.tile_cols * itemsize
     stages = min(found.num_stages, (shared_bytes - _BESIDE_STAGES_BYTES) // stage_bytes)
     return found._replace(num_stages=stages) if stages > 0 else None
@@ -174,6 +185,7 @@ def one_row(rows: int) -> OneRow:
     return next(found for least, found in _ONE_ROW if rows >= least)
 
 
+@functools.lru_cache(maxsize=_REMEMBERED)
 def many_rows(view: TileView, num_rows: int, itemsize: int) -> ManyRows:
     """Return the settings of `many_rows`: the blocks of fewest waves, `k` shared where a wave has room."""
 

@@ -1,4 +1,4 @@
-"""One forward pass of a converted model: within it the pool is cast once, and its gradient has one way out."""
+"""How layers read the pool: within a forward pass it is cast once, and its gradient has one way out, the gate."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from roastify.kernels.sink import Sink
 
 
 class Pool(Protocol):
@@ -23,10 +25,11 @@ class Pool(Protocol):
 
 
 class _Gate(torch.autograd.Function):
-    """The one door from a forward pass to the pool's Parameter: autograd runs its backward once, after every layer's.
+    """The one door from the layers to the pool's Parameter: autograd runs its backward once, after every layer's.
 
     It hands out a token, a tensor of the pool's shape that takes no memory and holds no value, for gradients to arrive
-    at: autograd adds them up in the token's dtype, float32 even where the pool is narrower (float64 if it is that).
+    at. What layers add to the sink does not: the gate takes it from there. The rest autograd adds up, in the token's
+    dtype, float32 even where the pool is narrower (float64 if it is that).
 
     Γ is kept as attributes, not saved for backward: a node that saves nothing may run in a region that is checkpointed
     when the forward pass has made it before, and may run again after its graph was freed.
@@ -35,54 +38,103 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(
         weight: Tensor,
-        made: weakref.ref[_Made] | None,
+        sink: Sink | None,
         per_slot: Tensor | None,
         uneven_slots: Tensor | None,
         uneven: Tensor | None,
     ) -> Tensor:
-        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        return weight.new_empty((), dtype=wide).expand(weight.shape)
+        return weight.new_empty((), dtype=_wide(weight)).expand(weight.shape)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        weight, ctx.made, *ctx.inverse_gamma = inputs
+        weight, ctx.sink, *ctx.inverse_gamma = inputs
         ctx.dtype = weight.dtype
+        if ctx.sink is not None:
+            ctx.sink.set_gate(ctx)
+            ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        # Who has a gradient may step; a fused optimizer would do so without a trace.
-        if ctx.made is not None and (made := ctx.made()) is not None:
-            made.over = True
         grad = grads[0]
+        total = None if ctx.sink is None else ctx.sink.take()
+        if total is not None:
+            grad = total if grad is None else total.add_(grad)
+        if grad is None:
+            return None, None, None, None, None
         per_slot, uneven_slots, uneven = ctx.inverse_gamma
         if per_slot is not None:
-            by_slot = grad.reshape(per_slot.shape[0], -1)
-            factors = per_slot[:, None].to(grad.dtype)
-            if uneven_slots.numel():
-                # Of all elements, by themselves: a compiler that meets several gates computes them once.
-                factors = factors.expand_as(by_slot).index_copy(0, uneven_slots, uneven.to(grad.dtype))
-            grad = (by_slot * factors).view_as(grad)
+            if total is not None:
+                _divide_(grad, per_slot, uneven_slots, uneven)
+            else:
+                grad = _divided(grad, per_slot, uneven_slots, uneven)
         return grad.to(ctx.dtype), None, None, None, None
 
 
-class _Read(torch.autograd.Function):
-    """A layer's read: the values of a copy of the pool, whose gradient goes to the gate's token."""
+def _wide(weight: Tensor) -> torch.dtype:
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
+
+def _divided(grad: Tensor, per_slot: Tensor, uneven_slots: Tensor, uneven: Tensor) -> Tensor:
+    """Return a gradient divided by Γ."""
+    by_slot = grad.reshape(per_slot.shape[0], -1)
+    factors = per_slot[:, None].to(grad.dtype)
+    if uneven_slots.numel():
+        # Of all elements, by themselves: a compiler that meets several gates computes them once.
+        factors = factors.expand_as(by_slot).index_copy(0, uneven_slots, uneven.to(grad.dtype))
+    return (by_slot * factors).view_as(grad)
+
+
+# Elements of the uneven slots that are divided at a time, so that no second tensor of the pool's size comes to be.
+_UNEVEN_ELEMENTS = 1 << 22
+
+
+def _divide_(grad: Tensor, per_slot: Tensor, uneven_slots: Tensor, uneven: Tensor) -> None:
+    """Divide a contiguous gradient by Γ in place, to the same bits."""
+    by_slot = grad.view(per_slot.shape[0], -1)
+    by_slot.mul_(per_slot.index_fill(0, uneven_slots, 1.0)[:, None])
+    step = max(1, _UNEVEN_ELEMENTS // by_slot.shape[1])
+    for slots, factors in zip(uneven_slots.split(step), uneven.split(step), strict=True):
+        if slots.numel():
+            by_slot.index_copy_(0, slots, by_slot.index_select(0, slots).mul_(factors))
+
+
+class _Read(torch.autograd.Function):
+    """A layer's read: the values of a copy of the pool, whose gradient goes to the gate's token.
+
+    Operators find the sink on its node, which also keeps the door that it went through in use.
+    """
+
+    # In one piece: with a `setup_context`, torch asks for the signature at each call, which costs more than the rest.
     @staticmethod
-    def forward(token: Tensor, copy: Tensor) -> Tensor:
+    def forward(ctx: Any, token: Tensor, copy: Tensor, door: _Door | None) -> Tensor:
+        ctx.dtype = token.dtype
+        if door is not None:
+            ctx.door, ctx.sink = door, door.sink
+            ctx.set_materialize_grads(False)
         return copy.view_as(copy)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.dtype = inputs[0].dtype
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad = grads[0]
+        return None if grad is None else grad.to(ctx.dtype), None, None
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return grads[0].to(ctx.dtype), None
+
+class _Door:
+    """A gate, its token and its sink, which the gate's node may hold: it must not hold the token, an output of its own.
+
+    A gate holds no values, so that all reads may share one, in and outside of a pass, for as long as a graph has it.
+    """
+
+    def __init__(self, pool: Pool, plain: bool) -> None:
+        # Held: while this exists, no other tensor can take the Parameter's identity or memory.
+        self.weight = weight = pool.weight
+        self.sink = Sink(weight.shape, _wide(weight), weight.device) if plain else None
+        gamma = (pool.per_slot, pool.uneven_slots, pool.uneven) if pool.precondition else (None, None, None)
+        self.token: Tensor = _Gate.apply(weight, self.sink, *gamma)
 
 
 class _Made:
-    """What was made of the pool's present content: the gate, and a copy for each compute dtype."""
+    """What was made of the pool's present content: a copy for each compute dtype, and the door they were read by."""
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
@@ -90,8 +142,13 @@ class _Made:
         self.weight = pool.weight
         self.values = pool.weight.detach()
         self.copies: dict[torch.dtype, Tensor] = {}
-        self.token: Tensor | None = None
-        self.over = False
+        self.door: _Door | None = None
+        self.runs = 0
+
+    @property
+    def over(self) -> bool:
+        """Whether the pool has got a gradient since: who has one may step, and a fused optimizer leaves no trace."""
+        return self.door is not None and self.door.sink is not None and self.door.sink.runs != self.runs
 
     def copy(self, dtype: torch.dtype) -> Tensor:
         """Return the pool's values in a dtype, outside of any graph."""
@@ -101,34 +158,39 @@ class _Made:
             self.copies[dtype] = self.values.to(dtype)
         return self.copies[dtype]
 
-    def gate(self) -> Tensor:
-        """Return the gate's token."""
-        if self.token is None:
-            pool = self.pool
-            gamma = (pool.per_slot, pool.uneven_slots, pool.uneven) if pool.precondition else (None, None, None)
-            # Weak: the gate's node belongs to the token, and the two would keep each other alive.
-            made = None if torch.compiler.is_compiling() else weakref.ref(self)
-            self.token = _Gate.apply(self.weight, made, *gamma)
-        return self.token
-
     def read(self, dtype: torch.dtype, tracked: bool) -> Tensor:
         """Return the pool's values in a dtype; if `tracked`, with their gradient going to the gate."""
-        return _Read.apply(self.gate(), self.copy(dtype)) if tracked else self.copy(dtype)
+        if not tracked:
+            return self.copy(dtype)
+        if self.door is None:
+            self.door = _door_of(self.pool)
+            self.runs = 0 if self.door.sink is None else self.door.sink.runs
+        return _Read.apply(self.door.token, self.copy(dtype), self.door if self.door.sink is not None else None)
 
 
 class _Pass:
-    """One forward pass of a converted model."""
+    """One forward pass of a converted model, or what a backward pass computes again of one."""
 
     def __init__(self, capturing: bool) -> None:
         self.capturing = capturing
         self.made: dict[tuple[Any, ...], _Made] = {}
 
+    def close(self) -> None:
+        """Let go of what was made."""
+        self.made.clear()
+
 
 class _Passes(threading.local):
-    """The forward passes that this thread is in, by the pool they read."""
+    """What this thread is in the middle of."""
 
     def __init__(self) -> None:
+        # The forward passes, by the pool they read.
         self.running: dict[Pool, _Pass] = {}
+        # What backward passes compute again, by the engine's number of the task, which alone holds them, and pool.
+        self.again: weakref.WeakValueDictionary[tuple[int, int], _Pass] = weakref.WeakValueDictionary()
+        # The last door of each pool, with what was seen of the pool then; graphs alone hold it.
+        self.doors: weakref.WeakKeyDictionary[Pool, tuple[tuple[Any, ...], weakref.ref[_Door]]]
+        self.doors = weakref.WeakKeyDictionary()
 
 
 _passes = _Passes()
@@ -162,11 +224,41 @@ def _is_capturing(weight: Tensor) -> bool:
     return weight.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+def _door_of(pool: Pool) -> _Door:
+    """Return the door to a pool as it is now: the one that a graph of this thread goes through already, or a new one.
+
+    A compiler makes its own of what it meets, and so do transforms, whose tensors are wrapped for their duration.
+    """
+    if torch.compiler.is_compiling() or not _is_plain(pool.weight):
+        return _Door(pool, plain=False)
+    seen = (*_seen(pool.weight), _is_capturing(pool.weight), pool.weight.requires_grad, pool.precondition)
+    last = _passes.doors.get(pool)
+    door = last[1]() if last is not None and last[0] == seen else None
+    if door is None:
+        door = _Door(pool, plain=True)
+        _passes.doors[pool] = seen, weakref.ref(door)
+    return door
+
+
+def _running(pool: Pool) -> _Pass | None:
+    """Return the pass that this thread is in, or is computing again for a backward pass, of a pool."""
+    running = _passes.running.get(pool)
+    task = torch._C._current_graph_task_id()
+    if running is not None or task == -1:
+        return running
+    # Checkpointed layers: each would make a copy, and all of a segment's copies would be there at once.
+    again = _passes.again.get((task, id(pool)))
+    if again is None:
+        again = _passes.again[task, id(pool)] = _Pass(_is_capturing(pool.weight))
+        torch.autograd.Variable._execution_engine.queue_callback(again.close)
+    return again
+
+
 def made_of(pool: Pool) -> _Made:
     """Return what the running pass has made of a pool as it is now, which may be nothing yet."""
     # What comes and goes is in a compiler's way. Inductor itself merges the casts of a graph with gradients, and
     # makes those of one without in one kernel.
-    running = None if torch.compiler.is_compiling() else _passes.running.get(pool)
+    running = None if torch.compiler.is_compiling() else _running(pool)
     if running is None or not _is_plain(pool.weight):
         return _Made(pool)
     seen = _seen(pool.weight)

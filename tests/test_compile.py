@@ -104,6 +104,10 @@ def assert_near(found: list[Tensor], expected: list[Tensor], tolerance: float = 
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * float(other.abs().max()))
 
 
+# A compiled backward pass rounds each layer's gradient of the pool to autocast's dtype; the gate's buffer is float32.
+COMPILED = {False: 1e-5, True: 1e-2}
+
+
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> Iterator[None]:
     torch.manual_seed(0)
@@ -126,7 +130,7 @@ def test_one_graph_for_any_batch(name: str, settings: dict[str, Any], autocast: 
     for batch in (4, 7, 12):
         x = tokens(batch)
         torch._dynamo.mark_dynamic(x, 0)
-        assert_near(step(compiled, model, x, autocast), step(model, model, x, autocast))
+        assert_near(step(compiled, model, x, autocast), step(model, model, x, autocast), COMPILED[autocast])
         assert counter.frame_count == 1
 
 
@@ -181,9 +185,10 @@ def test_compiled_models_see_what_training_writes(autocast: bool) -> None:
         optimizer.zero_grad()
     after = step(compiled, model, tokens(4), autocast)
     assert not torch.equal(before[0], after[0])
-    assert_near(after, step(model, model, tokens(4), autocast))
+    assert_near(after, step(model, model, tokens(4), autocast), COMPILED[autocast])
     pool_of(model).weight.data.mul_(2.0)
-    assert_near(step(compiled, model, tokens(4), autocast), step(model, model, tokens(4), autocast))
+    found, expected = (step(run, model, tokens(4), autocast) for run in (compiled, model))
+    assert_near(found, expected, COMPILED[autocast])
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -194,8 +199,8 @@ def test_a_compiled_layer_in_a_model_that_is_not(autocast: bool) -> None:
     expected = step(model, model, x, autocast)
     for layer in (model.up, model.down):
         layer.compile(backend="aot_eager", fullgraph=True)
-    assert_near(step(model, model, x, autocast), expected)
-    assert_near(step(model, model, x, autocast), expected)
+    assert_near(step(model, model, x, autocast), expected, COMPILED[autocast])
+    assert_near(step(model, model, x, autocast), expected, COMPILED[autocast])
 
 
 def test_a_compiled_function_that_calls_a_model() -> None:
@@ -224,7 +229,7 @@ def test_inductor() -> None:
     for batch in (4, 7):
         for autocast in (False, True):
             found, expected = (step(run, model, tokens(batch), autocast) for run in (compiled, model))
-            assert_near(found, expected)
+            assert_near(found, expected, COMPILED[autocast])
 
 
 # On a GPU: compilers.

@@ -111,6 +111,24 @@ def test_sums_of_looked_up_rows(name: str, dtype: torch.dtype) -> None:
         assert torch.equal(found, embedding.embedding_reduce(grad, index, table, view, SCALE, shape))
 
 
+@each_dtype
+@each_case
+def test_adding_looked_up_rows_to_a_sum(name: str, dtype: torch.dtype) -> None:
+    """In the sum's float32 whatever the gradient's dtype, and untouched where no row is."""
+    table, view, shape = CASES[name].build()
+    index, grad, before = indices(view.rows, 4, 9), randn(4, 9, view.cols, dtype=dtype), randn(*shape, seed=2)
+    results = []
+    for _ in range(2):
+        total = before.clone()
+        embedding.embedding_reduce_(total, grad, index, table, view, SCALE)
+        results.append(total)
+    assert_near(total, expected_sum(grad, index, name) + before.double(), torch.float32)
+    assert torch.equal(*results)
+    marks = torch.ones(4, 9, view.cols, device=DEVICE, dtype=torch.float64)
+    unread = reference.embedding_reduce(marks, index, table, view._replace(sign=0), 1.0, shape) == 0
+    assert torch.equal(total[unread], before[unread])
+
+
 @pytest.mark.parametrize("steps", [1, 2, 16])
 @pytest.mark.parametrize("elements", [1, 64, 1024])
 @pytest.mark.parametrize("name", ["padded", "one slot", "one column of tiles", "element by element"])
@@ -124,6 +142,10 @@ def test_runs_however_they_are_cut(monkeypatch: pytest.MonkeyPatch, name: str, e
     monkeypatch.setattr(tuning, "PLACE_LOOKUPS", 8)
     found = embedding.embedding_reduce(grad, index, table, view, SCALE, shape)
     assert_near(found, expected_sum(grad, index, name), torch.float32)
+    before = randn(*shape, seed=2)
+    total = before.clone()
+    embedding.embedding_reduce_(total, grad, index, table, view, SCALE)
+    assert_near(total, expected_sum(grad, index, name) + before.double(), torch.float32)
 
 
 @pytest.mark.parametrize("count", [1, 2, 15, 16, 17, 32, 33, 64])

@@ -573,7 +573,7 @@ def _operator_arguments(case: Case, dtype: torch.dtype) -> dict[str, tuple[Any, 
     grad = randn(2, 3, case.rows, dtype=dtype, seed=1).requires_grad_()
     x = randn(2, 3, case.cols, dtype=dtype, seed=2).requires_grad_()
     out_bias, in_bias = (randn(size, dtype=dtype).requires_grad_() for size in (case.rows, case.cols))
-    index = torch.tensor([[2, 0, 2], [1, 4, 0]])
+    index = torch.tensor([[2, 0, 2], [1, 4, 0]]) % case.rows
     return {
         "gather": (pool, table, view, scale),
         "reduce": (randn(case.rows, case.cols, dtype=dtype).requires_grad_(), table, view, scale, shape),
@@ -585,11 +585,49 @@ def _operator_arguments(case: Case, dtype: torch.dtype) -> dict[str, tuple[Any, 
     }
 
 
+# Each adds what the operator of its name without the underscore returns.
+ADDING = ("reduce_", "linear_reduce_", "embedding_reduce_")
+each_adding = pytest.mark.parametrize("name", ADDING)
+
+
+def _adding_arguments(case: Case, name: str, dtype: torch.dtype) -> tuple[Any, ...]:
+    return tuple(
+        value.detach() if isinstance(value, Tensor) else value
+        for value in _operator_arguments(case, dtype)[name.removesuffix("_")][:-1]
+    )
+
+
 def test_every_operator_is_tested() -> None:
     registered = {
         name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("roastify::")
     }
-    assert registered == set(OPERATIONS)
+    assert registered == {*OPERATIONS, *ADDING}
+
+
+@each_dtype
+@each_adding
+@each_case
+def test_adding_to_a_sum(case: Case, name: str, dtype: torch.dtype) -> None:
+    """In the sum's dtype, whatever the gradient's, and nowhere but where the tensor reads."""
+    arguments = _adding_arguments(case, name, dtype)
+    wide = [value.double() if isinstance(value, Tensor) and value.is_floating_point() else value for value in arguments]
+    expected = getattr(torch.ops.roastify, name.removesuffix("_"))(*wide, case.pool_shape)
+    sum_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    total = randn(*case.pool_shape, dtype=sum_dtype, seed=3)
+    before = total.clone()
+    assert getattr(torch.ops.roastify, name)(total, *arguments) is None
+    # The product of narrow tensors is narrow before it is summed.
+    tolerance = dtype if name == "linear_reduce_" else sum_dtype
+    assert_near((total.double() - before.double()).to(tolerance), expected, tolerance, name)
+    assert expected.any() and torch.equal(total[~Oracle(case).read()], before[~Oracle(case).read()])
+
+
+@each_adding
+@each_road
+def test_opcheck_of_adding(case: Case, name: str) -> None:
+    operator = getattr(torch.ops.roastify, name).default
+    total = randn(*case.pool_shape)
+    torch.library.opcheck(operator, (total, *_adding_arguments(case, name, torch.float32)))
 
 
 @each_operation
@@ -640,7 +678,16 @@ def test_sums_are_the_same_bits_every_time(case: Case, dtype: torch.dtype) -> No
         "reduce": lambda: operations.reduce(grad_weight, *case.arguments, case.pool_shape),
         "linear_reduce": lambda: operations.linear_reduce(grad, x, *case.arguments, case.pool_shape),
         "embedding_reduce": lambda: operations.embedding_reduce(rows, index, *case.arguments, case.pool_shape),
+        "reduce_": lambda: added(operations.reduce_, grad_weight),
+        "linear_reduce_": lambda: added(operations.linear_reduce_, grad, x),
+        "embedding_reduce_": lambda: added(operations.embedding_reduce_, rows, index),
     }
+
+    def added(operation: Callable[..., None], *tensors: Tensor) -> Tensor:
+        total = randn(*case.pool_shape)
+        operation(total, *tensors, *case.arguments)
+        return total
+
     for name, operation in sums.items():
         results = []
         for threads in (2, 1, 2, 2):

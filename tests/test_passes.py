@@ -167,8 +167,8 @@ def test_a_training_step_has_one_cast_and_one_gate(autocast: bool) -> None:
         forward = len(casts.dtypes)
         loss(out).backward()
     assert forward == autocast
-    # Each product's gradient is widened before it is added to the others'.
-    assert casts.dtypes[forward:] == [(torch.bfloat16, torch.float32)] * (5 * autocast)
+    # What each product adds is widened on its way into the sum; none is of the pool's size.
+    assert casts.dtypes[forward:] == []
     assert_same_gradient(pool_of(model).weight.grad, expected)
 
 
@@ -192,7 +192,7 @@ def test_gradients_add_up_over_passes(autocast: bool, precondition: bool) -> Non
     assert_same_gradient(weight.grad, expected)
     weight.grad = None
     outputs = [run(index) for index in inputs]
-    assert gates(*outputs) == 3
+    assert gates(*outputs) == 1, "graphs that are there at the same time share one"
     sum(map(loss, outputs)).backward()
     assert_same_gradient(weight.grad, expected)
     weight.grad = None

@@ -116,6 +116,51 @@ def test_reduce(name: str, dtype: torch.dtype) -> None:
     assert torch.equal(found, reduce.reduce(grad, table, view, 0.7, list(shape)))
 
 
+# Those whose tiles are fewer than the slots: in one chunk, and in two, of which the second begins in the tensor.
+ADDED = CASES | {
+    "fewer tiles than slots": Case(40, 30, (16, 16), 40, first_tile=5, sign="row"),
+    "fewer tiles, in two chunks": Case(77, 123, (16, 16), 53, first_tile=30, sign="row"),
+    "fewer tiles of a region, in two chunks": Case(40, 60, (16, 16), 14, first_tile=9, sign="element", region=True),
+    "fewer strips, in two chunks": Case(9, 77, (8, 8), 17, first_tile=11, offset=13, strips=True),
+    "fewer large tiles": Case(130, 200, (128, 128), 11, first_tile=8),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ADDED)
+def test_reduce_to_a_sum(monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype) -> None:
+    """In the sum's float32 whatever the gradient's dtype, and untouched where the tensor does not read."""
+    view, table, shape = ADDED[name].build()
+    by_tile = []
+    monkeypatch.setattr(reduce, "_by_tile", lambda *args, run=reduce._by_tile: (by_tile.append(True), run(*args)))
+    grad, before = randn(view.rows, view.cols, dtype=dtype), randn(*shape, seed=1)
+    expected = in_float64(lambda grad: reference.reduce(grad, table, view, 0.7, list(shape)), grad) + before.double()
+    results = []
+    for _ in range(2):
+        total = before.clone()
+        reduce.reduce_(total, grad, table, view, 0.7)
+        results.append(total)
+    assert_near(total, expected, torch.float32)
+    assert torch.equal(*results)
+    marks = torch.ones(view.rows, view.cols, device=DEVICE, dtype=torch.float64)
+    unread = reference.reduce(marks, table, view._replace(sign=0), 1.0, list(shape)) == 0
+    assert torch.equal(total[unread], before[unread])
+    assert bool(by_tile) == (view.num_tiles < view.num_slots and view.mapping == 0)
+
+
+@pytest.mark.parametrize("scratch", [1 << 26, 16 * 123])
+@pytest.mark.parametrize("name", ["many chunks, padded", "fewer tiles, in two chunks", "strips"])
+def test_linear_reduce_to_a_sum(monkeypatch: pytest.MonkeyPatch, name: str, scratch: int) -> None:
+    monkeypatch.setattr(tuning, "SCRATCH_ELEMENTS", scratch)
+    view, table, shape = ADDED[name].build()
+    grad, x, before = randn(2, 3, view.rows), randn(2, 3, view.cols, seed=1), randn(*shape, seed=2)
+    expected = in_float64(lambda grad, x: reference.linear_reduce(grad, x, table, view, 0.7, list(shape)), grad, x)
+    assert_near(linear.linear_reduce(grad, x, table, view, 0.7, list(shape)), expected, torch.float32)
+    total = before.clone()
+    linear.linear_reduce_(total, grad, x, table, view, 0.7)
+    assert_near(total, expected + before.double(), torch.float32)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_narrow_gradients_are_summed_in_float32(dtype: torch.dtype) -> None:
     """All tiles share one slot: 4096 in the first and 1 in 64 others, which would vanish one by one."""
