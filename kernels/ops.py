@@ -282,6 +282,23 @@ def _backward_embedding_reduce(ctx: Any, grad: Tensor) -> tuple[Tensor | None, .
     return _call(_ops.embedding.default, index, grad, table, ctx.view, ctx.scale), None, None, None, None, None
 
 
+def _passing_over_none(backward: Any, setup: Any) -> tuple[Any, Any]:
+    """Return an operator's two functions so that where no gradient arrives none leaves, as with torch's own operators.
+
+    Zeros in its place would give the pool a gradient, and an optimizer would decay weights that nothing trains.
+    """
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.num_inputs = len(inputs)
+        setup(ctx, inputs, output)
+
+    def backward_of_what_arrives(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        return (None,) * ctx.num_inputs if grad is None else backward(ctx, grad)
+
+    return backward_of_what_arrives, setup_context
+
+
 for _name, _backward, _setup in (
     ("gather", _backward_gather, _setup_gather),
     ("reduce", _backward_reduce, _setup_reduce),
@@ -291,6 +308,7 @@ for _name, _backward, _setup in (
     ("embedding", _backward_embedding, _setup_embedding),
     ("embedding_reduce", _backward_embedding_reduce, _setup_embedding_reduce),
 ):
+    _backward, _setup = _passing_over_none(_backward, _setup)
     torch.library.register_autograd(f"roastify::{_name}", _backward, setup_context=_setup, lib=_library)
 
 

@@ -43,7 +43,7 @@ class _Gate(torch.autograd.Function):
         uneven_slots: Tensor | None,
         uneven: Tensor | None,
     ) -> Tensor:
-        return weight.new_empty((), dtype=_wide(weight)).expand(weight.shape)
+        return weight.new_empty((), dtype=wide(weight)).expand(weight.shape)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -64,13 +64,14 @@ class _Gate(torch.autograd.Function):
         per_slot, uneven_slots, uneven = ctx.inverse_gamma
         if per_slot is not None:
             if total is not None:
-                _divide_(grad, per_slot, uneven_slots, uneven)
+                divide_(grad, per_slot, uneven_slots, uneven)
             else:
                 grad = _divided(grad, per_slot, uneven_slots, uneven)
         return grad.to(ctx.dtype), None, None, None, None
 
 
-def _wide(weight: Tensor) -> torch.dtype:
+def wide(weight: Tensor) -> torch.dtype:
+    """Return the dtype in which gradients of a pool are summed and divided by Γ."""
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
@@ -88,8 +89,8 @@ def _divided(grad: Tensor, per_slot: Tensor, uneven_slots: Tensor, uneven: Tenso
 _UNEVEN_ELEMENTS = 1 << 22
 
 
-def _divide_(grad: Tensor, per_slot: Tensor, uneven_slots: Tensor, uneven: Tensor) -> None:
-    """Divide a contiguous gradient by Γ in place, to the same bits."""
+def divide_(grad: Tensor, per_slot: Tensor, uneven_slots: Tensor, uneven: Tensor) -> None:
+    """Divide a contiguous gradient by Γ in place."""
     by_slot = grad.view(per_slot.shape[0], -1)
     by_slot.mul_(per_slot.index_fill(0, uneven_slots, 1.0)[:, None])
     step = max(1, _UNEVEN_ELEMENTS // by_slot.shape[1])
@@ -128,7 +129,7 @@ class _Door:
     def __init__(self, pool: Pool, plain: bool) -> None:
         # Held: while this exists, no other tensor can take the Parameter's identity or memory.
         self.weight = weight = pool.weight
-        self.sink = Sink(weight.shape, _wide(weight), weight.device) if plain else None
+        self.sink = Sink(weight.shape, wide(weight), weight.device) if plain else None
         gamma = (pool.per_slot, pool.uneven_slots, pool.uneven) if pool.precondition else (None, None, None)
         self.token: Tensor = _Gate.apply(weight, self.sink, *gamma)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from roastify.kernels import reference
 from roastify.kernels.view import MappingKind, SignKind, TileView
 from roastify.mapping import TileMap
-from roastify.passes import made_of
+from roastify.passes import divide_, made_of, wide
 
 
 class RoastPool(nn.Module):
@@ -74,7 +74,7 @@ class RoastPool(nn.Module):
             self._masters = {"table": torch.tensor(rows, dtype=torch.int64).view(-1, 3)}
             self._masters |= _inverse_gamma(num_slots, tile, self._masters["table"], shared, unread_rows)
         for name, master in self._masters.items():
-            self.register_buffer(name, master.to(device), persistent=False)
+            self.register_buffer(name, self._from_master(master), persistent=False)
 
     @property
     def slot_size(self) -> int:
@@ -113,19 +113,15 @@ class RoastPool(nn.Module):
         Args:
             tensors: view, λ and dense matrix `[rows, cols]` of every shared tensor; tied tensors once.
         """
-        wide = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        dtype = wide(self.weight)
         with torch.no_grad():
-            direct = self.weight.dtype == wide
-            total = self.weight.data.zero_().view(-1) if direct else self.weight.new_zeros(self.weight.numel()).to(wide)
+            direct = self.weight.dtype == dtype
+            total = self.weight.data.zero_() if direct else torch.zeros_like(self.weight, dtype=dtype)
             for view, scale, matrix in tensors:
-                reference.reduce_into(total, matrix.to(wide), self.table, view, scale)
-            by_slot = total.view(self.num_slots, -1)
-            # Uneven slots first: their elements' factors replace the slot's.
-            uneven = by_slot[self.uneven_slots] * self.uneven.to(wide)
-            by_slot.mul_(self.per_slot[:, None].to(wide))
-            by_slot[self.uneven_slots] = uneven
+                reference.reduce_(total, matrix.to(dtype), self.table, view, scale)
+            divide_(total, self.per_slot, self.uneven_slots, self.uneven)
             if not direct:
-                self.weight.copy_(total.view_as(self.weight))
+                self.weight.copy_(total)
 
     def _replicate_for_data_parallel(self) -> RoastPool:
         replica = super()._replicate_for_data_parallel()
@@ -135,8 +131,13 @@ class RoastPool(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RoastPool:
         super()._apply(fn, recurse)
         for name, master in self._masters.items():
-            setattr(self, name, master.to(self.weight.device))
+            setattr(self, name, self._from_master(master))
         return self
+
+    def _from_master(self, master: Tensor) -> Tensor:
+        """Return a master for use: where the pool is, and 1/Γ in the dtype that gradients are summed in."""
+        dtype = wide(self.weight) if master.is_floating_point() else master.dtype
+        return master.to(self.weight.device, dtype)
 
     def extra_repr(self) -> str:
         """Describe the pool's size."""
@@ -181,13 +182,13 @@ def _inverse_gamma(
     """
     size = tile[0] * tile[1]
     if _nothing_shared(num_slots, shared):
-        per_slot = torch.ones(num_slots)
+        per_slot = torch.ones(num_slots, dtype=torch.float64)
         for view, scale in shared:
             per_slot[view.first_slot + view.first_tile : view.first_slot + view.first_tile + view.num_tiles] = scale**2
         return {
             "per_slot": per_slot.reciprocal(),
             "uneven_slots": torch.empty(0, dtype=torch.int64),
-            "uneven": torch.empty(0, size),
+            "uneven": torch.empty(0, size, dtype=torch.float64),
         }
     # In float64: rows are subtracted below, and λ may differ by orders of magnitude.
     gamma = torch.zeros(num_slots * size, dtype=torch.float64)
@@ -206,9 +207,9 @@ def _inverse_gamma(
     by_slot = torch.where(by_slot == 0, per_slot[:, None], by_slot)
     uneven_slots = (by_slot != per_slot[:, None]).any(1).nonzero().flatten()
     return {
-        "per_slot": per_slot.reciprocal().float(),
+        "per_slot": per_slot.reciprocal(),
         "uneven_slots": uneven_slots,
-        "uneven": by_slot[uneven_slots].reciprocal().float(),
+        "uneven": by_slot[uneven_slots].reciprocal(),
     }
 
 
