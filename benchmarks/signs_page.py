@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.signs_tasks import DENSE, FEWEST_SLOTS, SIGNS, TASKS
-from benchmarks.stats import Difference, half_width, mean_and_error
+from benchmarks.stats import Difference, half_width, mean_and_error, paired
 
 RESULTS = Path(__file__).parent / "results" / "signs.json"
 DOCUMENT = Path(__file__).parents[1] / "docs" / "signs.md"
@@ -26,9 +26,7 @@ class Table:
 
     def difference(self, task: str, ratio: float, sign: str, other: str) -> Difference | None:
         """Return `sign` less `other` over the seeds that both have."""
-        ours, theirs = self.by_seed(task, ratio, sign), self.by_seed(task, ratio, other)
-        pairs = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
-        return Difference(*mean_and_error(pairs), len(pairs) - 1) if pairs else None
+        return paired(self.by_seed(task, ratio, sign), self.by_seed(task, ratio, other))
 
     def overall(self, sign: str, other: str) -> Difference | None:
         """Return the mean of the cells' differences; each cell's seeds give its own variance."""

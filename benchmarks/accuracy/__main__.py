@@ -25,8 +25,8 @@ from benchmarks.accuracy import tasks as recipes
 from benchmarks.accuracy.campaign import Campaign, Failure
 from benchmarks.accuracy.groups import GROUPS
 from benchmarks.accuracy.methods import METHODS, check_changes
-from benchmarks.accuracy.page import RESULTS
 from benchmarks.accuracy.runs import Run
+from benchmarks.accuracy.table import RESULTS, read_rows
 from benchmarks.rows import write
 
 OUT = Path(__file__).parents[2] / "out"
@@ -80,10 +80,6 @@ def devices_of(device: str | None, gpus: int | None, workers: int | None) -> lis
         raise click.UsageError(f"--gpus {gpus}: this machine has {present}")
     used = gpus or present
     return [f"cuda:{index % used}" for index in range(workers or PER_GPU * used)]
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -90,7 +90,8 @@ def factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 class LowRank(nn.Module):
     """A layer's weight as the product of two thin ones, which are what is stored.
 
-    A convolution becomes one to `rank` channels and one of 1×1, a linear layer two; a table is the product when it is read.
+    A convolution becomes one to `rank` channels and one of 1×1, a linear layer becomes two, and a table is multiplied
+    out when it is read.
     """
 
     def __init__(self, layer: nn.Module, rank: int) -> None:

@@ -48,7 +48,7 @@ class Task:
 
 
 def _cifar(title: str, net: str, epochs: int) -> Task:
-    return Task(title, "images", net, 512, ((0.4, epochs), (1.0, epochs)), "sgd", 5e-4, 5, 5_000, 50_000, 10_000)
+    return Task(title, "images", net, 512, ((0.4, epochs), (1.0, epochs)), "sgd", 5e-4, 8, 5_000, 50_000, 10_000)
 
 
 TASKS = {
@@ -56,7 +56,7 @@ TASKS = {
     "resnet20": _cifar("ResNet-20 on CIFAR-10", "resnet20", 48),
     "vgg11": _cifar("VGG-11 on CIFAR-10", "vgg11", 24),
     "imdb": Task(
-        "transformer on IMDB", "reviews", "encoder", 128, ((5e-4, 4), (5e-4, 8), (2e-3, 4), (2e-3, 8)), "adamw", 1e-2,
+        "transformer on IMDB", "reviews", "encoder", 128, ((5e-4, 4), (5e-4, 8), (2e-3, 8)), "adamw", 1e-2,
         0, 5_000, 25_000, 25_000, length=256, words=30_000,
     ),
 }  # fmt: skip

@@ -11,8 +11,8 @@ from benchmarks.accuracy.methods import METHODS
 from benchmarks.accuracy.runs import Run
 from benchmarks.accuracy.tasks import Task
 
-# Other ratios take what was chosen at the nearest of these.
-RATIOS = (1.0, 10.0, 100.0)
+# Other ratios above 1 take what was chosen at the nearest of these.
+RATIOS = (10.0, 100.0)
 
 
 def grid(method: str, task: Task) -> tuple[tuple[float, int], ...]:
@@ -25,13 +25,17 @@ def grid(method: str, task: Task) -> tuple[tuple[float, int], ...]:
 
 
 def trials(run: Run, task: Task) -> dict[Run, tuple[float, int]]:
-    """Return the trial runs that a run without a rate waits for, each with what it would choose."""
-    ratio = min(RATIOS, key=lambda ratio: abs(math.log(ratio / run.ratio)))
-    if METHODS[run.method].kind == "dense":
-        ratio = 1.0
+    """Return the trial runs that a run without a rate waits for, each with what it would choose.
+
+    At ratio 1 every method is the dense model in other memory, and takes the dense model's choice.
+    """
+    if run.ratio == 1:
+        method, ratio = "dense", 1.0
+    else:
+        method, ratio = run.method, min(RATIOS, key=lambda ratio: abs(math.log(ratio / run.ratio)))
     return {
-        Run(run.task, run.method, ratio, 0, rate, task.trial_epochs or epochs, True, _of_model(run)): (rate, epochs)
-        for rate, epochs in grid(run.method, task)
+        Run(run.task, method, ratio, 0, rate, task.trial_epochs or epochs, True, _of_model(run)): (rate, epochs)
+        for rate, epochs in grid(method, task)
     }
 
 
@@ -45,7 +49,7 @@ def choose(run: Run, task: Task, rows: Mapping[Run, Mapping[str, Any]]) -> Run:
     candidates = trials(run, task)
     judged = {trial: rows[trial]["accuracy"][-1] for trial in candidates if "accuracy" in rows.get(trial, {})}
     best = max(judged, key=judged.__getitem__) if judged else None
-    rate, epochs = candidates[best] if best else grid(run.method, task)[0]
+    rate, epochs = candidates[best] if best else next(iter(candidates.values()))
     return dataclasses.replace(run, rate=run.rate or rate, epochs=run.epochs or epochs)
 
 
