@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import multiprocessing
 import os
@@ -51,7 +52,6 @@ def set_up(device: str, threads: int) -> None:
     torch.set_float32_matmul_precision("high")
     if torch.device(device).type == "cuda":
         torch.cuda.set_device(torch.device(device))
-        torch.backends.cudnn.benchmark = True
 
 
 @dataclass
@@ -112,6 +112,7 @@ class Campaign:
 
     def missing(self, runs: Sequence[Run]) -> list[Run]:
         """Return the runs, and the trials they wait for, that have no row yet."""
+        runs = [self._with_epochs(run) for run in runs]
         chosen = {self._tuned_key(row) for row in self.rows if row.get("tuned")}
         left = [
             run
@@ -130,17 +131,23 @@ class Campaign:
         epochs = run.epochs if row["epochs_asked"] else None
         return run.cell, run.seed, epochs, run.changes, row["scale"]
 
+    def _with_epochs(self, run: Run) -> Run:
+        """Return a run whose rate is given with the most epochs of its task's grid, unless they are given too."""
+        if run.rate is None or run.epochs is not None:
+            return run
+        return dataclasses.replace(run, epochs=max(epochs for _, epochs in self.tasks[run.task].grid))
+
     def _resolve(self, run: Run) -> Run:
         return run if run.rate is not None else trials.choose(run, self.tasks[run.task], self.by_run)
 
     def _waits(self, run: Run, undecided: set[Run]) -> bool:
         return run.rate is None and not undecided.isdisjoint(trials.trials(run, self.tasks[run.task]))
 
-    def _take(self, pending: list[Run], running: set[Run], prepared: set[str]) -> Run | None:
+    def _take(self, pending: list[Run], running: set[Run], prepared: set[Path]) -> Run | None:
         """Remove and return the most important run that can start now and end in time."""
         undecided = running | set(pending)
         for run in list(pending):
-            if run.task not in prepared or self._waits(run, undecided):
+            if self._folder(run.task) not in prepared or self._waits(run, undecided):
                 continue
             resolved = self._resolve(run)
             if time.time() + self.durations.expected(resolved) > self.deadline:
@@ -170,51 +177,57 @@ class Campaign:
         (device,) = self.devices
         set_up(device, torch.get_num_threads())
         pending = list(runs)
-        names = {run.task for run in pending}
-        for name in names:
-            inputs.prepare(self.tasks[name], self.data, self.cache)
-        while (asked := self._take(pending, set(), names)) is not None:
+        folders = self._folders(pending)
+        for task in folders.values():
+            inputs.prepare(task, self.data, self.cache)
+        while (asked := self._take(pending, set(), set(folders))) is not None:
             run = self._resolve(asked)
-            yield run, self._finish(asked, run, attempt(run, *self._place(run), device, self.graph))
+            outcome = attempt(run, self.tasks[run.task], self._folder(run.task), device, self.graph)
+            yield run, self._finish(asked, run, outcome)
 
-    def _place(self, run: Run) -> tuple[Task, Path]:
-        task = self.tasks[run.task]
-        return task, inputs.cache_folder(task, self.data, self.cache)
+    def _folder(self, task: str) -> Path:
+        return inputs.cache_folder(self.tasks[task], self.data, self.cache)
+
+    def _folders(self, runs: Sequence[Run]) -> dict[Path, Task]:
+        """Return where the runs' data is kept; several tasks may share a folder."""
+        return {self._folder(run.task): self.tasks[run.task] for run in runs}
 
     def _in_workers(self, runs: Sequence[Run]) -> Iterator[tuple[Run, Row | Failure]]:
         workers = [Worker(device, max(1, (os.cpu_count() or 1) // len(self.devices))) for device in self.devices]
-        pending, prepared = list(runs), set[str]()
-        to_prepare = list(dict.fromkeys(run.task for run in pending))
-        busy: dict[Future, tuple[Worker, str | tuple[Run, Run]]] = {}
+        pending, prepared = list(runs), set[Path]()
+        to_prepare = self._folders(pending)
+        busy: dict[Future, tuple[Worker, Path | tuple[Run, Run]]] = {}
         try:
             while True:
                 for worker in workers:
                     if worker in (other for other, _ in busy.values()):
                         continue
-                    running = {what[0] for _, what in busy.values() if not isinstance(what, str)}
+                    running = {what[0] for _, what in busy.values() if not isinstance(what, Path)}
                     if to_prepare:
-                        name = to_prepare.pop(0)
-                        job = worker.submit(inputs.prepare, self.tasks[name], self.data, self.cache)
-                        busy[job] = worker, name
+                        folder = next(iter(to_prepare))
+                        job = worker.submit(inputs.prepare, to_prepare.pop(folder), self.data, self.cache)
+                        busy[job] = worker, folder
                     elif (asked := self._take(pending, running, prepared)) is not None:
                         run = self._resolve(asked)
                         graph = self.graph and (run.task, run.method) not in self.eager
-                        job = worker.submit(attempt, run, *self._place(run), worker.device, graph)
-                        busy[job] = worker, (asked, run)
+                        where = self.tasks[run.task], self._folder(run.task), worker.device
+                        busy[worker.submit(attempt, run, *where, graph)] = worker, (asked, run)
                 if not busy:
                     return
                 for job in wait(busy, return_when=FIRST_COMPLETED).done:
                     worker, what = busy.pop(job)
-                    if isinstance(what, str):
+                    if isinstance(what, Path):
                         job.result()
                         prepared.add(what)
                         continue
                     asked, run = what
                     outcome = worker.result(job)
-                    if isinstance(outcome, Failure) and outcome.in_capture:
-                        # Once more without a graph, in a fresh process.
-                        self.eager[run.task, run.method] = outcome.text.strip().splitlines()[-1]
+                    if isinstance(outcome, Failure):
+                        # What failed may have left its process's GPU state unusable.
                         worker.restart()
+                    if isinstance(outcome, Failure) and outcome.in_capture:
+                        # Once more, without a graph.
+                        self.eager[run.task, run.method] = outcome.text.strip().splitlines()[-1]
                         pending.insert(0, asked)
                         continue
                     yield run, self._finish(asked, run, outcome)
@@ -243,7 +256,6 @@ class Worker:
         try:
             return job.result()
         except BrokenProcessPool as error:
-            self.restart()
             return Failure(f"the worker process died: {error}")
 
     def restart(self) -> None:

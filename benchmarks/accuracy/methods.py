@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -75,7 +74,7 @@ def target(task: Task, ratio: float) -> int:
     return int(total / ratio)
 
 
-def build(run: Run, task: Task, device: str, batch: Callable[[], pruning.Batch]) -> Built:
+def build(run: Run, task: Task, device: str, batch: pruning.Batches) -> Built:
     """Return a run's model on the device, its initial values drawn from the run's seed.
 
     Args:
@@ -96,23 +95,26 @@ def build(run: Run, task: Task, device: str, batch: Callable[[], pruning.Batch])
             model = rivals.smaller_text_net(task, allowed, run.change("width"))
         return Built(model.to(device), nets.size(model), _sizes(model))
     model = with_changes(nets.dense_net(task), run)
-    method = METHODS[run.method]
     if run.method == "lowrank":
         rivals.low_rank(model, allowed)
     elif run.method in pruning.SCORES:
         model.to(device)
-        stored = pruning.prune(model, allowed, pruning.SCORES[run.method](model, batch(), run.seed))
+        stored = pruning.prune(model, allowed, pruning.SCORES[run.method](model, batch, run.seed))
         return Built(model, stored, "the mask is not counted")
-    elif method.kind in ("ours", "hash"):
-        return _converted(model, run, method, device)
+    elif METHODS[run.method].kind in ("ours", "hash"):
+        return _converted(model, run, device)
     return Built(model.to(device), nets.size(model))
 
 
-def _converted(model: nn.Module, run: Run, method: Method, device: str) -> Built:
+def conversion(run: Run) -> RoastConfig:
+    """Return the settings of a run's conversion."""
     changes = {name: value for name, value in run.changes if name in SETTINGS}
-    config = RoastConfig(seed=run.seed, **{**dict(method.settings), **changes})
+    return RoastConfig(seed=run.seed, **{**dict(METHODS[run.method].settings), **changes})
+
+
+def _converted(model: nn.Module, run: Run, device: str) -> Built:
     try:
-        model = roastify.convert(model, run.ratio, config=config, inplace=True)
+        model = roastify.convert(model, run.ratio, config=conversion(run), inplace=True)
     except PlanError as error:
         raise UnreachableError(str(error)) from error
     plan = model.roast_pool.plan

@@ -32,8 +32,7 @@ the last epoch.
 *Stored* counts every parameter: biases, norms, whatever is kept. A pruned model stores the weights that it keeps; its
 mask is not counted, in its favour, although a bitmap of it takes a 32nd of the dense model's bytes, three times what is
 left at ratio 100. roastify never stores more than asked and leaves up to one slot unused, so it may store a little less
-than the others. Two rivals are given what their papers do not have: HashedNet and the others that hash get roastify's λ
-and preconditioner.
+than the others. Rivals that hash are given what their papers do not have: roastify's λ and its preconditioner.
 """
 
 SHARING = """

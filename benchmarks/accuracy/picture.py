@@ -21,22 +21,24 @@ _LINES = {"ours": "-", "hash": "--", "other": "-."}
 
 def compare(table: Table, task: str) -> Figure:
     """Mean accuracy with standard error by stored parameters, every method."""
-    figure, axes = plt.subplots(figsize=(9, 5.5))
+    figure, axes = plt.subplots(figsize=(10, 5.5))
     methods = [method for method in table.methods(task) if METHODS[method].kind != "dense"]
     dense = table.mean(task, "dense", 1.0)
     if dense is not None:
         axes.axhline(dense, color="#444444", linewidth=1.2, label=f"dense, {dense:.1f} %", zorder=1)
-    for index, method in enumerate(methods):
-        _line(axes, table, task, method, index)
+    for method in methods:
+        _line(axes, table, task, method)
     axes.set_xscale("log")
     axes.set_xlabel("stored parameters")
     axes.set_ylabel("test accuracy, %")
     axes.set_title(TASKS[task].title, loc="left")
-    axes.legend(frameon=False, fontsize=9, loc="lower right")
+    figure.legend(frameon=False, fontsize=9, loc="outside right upper")
     return figure
 
 
-def _line(axes: Axes, table: Table, task: str, method: str, index: int) -> None:
+def _line(axes: Axes, table: Table, task: str, method: str) -> None:
+    # By the place in the list of all, so that a method looks the same in every picture.
+    index = list(METHODS).index(method) - 1
     points = []
     for ratio in table.ratios(task):
         values = table.accuracies(task, method, ratio)

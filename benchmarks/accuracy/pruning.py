@@ -16,8 +16,9 @@ from torch.nn.utils import parametrize
 from benchmarks.accuracy import nets
 from benchmarks.accuracy.budget import UnreachableError
 
-# The batch that SNIP takes its gradients from: inputs as the model takes them, and labels.
+# Gives the batch that SNIP takes its gradients from: inputs as the model takes them, and labels.
 Batch = tuple[Tensor, Tensor]
+Batches = Callable[[], Batch]
 
 
 class Mask(nn.Module):
@@ -37,13 +38,13 @@ def prunable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.dim() >= 2}
 
 
-def random_scores(model: nn.Module, batch: Batch, seed: int) -> dict[str, Tensor]:
+def random_scores(model: nn.Module, batch: Batches, seed: int) -> dict[str, Tensor]:
     """Every weight is as good as any other."""
     generator = torch.Generator().manual_seed(seed)
     return {name: torch.rand(weight.shape, generator=generator) for name, weight in prunable(model).items()}
 
 
-def magnitude_scores(model: nn.Module, batch: Batch, seed: int) -> dict[str, Tensor]:
+def magnitude_scores(model: nn.Module, batch: Batches, seed: int) -> dict[str, Tensor]:
     """Large initial weights are kept, compared across layers by their layer's own spread.
 
     Compared as they are, whole layers of wide fan-in would go: initial values are smaller there.
@@ -51,9 +52,9 @@ def magnitude_scores(model: nn.Module, batch: Batch, seed: int) -> dict[str, Ten
     return {name: weight.detach().abs() / weight.detach().std() for name, weight in prunable(model).items()}
 
 
-def snip_scores(model: nn.Module, batch: Batch, seed: int) -> dict[str, Tensor]:
+def snip_scores(model: nn.Module, batch: Batches, seed: int) -> dict[str, Tensor]:
     """|weight · gradient| on one batch (Lee, Ajanthan, Torr, ICLR 2019), compared across all layers."""
-    inputs, labels = batch
+    inputs, labels = batch()
     weights = prunable(model)
     state = {name: buffer.clone() for name, buffer in model.named_buffers()}
     loss = F.cross_entropy(model(inputs), labels)
@@ -67,7 +68,7 @@ def snip_scores(model: nn.Module, batch: Batch, seed: int) -> dict[str, Tensor]:
     }
 
 
-SCORES: dict[str, Callable[[nn.Module, Batch, int], dict[str, Tensor]]] = {
+SCORES: dict[str, Callable[[nn.Module, Batches, int], dict[str, Tensor]]] = {
     "random": random_scores,
     "magnitude": magnitude_scores,
     "snip": snip_scores,

@@ -74,21 +74,29 @@ class Step:
             CaptureError: something in the step cannot be captured.
         """
         try:
-            with self._kept():
-                side = torch.cuda.Stream()
-                side.wait_stream(torch.cuda.current_stream())
-                with torch.cuda.stream(side):
-                    for _ in range(_WARM_UP):
-                        self._run()
-                torch.cuda.current_stream().wait_stream(side)
-            self.optimizer.zero_grad(set_to_none=True)
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._run()
-            self.graph = graph
+            # Only here: each net's other shapes, in evaluation, are not worth a search.
+            with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+                self.graph = self._captured()
+        except torch.OutOfMemoryError:
+            # Without a graph it would take as much.
+            raise
         except RuntimeError as error:
             raise CaptureError(str(error)) from error
+
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        with self._kept():
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(_WARM_UP):
+                    self._run()
+            torch.cuda.current_stream().wait_stream(side)
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._run()
+        return graph
 
     def _run(self) -> None:
         rate = self.schedule.index_select(0, self.done).squeeze(0)

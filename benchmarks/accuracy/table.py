@@ -36,7 +36,7 @@ class Table:
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = rows
-        plain = [row for row in rows if row["tuned"] and not row["changes"] and not row["epochs_asked"]]
+        plain = [row for row in rows if row["tuned"] and not (row["trial"] or row["changes"] or row["epochs_asked"])]
         self.scales = {task: _commonest_scale(row for row in plain if row["task"] == task) for task in TASKS}
         self.chosen = [row for row in plain if row["scale"] == self.scales[row["task"]]]
         self.by_cell: dict[Cell, dict[int, Row]] = {}

@@ -74,7 +74,7 @@ def smoke(task: Task) -> Task:
         test=32,
         length=min(task.length, 16),
         words=min(task.words, 500),
-        scale=0.25,
+        scale=0.125 if task.is_image else 0.25,
     )
 
 
