@@ -58,7 +58,9 @@ def planned(
         )
     elif tasks and methods:
         cells = itertools.product(range(seeds), tasks, ratios or (1.0,), methods)
-        chosen = (Run(task, method, ratio, seed, rate) for seed, task, ratio, method in cells)
+        chosen = (
+            Run(task, method, 1.0 if method == "dense" else ratio, seed, rate) for seed, task, ratio, method in cells
+        )
     else:
         raise click.UsageError("say what to train: --group, or --task and --method (and --ratio)")
     found = list(dict.fromkeys(chosen))

@@ -49,8 +49,8 @@ def attempt(run: Run, task: Task, folder: Path, device: str, graph: bool) -> Row
 def set_up(device: str, threads: int) -> None:
     """Prepare a worker process: its GPU, its threads."""
     torch.set_num_threads(threads)
-    torch.set_float32_matmul_precision("high")
     if torch.device(device).type == "cuda":
+        torch.set_float32_matmul_precision("high")
         torch.cuda.set_device(torch.device(device))
 
 

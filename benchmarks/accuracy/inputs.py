@@ -20,11 +20,13 @@ PAD = 4
 _PARTS = ("train_x", "train_y", "test_x", "test_y")
 
 
+@functools.lru_cache
 def cache_folder(task: Task, data: Path, cache: Path) -> Path:
-    """Return where a task's arrays are kept: they depend on the file and on how it is read."""
+    """Return where a task's arrays are kept: they depend on the data and on how it is read."""
     source = data_sets.source(data, task.data)
-    stat = source.stat()
-    read = [str(source.resolve()), stat.st_size, stat.st_mtime_ns, task.train, task.test, task.length, task.words]
+    # By content, not time: a packed file keeps its arrays when it is copied. Of a folder the time has to do.
+    what = hashlib.sha256(source.read_bytes()).hexdigest() if source.is_file() else source.stat().st_mtime_ns
+    read = [source.name, what, task.train, task.test, task.length, task.words]
     return cache / f"{task.data}-{hashlib.sha256(json.dumps(read).encode()).hexdigest()[:16]}"
 
 

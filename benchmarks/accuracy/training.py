@@ -24,7 +24,8 @@ from benchmarks.rows import machine
 
 # Part of the steps in which the step size grows; then it falls to zero, both in a line.
 WARM_UP = 0.2
-_JUDGED = 1000
+# Examples judged at a time.
+_JUDGED = 2000
 
 Autocast = Callable[[], contextlib.AbstractContextManager]
 
