@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test zoo check bench bench-gpu wheel-test clean
+.PHONY: help setup demo test zoo check bench bench-gpu accuracy wheel-test clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -41,6 +41,10 @@ bench: $(READY)  ## Measure against the dense layers on this machine and write b
 bench-gpu: $(READY)  ## Measure the operators on this machine's GPU and write docs/performance.md
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.page
+
+accuracy: $(READY)  ## Train every method on this machine's GPUs, on the data in DATA=folder, and write docs/accuracy.md
+	$(BIN)/python -m benchmarks.accuracy --data $(DATA) --group main --group grid --group text
+	$(BIN)/python -m benchmarks.accuracy.page
 
 clean:  ## Remove the environment and everything built
 	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -8,12 +8,10 @@ benchmarks/results/signs.json at once; docs/signs.md is written from it.
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import json
 import math
 import multiprocessing
 import os
-import platform
 import tempfile
 import time
 import traceback
@@ -23,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 import torch
 
 import roastify
+from benchmarks.rows import machine, write
 from benchmarks.signs_page import DOCUMENT, RESULTS, markdown
 from benchmarks.signs_tasks import (
     DENSE,
@@ -44,26 +42,6 @@ from benchmarks.signs_tasks import (
 from roastify.config import RoastConfig
 
 OUT = Path(__file__).parents[1] / "out"
-
-
-def machine(device: str) -> dict[str, Any]:
-    on_gpu = torch.device(device).type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": _version("triton") if on_gpu else None,
-        "cuda": torch.version.cuda if on_gpu else None,
-        "numpy": np.__version__,
-        "roastify": roastify.__version__,
-        "date": datetime.date.today().isoformat(),
-    }
-
-
-def _version(package: str) -> str:
-    import importlib.metadata
-
-    return importlib.metadata.version(package)
 
 
 def planned_runs(tasks: Iterable[str], ratios: Iterable[float], signs: Iterable[str], seeds: int) -> list[Run]:
@@ -120,14 +98,6 @@ def outcomes(
             futures = {executor.submit(attempt, run, settings, folder, device, deadline): run for run in runs}
             for future in as_completed(futures):
                 yield futures[future], future.result()
-
-
-def write(path: Path, text: str) -> None:
-    """Replace a file as a whole, so that a killed run leaves the last one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
 
 
 def earlier_rows(path: Path, made: dict[str, Any], settings: dict[str, Any]) -> list[dict[str, Any]]:

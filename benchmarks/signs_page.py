@@ -3,63 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from benchmarks.signs_tasks import DENSE, FEWEST_SLOTS, SIGNS, TASKS
+from benchmarks.stats import Difference, half_width, mean_and_error, paired
 
 RESULTS = Path(__file__).parent / "results" / "signs.json"
 DOCUMENT = Path(__file__).parents[1] / "docs" / "signs.md"
-
-
-def mean_and_error(values: Iterable[float]) -> tuple[float, float]:
-    """Return the mean and its standard error (NaN for a single value)."""
-    array = np.array(list(values), dtype=np.float64)
-    error = array.std(ddof=1) / math.sqrt(len(array)) if len(array) > 1 else math.nan
-    return float(array.mean()), float(error)
-
-
-def two_sided_p(t: float, degrees: int) -> float:
-    """Return the probability of a Student's t at least as far from 0: the density integrated over t = √d·tan θ."""
-    if math.isnan(t):
-        return math.nan
-    angle = np.linspace(0, math.pi / 2, 100_001)
-    density = np.cos(angle) ** (degrees - 1)
-    total = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    return float(1 - np.interp(math.atan(abs(t) / math.sqrt(degrees)), angle, total) / total[-1])
-
-
-def half_width(error: float, degrees: int) -> float:
-    """Return half of the 95 % interval of a mean with this standard error."""
-    low, high = 0.0, 1e3
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if two_sided_p(middle, degrees) > 0.05 else (low, middle)
-    return high * error
-
-
-class Difference(NamedTuple):
-    """A paired difference in percentage points: its mean, standard error, degrees of freedom and p."""
-
-    mean: float
-    error: float
-    degrees: int
-
-    @property
-    def p(self) -> float:
-        if self.degrees < 1 or math.isnan(self.error):
-            return math.nan
-        if self.error == 0:
-            return 1.0 if self.mean == 0 else 0.0
-        return two_sided_p(self.mean / self.error, self.degrees)
-
-    def __str__(self) -> str:
-        if math.isnan(self.p):
-            return f"{self.mean:+.2f}"
-        return f"{self.mean:+.2f} ± {self.error:.2f} (p = {self.p:.2f})"
 
 
 class Table:
@@ -75,9 +26,7 @@ class Table:
 
     def difference(self, task: str, ratio: float, sign: str, other: str) -> Difference | None:
         """Return `sign` less `other` over the seeds that both have."""
-        ours, theirs = self.by_seed(task, ratio, sign), self.by_seed(task, ratio, other)
-        pairs = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
-        return Difference(*mean_and_error(pairs), len(pairs) - 1) if pairs else None
+        return paired(self.by_seed(task, ratio, sign), self.by_seed(task, ratio, other))
 
     def overall(self, sign: str, other: str) -> Difference | None:
         """Return the mean of the cells' differences; each cell's seeds give its own variance."""

@@ -4,31 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import lzma
 import math
-import re
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import click
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import roastify
+from benchmarks.data import encode, read_images, read_reviews, shuffled, vocabulary
+from benchmarks.encoder import TextClassifier
 from roastify.config import RoastConfig
 
 SIGNS = ("none", "row", "tile", "element")
 DENSE = "dense"
 # What the measurement is about: the planner takes `element` for pools of fewer slots.
 FEWEST_SLOTS = 64
-_WORD = re.compile(r"[a-z']+|[0-9]+|[!?]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,51 +89,6 @@ class Run(NamedTuple):
     seed: int
 
 
-class EncoderLayer(nn.Module):
-    """A pre-norm transformer layer of plain linear layers, all of which can be shared."""
-
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm_attention, self.norm_ffn = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        normed = self.norm_attention(x)
-        query, key, value = (
-            layer(normed).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for layer in (self.query, self.key, self.value)
-        )
-        attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
-        x = x + self.dropout(self.out(attended))
-        return x + self.dropout(self.down(F.gelu(self.up(self.norm_ffn(x)))))
-
-
-class TextClassifier(nn.Module):
-    """A transformer encoder, the mean over its tokens, and a linear layer."""
-
-    def __init__(self, vocabulary: int, length: int, width: int, depth: int, dropout: float = 0.1) -> None:
-        super().__init__()
-        self.words, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
-        # As wide as the linear layers' weights, so that every λ is near 1 and Adam's step keeps its meaning.
-        nn.init.normal_(self.words.weight, std=0.02)
-        nn.init.normal_(self.positions.weight, std=0.02)
-        self.norm_in, self.norm_out = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.layers = nn.ModuleList(EncoderLayer(width, max(1, width // 64), dropout) for _ in range(depth))
-        self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(width, 2)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        # Every position is used and most words are frequent: whole tables are read faster than their rows are summed.
-        x = F.embedding(tokens, self.words.weight) + self.positions.weight
-        x = self.dropout(self.norm_in(x))
-        for layer in self.layers:
-            x = layer(x)
-        return self.head(self.norm_out(x).mean(1))
-
-
 class MixerBlock(nn.Module):
     """An MLP over tokens, then one over channels."""
 
@@ -180,60 +130,25 @@ def new_model(name: str, task: Task) -> nn.Module:
     return Mixer(task.length, task.width, task.depth)
 
 
-def words_of(text: str) -> Iterator[str]:
-    return (match[0] for match in _WORD.finditer(text.lower().replace("<br />", " ")))
-
-
-def encode(text: str, known: dict[str, int], length: int) -> np.ndarray:
-    """Return the first `length` words as numbers; a shorter text is repeated, so that nothing is padded or masked."""
-    numbers = [known.get(word, 0) for word in islice(words_of(text), length)]
-    return np.resize(np.array(numbers or [0], dtype=np.int32), length)
-
-
 def read_imdb(data: Path, task: Task) -> dict[str, np.ndarray]:
     """Return words as numbers by frequency in the training reviews, `int32 [n, length]`, and labels."""
-    with lzma.open(data / "imdb.jsonl.xz", "rt", encoding="utf-8") as lines:
-        reviews = [json.loads(line) for line in lines]
-    counts: Counter[str] = Counter()
-    for review in reviews:
-        if review["split"] == "train":
-            counts.update(words_of(review["text"]))
-    known = {word: number for number, (word, _) in enumerate(counts.most_common(task.vocabulary - 1), 1)}
+    reviews = read_reviews(data)
+    known = vocabulary(reviews["train"][0], task.vocabulary)
     arrays = {}
     for split, count in (("train", task.train), ("test", task.test)):
-        chosen = _sample([review for review in reviews if review["split"] == split], count)
-        arrays[f"{split}_x"] = np.stack([encode(review["text"], known, task.length) for review in chosen])
-        arrays[f"{split}_y"] = np.array([review["label"] for review in chosen], dtype=np.int64)
+        texts, labels = reviews[split]
+        chosen = shuffled(len(labels), count)
+        arrays[f"{split}_x"] = np.stack([encode(texts[index], known, task.length) for index in chosen])
+        arrays[f"{split}_y"] = labels[chosen]
     return arrays
-
-
-def decode_jpegs(files: list[bytes]) -> np.ndarray:
-    """Return images, `uint8 [n, 32, 32, 3]`."""
-    import io
-
-    try:
-        from PIL import Image
-    except ImportError:
-        raise click.ClickException("the images are JPEG files; decoding them takes: pip install pillow") from None
-    return np.stack([np.asarray(Image.open(io.BytesIO(file)).convert("RGB")) for file in files])
 
 
 def read_cifar10(data: Path, task: Task) -> dict[str, np.ndarray]:
     """Return images, `uint8 [n, 32, 32, 3]`, and labels."""
     arrays = {}
-    with np.load(data / "cifar10_jpeg.npz") as stored:
-        for split, count in (("train", task.train), ("test", task.test)):
-            content, offset, label = (stored[f"{split}_{part}"] for part in ("jpeg", "offset", "label"))
-            chosen = _sample(range(len(label)), count)
-            files = [content[offset[index] : offset[index + 1]].tobytes() for index in chosen]
-            arrays[f"{split}_x"] = decode_jpegs(files)
-            arrays[f"{split}_y"] = label[chosen].astype(np.int64)
+    for split, (images, labels) in read_images(data, {"train": task.train, "test": task.test}).items():
+        arrays |= {f"{split}_x": images, f"{split}_y": labels}
     return arrays
-
-
-def _sample(items: Any, count: int) -> list:
-    """Return `count` of the items in an order of their own: files may be sorted by label."""
-    return [items[index] for index in np.random.default_rng(0).permutation(len(items))[:count]]
 
 
 def prepare(name: str, data: Path, settings: Settings, folder: Path) -> None:

@@ -22,7 +22,8 @@ spec = importlib.util.spec_from_file_location("benchmarks", ROOT / "benchmarks" 
 assert spec is not None
 sys.modules.setdefault("benchmarks", importlib.util.module_from_spec(spec))
 
-from benchmarks import signs, signs_page, signs_tasks  # noqa: E402
+from benchmarks import data as data_sets  # noqa: E402
+from benchmarks import signs, signs_page, signs_tasks, stats  # noqa: E402
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         arrays[f"{split}_label"] = labels
     np.savez(tmp_path / "cifar10_jpeg.npz", **arrays)
     pictures = {bytes([value] * 2): np.full((32, 32, 3), value, dtype=np.uint8) for value in (0, 255)}
-    monkeypatch.setattr(signs_tasks, "decode_jpegs", lambda files: np.stack([pictures[file] for file in files]))
+    monkeypatch.setattr(data_sets, "decode", pictures.__getitem__)
     small = {"epochs": 3, "batch": 16, "train": 80, "test": 40}
     quick = dataclasses.replace(
         signs_tasks.QUICK,
@@ -124,10 +125,10 @@ def test_crops_and_mirrors() -> None:
 def test_statistics_are_the_textbooks() -> None:
     # Two-sided 5 % points of Student's t.
     for degrees, t in ((1, 12.706), (3, 3.182), (12, 2.179), (60, 2.000)):
-        assert signs_page.two_sided_p(t, degrees) == pytest.approx(0.05, abs=2e-4)
-        assert signs_page.two_sided_p(-t, degrees) == signs_page.two_sided_p(t, degrees)
-        assert signs_page.half_width(2.0, degrees) == pytest.approx(2 * t, rel=1e-3)
-    mean, error = signs_page.mean_and_error([1.0, 2.0, 3.0, 4.0])
+        assert stats.two_sided_p(t, degrees) == pytest.approx(0.05, abs=2e-4)
+        assert stats.two_sided_p(-t, degrees) == stats.two_sided_p(t, degrees)
+        assert stats.half_width(2.0, degrees) == pytest.approx(2 * t, rel=1e-3)
+    mean, error = stats.mean_and_error([1.0, 2.0, 3.0, 4.0])
     assert (mean, error) == (2.5, pytest.approx(math.sqrt(5 / 3) / 2))
 
 

@@ -1,0 +1,139 @@
+"""Named groups of runs, each in the order of importance: what is cut off at the end is missed least."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from benchmarks.accuracy.methods import METHODS
+from benchmarks.accuracy.runs import Run
+
+RATIOS = (10.0, 100.0, 30.0, 3.0, 300.0, 1.0)
+SEEDS = range(3)
+NOT_HASHED = ("smaller", "snip", "lowrank", "magnitude", "random")
+
+
+def _seeds(task: str, cells: Sequence[tuple[str, float]]) -> Iterator[Run]:
+    """All cells with one seed, then with the next: a result that is cut off still has whole comparisons."""
+    for seed, (method, ratio) in itertools.product(SEEDS, cells):
+        yield Run(task, method, ratio, seed)
+
+
+def main() -> Iterator[Run]:
+    """What the claims are about: dense, ours and its closest rivals at ratios 10 and 100, images and text."""
+    images = [("dense", 1.0), ("ours", 10.0), ("ours", 100.0), ("smaller", 100.0), ("smaller", 10.0)]
+    text = [("dense", 1.0), ("ours", 10.0), ("ours", 100.0), ("smaller", 100.0), ("smaller", 10.0)]
+    for first, second in itertools.zip_longest(_seeds("resnet9", images), _seeds("imdb", text)):
+        yield from (run for run in (first, second) if run)
+    yield from _seeds("resnet9", [("local", 100.0), ("local", 10.0), ("plain", 100.0), ("plain", 10.0), ("ours", 1.0)])
+    yield from _seeds("resnet9", [("snip", 100.0), ("lowrank", 100.0), ("magnitude", 100.0), ("random", 100.0)])
+    yield from _seeds("imdb", [("local", 100.0), ("local", 10.0), ("plain", 100.0), ("plain", 10.0)])
+
+
+def sharing() -> Iterator[Run]:
+    """One pool for all against a region for each tensor, at every ratio from 10."""
+    for task in ("resnet9", "imdb"):
+        yield from _seeds(task, list(itertools.product(("ours", "local"), (10.0, 100.0, 30.0, 300.0))))
+
+
+def grid() -> Iterator[Run]:
+    """Every method at every ratio on ResNet-9."""
+    yield from _grid("resnet9")
+
+
+def text() -> Iterator[Run]:
+    """Every method at every ratio on IMDB."""
+    yield from _grid("imdb")
+
+
+def _grid(task: str) -> Iterator[Run]:
+    others = [method for method in METHODS if method != "dense"]
+    for seed in SEEDS:
+        yield Run(task, "dense", 1.0, seed)
+        for ratio, method in itertools.product(RATIOS, others):
+            # At ratio 1 every rival but the hashed ones is the dense model.
+            if ratio > 1 or METHODS[method].kind in ("ours", "hash"):
+                yield Run(task, method, ratio, seed)
+
+
+def nets() -> Iterator[Run]:
+    """STABLE-RPS's nets: dense, ours, a smaller one and SNIP."""
+    for task in ("vgg11", "resnet20"):
+        ratios = (10.0, 100.0) if task == "vgg11" else (3.0, 10.0)
+        yield from _seeds(task, [("dense", 1.0), *itertools.product(("ours", "smaller", "snip"), ratios)])
+
+
+def _vary(task: str, ratios: Sequence[float], *changes: dict[str, Any], method: str = "ours") -> Iterator[Run]:
+    for ratio, change in itertools.product(ratios, changes):
+        yield Run(task, method, ratio, 0, changes=tuple(sorted(change.items())))
+
+
+def rates() -> Iterator[Run]:
+    """Learning rate against ratio."""
+    for rate, ratio in itertools.product((0.2, 0.4, 1.0, 2.0, 4.0), (100.0, 10.0, 30.0, 300.0)):
+        yield Run("resnet9", "ours", ratio, 0, rate)
+    for rate, ratio in itertools.product((5e-4, 1e-3, 2e-3, 4e-3, 8e-3), (100.0, 10.0)):
+        yield Run("imdb", "ours", ratio, 0, rate)
+
+
+def epochs() -> Iterator[Run]:
+    """Longer training, dense and ours."""
+    for count, (method, ratio) in itertools.product((12, 48, 96), (("ours", 100.0), ("ours", 10.0), ("dense", 1.0))):
+        yield Run("resnet9", method, ratio, 0, epochs=count)
+    for count, (method, ratio) in itertools.product((4, 8, 16), (("ours", 100.0), ("ours", 10.0), ("dense", 1.0))):
+        yield Run("imdb", method, ratio, 0, epochs=count)
+
+
+def pool() -> Iterator[Run]:
+    """λ and the pool's initialisation; the pool's own step size, which is its scale under Adam."""
+    changes = [{"init": "project"}, {"tied_spread": True}, {"spread": 0.5}, {"spread": 2.0}]
+    yield from _vary("resnet9", (100.0, 10.0), *changes)
+    yield from _vary("imdb", (100.0, 10.0), *changes, {"pool_rate": 0.3}, {"pool_rate": 3.0}, {"pool_rate": 10.0})
+
+
+def decay() -> Iterator[Run]:
+    """Weight decay."""
+    yield from _vary("resnet9", (100.0, 10.0), *({"decay": value} for value in (0.0, 1e-4, 2e-4, 1e-3, 2e-3)))
+    yield from _vary("imdb", (100.0, 10.0), *({"decay": value} for value in (0.0, 0.1)))
+
+
+def signs() -> Iterator[Run]:
+    """The sign's granularity."""
+    changes = [{"sign": sign} for sign in ("element", "tile", "row", "none")]
+    yield from _vary("resnet9", (100.0, 300.0, 10.0), *changes)
+    yield from _vary("imdb", (100.0, 300.0, 10.0), *changes)
+
+
+def tiles() -> Iterator[Run]:
+    """The tile's size in small pools."""
+    changes = [{"tile": f"{side}x{side}"} for side in (64, 32, 16, 8)]
+    yield from _vary("resnet9", (100.0, 300.0), *changes)
+    yield from _vary("imdb", (100.0, 300.0), *changes)
+
+
+def kept() -> Iterator[Run]:
+    """What is worth keeping dense."""
+    everything = {"share": "all"}, {"share": "weights"}
+    ends = {"exclude": "prepare"}, {"exclude": "head"}, {"exclude": ("prepare", "head")}
+    yield from _vary("resnet9", (100.0, 10.0), *everything, *ends)
+    yield from _vary("imdb", (100.0, 10.0), *everything, {"exclude": "head"}, {"exclude": "positions"})
+    yield from _vary("imdb", (100.0, 10.0), {"row_scales": True})
+
+
+def data() -> Iterator[Run]:
+    """Augmentation and smoothed labels, dense and ours."""
+    for method, ratios in (("ours", (100.0, 10.0)), ("dense", (1.0,)), ("smaller", (100.0,))):
+        yield from _vary("resnet9", ratios, {"cutout": 8}, {"smoothing": 0.1}, method=method)
+
+
+def widths() -> Iterator[Run]:
+    """The smaller text model's trade of width for words."""
+    for width in (16, 24, 48):
+        yield Run("imdb", "smaller", 100.0, 0, changes=(("width", width),))
+
+
+GROUPS: dict[str, Callable[[], Iterator[Run]]] = {
+    function.__name__: function
+    for function in (main, sharing, grid, text, nets, rates, epochs, pool, decay, signs, tiles, kept, data, widths)
+}

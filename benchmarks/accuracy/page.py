@@ -1,0 +1,254 @@
+"""The raw rows → docs/accuracy.md and its pictures: `python -m benchmarks.accuracy.page`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import click
+
+from benchmarks.accuracy import picture, trials
+from benchmarks.accuracy.methods import METHODS
+from benchmarks.accuracy.table import RESULTS, Row, Table, final, read_rows
+from benchmarks.accuracy.tasks import TASKS
+from benchmarks.accuracy.verdicts import not_hashed, verdicts
+from benchmarks.stats import Difference, mean_and_error, sign_flip_p
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "accuracy.md"
+IMAGES = DOCUMENT.parent / "images"
+
+METHOD = """
+All models are trained from scratch. A seed fixes initial values, data order, augmentation, slots and masks, the same
+for every method where they mean the same. All of a task's methods train with one recipe: batches of {batches};
+Nesterov SGD for images, AdamW for text; a step size that grows over a fifth of the steps and then falls to zero; crops
+and mirrors for images; bfloat16 autocast on a GPU. Vectors do not decay.
+
+Every method chooses its step size (on text the epochs too) from the same few candidates (without the preconditioner
+from smaller ones), by one run each, on images a shorter one, that is judged on 5,000 training examples held out of it;
+the choices are below. The test set chooses nothing, and accuracy is that after
+the last epoch.
+
+*Stored* counts every parameter: biases, norms, whatever is kept. A pruned model stores the weights that it keeps; its
+mask is not counted, in its favour, although a bitmap of it takes a 32nd of the dense model's bytes, three times what is
+left at ratio 100. roastify never stores more than asked and leaves up to one slot unused, so it may store a little less
+than the others. Rivals that hash are given what their papers do not have: roastify's λ and its preconditioner.
+"""
+
+SHARING = """
+One pool for all tensors against a region of it for each (`sharing="local"`), and the preconditioner on against off,
+with as many stored parameters and each with a step size of its own choice. Percentage points; p of a paired t-test for
+a line, of the exact sign-flip test for all lines.
+"""
+
+WHEN_NOT = """
+- **Where a smaller model will do.** It is faster as well as smaller; roastify saves parameters, not arithmetic.
+- **Where there is no time to train.** Compression is trained, not free, and a compressed model wants longer training
+  and at high ratios a larger step.
+- **Where the last point of accuracy counts** and the dense model fits: see what each ratio costs above.
+"""
+
+
+def table_lines(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+def mean_text(values: Sequence[float]) -> str:
+    mean, error = mean_and_error(values)
+    return f"{mean:.2f}" if math.isnan(error) else f"{mean:.2f} ± {error:.2f}"
+
+
+def described(table: Table) -> str:
+    made = sorted({(row["machine"]["device"], row["machine"]["torch"]) for row in table.rows})
+    dates = sorted({row["machine"]["date"] for row in table.rows})
+    machines = "; ".join(f"{device or 'CPU'}, torch {torch}" for device, torch in made)
+    span = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    return (
+        f"Written by `python -m benchmarks.accuracy.page` from [the raw rows](../benchmarks/results/{RESULTS.name}), "
+        f"which `python -m benchmarks.accuracy` makes: {len(table.rows)} runs; {machines}; {span}."
+    )
+
+
+def comparison(table: Table, task: str) -> Iterator[str]:
+    """Yield a task's section: its picture, and the table of methods by ratio."""
+    ratios = [ratio for ratio in table.ratios(task) if ratio > 1]
+    dense = table.accuracies(task, "dense", 1.0)
+    one = table.accuracies(task, "ours", 1.0)
+    size = table.stored(task, "dense", 1.0)
+    epochs = sorted({row["epochs"] for row in table.chosen if row["task"] == task})
+    yield f"## {TASKS[task].title}"
+    yield ""
+    if dense:
+        at_one = f"; through roastify at ratio 1 {mean_text(list(one.values()))}" if one else ""
+        yield (
+            f"The dense model of {size:,} parameters: {mean_text(list(dense.values()))} %{at_one}. "
+            f"{' or '.join(map(str, epochs))} epochs. Mean ± standard error over seeds, their number in brackets where "
+            f"it is not three."
+        )
+        yield ""
+    yield f"![Accuracy against stored parameters]({IMAGES.name}/accuracy-{task}.png)"
+    yield ""
+    rows = []
+    for method in table.methods(task):
+        if METHODS[method].kind == "dense":
+            continue
+        cells = [_cell(table, task, method, ratio) for ratio in ratios]
+        rows.append([METHODS[method].title, *cells])
+    if ratios:
+        asked = [f"ratio {ratio:g}" for ratio in ratios]
+        yield from table_lines(["method", *asked], rows)
+        stored = [f"{value:,}" if (value := table.stored(task, "ours", ratio)) else "–" for ratio in ratios]
+        yield ""
+        yield f"roastify stores {', '.join(stored)} parameters."
+        yield ""
+
+
+def _cell(table: Table, task: str, method: str, ratio: float) -> str:
+    if (task, method, ratio) in table.unreachable:
+        return "not reachable"
+    values = list(table.accuracies(task, method, ratio).values())
+    if not values:
+        return "–"
+    text = mean_text(values) + ("" if len(values) == 3 else f" ({len(values)})")
+    best = table.best(task, ratio, lambda name: METHODS[name].kind != "dense")
+    return f"**{text}**" if best and best[0] == method else text
+
+
+def against(table: Table, other: str, least_ratio: float) -> Iterator[str]:
+    """Yield the table of ours less another method, seed by seed."""
+    pairs = table.pairs("ours", other, least_ratio)
+    rows = []
+    for (task, ratio), values in pairs.items():
+        difference = Difference(*mean_and_error(values), len(values) - 1)
+        rows.append([TASKS[task].title, f"{ratio:g}", str(len(values)), str(difference)])
+    if rows:
+        flat = [value for values in pairs.values() for value in values]
+        total = f"{sum(flat) / len(flat):+.2f} (p = {sign_flip_p(flat):.2g})"
+        rows.append(["all", "", str(len(flat)), total])
+        yield from table_lines(["task", "ratio", "seeds", f"roastify − {METHODS[other].title}"], rows)
+        yield ""
+
+
+def experiments(table: Table) -> Iterator[str]:
+    """Yield the recipe's experiments, each beside the comparison's run of the same seed."""
+    rows = []
+    for row in sorted(table.experiments(), key=_order):
+        same = table.accuracies(row["task"], row["method"], float(row["ratio"])).get(row["seed"])
+        changes = [f"{name} {_plain(value)}" for name, value in row["changes"].items()]
+        what = ", ".join(changes) or ("its own epochs" if row["tuned"] else "its own rate")
+        rows.append(
+            [
+                TASKS[row["task"]].title,
+                METHODS[row["method"]].title,
+                f"{row['ratio']:g}",
+                what,
+                f"{row['rate']:g}",
+                str(row["epochs"]),
+                f"{row['stored']:,}",
+                f"{final(row):.2f}",
+                "–" if same is None else f"{final(row) - same:+.2f}",
+            ]
+        )
+    if rows:
+        yield "## The recipe"
+        yield ""
+        yield (
+            "One seed each, so a difference of less than half a point says nothing. The last column is the accuracy "
+            "less that of the same seed in the comparison above."
+        )
+        yield ""
+        head = ["task", "method", "ratio", "change", "rate", "epochs", "stored", "accuracy", "difference"]
+        yield from table_lines(head, rows)
+        yield ""
+
+
+def _order(row: Row) -> tuple:
+    names = tuple(sorted(row["changes"])), row["rate"] if not row["changes"] else 0, row["epochs"]
+    return list(TASKS).index(row["task"]), row["method"], row["ratio"], names, str(row["changes"]), row["seed"]
+
+
+def _plain(value: object) -> str:
+    return " and ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def choices(table: Table) -> Iterator[str]:
+    """Yield what each method's trials found."""
+    found: dict[tuple[str, str, float], list[tuple[float, int, float]]] = {}
+    for run, row in table.trials().items():
+        if not run.changes and "accuracy" in row:
+            found.setdefault(run.cell, []).append((row["rate"], row["epochs"], final(row)))
+    rows = []
+    for (task, method, ratio), tried in found.items():
+        best = max(tried, key=lambda trial: trial[2])
+        texts = [f"{rate:g}, {epochs} epochs: {value:.2f}" for rate, epochs, value in sorted(tried)]
+        rows.append([TASKS[task].title, METHODS[method].title, f"{ratio:g}", "; ".join(texts), f"{best[0]:g}"])
+    if rows:
+        yield "## What was chosen"
+        yield ""
+        ratios = " and ".join(f"{ratio:g}" for ratio in trials.RATIOS)
+        yield (
+            f"Held-out accuracy of each trial. Ratio 1 takes the dense model's choice; ratios beside {ratios} that of "
+            f"the nearer of these."
+        )
+        yield ""
+        yield from table_lines(["task", "method", "ratio", "tried", "chosen"], rows)
+        yield ""
+
+
+def losses(table: Table) -> Iterator[str]:
+    """Yield a line for each cell in which another method is above ours."""
+    for task in table.tasks():
+        for ratio in table.ratios(task):
+            ours = table.mean(task, "ours", ratio)
+            if ours is None or ratio == 1:
+                continue
+            for name, wanted in (("no hashing", not_hashed), ("hashing", lambda name: METHODS[name].kind == "hash")):
+                best = table.best(task, ratio, wanted)
+                if best and best[1] > ours:
+                    difference = table.difference(task, ratio, best[0], "ours", ratio)
+                    p = "" if difference is None or math.isnan(difference.p) else f", p = {difference.p:.2f}"
+                    yield (
+                        f"- {TASKS[task].title}, ratio {ratio:g}, {name}: {METHODS[best[0]].title} is "
+                        f"{best[1] - ours:.2f} points above roastify{p}."
+                    )
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Return docs/accuracy.md of the raw rows."""
+    table = Table(rows)
+    lines = ["# Accuracy against stored parameters", "", described(table), "", "## What was to be shown", ""]
+    found = [[verdict.aim, verdict.found, verdict.text] for verdict in verdicts(table)]
+    lines += [*table_lines(["aim", "found", ""], found), ""]
+    for task in table.tasks():
+        lines += comparison(table, task)
+    pairs = [*against(table, "local", 10.0), *against(table, "plain", 1.0)]
+    if pairs:
+        lines += ["## One pool or many; the preconditioner", "", *SHARING.strip().splitlines(), "", *pairs]
+    lines += ["## When not to use roastify", "", *WHEN_NOT.strip().splitlines(), ""]
+    lost = list(losses(table))
+    if lost:
+        lines += ["Where something else with as many stored parameters was more accurate:", "", *lost, ""]
+    lines += experiments(table)
+    batches = ", ".join(f"{TASKS[task].batch} ({TASKS[task].title})" for task in table.tasks())
+    lines += ["## Method", "", *METHOD.strip().format(batches=batches).splitlines(), ""]
+    lines += choices(table)
+    return "\n".join(lines)
+
+
+@click.command()
+@click.option("--rows", "path", type=click.Path(exists=True, dir_okay=False, path_type=Path), default=RESULTS)
+@click.option("--document", type=click.Path(dir_okay=False, path_type=Path), default=DOCUMENT)
+def main(path: Path, document: Path) -> None:
+    """Write the page and its pictures from the raw rows."""
+    rows = read_rows(path)
+    if not rows:
+        raise click.ClickException(f"{path} holds no rows; python -m benchmarks.accuracy makes them")
+    if document == DOCUMENT and any(row["smoke"] for row in rows):
+        raise click.ClickException(f"{path} holds rows of a smoke test, which say nothing; name another --document")
+    document.write_text(markdown(rows), encoding="utf-8")
+    drawn = picture.draw(Table(rows), document.parent / IMAGES.name)
+    print(f"written to {', '.join(str(path) for path in (document, *drawn))}")
+
+
+if __name__ == "__main__":
+    main()

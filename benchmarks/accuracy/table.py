@@ -1,0 +1,107 @@
+"""The raw rows as a table: of every cell (task, method, ratio) its accuracy by seed, in percent."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.accuracy.methods import METHODS
+from benchmarks.accuracy.runs import Run, of_row
+from benchmarks.accuracy.tasks import TASKS
+from benchmarks.stats import Difference, mean_and_error, paired
+
+RESULTS = Path(__file__).parents[1] / "results" / "accuracy.json"
+Row = Mapping[str, Any]
+Cell = tuple[str, str, float]
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+
+
+def final(row: Row) -> float:
+    """Return a row's accuracy after its last epoch, in percent."""
+    return 100 * row["accuracy"][-1]
+
+
+class Table:
+    """The comparison's rows: at the rate that the method's trials chose, and nothing changed.
+
+    Of a task that was run with several scales of its epochs, those with the most rows count, and of equally many the
+    longest.
+    """
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.rows = rows
+        plain = [row for row in rows if row["tuned"] and not (row["trial"] or row["changes"] or row["epochs_asked"])]
+        self.scales = {task: _commonest_scale(row for row in plain if row["task"] == task) for task in TASKS}
+        self.chosen = [row for row in plain if row["scale"] == self.scales[row["task"]]]
+        self.by_cell: dict[Cell, dict[int, Row]] = {}
+        self.unreachable: dict[Cell, str] = {}
+        for row in self.chosen:
+            cell = row["task"], row["method"], float(row["ratio"])
+            if "unreachable" in row:
+                self.unreachable[cell] = row["unreachable"]
+            else:
+                self.by_cell.setdefault(cell, {})[row["seed"]] = row
+
+    def tasks(self) -> list[str]:
+        return [task for task in TASKS if any(cell[0] == task for cell in self.by_cell)]
+
+    def methods(self, task: str) -> list[str]:
+        cells = [*self.by_cell, *self.unreachable]
+        return [method for method in METHODS if any(cell[:2] == (task, method) for cell in cells)]
+
+    def ratios(self, task: str) -> list[float]:
+        return sorted({cell[2] for cell in (*self.by_cell, *self.unreachable) if cell[0] == task})
+
+    def accuracies(self, task: str, method: str, ratio: float) -> dict[int, float]:
+        """Return final accuracies by seed; the dense model has ratio 1."""
+        return {seed: final(row) for seed, row in self.by_cell.get((task, method, ratio), {}).items()}
+
+    def mean(self, task: str, method: str, ratio: float) -> float | None:
+        values = self.accuracies(task, method, ratio).values()
+        return mean_and_error(values)[0] if values else None
+
+    def stored(self, task: str, method: str, ratio: float) -> int | None:
+        rows = list(self.by_cell.get((task, method, ratio), {}).values())
+        return rows[0]["stored"] if rows else None
+
+    def difference(self, task: str, ratio: float, method: str, other: str, other_ratio: float) -> Difference | None:
+        """Return `method` at a ratio less another method at its ratio, over the seeds that both have."""
+        return paired(self.accuracies(task, method, ratio), self.accuracies(task, other, other_ratio))
+
+    def best(self, task: str, ratio: float, wanted: Callable[[str], bool]) -> tuple[str, float] | None:
+        """Return the method with the highest mean at a ratio, of those that are wanted, and that mean."""
+        found = {
+            method: mean
+            for method in METHODS
+            if wanted(method) and (mean := self.mean(task, method, ratio)) is not None
+        }
+        return max(found.items(), key=lambda item: item[1]) if found else None
+
+    def pairs(self, method: str, other: str, least_ratio: float) -> dict[tuple[str, float], list[float]]:
+        """Return the differences of two methods, seed by seed, for every task and ratio where both were run."""
+        found: dict[tuple[str, float], list[float]] = {}
+        for task, name, ratio in self.by_cell:
+            if name == method and ratio >= least_ratio:
+                ours, theirs = self.accuracies(task, method, ratio), self.accuracies(task, other, ratio)
+                if shared := sorted(ours.keys() & theirs.keys()):
+                    found[task, ratio] = [ours[seed] - theirs[seed] for seed in shared]
+        return dict(sorted(found.items(), key=lambda item: (list(TASKS).index(item[0][0]), item[0][1])))
+
+    def experiments(self) -> list[Row]:
+        """Return what is not part of the comparison: runs with a change, a rate or a number of epochs of their own."""
+        beside = {id(row) for row in self.chosen}
+        return [row for row in self.rows if id(row) not in beside and not row["trial"] and "accuracy" in row]
+
+    def trials(self) -> dict[Run, Row]:
+        return {of_row(row): row for row in self.rows if row["trial"]}
+
+
+def _commonest_scale(rows: Iterable[Row]) -> float:
+    counts = Counter(row["scale"] for row in rows)
+    return max(counts, key=lambda scale: (counts[scale], scale), default=1.0)

@@ -1,0 +1,91 @@
+"""What the measurement was to show, and whether it does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from benchmarks.accuracy.methods import METHODS
+from benchmarks.accuracy.table import Table
+from benchmarks.accuracy.tasks import TASKS
+from benchmarks.stats import Difference, half_width, sign_flip_p
+
+SEEDS = 3
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One aim: what was to be shown, what was found, and whether that meets it (None: too few runs)."""
+
+    aim: str
+    found: str
+    met: bool | None
+
+    @property
+    def text(self) -> str:
+        return {True: "met", False: "**missed**", None: "not measured"}[self.met]
+
+
+def not_hashed(method: str) -> bool:
+    return METHODS[method].kind == "other"
+
+
+def verdicts(table: Table) -> list[Verdict]:
+    """Return every aim in turn."""
+    return [*_images(table), *_text(table), _sharing(table), _preconditioner(table)]
+
+
+def _judge(aim: str, difference: Difference | None, test: Callable[[float], bool], what: str) -> Verdict:
+    if difference is None:
+        return Verdict(aim, "–", None)
+    few = "" if difference.degrees + 1 >= SEEDS else f", of {difference.degrees + 1} of {SEEDS} seeds"
+    return Verdict(aim, f"{difference} points {what}{few}", test(difference.mean))
+
+
+def _images(table: Table) -> Iterator[Verdict]:
+    task, title = "resnet9", TASKS["resnet9"].title
+    for ratio, allowed in ((10.0, 1.0), (100.0, 5.0)):
+        difference = table.difference(task, ratio, "ours", "dense", 1.0)
+        aim = f"{title}: ratio {ratio:g} within {allowed:g} {'point' if allowed == 1 else 'points'} of dense"
+        yield _judge(aim, difference, lambda mean, allowed=allowed: mean >= -allowed, "to dense")
+    aim = f"{title}: ratio 100 at least 3 points above the best rival that does not hash"
+    best = table.best(task, 100.0, not_hashed)
+    difference = table.difference(task, 100.0, "ours", best[0], 100.0) if best else None
+    yield _judge(aim, difference, lambda mean: mean >= 3, f"to {METHODS[best[0]].title}" if best else "")
+    aim = f"{title}: ratio 1 equals dense (the 95 % interval of the difference holds 0)"
+    difference = table.difference(task, 1.0, "ours", "dense", 1.0)
+    if difference is None or difference.degrees < 1:
+        yield Verdict(aim, "–" if difference is None else f"{difference} points, one seed", None)
+    else:
+        half = half_width(difference.error, difference.degrees)
+        yield _judge(aim, difference, lambda mean: abs(mean) <= half, "to dense")
+
+
+def _text(table: Table) -> Iterator[Verdict]:
+    task, title = "imdb", TASKS["imdb"].title
+    difference = table.difference(task, 10.0, "ours", "dense", 1.0)
+    yield _judge(f"{title}: ratio 10 no worse than dense", difference, lambda mean: mean >= 0, "to dense")
+    difference = table.difference(task, 100.0, "ours", "dense", 1.0)
+    aim = f"{title}: ratio 100 within 1.5 points of dense"
+    yield _judge(aim, difference, lambda mean: mean >= -1.5, "to dense")
+    difference = table.difference(task, 100.0, "ours", "smaller", 100.0)
+    aim = f"{title}: ratio 100 not below the smaller dense model"
+    yield _judge(aim, difference, lambda mean: mean >= 0, f"to the {METHODS['smaller'].title}")
+
+
+def _sharing(table: Table) -> Verdict:
+    return _everywhere(table, "one pool for all tensors above a pool for each at every ratio from 10", "local", 10.0)
+
+
+def _preconditioner(table: Table) -> Verdict:
+    return _everywhere(table, "with the preconditioner above without at every ratio measured", "plain", 1.0)
+
+
+def _everywhere(table: Table, aim: str, other: str, least_ratio: float) -> Verdict:
+    pairs = table.pairs("ours", other, least_ratio)
+    if not pairs:
+        return Verdict(aim, "–", None)
+    below = [f"{TASKS[task].title} at ratio {ratio:g}" for (task, ratio), values in pairs.items() if sum(values) <= 0]
+    flat = [value for values in pairs.values() for value in values]
+    found = f"{sum(flat) / len(flat):+.2f} points, p = {sign_flip_p(flat):.2g} over {len(flat)} pairs"
+    return Verdict(aim, found + (f"; not above: {', '.join(below)}" if below else ""), not below)
