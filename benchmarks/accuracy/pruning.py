@@ -53,7 +53,7 @@ def _by_layer(values: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return scores whose best ones, over all layers, are each layer's best values, small layers pruned less.
 
     Densities are in proportion to `(sum of sizes) / (product of sizes)` (ERK: Evci et al., ICML 2020). With one density
-    for all, or values compared across layers, the first convolution loses everything at ratio 100, and no signal passes.
+    for all, or values compared across layers, the first convolution loses everything at ratio 100 and nothing passes.
     """
     scores = {}
     for name, value in values.items():
