@@ -65,6 +65,8 @@ class RoastPool(nn.Module):
         self.precondition = precondition
         # The plan that the pool was built from, for saving and the way back; `rewrite` sets it.
         self.plan: Any = None
+        # What the Parameter is kept in. While a forward pass runs, sharding may show it in another dtype.
+        self.stored_dtype = dtype
         shape = (num_slots * tile[0], tile[1])
         self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=trainable)
         # Derived from the plan, so never part of a state dict. The masters stay on the CPU whatever the default device
@@ -134,6 +136,7 @@ class RoastPool(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RoastPool:
         super()._apply(fn, recurse)
+        self.stored_dtype = self.weight.dtype
         for name, master in self._masters.items():
             setattr(self, name, master.to(self.weight.device))
         return self
