@@ -30,7 +30,7 @@ from benchmarks.training.tasks import Task
 from roastify import timing
 
 DENSE = "dense"
-ALONE, DDP, FSDP = "alone", "ddp", "fsdp"
+KINDS = ALONE, DDP, FSDP = "alone", "ddp", "fsdp"
 CHECKED_STEPS = 6
 # Of a loss: sums in another order, and FSDP2's bfloat16 copies of norms and biases.
 TOLERANCE = 1e-2
@@ -115,7 +115,7 @@ class _Measurement:
     def run(self) -> None:
         """Measure each side alone, then DDP, then FSDP2, on ever more GPUs."""
         sides = [DENSE, *(f"ratio={ratio}" for ratio in self.task.ratios)]
-        for kind in (ALONE, DDP, FSDP):
+        for kind in KINDS:
             for size in self.several.sizes if kind != ALONE else [1]:
                 # FSDP2 on one GPU shards nothing, and DDP on one has nobody to talk to.
                 if size == 1 and kind != ALONE:

@@ -51,15 +51,16 @@ class Rows:
         return False
 
     def add(self, row: Row) -> None:
-        """Keep a row in place of an earlier one of that case, write the file, and say so."""
+        """Keep a row in place of an earlier one of that case, write the file, and print what it says of itself."""
         row = {**row, "machine": self.machine}
+        said = row.pop("said", None) or row["failure"]
         self.measured.append(row)
         rows = [other for other in load(self.output) if other["case"] != row["case"]] + [row]
         self.output.parent.mkdir(parents=True, exist_ok=True)
         pending = self.output.with_suffix(".pending")
         pending.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
         os.replace(pending, self.output)
-        click.echo(f"{row['case']}: {row.get('failure') or row['said']}")
+        click.echo(f"{row['case']}: {said}")
 
     def close(self) -> None:
         """Say where the rows are and what was left.
