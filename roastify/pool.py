@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from roastify.errors import RoastError
 from roastify.kernels import reference
 from roastify.kernels.view import MappingKind, SignKind, TileView
 from roastify.mapping import TileMap
@@ -88,8 +89,17 @@ class RoastPool(nn.Module):
 
         Its gradient arrives summed over all readers of the pass, in float32, and divided by Γ. Within its
         model's forward (`RootForward`) the cast is made once, and so is the node that divides; elsewhere, each time.
+
+        Raises:
+            RoastError: the pool is sharded and its values are not gathered now.
         """
         weight = self.weight
+        if is_sharded(weight):
+            raise RoastError(
+                "the pool is sharded over processes and not gathered now, which FSDP2 does while the forward of the "
+                "module it was sharded with runs. Shard the whole model last, fully_shard(model), and call that; to "
+                "read weights or call a part of it, model.unshard() first and model.reshard() afterwards"
+            )
         dtype = dtype or weight.dtype
         tracked = torch.is_grad_enabled() and weight.requires_grad
         if not tracked and dtype == weight.dtype:
@@ -163,6 +173,11 @@ class ReplicatedPool:
     def __getattr__(self, name: str) -> Any:
         device = current_device()
         return getattr(next(pool for pool in _replicas[self._pool] if pool.weight.device == device), name)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is spread over processes (a `DTensor`), so that this one holds a part of its values."""
+    return type(tensor) is not nn.Parameter and hasattr(tensor, "placements")
 
 
 def current_device() -> torch.device:
