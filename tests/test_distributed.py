@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +18,10 @@ from torch import Tensor
 
 import roastify
 from roastify.errors import CheckpointError
+from roastify.source import load_source
 
 STEPS = cases.STEPS
+EXAMPLE = Path(__file__).parents[1] / "examples" / "distributed.py"
 
 
 @pytest.fixture(scope="module")
@@ -148,3 +153,16 @@ def test_values_of_another_model_are_refused(tmp_path: Path, change: Any, messag
     with pytest.raises(CheckpointError, match=message):
         roastify.save(model, tmp_path / "a", state_dict=values)
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("settings", [[], ["--fsdp"]], ids=["ddp", "fsdp"])
+def test_the_example(tmp_path: Path, settings: list[str]) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(EXAMPLE), "--steps", "20", "--output", str(tmp_path / "out"), *settings]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    losses = [float(loss) for loss in re.findall(r"loss (\S+)", done.stdout)]
+    assert len(losses) == 2 and losses[1] < losses[0] - 0.1
+    source = load_source(str(EXAMPLE))
+    assert roastify.load(tmp_path / "out", source.model)(source.example_inputs).isfinite().all()
