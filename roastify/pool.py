@@ -2,7 +2,6 @@ r"""`RoastPool`: the owner of the one shared Parameter, its initial values and t
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -11,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from roastify.errors import RoastError
+from roastify.gamma import inverse_gamma
 from roastify.kernels import reference
-from roastify.kernels.view import MappingKind, SignKind, TileView
+from roastify.kernels.view import TileView
 from roastify.mapping import TileMap
 from roastify.passes import made_of
 
@@ -75,7 +75,7 @@ class RoastPool(nn.Module):
         with torch.device("cpu"):
             rows = [row for tile_map in maps for row in tile_map.chunk_table()]
             self._masters = {"table": torch.tensor(rows, dtype=torch.int64).view(-1, 3)}
-            self._masters |= _inverse_gamma(num_slots, tile, self._masters["table"], shared, unread_rows)
+            self._masters |= inverse_gamma(num_slots, tile, self._masters["table"], shared, unread_rows)
         for name, master in self._masters.items():
             self.register_buffer(name, master.to(device), persistent=False)
 
@@ -183,58 +183,3 @@ def is_sharded(tensor: Tensor) -> bool:
 def current_device() -> torch.device:
     """Return the device whose replica is running."""
     return torch.device("cuda", torch.cuda.current_device())
-
-
-def _inverse_gamma(
-    num_slots: int,
-    tile: tuple[int, int],
-    table: Tensor,
-    shared: Sequence[tuple[TileView, float]],
-    unread_rows: Sequence[tuple[TileView, float, int]],
-) -> dict[str, Tensor]:
-    """Return 1/Γ as a number for each slot, and element by element for the slots whose elements differ.
-
-    They differ where a reader is padded or begins inside a tile. Elements that nothing reads get the slot's number: no
-    gradient reaches them.
-    """
-    size = tile[0] * tile[1]
-    if _nothing_shared(num_slots, shared):
-        per_slot = torch.ones(num_slots)
-        for view, scale in shared:
-            per_slot[view.first_slot + view.first_tile : view.first_slot + view.first_tile + view.num_tiles] = scale**2
-        return {
-            "per_slot": per_slot.reciprocal(),
-            "uneven_slots": torch.empty(0, dtype=torch.int64),
-            "uneven": torch.empty(0, size),
-        }
-    # In float64: rows are subtracted below, and λ may differ by orders of magnitude.
-    gamma = torch.zeros(num_slots * size, dtype=torch.float64)
-    for view, scale in shared:
-        unsigned = view._replace(sign=int(SignKind.NONE))
-        readers = torch.full((), scale, dtype=torch.float64).expand(view.rows, view.cols)
-        reference.reduce_into(gamma, readers, table, unsigned, scale)
-    for view, scale, row in unread_rows:
-        unsigned = view._replace(sign=int(SignKind.NONE))
-        readers = torch.full((1, view.cols), scale, dtype=torch.float64)
-        read = reference.embedding_reduce(readers, torch.tensor([row]), table, unsigned, scale, [num_slots, size])
-        gamma -= read.view(-1)
-    by_slot = gamma.view(num_slots, size)
-    per_slot = by_slot.amax(1)
-    per_slot[per_slot == 0] = 1.0
-    by_slot = torch.where(by_slot == 0, per_slot[:, None], by_slot)
-    uneven_slots = (by_slot != per_slot[:, None]).any(1).nonzero().flatten()
-    return {
-        "per_slot": per_slot.reciprocal().float(),
-        "uneven_slots": uneven_slots,
-        "uneven": by_slot[uneven_slots].reciprocal().float(),
-    }
-
-
-def _nothing_shared(num_slots: int, shared: Sequence[tuple[TileView, float]]) -> bool:
-    """Whether every tile has a slot to itself, in order, and no slot serves two tensors."""
-    if any(view.mapping != MappingKind.PERMUTATION for view, _ in shared):
-        return False
-    spans = sorted((view.first_slot + view.first_tile, view.num_tiles, view.num_slots) for view, _ in shared)
-    if any(view.first_tile + view.num_tiles > view.num_slots for view, _ in shared):
-        return False
-    return all(start + length <= following for (start, length, _), (following, _, _) in itertools.pairwise(spans))
