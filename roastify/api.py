@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from roastify import bench as benchmark
 from roastify import checkpoint, rewrite
@@ -219,7 +219,7 @@ def bench(
     return benchmark.measure(dense, converted, example_inputs, options)
 
 
-def save(model: nn.Module, path: str | Path) -> None:
+def save(model: nn.Module, path: str | Path, *, state_dict: Mapping[str, Tensor] | None = None) -> None:
     """Write a converted model as an artifact folder: `roast.json` and `model.safetensors`.
 
     A save that is killed leaves what was there before whole.
@@ -227,12 +227,15 @@ def save(model: nn.Module, path: str | Path) -> None:
     Args:
         model: what `convert` returned, trained or not.
         path: the folder; made if missing, other files in it stay.
+        state_dict: values to write instead of the model's own, under the same keys: those of a sharded model, gathered
+            by `torch.distributed.checkpoint.state_dict.get_model_state_dict`.
 
     Raises:
         ConversionError: the model is not a converted one, or only a part or a wrapper of one.
-        CheckpointError: the model holds state that is not a tensor, or the folder cannot be written.
+        CheckpointError: the model holds state that is not a tensor or is sharded, the state dict is another model's, or
+            the folder cannot be written.
     """
-    checkpoint.write(model, Path(path))
+    checkpoint.write(model, Path(path), state_dict)
 
 
 def load(path: str | Path, model: nn.Module) -> nn.Module:
@@ -267,9 +270,10 @@ def densify(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         inplace: change the model itself instead of a copy.
 
     Raises:
-        ConversionError: the model is not a converted one.
+        ConversionError: the model is not a converted one, or it is sharded.
     """
     rewrite.pool_of(model)
+    rewrite.refuse_sharded(model)
     target = model if inplace else rewrite.copy_without(model, set())
     rewrite.restore(target)
     return target

@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,11 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from roastify.errors import CheckpointError
+from roastify.errors import CheckpointError, closest
 from roastify.kinds import refusal_of
 from roastify.mapping import MAPPING_VERSION
 from roastify.plan import RoastPlan
+from roastify.pool import is_sharded
 from roastify.rewrite import POOL_NAME, build_pool, current_plan, owners, shared_tensor
 
 FORMAT_VERSION = 2
@@ -42,7 +43,7 @@ class Artifact:
     plan: RoastPlan
 
 
-def write(model: nn.Module, folder: Path) -> None:
+def write(model: nn.Module, folder: Path, state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
     """Write a converted model; see `roastify.save`."""
     plan = current_plan(model)
     in_state_dict = model.state_dict().keys()
@@ -52,7 +53,9 @@ def write(model: nn.Module, folder: Path) -> None:
             f"{extra[0]} is state that is not a tensor (get_extra_state), which an artifact cannot hold; save the "
             f"model with torch.save, or remove it"
         )
-    tensors, ties = _stored_tensors(model, plan)
+    if state_dict is not None:
+        _check_values(state_dict, model.state_dict())
+    tensors, ties = _stored_tensors(model, plan, state_dict or {})
     try:
         folder.mkdir(parents=True, exist_ok=True)
         pending_weights = folder / (WEIGHTS + _PENDING)
@@ -324,7 +327,25 @@ def _named_buffers(model: nn.Module, plan: RoastPlan) -> list[tuple[str, torch.T
     return [(name, buffer) for name, buffer in named if not _in_pool(name, plan)]
 
 
-def _stored_tensors(model: nn.Module, plan: RoastPlan) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def _check_values(given: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    for name in expected.keys() - given.keys():
+        raise CheckpointError(
+            f"the state dict has no {name}, which the model has; pass the whole model's, gathered in every process and "
+            f"written by one (others get an empty one)"
+        )
+    for name in given.keys() - expected.keys():
+        raise CheckpointError(f"the state dict has {name}, which the model has not{closest(name, expected)}")
+    for name, value in given.items():
+        if value.shape != expected[name].shape:
+            raise CheckpointError(
+                f"{name} is of shape {tuple(value.shape)} in the state dict and {tuple(expected[name].shape)} in the "
+                f"model"
+            )
+
+
+def _stored_tensors(
+    model: nn.Module, plan: RoastPlan, values: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Return the tensors to write, tied ones once, and for each further name the one that it is stored under."""
     first: dict[int, str] = {}
     tensors: dict[str, torch.Tensor] = {}
@@ -334,7 +355,15 @@ def _stored_tensors(model: nn.Module, plan: RoastPlan) -> tuple[dict[str, torch.
             ties[name] = first[id(tensor)]
             continue
         first[id(tensor)] = name
-        value = tensor.detach().cpu().contiguous()
+        value = values.get(name, tensor).detach().to(tensor.dtype)
+        if is_sharded(value):
+            raise CheckpointError(
+                f"{name} is sharded over processes (FSDP2), so this one holds a part of its values; gather them in all "
+                f"processes, values = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, "
+                f"cpu_offload=True)) of torch.distributed.checkpoint.state_dict, and in the first process "
+                f"roastify.save(model, path, state_dict=values)"
+            )
+        value = value.cpu().contiguous()
         # Views of one storage (a buffer that aliases another) are written as tensors of their own.
         tensors[name] = value.clone() if value.untyped_storage().nbytes() != value.nbytes else value
     return _own_storages(tensors), ties

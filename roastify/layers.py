@@ -46,9 +46,18 @@ class SharedTensor:
     zero_row: int | None = None
     center: float = 0.0
 
+    @property
+    def current_dtype(self) -> torch.dtype:
+        """The dtype that the dense tensor would have now.
+
+        While a forward pass runs, FSDP2's mixed precision shows every Parameter in the dtype of its policy.
+        """
+        shown = self.pool.weight.dtype
+        return self.dtype if shown == self.pool.stored_dtype else shown
+
     def dense(self) -> Tensor:
         """Return the dense, differentiable tensor."""
-        matrix = ops.gather(self.pool.read(self.dtype), self.pool.table, self.view, self.scale)
+        matrix = ops.gather(self.pool.read(self.current_dtype), self.pool.table, self.view, self.scale)
         weight = (matrix.t() if self.transposed else matrix).reshape(self.shape)
         if self.center:
             weight = weight + self.center
@@ -72,14 +81,14 @@ class SharedTensor:
 
     def _product(self, product: Callable[..., Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
         # Read in the dtype that the product runs in, so that autocast finds nothing left to cast.
-        pool = self.pool.read(ops.product_dtype(x, self.dtype))
+        pool = self.pool.read(ops.product_dtype(x, self.current_dtype))
         return product(x, pool, bias, self.pool.table, self.view, self.scale)
 
     def rows(self, index: Tensor) -> Tensor:
         """Return `weight[index]`."""
         if self.transposed or self.center:
             return F.embedding(index, self.dense())
-        rows = ops.embedding(index, self.pool.read(self.dtype), self.pool.table, self.view, self.scale)
+        rows = ops.embedding(index, self.pool.read(self.current_dtype), self.pool.table, self.view, self.scale)
         if self.zero_row is None:
             return rows
         return rows.masked_fill((index == self.zero_row)[..., None], 0.0)

@@ -2,7 +2,6 @@ r"""`RoastPool`: the owner of the one shared Parameter, its initial values and t
 
 from __future__ import annotations
 
-import itertools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -10,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from roastify.errors import RoastError
+from roastify.gamma import inverse_gamma
 from roastify.kernels import reference
-from roastify.kernels.view import MappingKind, SignKind, TileView
+from roastify.kernels.view import TileView
 from roastify.mapping import TileMap
 from roastify.passes import divide_, made_of, wide
 
@@ -65,6 +66,8 @@ class RoastPool(nn.Module):
         self.precondition = precondition
         # The plan that the pool was built from, for saving and the way back; `rewrite` sets it.
         self.plan: Any = None
+        # What the Parameter is kept in. While a forward pass runs, sharding may show it in another dtype.
+        self.stored_dtype = dtype
         shape = (num_slots * tile[0], tile[1])
         self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=trainable)
         # Derived from the plan, so never part of a state dict. The masters stay on the CPU whatever the default device
@@ -72,7 +75,7 @@ class RoastPool(nn.Module):
         with torch.device("cpu"):
             rows = [row for tile_map in maps for row in tile_map.chunk_table()]
             self._masters = {"table": torch.tensor(rows, dtype=torch.int64).view(-1, 3)}
-            self._masters |= _inverse_gamma(num_slots, tile, self._masters["table"], shared, unread_rows)
+            self._masters |= inverse_gamma(num_slots, tile, self._masters["table"], shared, unread_rows)
         for name, master in self._masters.items():
             self.register_buffer(name, self._from_master(master), persistent=False)
 
@@ -86,8 +89,17 @@ class RoastPool(nn.Module):
 
         Its gradient arrives summed over all readers of the pass, in float32, and divided by Γ. Within its
         model's forward (`RootForward`) the cast is made once, and so is the node that divides; elsewhere, each time.
+
+        Raises:
+            RoastError: the pool is sharded and its values are not gathered now.
         """
         weight = self.weight
+        if is_sharded(weight):
+            raise RoastError(
+                "the pool is sharded over processes and not gathered now, which FSDP2 does while the forward of the "
+                "module it was sharded with runs. Shard the whole model last, fully_shard(model), and call that; to "
+                "read weights or call a part of it, model.unshard() first and model.reshard() afterwards"
+            )
         dtype = dtype or weight.dtype
         tracked = torch.is_grad_enabled() and weight.requires_grad
         if not tracked and dtype == weight.dtype:
@@ -130,6 +142,7 @@ class RoastPool(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RoastPool:
         super()._apply(fn, recurse)
+        self.stored_dtype = self.weight.dtype
         for name, master in self._masters.items():
             setattr(self, name, self._from_master(master))
         return self
@@ -163,61 +176,11 @@ class ReplicatedPool:
         return getattr(next(pool for pool in _replicas[self._pool] if pool.weight.device == device), name)
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is spread over processes (a `DTensor`), so that this one holds a part of its values."""
+    return type(tensor) is not nn.Parameter and hasattr(tensor, "placements")
+
+
 def current_device() -> torch.device:
     """Return the device whose replica is running."""
     return torch.device("cuda", torch.cuda.current_device())
-
-
-def _inverse_gamma(
-    num_slots: int,
-    tile: tuple[int, int],
-    table: Tensor,
-    shared: Sequence[tuple[TileView, float]],
-    unread_rows: Sequence[tuple[TileView, float, int]],
-) -> dict[str, Tensor]:
-    """Return 1/Γ as a number for each slot, and element by element for the slots whose elements differ.
-
-    They differ where a reader is padded or begins inside a tile. Elements that nothing reads get the slot's number: no
-    gradient reaches them.
-    """
-    size = tile[0] * tile[1]
-    if _nothing_shared(num_slots, shared):
-        per_slot = torch.ones(num_slots, dtype=torch.float64)
-        for view, scale in shared:
-            per_slot[view.first_slot + view.first_tile : view.first_slot + view.first_tile + view.num_tiles] = scale**2
-        return {
-            "per_slot": per_slot.reciprocal(),
-            "uneven_slots": torch.empty(0, dtype=torch.int64),
-            "uneven": torch.empty(0, size, dtype=torch.float64),
-        }
-    # In float64: rows are subtracted below, and λ may differ by orders of magnitude.
-    gamma = torch.zeros(num_slots * size, dtype=torch.float64)
-    for view, scale in shared:
-        unsigned = view._replace(sign=int(SignKind.NONE))
-        readers = torch.full((), scale, dtype=torch.float64).expand(view.rows, view.cols)
-        reference.reduce_into(gamma, readers, table, unsigned, scale)
-    for view, scale, row in unread_rows:
-        unsigned = view._replace(sign=int(SignKind.NONE))
-        readers = torch.full((1, view.cols), scale, dtype=torch.float64)
-        read = reference.embedding_reduce(readers, torch.tensor([row]), table, unsigned, scale, [num_slots, size])
-        gamma -= read.view(-1)
-    by_slot = gamma.view(num_slots, size)
-    per_slot = by_slot.amax(1)
-    per_slot[per_slot == 0] = 1.0
-    by_slot = torch.where(by_slot == 0, per_slot[:, None], by_slot)
-    uneven_slots = (by_slot != per_slot[:, None]).any(1).nonzero().flatten()
-    return {
-        "per_slot": per_slot.reciprocal(),
-        "uneven_slots": uneven_slots,
-        "uneven": by_slot[uneven_slots].reciprocal(),
-    }
-
-
-def _nothing_shared(num_slots: int, shared: Sequence[tuple[TileView, float]]) -> bool:
-    """Whether every tile has a slot to itself, in order, and no slot serves two tensors."""
-    if any(view.mapping != MappingKind.PERMUTATION for view, _ in shared):
-        return False
-    spans = sorted((view.first_slot + view.first_tile, view.num_tiles, view.num_slots) for view, _ in shared)
-    if any(view.first_tile + view.num_tiles > view.num_slots for view, _ in shared):
-        return False
-    return all(start + length <= following for (start, length, _), (following, _, _) in itertools.pairwise(spans))

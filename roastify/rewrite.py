@@ -16,7 +16,7 @@ from roastify.kinds import to_dense, to_emptied, to_roast
 from roastify.layers import RoastModule, SharedTensor
 from roastify.passes import RootForward
 from roastify.plan import RoastPlan, TensorPlan
-from roastify.pool import RoastPool
+from roastify.pool import RoastPool, is_sharded
 from roastify.trace import computed_attributes
 
 POOL_NAME = "roast_pool"
@@ -52,6 +52,16 @@ def pool_of(model: nn.Module) -> RoastPool:
             f"roastify.convert returned (for a wrapper, its .module)"
         )
     return pool
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Raise `ConversionError` for a model whose tensors are spread over processes."""
+    name = next((name for name, tensor in model.named_parameters() if is_sharded(tensor)), None)
+    if name is not None:
+        raise ConversionError(
+            f"{name} is sharded over processes (FSDP2), so this one holds a part of its values; write the artifact "
+            f"with roastify.save(model, path, state_dict=…), and work on what roastify.load returns"
+        )
 
 
 def copy_without(model: nn.Module, left_out: set[int]) -> nn.Module:

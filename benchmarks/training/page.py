@@ -1,0 +1,220 @@
+"""docs/training-cost.md and its plots, from the raw rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import click
+
+from benchmarks.page import Column, table
+from benchmarks.training import plots
+from benchmarks.training.distributed import DENSE, KINDS, TOLERANCE
+from benchmarks.training.rows import RESULTS, Row, load
+from benchmarks.training.single import MEMORY_AIM
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "training-cost.md"
+IMAGES = "images"
+
+METHOD = """
+A step is zeroed gradients (`set_to_none`), forward in bfloat16 autocast, backward, clipping, and fused AdamW, on random
+data. Before it is timed, the converted model's loss is held to the dense model's with the same weights. The sides run
+in one process in turn, six steps in a row, of which the first is not timed; the GPU is not waited for between them.
+Times are medians, with quartiles. Activations are what the forward pass leaves for the backward pass; the peak is the
+allocator's, over one step. An aim is what this project set itself before measuring, and aims that are missed stay in
+the tables.
+"""
+SEVERAL = """
+Each GPU has a batch of its own, so the work grows with the GPUs; efficiency is a GPU's throughput among several over
+its throughput alone. The losses of the first steps are those of one GPU on the joint batch, within the largest
+difference in the table. DDP all-reduces float32 gradients. FSDP2 gathers bfloat16 parameters and reduces float32
+gradients; dense models are sharded block by block, converted ones as one unit. Bytes are of whole tensors, a step, as
+handed to the collectives. NVLink multicast is off.
+"""
+
+
+def verdict(met: bool) -> str:
+    return "met" if met else "missed"
+
+
+def at_most(value: float, aim: float | None) -> str:
+    return "" if aim is None else f"≤ {aim:g} {verdict(value <= aim)}"
+
+
+def at_least(value: float, aim: float | None) -> str:
+    return "" if aim is None else f"≥ {aim:g} {verdict(value >= aim)}"
+
+
+def megabytes(size: float | None) -> str:
+    return "" if size is None else f"{size / 1e6:,.1f}"
+
+
+def milliseconds(found: Row) -> str:
+    return f"{found['median_ms']:.2f} ({found['q1_ms']:.2f}–{found['q3_ms']:.2f})"
+
+
+MODEL = [Column("model", lambda row: row["task"]), Column("batch", lambda row: row["shape"])]
+TIME_COLUMNS = [
+    *MODEL,
+    Column("mode", lambda row: row["mode"]),
+    Column("ratio", lambda row: f"{row['ratio']:g}"),
+    Column("dense, ms", lambda row: milliseconds(row["dense"])),
+    Column("converted, ms", lambda row: milliseconds(row["converted"])),
+    Column("converted ÷ dense", lambda row: f"{row['step_ratio']:.3f}"),
+    Column("aim", lambda row: at_most(row["step_ratio"], row["time_aim"])),
+]
+MEMORY_COLUMNS = [
+    Column("model", lambda row: row["task"]),
+    Column("mode", lambda row: row["mode"]),
+    Column("side", lambda row: row["side"]),
+    *(
+        Column(f"{name}, MB", lambda row, part=part: megabytes(row["memory"][part]))
+        for name, part in (
+            ("parameters", "parameters"),
+            ("gradients", "gradients"),
+            ("AdamW", "optimizer"),
+            ("activations", "activations"),
+            ("peak", "peak"),
+        )
+    ),
+    Column("state ÷", lambda row: f"{row['state_ratio']:.2f}" if "state_ratio" in row else ""),
+    Column("aim", lambda row: at_least(row["state_ratio"], row["state_aim"]) if "state_ratio" in row else ""),
+]
+SEVERAL_COLUMNS = [
+    Column("model", lambda row: row["task"]),
+    Column("with", lambda row: row["kind"]),
+    Column("GPUs", lambda row: str(row["gpus"])),
+    Column("side", lambda row: row["side"].replace("=", " ")),
+    Column("step, ms", milliseconds),
+    Column("efficiency", lambda row: "" if row["efficiency"] is None else f"{row['efficiency']:.3f}"),
+    Column("aim", lambda row: row["efficiency_aim"]),
+    Column("gradients, MB", lambda row: "" if row["gradient_mb"] is None else f"{row['gradient_mb']:,.1f}"),
+    Column("aim", lambda row: row["gradient_aim"]),
+    Column("all-gathered, MB", lambda row: megabytes(row["bytes"].get("all-gather"))),
+    Column("peak, MB a GPU", lambda row: megabytes(row["peak"])),
+    Column("losses differ by", lambda row: "" if row.get("loss_error") is None else f"{row['loss_error']:.1e}"),
+    Column(
+        "aim",
+        lambda row: "" if row.get("loss_error") is None else at_most(row["loss_error"], TOLERANCE),
+    ),
+]
+
+
+def single_rows(rows: Iterable[Row]) -> list[Row]:
+    """Return the rows of one GPU that were measured."""
+    return [row for row in rows if "mode" in row and "failure" not in row]
+
+
+def several_rows(rows: Iterable[Row]) -> list[Row]:
+    """Return the rows of several GPUs that were measured, with what they are to dense training of the same kind."""
+    measured = [row for row in rows if "kind" in row and "failure" not in row]
+    measured.sort(key=lambda row: (row["task"], KINDS.index(row["kind"]), row["gpus"], _ratio(row)))
+    dense: dict[tuple[str, str, int], Row] = {}
+    found = []
+    for row in measured:
+        gradients = row["bytes"].get("all-reduce", 0) + row["bytes"].get("reduce-scatter", 0)
+        row = {"efficiency": None, **row, "gradient_mb": gradients / 1e6 or None}
+        row |= {"efficiency_aim": "", "gradient_aim": ""}
+        place = row["task"], row["kind"], row["gpus"]
+        if row["side"] == DENSE:
+            dense[place] = row
+        elif place in dense:
+            twin = dense[place]
+            if row["efficiency"] is not None and twin["efficiency"] is not None:
+                row["efficiency_aim"] = f"dense's {verdict(row['efficiency'] >= twin['efficiency'])}"
+            if row["gradient_mb"] and twin["gradient_mb"]:
+                fallen = twin["gradient_mb"] / row["gradient_mb"]
+                row["gradient_aim"] = f"÷ {fallen:.2f}, {at_least(fallen, MEMORY_AIM * _ratio(row))}"
+        found.append(row)
+    return found
+
+
+def _ratio(row: Row) -> float:
+    """Return a side's ratio, 1 for the dense one."""
+    return 1.0 if row["side"] == DENSE else float(row["side"].removeprefix("ratio="))
+
+
+def memory_rows(rows: Sequence[Row]) -> list[Row]:
+    """Return a row for each side: dense once for each model and mode."""
+    found: list[Row] = []
+    seen = set()
+    for row in rows:
+        fields = {"task": row["task"], "mode": row["mode"]}
+        if (key := (row["task"], row["mode"])) not in seen:
+            seen.add(key)
+            found.append({**fields, "side": DENSE, "memory": row["dense"]["memory"]})
+        aims = {name: row[name] for name in ("state_ratio", "state_aim")}
+        found.append({**fields, "side": f"ratio {row['ratio']:g}", "memory": row["converted"]["memory"], **aims})
+    return found
+
+
+def machines(rows: Iterable[Row]) -> str:
+    """Return where rows were measured, each place once."""
+    places = {}
+    for row in rows:
+        made = row["machine"]
+        versions = [f"{name} {made[key]}" for name, key in VERSIONS.items() if key in made]
+        places[", ".join([made.get("gpu") or made["cpu"], *versions, made["date"]])] = None
+    return "; ".join(places)
+
+
+VERSIONS = {"torch": "torch", "Triton": "triton", "transformers": "transformers"}
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Return the page."""
+    single, several = single_rows(rows), several_rows(rows)
+    drawn = [name for name in ("memory", "time", "scaling") if has_plot(name, single, several)]
+    pictures = {
+        name: [f"![{title}]({IMAGES}/training-{name}.png)", ""] if name in drawn else []
+        for name, title in TITLES.items()
+    }
+    lines = ["# What training costs", ""]
+    lines += [
+        "Written by `python -m benchmarks.training.page` from [the raw rows](../benchmarks/results/training.json), "
+        "which `python -m benchmarks.training` measures.",
+        "",
+    ]
+    if single:
+        lines += ["## One GPU: time of a step", "", f"{machines(single)}.", "", *pictures["time"]]
+        lines += [*table(TIME_COLUMNS, single), "", "## One GPU: memory of a step", "", *pictures["memory"]]
+        lines += ["Parameters, gradients and AdamW's state together are the state, which falls by the ratio.", ""]
+        lines += [*table(MEMORY_COLUMNS, memory_rows(single)), "", METHOD.strip(), ""]
+    if several:
+        lines += ["## Several GPUs", "", f"{machines(several)}.", "", *pictures["scaling"]]
+        lines += [*table(SEVERAL_COLUMNS, several), "", SEVERAL.strip(), ""]
+    failed = [row for row in rows if "failure" in row]
+    if failed:
+        lines += ["## What failed", "", *(f"- `{row['case']}`: {row['failure']}" for row in failed), ""]
+    return "\n".join(lines)
+
+
+TITLES = {
+    "time": "Converted step time over dense step time",
+    "memory": "Parts of the peak memory of a training step",
+    "scaling": "Scaling efficiency and bytes of gradients",
+}
+
+
+def has_plot(name: str, single: Sequence[Row], several: Sequence[Row]) -> bool:
+    """Whether there is something to draw: memory is counted on GPUs alone."""
+    if name == "memory":
+        return any(row["mode"] == "eager" and row["dense"]["memory"]["peak"] is not None for row in single)
+    return bool(single) if name == "time" else any(row["efficiency"] is not None for row in several)
+
+
+@click.command()
+@click.option("--rows", "source", type=click.Path(exists=True, path_type=Path), default=RESULTS, help="Raw rows.")
+@click.option("--document", type=click.Path(dir_okay=False, path_type=Path), default=DOCUMENT, help="The page.")
+def main(source: Path, document: Path) -> None:
+    """Write the page and its plots, beside it, from raw rows."""
+    rows = load(source)
+    document.write_text(markdown(rows))
+    images = document.parent / IMAGES
+    images.mkdir(exist_ok=True)
+    drawn = plots.draw(single_rows(rows), several_rows(rows), images)
+    print(f"written to {', '.join(str(path) for path in (document, *drawn.values()))}")
+
+
+if __name__ == "__main__":
+    main()

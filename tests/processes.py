@@ -1,0 +1,73 @@
+"""Two processes that talk through gloo on the CPU and run what a test hands them."""
+
+from __future__ import annotations
+
+import datetime
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+SIZE = 2
+# One that fails leaves the other waiting: for so many seconds.
+SECONDS = 90
+
+
+class Processes:
+    """Started once for many tests: torch takes seconds to import.
+
+    Args:
+        folder: an empty one, where the processes find each other.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipes, self._processes = [], []
+        for rank in range(SIZE):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, there, str(folder / "meeting")), daemon=True)
+            process.start()
+            self._pipes.append(here)
+            self._processes.append(process)
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """Call a module's function in both processes; return what each returned.
+
+        Raises:
+            AssertionError: it failed in one of them, or did not end.
+        """
+        for pipe in self._pipes:
+            pipe.send((function, arguments))
+        answers = []
+        for rank, pipe in enumerate(self._pipes):
+            assert pipe.poll(SECONDS), f"process {rank} did not answer within {SECONDS} s"
+            answers.append(pipe.recv())
+        failed = [f"in process {rank}:\n{error}" for rank, (_, error) in enumerate(answers) if error]
+        assert not failed, "\n".join(failed)
+        return [value for value, _ in answers]
+
+    def end(self) -> None:
+        """End both."""
+        for pipe in self._pipes:
+            pipe.send(None)
+        for process in self._processes:
+            process.join(10)
+            if process.is_alive():
+                process.kill()
+
+
+def _serve(rank: int, pipe: Any, meeting: str) -> None:
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=SECONDS / 2)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=SIZE, timeout=timeout)
+    while (asked := pipe.recv()) is not None:
+        function, arguments = asked
+        try:
+            pipe.send((function(*arguments), ""))
+        except Exception:
+            pipe.send((None, traceback.format_exc()))
+    dist.destroy_process_group()

@@ -1,0 +1,168 @@
+"""Two processes on the CPU: DDP and FSDP2 come to what one process comes to on the joint batch; checkpoints."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import distributed_cases as cases
+import pytest
+import torch
+from processes import Processes
+from torch import Tensor
+
+import roastify
+from roastify.errors import CheckpointError
+from roastify.source import load_source
+
+STEPS = cases.STEPS
+EXAMPLE = Path(__file__).parents[1] / "examples" / "distributed.py"
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
+    processes = Processes(tmp_path_factory.mktemp("meeting"))
+    yield processes
+    processes.end()
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], atol: float = 2e-6) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            found[name], value, rtol=0.0, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def moved(values: dict[str, Tensor]) -> bool:
+    start = cases.converted().state_dict()
+    return all((values[name] - start[name]).abs().max() > 1e-3 for name in start)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"find_unused_parameters": True}, {"static_graph": True}, {"gradient_as_bucket_view": True}],
+    ids=lambda settings: next(iter(settings), "plain"),
+)
+def test_ddp(two: Processes, settings: dict[str, Any]) -> None:
+    for alone, together, (pools, share) in two.run(cases.ddp, settings, "net", ((), ()), 1):
+        assert_same(together, alone)
+        assert moved(together)
+        # The pool travels once a step, and nothing but the parameters does.
+        assert pools == STEPS and share == STEPS
+
+
+def test_ddp_with_accumulation_talks_once_a_step(two: Processes) -> None:
+    for alone, together, (pools, share) in two.run(cases.ddp, {}, "net", ((), ()), 2):
+        assert_same(together, alone)
+        assert pools == STEPS and share == STEPS
+
+
+@pytest.mark.parametrize("skips", [((True,), (True,)), ((True,), (False,))], ids=["both", "one"])
+@pytest.mark.parametrize("name", ["net", "experts"])
+def test_ddp_of_layers_that_a_process_does_not_use(two: Processes, name: str, skips: tuple[Any, ...]) -> None:
+    for alone, together, _ in two.run(cases.ddp, {"find_unused_parameters": True}, name, skips, 1):
+        assert_same(together, alone)
+
+
+def test_ddp_in_float16(two: Processes) -> None:
+    (alone, together), (_, other) = two.run(cases.ddp_narrow)
+    assert_same(together, alone, atol=2e-2)
+    assert_same(together, other, atol=0.0)
+    assert moved(together)
+
+
+@pytest.mark.parametrize("settings", [{}, {"reshard_after_forward": True}], ids=["gathered", "resharded"])
+@pytest.mark.parametrize("by_block", [False, True], ids=["root", "blocks"])
+@pytest.mark.parametrize("name", ["net", "sequential"])
+def test_fsdp(two: Processes, name: str, by_block: bool, settings: dict[str, Any]) -> None:
+    found = two.run(cases.fsdp, name, by_block, settings)
+    # Every process takes part in gathering; the first is given what was gathered.
+    alone, together, _ = found[0]
+    assert_same(together, alone)
+    (size,) = (value.numel() for name, value in alone.items() if name.endswith("roast_pool.weight"))
+    assert sum(part for *_, part in found) == size and all(0 < part < size for *_, part in found)
+
+
+def test_fsdp_in_bfloat16(two: Processes) -> None:
+    alone, together, seen, kept = two.run(cases.fsdp_narrow)[0]
+    assert seen == {torch.bfloat16} and kept == {torch.float32}
+    assert_same(together, alone, atol=5e-2)
+    assert moved(together)
+
+
+@pytest.mark.parametrize("wrapped", ["ddp", "fsdp"])
+def test_checkpoints_resume_and_load_into_one_process(two: Processes, tmp_path: Path, wrapped: str) -> None:
+    without_break, resumed, expected, found = two.run(cases.resume, str(tmp_path / "checkpoint"), wrapped)[0]
+    assert_same(resumed, without_break, atol=0.0)
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("wrapped", "message"), [("ddp", r"for a wrapper, its \.module"), ("fsdp", "state_dict=")], ids=["ddp", "fsdp"]
+)
+def test_artifacts(two: Processes, tmp_path: Path, wrapped: str, message: str) -> None:
+    for expected, found, refusals in two.run(cases.artifact, str(tmp_path / "artifact"), wrapped):
+        torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-6)
+        assert len(refusals) == 2
+        assert all(re.search(message, refusal) for refusal in refusals), refusals
+
+
+def test_a_sharded_weight_is_read_once_it_is_gathered(two: Processes) -> None:
+    for refusals, weight, expected in two.run(cases.read_in_parts):
+        assert len(refusals) == 2 and all("model.unshard() first" in refusal for refusal in refusals), refusals
+        torch.testing.assert_close(weight, expected, rtol=0.0, atol=0.0)
+
+
+def test_an_artifact_of_other_values(tmp_path: Path) -> None:
+    model = cases.converted()
+    values = {name: value + 1 for name, value in model.state_dict().items()}
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    roastify.save(model, tmp_path / "a", state_dict=values)
+    assert_same(model.state_dict(), before, atol=0.0)
+    assert_same(roastify.load(tmp_path / "a", cases.Net()).state_dict(), values, atol=0.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda values: values.pop("roast_pool.weight"),
+            "the state dict has no roast_pool.weight, which the model has",
+        ),
+        (lambda values: values.clear(), "gathered in every process and written by one"),
+        (
+            lambda values: values.update({"roast_pool.weights": torch.zeros(1)}),
+            "has roast_pool.weights, which the model has not; closest: 'roast_pool.weight'",
+        ),
+        (
+            lambda values: values.update({"roast_pool.weight": torch.zeros(3)}),
+            r"roast_pool.weight is of shape \(3,\) in the state dict and \(\d+, \d+\) in the model",
+        ),
+    ],
+)
+def test_values_of_another_model_are_refused(tmp_path: Path, change: Any, message: str) -> None:
+    model = cases.converted()
+    values = model.state_dict()
+    change(values)
+    with pytest.raises(CheckpointError, match=message):
+        roastify.save(model, tmp_path / "a", state_dict=values)
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("settings", [[], ["--fsdp"]], ids=["ddp", "fsdp"])
+def test_the_example(tmp_path: Path, settings: list[str]) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(EXAMPLE), "--steps", "20", "--output", str(tmp_path / "out"), *settings]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    losses = [float(loss) for loss in re.findall(r"loss (\S+)", done.stdout)]
+    assert len(losses) == 2 and losses[1] < losses[0] - 0.1
+    source = load_source(str(EXAMPLE))
+    assert roastify.load(tmp_path / "out", source.model)(source.example_inputs).isfinite().all()

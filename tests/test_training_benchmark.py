@@ -1,0 +1,115 @@
+"""The training benchmark: narrow models through all of it, on a CPU; the page says what the rows say."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+pytest.importorskip("transformers")
+ROOT = Path(__file__).parents[1]
+
+# By its path: the repository's root on sys.path would offer the folder kernels/ as a top-level package.
+spec = importlib.util.spec_from_file_location("benchmarks", ROOT / "benchmarks" / "__init__.py")
+assert spec is not None
+sys.modules.setdefault("benchmarks", importlib.util.module_from_spec(spec))
+
+from benchmarks.training import page  # noqa: E402
+from benchmarks.training.__main__ import main  # noqa: E402
+
+
+def run(*command: str) -> str:
+    """Run a module from the repository's root, as its user does."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def write_page(rows: Path, document: Path) -> str:
+    done = CliRunner().invoke(page.main, ["--rows", str(rows), "--document", str(document)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return document.read_text()
+
+
+def rows_of(path: Path) -> dict[str, dict[str, Any]]:
+    return {row["case"]: row for row in json.loads(path.read_text())["rows"]}
+
+
+@pytest.mark.slow
+def test_one_device_and_the_page(tmp_path: Path) -> None:
+    output = tmp_path / "rows.json"
+    settings = ("--smoke", "--steps", "5", "--device", "cpu", "--output", str(output))
+    run("benchmarks.training", *settings, "--only", "(deep|resnet).*eager")
+    rows = rows_of(output)
+    assert set(rows) == {"deep-stack/eager/ratio=4", "resnet-50/eager/ratio=4"}
+    for row in rows.values():
+        held = {side: row[side]["memory"] for side in ("dense", "converted")}
+        assert held["dense"]["parameters"] == 4 * row["parameters"]["dense"]
+        # A float32 gradient, two moments and a step count for each tensor.
+        assert held["converted"]["gradients"] == held["converted"]["parameters"] == 4 * row["parameters"]["converted"]
+        assert 2 * held["dense"]["parameters"] <= held["dense"]["optimizer"] < 2.1 * held["dense"]["parameters"]
+        assert row["state_ratio"] >= row["state_aim"] == 0.95 * 4
+        assert row["dense"]["steps"] == row["converted"]["steps"] == 5
+        assert row["loss_error"] < 1e-2 and row["machine"]["torch"]
+    # A run of one case leaves the others' rows.
+    rows["resnet-50/eager/ratio=4"]["step_ratio"] = 123.0
+    output.write_text(json.dumps({"rows": list(rows.values())}))
+    run("benchmarks.training", *settings, "--only", "deep.*eager")
+    assert rows_of(output)["resnet-50/eager/ratio=4"]["step_ratio"] == 123.0
+    text = write_page(output, tmp_path / "page.md")
+    assert "| 123.000 |" in text and "≥ 3.8 met" in text and "Several GPUs" not in text
+    assert "≤ 1.15" in text
+    # A CPU counts no memory.
+    assert [path.name for path in (tmp_path / "images").iterdir()] == ["training-time.png"]
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path: Path) -> None:
+    output = tmp_path / "rows.json"
+    settings = ("--smoke", "--steps", "5", "--device", "cpu", "--output", str(output), "--only", "llama")
+    started = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
+    run(*started, "benchmarks.training", "--distributed", *settings)
+    rows = rows_of(output)
+    sides = ("dense", "ratio=4")
+    places = ("alone/gpus=1", "ddp/gpus=2", "fsdp/gpus=2")
+    assert set(rows) == {f"distributed/llama-1.1b/{place}/{side}" for place in places for side in sides}
+    for case, row in rows.items():
+        assert "failure" not in row, row
+        if "alone" not in case:
+            assert row["loss_error"] <= row["loss_tolerance"] and row["losses"][-1] < row["losses"][0] - 1e-3
+            assert row["efficiency"] > 0
+    dense, converted = (rows[f"distributed/llama-1.1b/ddp/gpus=2/{side}"]["bytes"] for side in sides)
+    assert dense["all-reduce"] >= 3.8 * converted["all-reduce"]
+    dense, converted = (rows[f"distributed/llama-1.1b/fsdp/gpus=2/{side}"] for side in sides)
+    assert dense["bytes"]["reduce-scatter"] >= 3.8 * converted["bytes"]["reduce-scatter"]
+    assert converted["calls"] == {"all-gather": 1, "reduce-scatter": 1}
+    text = write_page(output, tmp_path / "page.md")
+    assert "÷ 4.0" in text and "One GPU" not in text
+    assert (tmp_path / "images" / "training-scaling.png").is_file()
+
+
+def test_nothing_matches_and_nothing_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = ["--smoke", "--device", "cpu", "--output", str(tmp_path / "rows.json")]
+    done = CliRunner().invoke(main, [*settings, "--only", "nothing"])
+    assert done.exit_code == 2 and "the cases are bert-base/eager/ratio=4" in done.output
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    done = CliRunner().invoke(main, [*settings, "--distributed"])
+    assert done.exit_code == 2 and "torchrun --standalone" in done.output
+    done = CliRunner().invoke(main, ["--smoke"])
+    assert done.exit_code == 2 and "name another file" in done.output
+
+
+def test_page_is_the_committed_results() -> None:
+    if not page.RESULTS.is_file():
+        pytest.skip("no training rows are committed yet; python -m benchmarks.training on a GPU writes them")
+    assert page.markdown(page.load(page.RESULTS)) == page.DOCUMENT.read_text()
