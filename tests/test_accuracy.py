@@ -186,13 +186,24 @@ def test_snip_is_weight_times_gradient_and_leaves_the_model_as_it_was() -> None:
         torch.testing.assert_close(scores[name], (weight * weight.grad).detach().abs(), msg=name)
 
 
-def test_magnitude_prunes_no_layer_for_its_width() -> None:
+@pytest.mark.parametrize("name", ["magnitude", "random"])
+def test_small_layers_are_pruned_less(name: str) -> None:
+    """One share of what each layer's sizes allow, so that every channel still has something to say."""
     torch.manual_seed(0)
     model = nets.image_net(tasks.TASKS["resnet9"])
-    pruning.prune(model, 70_000, pruning.magnitude_scores(model, no_batch, 0))
-    kept = {name: float(mask.mean()) for name, mask in model.named_buffers() if name.endswith("kept")}
-    uniform = {name: value for name, value in kept.items() if "head" not in name}
-    assert len(kept) == 9 and max(uniform.values()) < 3 * min(value for value in uniform.values() if value)
+    weights = {path: weight.detach().clone() for path, weight in pruning.prunable(model).items()}
+    assert pruning.prune(model, 66_000, pruning.SCORES[name](model, no_batch, 0)) == 66_000
+    shares = []
+    for path, weight in weights.items():
+        module, _, attribute = path.rpartition(".")
+        mask = model.get_buffer(f"{module}.parametrizations.{attribute}.0.kept") > 0
+        if mask.all():
+            continue
+        shares.append(float(mask.float().mean()) * weight.numel() / sum(weight.shape))
+        if name == "magnitude":
+            assert weight[mask].abs().min() >= weight[~mask].abs().max()
+    assert len(shares) > 5
+    assert max(shares) < 1.01 * min(shares)
 
 
 def a_step(model: nn.Module, run: Run, folder: Path, task: tasks.Task = IMAGES, steps: int = 8) -> step.Step:

@@ -107,4 +107,4 @@ def prune(model: nn.Module, target: int, scores: dict[str, Tensor]) -> int:
         module = model.get_submodule(path)
         kept = mask.view(weight.shape).to(weight.device, weight.dtype)
         parametrize.register_parametrization(module, attribute, Mask(kept))
-    return vectors + kept
+    return vectors + count
