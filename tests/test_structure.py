@@ -37,7 +37,7 @@ LAYERS = [
         "agreement",
         "timing",
     },
-    {"kinds", "layers", "pool", "passes", "mapping", "config"},
+    {"kinds", "layers", "operand", "shared", "reading", "pool", "passes", "mapping", "config"},
     {"weight"},
     {"errors"},
     {"kernels"},
