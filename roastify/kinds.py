@@ -6,6 +6,7 @@ it, so hooks, modes, attributes and every reference to the module stay as they a
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -172,6 +173,22 @@ class _Made:
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # Copies and pickles name the original class, and have this one made again.
         return _new_module, (self._roast_original, frozenset(self._roast)), self.__getstate__()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        twin = _new_module(self._roast_original, frozenset(self._roast))
+        memo[id(self)] = twin
+        if hasattr(super(), "__deepcopy__"):
+            # A class that copies itself would make a dense module. Torch's parametrized ones do so for this state.
+            twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        else:
+            twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return twin
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        # A class that writes its attributes by itself writes what they read; the pool is in the state dict once.
+        for name in self._roast:
+            destination.pop(prefix + name, None)
 
     def _leave_pool(self, name: str) -> None:
         to_dense(cast(RoastModule, self), {name: None})

@@ -95,12 +95,12 @@ def helper_of(self: Any, x: Tensor) -> Tensor:
 
 
 def by_lookup(self: Any, x: Tensor) -> Tensor:
-    index = torch.arange(6).view(2, 3)
+    index = torch.arange(6, device=x.device).view(2, 3)
     return F.embedding(index, self.w).sum() + self.w[index - 3] + self.w[4] + self.w[-1, :] + self.w[torch.tensor(7)]
 
 
 def by_padding(self: Any, x: Tensor) -> Tensor:
-    return F.embedding(torch.arange(4).view(2, 2), self.w, padding_idx=-95)
+    return F.embedding(torch.arange(4, device=x.device).view(2, 2), self.w, padding_idx=-95)
 
 
 def by_slice(self: Any, x: Tensor) -> Any:
@@ -179,12 +179,12 @@ def materialising(converted: nn.Module) -> nn.Module:
     return twin
 
 
-def gradients(converted: nn.Module, x: Tensor, **autocast: Any) -> list[Tensor]:
+def gradients(converted: nn.Module, x: Tensor, autocast: bool = False) -> list[Tensor]:
     """Return outputs, and the gradients of the input and of every parameter."""
     x = x.clone().requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16, **({"enabled": False} | autocast)):
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
         out = leaves(converted(x))
-    loss = sum((leaf.float() * normal(*leaf.shape)).sum() for leaf in out)
+    loss = sum((leaf.float() * normal(*leaf.shape).to(x.device)).sum() for leaf in out)
     used = torch.autograd.grad(loss, [x, *converted.parameters()], allow_unused=True)
     return [*(leaf.detach() for leaf in out), *(grad for grad in used if grad is not None)]
 
@@ -224,7 +224,7 @@ def test_what_runs_on_the_pool_computes_what_the_dense_weight_does(name: str, tr
 def test_autocast(name: str) -> None:
     forward, shape, _ = ON_THE_POOL[name]
     converted = roastify.convert(model(forward, *shape), config=SETTINGS)
-    found, expected = (gradients(m, X, enabled=True) for m in (converted, materialising(converted)))
+    found, expected = (gradients(m, X, autocast=True) for m in (converted, materialising(converted)))
     assert_near(found, expected, tolerance=3e-2)
 
 
@@ -272,6 +272,17 @@ def test_round_trips(name: str, tmp_path: Path) -> None:
         exact = roastify.convert(dense, 1, init="project")
         assert torch.equal(exact.w, dense.w)
         assert_near([*leaves(exact(X)), X], [*leaves(dense(X)), X])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("tile", "autocast"), [("8x8", False), ("32x32", False), ("32x32", True)])
+@pytest.mark.parametrize("name", ON_THE_POOL)
+def test_kernels_on_parts_of_a_weight(name: str, tile: str, autocast: bool) -> None:
+    forward, shape, _ = ON_THE_POOL[name]
+    converted = roastify.convert(model(forward, *shape).cuda(), config=SETTINGS.replace(tile=tile))
+    x = X.cuda()
+    found, expected = (gradients(m, x, autocast) for m in (converted, materialising(converted)))
+    assert_near(found, expected, tolerance=3e-2 if autocast else 2e-3)
 
 
 def test_outside_of_a_call_the_weight_reads_as_a_tensor() -> None:
