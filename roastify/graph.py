@@ -10,7 +10,6 @@ import ast
 import builtins
 import contextlib
 import inspect
-import textwrap
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -20,8 +19,10 @@ from torch import Tensor, fx, nn
 
 from roastify import layers
 from roastify.errors import ConversionError
-from roastify.layers import RoastLayer, RoastModule, SharedTensor
+from roastify.layers import RoastLayer, RoastModule
+from roastify.reading import UNKNOWN, tree_of, value_of
 from roastify.rewrite import POOL_NAME, pool_of
+from roastify.shared import SharedTensor
 from roastify.verify import signature_of
 
 _READS = "roast_reads"
@@ -184,9 +185,8 @@ def _reason_against_function(function: Any, owner: type | None, seen: set[Any]) 
         return None
     seen.add(function)
     where = getattr(function, "__qualname__", str(function))
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except (OSError, TypeError, SyntaxError):
+    tree = tree_of(function)
+    if tree is None:
         return f"the source of {where} is not to be had"
     for node in ast.walk(tree):
         problem = _problem(node)
@@ -194,7 +194,7 @@ def _reason_against_function(function: Any, owner: type | None, seen: set[Any]) 
             return f"{where} {problem} (line {getattr(node, 'lineno', '?')} of it)"
         if isinstance(node, ast.Call):
             called = _called(node.func, function, owner)
-            if called is _UNKNOWN:
+            if called is UNKNOWN:
                 return f"{where} calls {ast.unparse(node.func)}, which is not known before it runs"
             if called is not None:
                 reason = _reason_against_function(called, owner, seen)
@@ -221,33 +221,26 @@ def _problem(node: ast.AST) -> str | None:
     return None
 
 
-_UNKNOWN = object()
-
-
 def _called(name: ast.expr, function: Any, owner: type | None) -> Any:
-    """Return the function of the user's that a call goes to, None for an operation or a module, or `_UNKNOWN`."""
-    parts: list[str] = []
-    while isinstance(name, ast.Attribute):
-        parts.insert(0, name.attr)
-        name = name.value
-    if not isinstance(name, ast.Name):
+    """Return the function of the user's that a call goes to, None for an operation or a module, or `UNKNOWN`."""
+    root, depth = name, 0
+    while isinstance(root, ast.Attribute):
+        root, depth = root.value, depth + 1
+    if not isinstance(root, ast.Name):
         # A method of a result or of `self.layers[0]`: a tensor's or a module's own, but for a base class's forward.
-        called_super = isinstance(name, ast.Call) and isinstance(name.func, ast.Name) and name.func.id == "super"
-        return _UNKNOWN if called_super else None
-    scope = inspect.getclosurevars(function)
-    if name.id == "self" and owner is not None:
-        found = getattr(owner, parts[0], None) if parts else None
+        called_super = isinstance(root, ast.Call) and isinstance(root.func, ast.Name) and root.func.id == "super"
+        return UNKNOWN if called_super else None
+    if root.id == "self" and owner is not None:
+        found = getattr(owner, name.attr, None) if isinstance(name, ast.Attribute) and depth == 1 else None
         # What the class does not have is the module's own: a child, whose code is looked at where it is entered.
-        return found if isinstance(found, types.FunctionType) and len(parts) == 1 else None
-    value = {**scope.builtins, **scope.globals, **scope.nonlocals}.get(name.id, _UNKNOWN)
-    if value is _UNKNOWN:
+        return found if isinstance(found, types.FunctionType) else None
+    if value_of(root, function) is UNKNOWN:
         # A local variable: what is called on it is a tensor's method, and a call of it is that of a module.
         return None
-    for part in parts:
-        value = getattr(value, part, _UNKNOWN)
-    if value is _UNKNOWN:
-        return _UNKNOWN
+    value = value_of(name, function)
+    if value is UNKNOWN:
+        return UNKNOWN
     module = getattr(value, "__module__", None) or getattr(getattr(value, "__self__", None), "__name__", "") or ""
-    if str(module).split(".")[0] in _OPERATIONS or getattr(builtins, name.id, None) is value:
+    if str(module).split(".")[0] in _OPERATIONS or getattr(builtins, root.id, None) is value:
         return None
-    return value if isinstance(value, types.FunctionType) else _UNKNOWN
+    return value if isinstance(value, types.FunctionType) else UNKNOWN

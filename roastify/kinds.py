@@ -6,8 +6,10 @@ it, so hooks, modes, attributes and every reference to the module stay as they a
 
 from __future__ import annotations
 
+import copy
+import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -27,12 +29,16 @@ from roastify.layers import (
     RoastLinear,
     RoastLookup,
     RoastModule,
+    RoastReader,
     RoastRNN,
     RoastTransformersConv1D,
-    SharedTensor,
     describe_shared,
+    operand,
     reading,
 )
+from roastify.passes import RootForward
+from roastify.reading import reads_of
+from roastify.shared import SharedTensor
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,64 @@ def refusal_of(module: nn.Module, attribute: str) -> str | None:
     return kind.refusal(module) if kind else None
 
 
+# Below these, a matrix of tiles is mostly padding, and little is saved by not materialising it.
+_LEAST_COLS = 32
+_LEAST_ROWS = 8
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a module reads a shared attribute.
+
+    Args:
+        through: `layer` (the layer's own operation), `operation` (those of the module's code), or `attribute` (it is
+            materialised on access).
+        whole: why it is materialised, if it is.
+        tiles: whether what reads it reads tiles.
+        orientations: in which its code multiplies, see `Reads`.
+    """
+
+    through: str
+    whole: str = ""
+    tiles: bool = False
+    orientations: frozenset[str] = frozenset()
+
+
+def way_of(module: nn.Module, attribute: str, shape: Sequence[int]) -> Way:
+    """Return how a dense module's attribute of this shape will be read from the pool."""
+    kind = kind_of(type(module), attribute)
+    if kind is not None and (kind.materialises or not _has_forward_of_its_own(type(module))):
+        return Way("layer", tiles=not kind.materialises)
+    reads = reads_of(type(module), attribute)
+    whole = reads.whole_of(len(shape)) or _obstacle(module) or _too_narrow(shape, kind)
+    through = "attribute" if whole else "operation" if kind is None else "layer"
+    return Way(through, whole or "", kind is not None or not whole, reads.orientations)
+
+
+def _has_forward_of_its_own(module_class: type[nn.Module]) -> bool:
+    """Whether a layer's subclass replaces the layer's forward."""
+    kind = kind_of(module_class)
+    layer = next((base for base in module_class.__mro__ if base in _KINDS or base is _transformers_conv1d()), None)
+    return kind is not None and layer is not None and module_class.forward is not layer.forward
+
+
+def _obstacle(module: nn.Module) -> str | None:
+    """Return what else than its class's code runs in a module's call, or None."""
+    forward = module.__dict__.get("forward")
+    if forward is not None and not isinstance(forward, RootForward):
+        return f"this {type(module).__name__} has a forward of its own, beside its class's"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return f"this {type(module).__name__} has hooks, whose code may read it"
+    return None
+
+
+def _too_narrow(shape: Sequence[int], kind: LayerKind | None) -> str | None:
+    rows, cols = math.prod(shape[:-1]), shape[-1] if shape else 1
+    if kind is None and (rows < _LEAST_ROWS or cols < _LEAST_COLS):
+        return f"{rows}×{cols} is too little for tiles"
+    return None
+
+
 class _Made:
     """What the classes made here add to a class on the pool: they are not importable, and know the way back."""
 
@@ -109,6 +173,22 @@ class _Made:
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # Copies and pickles name the original class, and have this one made again.
         return _new_module, (self._roast_original, frozenset(self._roast)), self.__getstate__()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        twin = _new_module(self._roast_original, frozenset(self._roast))
+        memo[id(self)] = twin
+        if hasattr(super(), "__deepcopy__"):
+            # A class that copies itself would make a dense module. Torch's parametrized ones do so for this state.
+            twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        else:
+            twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return twin
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        # A class that writes its attributes by itself writes what they read; the pool is in the state dict once.
+        for name in self._roast:
+            destination.pop(prefix + name, None)
 
     def _leave_pool(self, name: str) -> None:
         to_dense(cast(RoastModule, self), {name: None})
@@ -135,7 +215,8 @@ def roast_class(module_class: type[nn.Module], names: frozenset[str]) -> type[Ro
         kind = kind_of(module_class) if "weight" in names else None
         bases: tuple[type, ...]
         attributes: dict[str, Any] = {"_roast_original": module_class, "__doc__": module_class.__doc__}
-        attributes |= {name: reading(name) for name in names if kind is None or name != "weight"}
+        replaced = kind is None or _has_forward_of_its_own(module_class)
+        attributes |= {name: _reader(module_class, name) for name in names if replaced or name != "weight"}
         if kind is None:
             title, bases = module_class.__name__, _other_bases(module_class)
             attributes |= {"__module__": module_class.__module__, "__qualname__": module_class.__qualname__}
@@ -143,9 +224,18 @@ def roast_class(module_class: type[nn.Module], names: frozenset[str]) -> type[Ro
             title, bases = f"Roast{module_class.__name__}", _layer_bases(module_class, kind)
             if _looks_up(module_class):
                 bases += (RoastLookup,)
+        if names and replaced and bases[0] is module_class:
+            # In front, to be there before the class's own `__call__`; the rest of it stays behind.
+            bases = (RoastReader, *bases)
         made = type(title, (_Made, *bases), attributes)
         _roast_classes[key] = cast("type[RoastModule]", made)
     return _roast_classes[key]
+
+
+def _reader(module_class: type[nn.Module], name: str) -> property:
+    """Return the property through which modules of a class read a shared attribute."""
+    reads = reads_of(module_class, name)
+    return operand(name, reads.of_parts) if reads.whole is None else reading(name)
 
 
 def _other_bases(module_class: type[nn.Module]) -> tuple[type, ...]:

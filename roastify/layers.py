@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
@@ -16,82 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from roastify.errors import RoastError
-from roastify.kernels import ops
-from roastify.kernels.view import TileView
+from roastify.operand import Operand
+from roastify.passes import RootForward, made_of
 from roastify.pool import ReplicatedPool, RoastPool
+from roastify.shared import SharedTensor
 from roastify.weight import SharedWeight
-
-
-@dataclass
-class SharedTensor:
-    """One tensor in the pool, as its layers see it.
-
-    Args:
-        pool: the pool's module; its Parameter is read at each use, because sharding replaces it.
-        view: where the tensor lies.
-        scale: λ.
-        shape: of the dense tensor.
-        transposed: whether the matrix in the pool is the dense tensor's transpose.
-        dtype: of the dense tensor.
-        zero_row: a row that is zero and stays so (an embedding's padding row), or None.
-        center: what is added to every element: the ones that a norm's weights start from.
-    """
-
-    pool: RoastPool
-    view: TileView
-    scale: float
-    shape: torch.Size
-    transposed: bool
-    dtype: torch.dtype
-    zero_row: int | None = None
-    center: float = 0.0
-
-    @property
-    def current_dtype(self) -> torch.dtype:
-        """The dtype that the dense tensor would have now.
-
-        While a forward pass runs, FSDP2's mixed precision shows every Parameter in the dtype of its policy.
-        """
-        shown = self.pool.weight.dtype
-        return self.dtype if shown == self.pool.stored_dtype else shown
-
-    def dense(self) -> Tensor:
-        """Return the dense, differentiable tensor."""
-        matrix = ops.gather(self.pool.read(self.current_dtype), self.pool.table, self.view, self.scale)
-        weight = (matrix.t() if self.transposed else matrix).reshape(self.shape)
-        if self.center:
-            weight = weight + self.center
-        if self.zero_row is None:
-            return weight
-        # Filled on the device: a copy from the CPU cannot be captured in a CUDA graph.
-        row = torch.full((), self.zero_row, device=weight.device)
-        return weight.index_fill(0, row, 0.0)
-
-    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Return `x · weightᵀ + bias`."""
-        if self.center:
-            return F.linear(x, self.dense(), bias)
-        return self._product(ops.linear_t if self.transposed else ops.linear, x, bias)
-
-    def linear_t(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Return `x · weight + bias`."""
-        if self.center:
-            return F.linear(x, self.dense().t(), bias)
-        return self._product(ops.linear if self.transposed else ops.linear_t, x, bias)
-
-    def _product(self, product: Callable[..., Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
-        # Read in the dtype that the product runs in, so that autocast finds nothing left to cast.
-        pool = self.pool.read(ops.product_dtype(x, self.current_dtype))
-        return product(x, pool, bias, self.pool.table, self.view, self.scale)
-
-    def rows(self, index: Tensor) -> Tensor:
-        """Return `weight[index]`."""
-        if self.transposed or self.center:
-            return F.embedding(index, self.dense())
-        rows = ops.embedding(index, self.pool.read(self.current_dtype), self.pool.table, self.view, self.scale)
-        if self.zero_row is None:
-            return rows
-        return rows.masked_fill((index == self.zero_row)[..., None], 0.0)
 
 
 class RoastModule(nn.Module):
@@ -205,12 +134,102 @@ def read_shared(module: RoastModule, name: str) -> Tensor:
     return weight
 
 
+class _Call:
+    """One call of a module: what its code has read, and whether it is given operands.
+
+    Both hold only while what is saved for backward is looked after as it was when the call began. What the module's
+    code checkpoints is run again without the call around it, and must read then as it read before.
+    """
+
+    def __init__(self, operands: bool) -> None:
+        self.operands = operands
+        self.saving = _saving()
+        self.held: dict[tuple[str, bool], tuple[Any, Tensor]] = {}
+
+
+def _saving() -> Any:
+    """Return the hook that packs what is saved for backward, such as a checkpoint's, or None."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return None if hooks is None else hooks[0]
+
+
+class _Running(threading.local):
+    """The calls of modules that this thread is in."""
+
+    def __init__(self) -> None:
+        self.calls: dict[nn.Module, _Call] = {}
+
+
+_running = _Running()
+
+
 def reading(name: str) -> property:
-    """Return the property through which a shared attribute is read."""
+    """Return the property through which a shared attribute is read as a tensor."""
     return property(
-        lambda module: read_shared(module, name),
+        lambda module: _read_once(module, name),
         doc="Materialised from the pool; gradients flow back to it, and writes are refused.",
     )
+
+
+def operand(name: str, of_parts: bool) -> property:
+    """Return the property of a shared attribute that the module's own code reads by operations on the pool alone.
+
+    Within a call of the module that code is given an `Operand`; everyone else reads a tensor.
+    """
+
+    def read(module: RoastModule) -> Any:
+        shared = module._roast[name]
+        if readers or shared.view.strips:
+            return _read_once(module, name)
+        if not torch.compiler.is_compiling():
+            call = _running.calls.get(module)
+            if call is None or not call.operands or call.saving is not _saving():
+                return _read_once(module, name)
+        return Operand(shared, lambda: _read_once(module, name), of_parts=of_parts)
+
+    return property(read, doc="Read from the pool by the operations of the module's code; elsewhere materialised.")
+
+
+def _read_once(module: RoastModule, name: str) -> Tensor:
+    """Return a shared attribute as a tensor, the same throughout a call of the module while the pool is the same."""
+    if readers or torch.compiler.is_compiling():
+        return read_shared(module, name)
+    call = _running.calls.get(module)
+    if call is None or call.saving is not _saving():
+        return read_shared(module, name)
+    made = made_of(module._roast[name].pool)
+    key = name, torch.is_grad_enabled()
+    if key not in call.held or call.held[key][0] is not made:
+        call.held[key] = made, read_shared(module, name)
+    return call.held[key][1]
+
+
+class RoastReader(RoastModule):
+    """A module whose own code reads shared attributes."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module; within the call, its code is given operands, or the same tensors throughout."""
+        if readers or torch.compiler.is_compiling():
+            return super().__call__(*args, **kwargs)
+        calls = _running.calls
+        outer = calls.get(self)
+        calls[self] = _Call(self._runs_its_own_code())
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:
+            if outer is None:
+                del calls[self]
+            else:
+                calls[self] = outer
+
+    def _runs_its_own_code(self) -> bool:
+        """Whether nothing but the class's code runs in a call: no hooks, and no other forward."""
+        forward = self.__dict__.get("forward")
+        return (
+            (forward is None or (isinstance(forward, RootForward) and forward.inner is None))
+            and not self._forward_hooks
+            and not self._forward_pre_hooks
+        )
 
 
 class RoastLookup(RoastModule):
@@ -218,7 +237,7 @@ class RoastLookup(RoastModule):
 
     def __getattr__(self, name: str) -> Any:
         if name in self.__dict__.get("_roast", ()):
-            return read_shared(self, name)
+            return _read_once(self, name)
         return super().__getattr__(name)
 
 

@@ -25,8 +25,8 @@ class TensorPlan:
         op: what consumes it.
         shared: the verdict.
         reason: why.
-        through: how modules read it, if shared: `layer` (the layer's own operation runs on the pool), `attribute` (it
-            is materialised on access), or both.
+        through: how modules read it, if shared: `layer` (the layer's own operation runs on the pool), `operation` (the
+            operations in the module's code do), `attribute` (it is materialised on access), or several of these.
         rows: of its matrix in the pool; 0 if kept, like all that follow.
         cols: of its matrix in the pool.
         transposed: whether that matrix is the dense tensor's transpose.
@@ -37,6 +37,7 @@ class TensorPlan:
         scale: λ; None until the model's values are known.
         zero_row: its row that is zero and stays so (an embedding's padding row), if any.
         center: what is added to every element read from the pool.
+        whole: why it is materialised, where it is.
     """
 
     name: str
@@ -57,6 +58,7 @@ class TensorPlan:
     scale: float | None = None
     zero_row: int | None = None
     center: float = 0.0
+    whole: str = ""
 
     @property
     def numel(self) -> int:

@@ -18,7 +18,7 @@ import torch
 
 from roastify.config import RoastConfig, check_ratio
 from roastify.errors import ConfigError, PlanError, closest
-from roastify.kinds import kind_of, refusal_of
+from roastify.kinds import kind_of, refusal_of, way_of
 from roastify.mapping import MAPPING_VERSION, TileMap
 from roastify.plan import Region, RoastPlan, TensorPlan
 from roastify.trace import Forest, ParameterInfo, WeightUse, matrix_of
@@ -192,19 +192,33 @@ def _op(uses: Sequence[WeightUse]) -> str:
 
 def _matrix(model: torch.nn.Module, info: ParameterInfo) -> dict[str, Any]:
     """Return how a tensor becomes a matrix of tiles, or strips where every consumer wants it whole."""
-    kinds = []
+    kinds, ways = [], []
     for alias in info.aliases:
         path, _, attribute = alias.rpartition(".")
-        kinds.append(kind_of(type(model.get_submodule(path)), attribute))
-    transposed = all(kind is not None and kind.transposed for kind in kinds)
-    strips = all(kind is None or kind.materialises for kind in kinds)
+        module = model.get_submodule(path)
+        kinds.append(kind_of(type(module), attribute))
+        ways.append(way_of(module, attribute, info.parameter.shape))
     rows, cols = matrix_of(info.parameter)
+    if not any(kinds) and info.parameter.dim() > 1:
+        # Rows in the sense of lookups, slices and stacked matrices: all but the last size.
+        rows, cols = info.parameter.shape[:-1].numel(), info.parameter.shape[-1]
+    transposed = all(kind is not None and kind.transposed for kind in kinds) or (
+        not any(kinds)
+        and info.parameter.dim() == 2
+        and all(way.tiles and way.orientations == {"in×out"} for way in ways)
+    )
     if transposed:
         rows, cols = cols, rows
     elif info.parameter.dim() <= 1:
         rows, cols = 1, rows
-    through = dict.fromkeys("attribute" if kind is None else "layer" for kind in kinds)
-    return {"rows": rows, "cols": cols, "transposed": transposed, "strips": strips, "through": ", ".join(through)}
+    return {
+        "rows": rows,
+        "cols": cols,
+        "transposed": transposed,
+        "strips": not any(way.tiles for way in ways),
+        "through": ", ".join(dict.fromkeys(way.through for way in ways)),
+        "whole": next((way.whole for way in ways if way.whole), ""),
+    }
 
 
 def _match(setting: str, patterns: tuple[str, ...], model: torch.nn.Module, forest: Forest) -> dict[str, str]:

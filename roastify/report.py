@@ -84,7 +84,7 @@ def _groups(tensors: Iterable[TensorPlan], full: bool) -> list[list[TensorPlan]]
     for tensor in tensors:
         key: object = tensor.name
         if not full:
-            key = (_numberless(tensor.name), tensor.shape, tensor.op) if tensor.shared else tensor.reason
+            key = (_numberless(tensor.name), tensor.shape, tensor.op, tensor.whole) if tensor.shared else tensor.reason
         groups.setdefault(key, []).append(tensor)
     return sorted(groups.values(), key=lambda group: not group[0].shared)
 
@@ -109,7 +109,7 @@ def _row(plan: RoastPlan, group: list[TensorPlan]) -> list[str | Text]:
         scales[0] + (f"…{scales[-1]}" if len(scales) > 1 else "") if scales else "",
         f"{sum(tensor.num_tiles for tensor in group):,}" if first.shared else "",
         f"{stored / plan.stored_numel:.1%}",
-        Text(first.reason),
+        Text(f"{first.reason}; materialised: {first.whole}" if first.whole else first.reason),
     ]
 
 
@@ -147,10 +147,14 @@ def summary(plan: RoastPlan) -> RenderableType:
 
 
 def _read_by(plan: RoastPlan) -> str:
-    """Return how many tensors layers multiply with, and how many are materialised whenever they are read."""
-    layers = sum("layer" in tensor.through for tensor in plan.shared)
-    others = sum(tensor.through == "attribute" for tensor in plan.shared)
-    return f"{layers} by their layers' own operations, {others} materialised on access"
+    """Return how many tensors are read by which way; the first of those that a tensor has."""
+    ways = [tensor.through.split(", ") for tensor in plan.shared]
+    layers = sum("layer" in way for way in ways)
+    operations = sum("operation" in way and "layer" not in way for way in ways)
+    return (
+        f"{layers} by their layers' own operations, {operations} by operations in their modules' code, "
+        f"{len(ways) - layers - operations} materialised on access"
+    )
 
 
 def verify_lines(report: VerifyReport) -> RenderableType:

@@ -13,10 +13,11 @@ from torch import nn
 from roastify.errors import ConversionError, WriteRefused
 from roastify.huggingface import forget_ties, remember_ties
 from roastify.kinds import to_dense, to_emptied, to_roast
-from roastify.layers import RoastModule, SharedTensor
+from roastify.layers import RoastModule
 from roastify.passes import RootForward
 from roastify.plan import RoastPlan, TensorPlan
 from roastify.pool import RoastPool, is_sharded
+from roastify.shared import SharedTensor
 from roastify.trace import computed_attributes
 
 POOL_NAME = "roast_pool"

@@ -75,6 +75,17 @@ def test_what_the_original_cannot_do_either_is_left_out() -> None:
     assert roastify.verify(frozen, roastify.convert(frozen, 2), X).behaviour == ("deepcopy", "state dict")
 
 
+def test_behind_a_head_that_starts_at_zero_neither_has_gradients() -> None:
+    model = nn.Sequential(nn.Linear(24, 48), nn.Linear(48, 24))
+    nn.init.zeros_(model[1].weight)
+    converted = roastify.convert(model, 1.5, config=roastify.RoastConfig(share="weights"))
+    assert roastify.verify(model, converted, X).behaviour == ("deepcopy", "state dict")
+    # Where the original's have them, the pool must.
+    nn.init.ones_(model[1].weight)
+    with pytest.raises(OutputMismatch, match="no gradient reaches the pool"):
+        roastify.verify(model, converted, X)
+
+
 def test_models_are_left_as_they_were() -> None:
     model = Net()
     converted = roastify.convert(model, 2)

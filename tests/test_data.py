@@ -84,7 +84,9 @@ def write_folders(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("write", "exact"), [(write_packed, False), (write_batches, True), (write_folders, True)], ids=lambda value: getattr(value, "__name__", str(value))
+    ("write", "exact"),
+    [(write_packed, False), (write_batches, True), (write_folders, True)],
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_images_in_every_format(tmp_path: Path, write, exact: bool) -> None:
     write(tmp_path)

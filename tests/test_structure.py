@@ -37,7 +37,7 @@ LAYERS = [
         "agreement",
         "timing",
     },
-    {"kinds", "layers", "pool", "gamma", "passes", "mapping", "config"},
+    {"kinds", "layers", "operand", "shared", "reading", "pool", "gamma", "passes", "mapping", "config"},
     {"weight"},
     {"errors"},
     {"kernels"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ import transformers
 from torch import Tensor, nn
 from zoo import awkward, pretrained, torch_nn
 from zoo.examine import Entry, Unbuilt, examine
+from zoo.outside import examine_all
+from zoo.page import OUTSIDE, load, outside, own_part
 
 from roastify.layers import RoastModule
 
@@ -88,10 +91,41 @@ def test_every_listed_type_is_known_to_the_newest_transformers_and_the_page_name
     page = (ROOT / "docs" / "coverage.md").read_text()
     for name in [*_BY_TYPE, *pretrained.HEADS, *awkward.MODELS, *awkward.MORE]:
         assert f"| {name} |" in page, name
-    assert "**fails**" not in page
+    assert "**fails**" not in own_part(page)
+    if OUTSIDE.exists():
+        assert page == own_part(page).rstrip("\n") + "\n" + outside(load(OUTSIDE))
 
 
 def test_the_program_runs_one_model() -> None:
     command = [sys.executable, "-m", "zoo", "--processes", "1", "nn.Bilinear"]
     result = subprocess.run(command, cwd=ROOT / "tests", capture_output=True, text=True, check=True)
     assert result.stdout.splitlines()[-1] == "1 of 1 pass, 0 not run"
+
+
+def run_outside(output: Path, *options: str) -> tuple[str, dict[str, Any]]:
+    """Run the program for other packages on transformers' models, and return its last line and its raw results."""
+    command = [sys.executable, "-m", "zoo.outside", "--list", "transformers", "--output", str(output), *options]
+    result = subprocess.run(command, cwd=ROOT / "tests", capture_output=True, text=True)
+    assert output.exists(), result.stderr
+    return result.stdout.splitlines()[-1], json.loads(output.read_text())
+
+
+def test_the_program_for_other_packages(tmp_path: Path) -> None:
+    last, results = run_outside(tmp_path / "one.json", "--processes", "1", "bert", "gpt2")
+    assert last == "2 of 2 pass, 0 not run" and [row["name"] for row in results["rows"]] == ["bert", "gpt2"]
+    text = outside(load(tmp_path / "one.json"))
+    assert "**2 of 2 models pass** with torch" in text and "| bert | encoder |" in text
+
+
+def test_a_model_that_takes_too_long_is_a_row_and_the_rest_is_named(tmp_path: Path) -> None:
+    last, results = run_outside(tmp_path / "late.json", "--processes", "1", "--timeout", "0.001", "bert")
+    assert last == "0 of 1 pass, 0 not run" and results["rows"][0]["failure"] == "took over 0.001 s"
+    last, results = run_outside(tmp_path / "none.json", "--processes", "1", "--minutes", "0", "bert", "gpt2")
+    assert last == "0 of 0 pass, 2 not run" and results["unbuilt"][0] == "bert: no time was left"
+
+
+def test_a_process_that_dies_is_a_row() -> None:
+    """The worker is told of a number that its list does not have, which ends it."""
+    entry = Entry("dying", "failing", lambda: Failing("nothing"))
+    (row,) = examine_all("transformers", [(10**9, entry)], 1, 60, 60)
+    assert row.name == "dying" and row.failure == "its process ended with exit code 1"

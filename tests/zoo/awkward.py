@@ -259,6 +259,25 @@ class Changing(nn.Module):
         return self.layer(x).add_(1).transpose(0, 1)
 
 
+class Selfish(nn.Module):
+    """Copies itself, and writes its own state dict, as torch-geometric's layers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(normal(48, 32) / 6)
+
+    def __deepcopy__(self, memo: Any) -> Selfish:
+        twin = Selfish()
+        twin.weight = nn.Parameter(self.weight.detach().clone())
+        return twin
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        destination[prefix + "weight"] = self.weight if keep_vars else self.weight.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
 x3 = normal(3, 4, 20)
 # What the tests of single attributes run through as well.
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
@@ -294,6 +313,7 @@ MORE: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "hypernetwork": (Hypernetwork, (normal(4, 32),)),
     "mixed dtypes": (Mixed, (normal(4, 32),)),
     "asks its parameters": (Guided, (normal(4, 48),)),
+    "copies itself": (lambda: nn.Sequential(Selfish(), nn.Linear(48, 48)), (normal(4, 32),)),
     "in-place": (Changing, (torch.arange(6).view(2, 3),)),
     "adapter": (Lora, (normal(2, 128),)),
     "data parallel": (lambda: nn.DataParallel(nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 32))), (normal(2, 32),)),

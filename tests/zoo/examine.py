@@ -57,6 +57,7 @@ class Row:
     opaque: int = 0
     trace_s: float = 0.0
     layer: int = 0
+    operation: int = 0
     attribute: int = 0
     shared: float = 0.0
     kept: str = ""
@@ -114,6 +115,7 @@ def _with_plan(row: Row, plan: roastify.RoastPlan) -> Row:
         row,
         parameters=plan.total_numel,
         layer=sum(count for how, count in through.items() if "layer" in how),
+        operation=sum(count for how, count in through.items() if "operation" in how and "layer" not in how),
         attribute=through["attribute"],
         shared=1 - plan.kept_numel / plan.total_numel,
         kept="; ".join(f"{reason} {count / plan.total_numel:.1%}" for reason, count in kept.most_common()),

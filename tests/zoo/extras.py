@@ -35,13 +35,25 @@ def entries() -> Iterator[Entry]:
             Entry(f"timm {name}", "timm", _timm(name), lambda name=name: _images(_timm_size(name))) for name in TIMM
         )
     if importlib.util.find_spec("torchvision"):
-        yield from (Entry(f"torchvision {name}", "torchvision", _torchvision(name)) for name in TORCHVISION)
+        yield from (
+            Entry(f"torchvision {name}", "torchvision", _torchvision(name), lambda name=name: _pictures(name))
+            for name in TORCHVISION
+        )
     if importlib.util.find_spec("torch_geometric"):
         yield from (Entry(f"geometric {name}", "geometric", _geometric(name), _graph) for name in GEOMETRIC)
 
 
 def _images(size: tuple[int, ...]) -> tuple[torch.Tensor]:
     return (torch.randn(2, *size, generator=torch.Generator().manual_seed(3)),)
+
+
+def _pictures(name: str) -> tuple[torch.Tensor, ...]:
+    """Return what a model of torchvision takes: pictures, a pair of them, or films."""
+    if name.startswith("raft"):
+        return _images((3, 128, 128)) * 2
+    if name in ("r3d_18", "mvit_v2_s"):
+        return _images((3, 16, 224, 224) if name == "mvit_v2_s" else (3, 8, 64, 64))
+    return _images((3, 299, 299) if name == "inception_v3" else (3, 224, 224))
 
 
 def _timm(name: str) -> Any:
@@ -63,7 +75,12 @@ def _torchvision(name: str) -> Any:
     def build() -> nn.Module:
         import torchvision
 
-        return torchvision.models.get_model(name, weights=None)
+        # Both would initialise their weights by drawing from a truncated normal on the CPU, which takes half a minute.
+        own: dict[str, Any] = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+        if name.startswith(("deeplabv3", "fcn", "lraspp")):
+            # Else the backbone's weights are downloaded.
+            own = {"weights_backbone": None}
+        return torchvision.models.get_model(name, weights=None, **own)
 
     return build
 

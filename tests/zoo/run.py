@@ -9,15 +9,14 @@ import sys
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 import torch
 
-from zoo import awkward, extras, pretrained, torch_nn
+from zoo import awkward, pretrained, torch_nn
 from zoo.examine import Entry, Row, Unbuilt, examine
+from zoo.page import DOCUMENT, markdown
 
 _BATCH = 80
-DOCUMENT = Path(__file__).parents[2] / "docs" / "coverage.md"
 
 
 def entries(unlisted: bool = False) -> Iterator[Entry]:
@@ -26,7 +25,6 @@ def entries(unlisted: bool = False) -> Iterator[Entry]:
     yield from awkward.entries()
     if importlib.util.find_spec("transformers"):
         yield from pretrained.unlisted() if unlisted else pretrained.entries()
-    yield from extras.entries()
 
 
 def _examine_by_number(job: tuple[int, bool]) -> Row | str:
@@ -39,45 +37,6 @@ def _examine_by_number(job: tuple[int, bool]) -> Row | str:
         return examine(entry)
     except Unbuilt as error:
         return f"{entry.name}: {error}"
-
-
-def markdown(rows: list[Row], unbuilt: list[str]) -> str:
-    """Return the coverage page."""
-    import transformers
-
-    good = [row for row in rows if not row.failure]
-    lines = [
-        "# Coverage",
-        "",
-        "Written by `make zoo`. Every model is converted at ratio 10 and verified (signature, outputs in eval and",
-        "train mode, deep copy, state dict, gradients), turned back into a dense one, and converted at ratio 1 with",
-        "`project`, which must give equal outputs in both modes. Models with over a million parameters must share",
-        "98 % of them, and tracing must take under 30 s.",
-        "",
-        f"**{len(good)} of {len(rows)} models pass** with torch {torch.__version__} and transformers",
-        f"{transformers.__version__}, on two threads. The least that a model of over a million parameters shares is",
-        f"{_least_shared(rows):.1%}; the longest tracing took {max(row.trace_s for row in rows):.1f} s.",
-        "",
-        "`traced` and `opaque` count the regions of the FX forest; `layer` and `attribute` the tensors shared by the",
-        "layer's own operation and by materialising on access. `all`: vectors are shared too.",
-        "",
-        "| model | family | parameters | traced | opaque | layer | attribute | shared | all | ratio | kept |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        kept = f"**fails**: {row.failure.replace('|', '/')}" if row.failure else row.kept
-        lines.append(
-            f"| {row.name} | {row.family} | {row.parameters:,} | {row.traced} | {row.opaque} | {row.layer} | "
-            f"{row.attribute} | {row.shared:.1%} | {'yes' if row.share == 'all' else ''} | {row.ratio:.2f} | {kept} |"
-        )
-    if unbuilt:
-        lines += ["", "Not run, since they do not build or run unconverted with this zoo's sizes:", ""]
-        lines += [f"- {line}" for line in unbuilt]
-    return "\n".join(lines) + "\n"
-
-
-def _least_shared(rows: list[Row]) -> float:
-    return min((row.shared for row in rows if row.parameters >= 1_000_000), default=1.0)
 
 
 def _examine_all(jobs: list[tuple[int, bool]], processes: int) -> Iterator[Row | str]:

@@ -1,0 +1,109 @@
+"""`SharedTensor`: one tensor in the pool as its readers see it, and parts of it as tensors of their own."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from roastify.kernels import ops
+from roastify.kernels.view import TileView
+from roastify.pool import RoastPool
+
+
+@dataclass
+class SharedTensor:
+    """One tensor in the pool, as its layers see it.
+
+    Args:
+        pool: the pool's module; its Parameter is read at each use, because sharding replaces it.
+        view: where the tensor lies.
+        scale: λ.
+        shape: of the dense tensor.
+        transposed: whether the matrix in the pool is the dense tensor's transpose.
+        dtype: of the dense tensor.
+        zero_row: a row that is zero and stays so (an embedding's padding row), or None.
+        center: what is added to every element: the ones that a norm's weights start from.
+    """
+
+    pool: RoastPool
+    view: TileView
+    scale: float
+    shape: torch.Size
+    transposed: bool
+    dtype: torch.dtype
+    zero_row: int | None = None
+    center: float = 0.0
+
+    @property
+    def current_dtype(self) -> torch.dtype:
+        """The dtype that the dense tensor would have now.
+
+        While a forward pass runs, FSDP2's mixed precision shows every Parameter in the dtype of its policy.
+        """
+        shown = self.pool.weight.dtype
+        return self.dtype if shown == self.pool.stored_dtype else shown
+
+    def dense(self) -> Tensor:
+        """Return the dense, differentiable tensor."""
+        matrix = ops.gather(self.pool.read(self.current_dtype), self.pool.table, self.view, self.scale)
+        weight = (matrix.t() if self.transposed else matrix).reshape(self.shape)
+        if self.center:
+            weight = weight + self.center
+        if self.zero_row is None:
+            return weight
+        # Filled on the device: a copy from the CPU cannot be captured in a CUDA graph.
+        row = torch.full((), self.zero_row, device=weight.device)
+        return weight.index_fill(0, row, 0.0)
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Return `x · weightᵀ + bias`."""
+        if self.center:
+            return F.linear(x, self.dense(), bias)
+        return self._product(ops.linear_t if self.transposed else ops.linear, x, bias)
+
+    def linear_t(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """Return `x · weight + bias`."""
+        if self.center:
+            return F.linear(x, self.dense().t(), bias)
+        return self._product(ops.linear if self.transposed else ops.linear_t, x, bias)
+
+    def _product(self, product: Callable[..., Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
+        # Read in the dtype that the product runs in, so that autocast finds nothing left to cast.
+        pool = self.pool.read(ops.product_dtype(x, self.current_dtype))
+        return product(x, pool, bias, self.pool.table, self.view, self.scale)
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Return `weight[index]`."""
+        if self.transposed or self.center:
+            return F.embedding(index, self.dense())
+        rows = ops.embedding(index, self.pool.read(self.current_dtype), self.pool.table, self.view, self.scale)
+        if self.zero_row is None:
+            return rows
+        return rows.masked_fill((index == self.zero_row)[..., None], 0.0)
+
+    def part(self, start: int, shape: Sequence[int]) -> SharedTensor | None:
+        """Return the rows of the matrix from `start` on, of this shape, as a tensor of its own in the same tiles.
+
+        None for a part that begins inside a row of tiles, a transposed matrix, one in strips, or one with a row that is
+        zero.
+        """
+        view = self.view
+        if self.transposed or view.strips or self.zero_row is not None or start % view.tile_rows:
+            return None
+        base = view.base + start // view.tile_rows * view.grid_cols * view.slot_size
+        rows = math.prod(shape) // view.cols
+        return dataclasses.replace(self, view=view._replace(rows=rows, base=base), shape=torch.Size(shape))
+
+    def rows_between(self, start: int, stop: int) -> Tensor:
+        """Return `weight[start:stop]` of the matrix's rows; the tiles that they touch are read."""
+        ahead = start % self.view.tile_rows
+        part = self.part(start - ahead, (max(stop - start, 0) + ahead, self.view.cols))
+        if part is None or stop <= start:
+            return self.dense().reshape(-1, self.shape[-1])[start:stop]
+        return part.dense()[ahead:]
