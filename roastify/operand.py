@@ -53,7 +53,7 @@ class Operand:
     @property
     def dtype(self) -> torch.dtype:
         """Its dtype."""
-        return self.shared.dtype
+        return self.shared.current_dtype
 
     @property
     def device(self) -> torch.device:

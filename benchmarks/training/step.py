@@ -19,6 +19,7 @@ LEARNING_RATE = 1e-4
 LARGEST_NORM = 1.0
 # Steps that follow one another before the other side has its turn; the first of them is not timed.
 IN_A_ROW = 6
+STEPS_BEFORE_CAPTURE = 3
 
 
 class Training:
@@ -33,7 +34,8 @@ class Training:
         self.model = model
         self.micro_batches = micro_batches
         self.device = next(iter(micro_batches[0].values())).device
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
+        on_gpu = self.device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True, capturable=on_gpu)
 
     def forward(self, batch: Batch) -> Tensor:
         with torch.autocast(self.device.type, dtype=torch.bfloat16):
@@ -54,6 +56,20 @@ class Training:
             total += loss.detach()
         self.finish()
         return total
+
+    def captured(self) -> Callable[[], object]:
+        """Return a whole step as one CUDA graph's replay, after a few steps more on the graph's stream."""
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            for _ in range(STEPS_BEFORE_CAPTURE):
+                self.step()
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        self.optimizer.zero_grad(set_to_none=True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            self.step()
+        return graph.replay
 
     def losses(self, steps: int) -> list[float]:
         """Take some steps; return the loss of each."""
