@@ -7,6 +7,7 @@ import hashlib
 import inspect
 import itertools
 import random
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -115,8 +116,8 @@ class Stream:
 class Feed:
     """Batches without end: epoch after epoch of the data, drawn under a random stream of their own.
 
-    A position is an epoch's number, the random states at its beginning, and the batches taken since. Whoever resumes
-    begins the epoch again with those states and takes as many batches, so that shuffling and augmentation come out as
+    A position is an epoch's number, the random states at its beginning, and the batches drawn since. Whoever resumes
+    begins the epoch again with those states and draws as many batches, so that shuffling and augmentation come out as
     they did, whatever else has drawn random numbers.
 
     Args:
@@ -136,23 +137,25 @@ class Feed:
         self.epoch = 0
         self.taken = 0
         self._iterator: Iterator[Any] = iter(())
+        # Drawn, and not taken yet.
+        self._ahead: deque[Any] = deque()
         self._begin(resumed and resumed["first"])
         self._first = self._began
 
     def peek(self, count: int) -> list[Any]:
         """Return the next batches of this epoch, at most so many, without moving on."""
         with self.stream.active():
-            batches = list(itertools.islice(self._iterator, count))
-        if not batches and not self.taken:
+            self._ahead.extend(itertools.islice(self._iterator, count - len(self._ahead)))
+        if not self._ahead:
             raise RecoveryError("data holds no batch; give an iterable of at least one")
-        self._iterator = itertools.chain(batches, self._iterator)
-        return batches
+        return list(self._ahead)[:count]
 
     def next(self) -> Any:
         """Return the next batch, of the next epoch where this one is at its end."""
-        with self.stream.active():
-            batch = next(self._iterator, self)
-        if batch is self:
+        if not self._ahead:
+            with self.stream.active():
+                self._ahead.extend(itertools.islice(self._iterator, 1))
+        if not self._ahead:
             if isinstance(self.data, Iterator):
                 raise RecoveryError(
                     f"data ended after {self.taken} batches and cannot be iterated again; give a list, a DataLoader or "
@@ -165,13 +168,14 @@ class Feed:
             self._begin()
             return self.next()
         self.taken += 1
-        return batch
+        return self._ahead.popleft()
 
     def state(self) -> dict[str, Any]:
         """Return the position."""
         return {
             "epoch": self.epoch,
             "taken": self.taken,
+            "ahead": len(self._ahead),
             "began": self._began,
             "first": self._first,
             "stream": self.stream.state,
@@ -185,14 +189,21 @@ class Feed:
         """
         self.epoch, self.taken = state["epoch"], state["taken"]
         if not isinstance(self.data, Iterator):
+            self._ahead.clear()
             self._begin(state["began"])
+        drawn = self.taken + state["ahead"]
+        passed = 0
+        ahead: deque[Any] = deque(maxlen=state["ahead"])
         with self.stream.active():
-            passed = sum(1 for _ in itertools.islice(self._iterator, self.taken))
-        if passed < self.taken:
+            for batch in itertools.islice(itertools.chain(list(self._ahead), self._iterator), drawn):
+                ahead.append(batch)
+                passed += 1
+        if passed < drawn:
             raise CheckpointError(
                 f"the data holds {passed} batches in epoch {self.epoch}, and the checkpoint was written after "
-                f"{self.taken}; resume with the same data"
+                f"{drawn}; resume with the same data"
             )
+        self._ahead = deque(ahead)
         self.stream.state = state["stream"]
 
     def _begin(self, states: dict[str, Any] | None = None) -> None:
