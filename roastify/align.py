@@ -65,7 +65,8 @@ class _Moments:
         if centered:
             second = second - self.mean()[:, :, None] * self.mean()[:, None, :]
         second = second.to(like)
-        ridge = _RIDGE * second.diagonal(dim1=1, dim2=2).mean()
+        # Moments of few samples are noise, in proportion: there the dense weights are the better guide.
+        ridge = (_RIDGE + second.shape[1] / self.count) * second.diagonal(dim1=1, dim2=2).mean()
         return second + ridge * torch.eye(second.shape[1], dtype=like.dtype, device=like.device)
 
 

@@ -97,10 +97,9 @@ class Stream:
             self._restore(outside)
 
     def _capture(self) -> dict[str, Any]:
-        kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
         return {
             "python": random.getstate(),
-            "numpy": (kind, np.asarray(keys).tolist(), position, has_gauss, gauss),
+            "numpy": np.random.get_state(),
             "torch": torch.get_rng_state(),
             "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }

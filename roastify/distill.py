@@ -93,7 +93,7 @@ def output_loss(
         if path in logits:
             losses.append(temperature**2 * _divergence(ours[path], target, temperature, mask))
         else:
-            losses.append(relative_error(ours[path], target, mask))
+            losses.append(relative_error(*finite(ours[path], target), mask))
     return torch.stack(losses).mean()
 
 
@@ -121,12 +121,18 @@ def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def relative_error(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return the squared difference over the teacher's squares around its mean; infinite scores are left out."""
-    finite = teacher.isfinite()
-    theirs = torch.where(finite, teacher.float(), 0.0)
-    ours = torch.where(finite, student.float(), 0.0)
+    """Return the squared difference over the teacher's squares around its mean."""
+    ours, theirs = student.float(), teacher.float()
+    if mask is None or theirs.shape[:2] != mask.shape:
+        return F.mse_loss(ours, theirs) / (theirs.var(correction=0) + _EPSILON)
     spread = _mean((theirs - theirs.mean()).square(), mask)
     return _mean((ours - theirs).square(), mask) / (spread + _EPSILON)
+
+
+def finite(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Return two outputs with 0 where the teacher's is infinite: masked scores teach nothing."""
+    known = teacher.isfinite()
+    return torch.where(known, student, 0.0), torch.where(known, teacher, 0.0)
 
 
 def find_features(student: nn.Module, teacher: nn.Module, patterns: Sequence[str] | None) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ from roastify.distill import (
     feature_loss,
     find_features,
     find_logits,
+    finite,
     floats_of,
     output_loss,
     relative_error,
@@ -271,7 +272,7 @@ class _Run:
         with Stream(self.options.seed, self.device).active(), torch.no_grad(), self._autocast():
             for batch in self.held[:_LIKENESS_BATCHES]:
                 expected, found = floats_of(self._call(self.teacher, batch)), floats_of(self._call(self.student, batch))
-                each = [relative_error(found[path], output) for path, output in expected.items()]
+                each = [relative_error(*finite(found[path], output)) for path, output in expected.items()]
                 errors.append(float(torch.stack(each).mean()))
                 for path in self.logits:
                     dim = class_dim(expected[path])

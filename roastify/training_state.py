@@ -12,7 +12,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -35,7 +37,7 @@ def write(folder: Path, made_by: dict[str, Any], state: Any) -> None:
     Args:
         folder: made if missing.
         made_by: what the run is, as JSON-ready values; `read` compares it.
-        state: numbers, strings, None and tensors, nested in dicts, lists and tuples.
+        state: numbers, strings, None, tensors and arrays, nested in dicts, lists and tuples.
 
     Raises:
         CheckpointError: the state holds something else, or the folder cannot be written.
@@ -109,6 +111,9 @@ def _encode(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
     if isinstance(value, Tensor):
         tensors[where] = value.detach().to("cpu", copy=True).contiguous()
         return {"tensor": where}
+    if isinstance(value, np.ndarray):
+        tensors[where] = torch.from_numpy(value.astype(np.int64) if value.dtype == np.uint32 else value.copy())
+        return {"array": [where, value.dtype.name]}
     if isinstance(value, dict):
         pairs = (
             [_encode(key, tensors, where), _encode(each, tensors, f"{where}.{key}")] for key, each in value.items()
@@ -129,6 +134,9 @@ def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
     ((kind, content),) = value.items()
     if kind == "tensor":
         return tensors[content]
+    if kind == "array":
+        where, dtype = content
+        return tensors[where].numpy().astype(dtype)
     if kind == "dict":
         return {_decode(key, tensors): _decode(each, tensors) for key, each in content}
     items = [_decode(each, tensors) for each in content]

@@ -199,7 +199,8 @@ def test_alignment_finds_the_least_squares_solution() -> None:
             inputs, dense = given[tensor.name], teacher.get_parameter(tensor.name)
             second = inputs.T @ inputs / len(inputs)
             # The ridge that alignment adds, as further rows.
-            second += 1e-2 * second.diagonal().mean() * torch.eye(len(second), dtype=torch.float64)
+            ridge = 1e-2 + len(second) / len(inputs)
+            second += ridge * second.diagonal().mean() * torch.eye(len(second), dtype=torch.float64)
             factor = torch.linalg.cholesky(second) / ((dense @ second) * dense).sum().sqrt()
             columns = []
             for element in range(numel):
@@ -297,6 +298,17 @@ def test_nothing_is_left_to_align_at_ratio_1(teacher: nn.Module) -> None:
     assert align(student, teacher, [lambda: teacher(x)], 30) == (0.0, 0.0)
     for name, value in roastify.densify(student).state_dict().items():
         torch.testing.assert_close(value, weights[name], rtol=0, atol=0)
+
+
+def test_few_samples_do_not_spoil_what_they_say_nothing_about() -> None:
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)).eval()
+    student = converted(teacher, 4)
+    unseen = torch.randn(500, 64)
+    before = layer_error(student, teacher, unseen, ["0", "2"])
+    few = torch.randn(16, 64)
+    align(student, teacher, [lambda: teacher(few)], 40)
+    assert layer_error(student, teacher, unseen, ["0", "2"]) < 1.1 * before
 
 
 # What is learned from
