@@ -200,6 +200,8 @@ def _recover(
         autocast=torch.bfloat16 if bench.on_gpu else None,
         evaluate=evaluate,
         evaluate_every=every(steps),
+        # Reading the loss waits for the GPU.
+        log_every=50,
         seed=run.seed,
     )
 

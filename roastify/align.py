@@ -93,12 +93,14 @@ class _Reader:
     def look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take note of an input: a hook before the teacher's layer."""
         x = (args[0] if args else next(iter(kwargs.values()))).detach()
-        if self.rows_of is not None:
-            for rows in self.rows_of(x):
-                self.moments.add(rows)
-        else:
-            count = torch.bincount(x.reshape(-1), minlength=self.tensor.rows).float()
-            self.lookups = count if self.lookups is None else self.lookups + count
+        # Sums of many terms, which autocast would round.
+        with torch.autocast(x.device.type, enabled=False):
+            if self.rows_of is not None:
+                for rows in self.rows_of(x):
+                    self.moments.add(rows)
+            else:
+                count = torch.bincount(x.reshape(-1), minlength=self.tensor.rows).float()
+                self.lookups = count if self.lookups is None else self.lookups + count
 
 
 @dataclass
@@ -249,11 +251,11 @@ def _solve(pool: RoastPool, terms: Sequence[_Term], steps: int) -> tuple[float, 
     """Minimise the mean of the terms over the pool by conjugate gradients; return it before and after."""
     wide = torch.float64 if pool.weight.dtype == torch.float64 else torch.float32
     x = pool.weight.detach().to(wide, copy=True)
+    places = [(term, pool.plan.view(term.tensor), term.tensor.scale or 0.0) for term in terms]
 
     def product(vector: Tensor, target: bool = False) -> Tensor:
         total = torch.zeros_like(vector)
-        for term in terms:
-            view, scale = pool.plan.view(term.tensor), term.tensor.scale or 0.0
+        for term, view, scale in places:
             difference = ops.gather(vector, pool.table, view, scale)
             if target:
                 difference = term.target.to(wide) - difference
@@ -262,8 +264,7 @@ def _solve(pool: RoastPool, terms: Sequence[_Term], steps: int) -> tuple[float, 
 
     def error() -> float:
         total = torch.zeros((), dtype=x.dtype, device=x.device)
-        for term in terms:
-            view, scale = pool.plan.view(term.tensor), term.tensor.scale or 0.0
+        for term, view, scale in places:
             total += term.error(ops.gather(x, pool.table, view, scale) - term.target.to(wide))
         return float(total) / len(terms)
 

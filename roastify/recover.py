@@ -145,8 +145,8 @@ class _Run:
         begun = self._now()
         batches = self.held[: self.options.align_batches]
         self.teacher.eval()
-        with self.stream.active(), self._autocast():
-            forwards = [functools.partial(self._call, self.teacher, batch) for batch in batches]
+        with self.stream.active():
+            forwards = [functools.partial(self._call_cast, self.teacher, batch) for batch in batches]
             self.align_error = align(self.student, self.teacher, forwards, self.options.align)
         self.align_seconds = self.seconds = self._now() - begun
         self.aligned = self._likeness()
@@ -156,12 +156,11 @@ class _Run:
         """Take the steps that are left."""
         options = self.options
         self.teacher.eval()
+        self.student.train()
         recorders = Recorder(self.student, self.features), Recorder(self.teacher, self.features)
         begun = self._now()
         with recorders[0].recording(), recorders[1].recording():
             for _ in track(range(self.step, options.steps), "recovering"):
-                # Again at each step: an evaluation may have changed it.
-                self.student.train()
                 with self.stream.active():
                     self._take_step(*recorders)
                 self.step += 1
@@ -175,6 +174,7 @@ class _Run:
                         self._evaluate()
                         for recorder in recorders:
                             recorder.take()
+                        self.student.train()
                     if saving or self.step == options.steps:
                         self._save()
                     begun = self._now()
@@ -283,6 +283,10 @@ class _Run:
     def _call(self, model: nn.Module, batch: Any) -> Any:
         args, kwargs = self.split(on_device(batch, self.device))
         return model(*args, **kwargs)
+
+    def _call_cast(self, model: nn.Module, batch: Any) -> Any:
+        with self._autocast():
+            return self._call(model, batch)
 
     def _autocast(self) -> Any:
         enabled = self.options.autocast is not None

@@ -476,6 +476,9 @@ def test_bfloat16(teacher: nn.Module) -> None:
     report = roastify.recover(student, teacher, batches(), 60, lr=5e-3, autocast=torch.bfloat16)
     assert report.aligned is not None and report.after.error < 0.6 * report.aligned.error
     assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
+    exact = roastify.recover(converted(teacher), teacher, batches(), 0).align_error
+    assert exact is not None and report.align_error is not None
+    assert report.align_error[1] == pytest.approx(exact[1], rel=0.02)
 
 
 # Batches
