@@ -30,7 +30,7 @@ from benchmarks.signs_tasks import FULL, QUICK, TASKS, prepare
 @click.option("--task", "tasks", multiple=True, type=click.Choice(TASKS), help="Only this task.")
 @click.option("--ratio", "ratios", multiple=True, type=float, default=(3.0, 10.0), show_default=True)
 @click.option("--seeds", default=3, show_default=True, help="Runs of each kind.")
-@click.option("--seconds", default=3.0, show_default=True, help="Of training for each side.")
+@click.option("--seconds", default=2.0, show_default=True, help="Of training for each side.")
 @click.option("--minutes", type=float, help="Start no run after so long.")
 @click.option("--device", help="Default: the GPU if there is one.")
 @click.option("--resume", is_flag=True, help="Keep the rows of the file and add those that it lacks.")

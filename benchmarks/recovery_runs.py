@@ -22,11 +22,11 @@ from roastify.config import RoastConfig
 
 DENSE, RECOVERED, SCRATCH = "dense", "recovered", "scratch"
 # Peaks of the learning rate that both sides may choose from, by accuracy on examples that neither trains on.
-RATES = (1e-3, 2e-3, 4e-3)
+RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 _HELD_OUT = 0.1
 _WARM_UP_STEPS = 8
 _TIMED_STEPS = 24
-_POINTS = 4
+_POINTS = 3
 
 
 class Run(NamedTuple):

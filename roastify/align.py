@@ -6,8 +6,7 @@ Weights are linear in the pool, so the error of all layers together,
 
 is one convex quadratic. It needs no more of the data than each layer's second moments :math:`X_l^\top X_l`; conjugate
 gradients then find the minimum without another look at the data. The projection is the case where every layer's inputs
-are uncorrelated and equally large, which they never are: aligned, a mixer at ratio 3 keeps 60 of its 64 % on CIFAR-10
-before any training, projected 20.
+are uncorrelated and equally large, which they never are.
 """
 
 from __future__ import annotations

@@ -264,13 +264,17 @@ def recovery_lines(report: RecoveryReport) -> RenderableType:
         parts = ", ".join(f"{name} {first.parts[name]:.4f} → {value:.4f}" for name, value in last.parts.items())
         lines.append(("loss", f"{first.loss:.4f} → {last.loss:.4f} ({parts})"))
     lines += [("evaluated", f"{value} after {step:,} steps") for step, value in report.evaluations]
-    lines.append(("matched", f"{len(report.features)} modules; logits: {', '.join(report.logits) or 'none'}"))
+    lines.append(("matched", f"{_count(len(report.features), 'module')}; logits: {', '.join(report.logits) or 'none'}"))
     resumed = f", resumed at step {report.resumed_at:,}" if report.resumed_at else ""
     lines.append(("time", f"{report.seconds:.1f} s{resumed}"))
     grid = Table.grid(padding=(0, 2))
     for name, text in lines:
         grid.add_row(Text(name, style="dim"), Text(text))
     return Group(table, Text(), grid)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")
 
 
 def check_writable(path: str | Path) -> None:

@@ -555,7 +555,7 @@ def test_recover_goes_on_with_an_artifact(folder: Path) -> None:
     _run("good.py", "--ratio", 4, "--init", "project", "-o", "first")
     arguments = ("recover", "good.py", "--artifact", "first", "--data", "data.py:labelled", "--device", "cpu")
     output = _run(*arguments, "-o", "second", "--steps", 3, "--features", "first", "--logits", "output").stdout
-    assert "task" in output and "1 modules; logits: output" in output
+    assert "task" in output and "1 module; logits: output" in output
     assert RoastPlan.from_dict(json.loads((folder / "second" / "roast.json").read_text())["plan"]).ratio == 4
     assert "--ratio cannot be given with --artifact" in _refusal(*arguments, "-o", "x", "--ratio", 4, exit_code=2)
 
