@@ -4,7 +4,7 @@ ROAST hashing (Desai, Zhou, Shrivastava, ICML 2023) with the stability repairs o
 ICLR 2024).
 """
 
-from roastify.api import bench, convert, densify, load, plan, save, verify
+from roastify.api import bench, convert, densify, load, plan, recover, save, verify
 from roastify.bench import BenchReport
 from roastify.config import RoastConfig
 from roastify.errors import (
@@ -14,11 +14,13 @@ from roastify.errors import (
     ConversionError,
     OutputMismatch,
     PlanError,
+    RecoveryError,
     RoastError,
     SignatureMismatch,
     SourceError,
 )
 from roastify.plan import RoastPlan
+from roastify.recovery import RecoveryReport
 from roastify.verify import VerifyReport
 
 __version__ = "0.1.0"
@@ -31,6 +33,8 @@ __all__ = [
     "ConversionError",
     "OutputMismatch",
     "PlanError",
+    "RecoveryError",
+    "RecoveryReport",
     "RoastConfig",
     "RoastError",
     "RoastPlan",
@@ -42,6 +46,7 @@ __all__ = [
     "densify",
     "load",
     "plan",
+    "recover",
     "save",
     "verify",
 ]

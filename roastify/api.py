@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from roastify import bench as benchmark
 from roastify import checkpoint, rewrite
+from roastify import recover as recovering
 from roastify import verify as verification
 from roastify.admission import check_convertible, check_has_values, device_of
 from roastify.behaviour import check_behaviour
@@ -22,6 +23,7 @@ from roastify.graph import emit_graph
 from roastify.initial import fill, measure
 from roastify.plan import RoastPlan
 from roastify.planner import make_plan
+from roastify.recovery import RecoverOptions, RecoveryReport
 from roastify.trace import trace
 from roastify.verify import VerifyReport
 
@@ -217,6 +219,120 @@ def bench(
     converted = convert(dense, config=settings)
     rewrite.copy_weights(converted, dense)
     return benchmark.measure(dense, converted, example_inputs, options)
+
+
+def recover(
+    student: nn.Module,
+    teacher: nn.Module,
+    data: Any,
+    steps: int = RecoverOptions.steps,
+    *,
+    align: int = RecoverOptions.align,
+    align_batches: int = RecoverOptions.align_batches,
+    lr: float = RecoverOptions.lr,
+    warmup: float = RecoverOptions.warmup,
+    schedule: str = RecoverOptions.schedule,
+    optimizer: torch.optim.Optimizer | Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
+    clip: float | None = RecoverOptions.clip,
+    accumulate: int = RecoverOptions.accumulate,
+    autocast: torch.dtype | None = None,
+    logits: str | Sequence[str] | None = None,
+    temperature: float = RecoverOptions.temperature,
+    output_weight: float = RecoverOptions.output_weight,
+    features: str | Sequence[str] | None = None,
+    feature_weight: float = RecoverOptions.feature_weight,
+    loss_fn: Callable[[Any, Any], torch.Tensor] | str | None = None,
+    task_weight: float = RecoverOptions.task_weight,
+    inputs: Callable[[Any], Any] | None = None,
+    evaluate: Callable[[nn.Module], Any] | None = None,
+    evaluate_every: int = RecoverOptions.evaluate_every,
+    folder: str | Path | None = None,
+    save_every: int = RecoverOptions.save_every,
+    resume: bool = False,
+    log_every: int = RecoverOptions.log_every,
+    seed: int = RecoverOptions.seed,
+) -> RecoveryReport:
+    r"""Bring a converted pretrained model back to what the dense model did, in place.
+
+    First every layer is aligned: weights are linear in the pool, so the pool (and the biases) that bring the outputs of
+    all layers nearest to the teacher's, on the teacher's inputs of a few batches, are found by conjugate gradients.
+    Then the student is trained on the weighted sum of its outputs' distance from the teacher's, its features' distance,
+    and the task's loss if there is one. The teacher runs in eval mode without gradients and is left as it was; random
+    numbers are drawn apart from the caller's and depend on `seed` alone.
+
+    Args:
+        student: what `convert(teacher, ratio, init="project")` returned, on any device.
+        teacher: the dense pretrained model, on the same device.
+        data: an iterable of batches that can be iterated again (DataLoader, list), or a function that returns one,
+            without arguments or of the epoch's number. A tensor is the one argument of forward, a mapping its keyword
+            arguments, a sequence its positional ones, or inputs and targets where forward takes a single argument.
+        steps: of the optimizer.
+        align: steps of conjugate gradients before training; 0: train from the pool as it is.
+        align_batches: batches that the layers' inputs are taken from.
+        lr: peak of the learning rate, for an optimizer that `recover` makes.
+        warmup: the part of the steps in which it rises.
+        schedule: what it does then: `cosine` (falls to 0) or `constant`.
+        optimizer: over the student's parameters, or a function from those that require a gradient; its own rates are
+            the peaks. Default: AdamW without weight decay.
+        clip: largest norm of the gradient, or None.
+        accumulate: batches in a step.
+        autocast: `torch.bfloat16` for mixed precision.
+        logits: patterns of outputs that are logits, matched by divergence; default: those named so. The one tensor of a
+            model that returns no more is called `output`. All other floating outputs are matched by their squares.
+        temperature: of the logits.
+        output_weight: of the outputs' distance; 0: none.
+        features: patterns of modules whose outputs are matched; default: the modules around the shared layers.
+        feature_weight: of their distance; 0: none.
+        loss_fn: a function from the student's outputs and the batch to the task's loss, or the name of an output that
+            is the loss, as `"loss"` of transformers' models that are given labels.
+        task_weight: of the task's loss.
+        inputs: from a batch to forward's arguments, taken as example inputs are: a mapping is keyword arguments, a
+            sequence positional ones.
+        evaluate: called with the student in eval mode; what it returns is reported. Numbers and strings, in dicts and
+            lists.
+        evaluate_every: steps between evaluations; 0: at the end alone.
+        folder: of the checkpoint.
+        save_every: steps between checkpoints.
+        resume: go on from the folder's checkpoint, or begin if there is none. On a CPU the result is the uninterrupted
+            run's to the last bit.
+        log_every: steps between points of the loss curve; 0: a hundredth of all.
+        seed: of everything random.
+
+    Raises:
+        ConfigError: an option does not fit the models or the data.
+        ConversionError: the student is not a converted model.
+        SignatureMismatch: the models' forward signatures differ.
+        RecoveryError: outputs cannot be compared, the data ends, or the loss is not finite.
+        CheckpointError: the checkpoint is damaged, or of another run.
+    """
+    options = RecoverOptions(
+        steps=steps,
+        align=align,
+        align_batches=align_batches,
+        lr=lr,
+        warmup=warmup,
+        schedule=schedule,
+        optimizer=optimizer,
+        clip=clip,
+        accumulate=accumulate,
+        autocast=autocast,
+        logits=logits,  # type: ignore[arg-type]
+        temperature=temperature,
+        output_weight=output_weight,
+        features=features,  # type: ignore[arg-type]
+        feature_weight=feature_weight,
+        loss_fn=loss_fn,
+        task_weight=task_weight,
+        inputs=inputs,
+        evaluate=evaluate,
+        evaluate_every=evaluate_every,
+        folder=folder,  # type: ignore[arg-type]
+        save_every=save_every,
+        resume=resume,
+        log_every=log_every,
+        seed=seed,
+    )
+    return recovering.recover(student, teacher, data, options)
 
 
 def save(model: nn.Module, path: str | Path, *, state_dict: Mapping[str, Tensor] | None = None) -> None:

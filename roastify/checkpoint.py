@@ -61,11 +61,11 @@ def write(model: nn.Module, folder: Path, state_dict: Mapping[str, torch.Tensor]
         pending_weights = folder / (WEIGHTS + _PENDING)
         pending_manifest = folder / (MANIFEST + _PENDING)
         _finish_interrupted_save(folder)
-        _save_tensors(tensors, pending_weights)
+        save_tensors(tensors, pending_weights)
         manifest = {
             "format_version": FORMAT_VERSION,
             "mapping_version": MAPPING_VERSION,
-            "weights": {"file": WEIGHTS, "sha256": _digest(pending_weights)},
+            "weights": {"file": WEIGHTS, "sha256": digest_of_file(pending_weights)},
             "ties": ties,
             "buffers": {name: list(buffer.shape) for name, buffer in _named_buffers(model, plan)},
             "state_dict": [name for name in [*tensors, *ties] if name in in_state_dict],
@@ -74,12 +74,12 @@ def write(model: nn.Module, folder: Path, state_dict: Mapping[str, torch.Tensor]
         text = json.dumps(seal(manifest), indent=1, ensure_ascii=False)
         pending_manifest.write_text(text + "\n", encoding="utf-8")
         for path in (pending_weights, pending_manifest):
-            _flush(path)
+            flush(path)
         os.replace(pending_weights, folder / WEIGHTS)
         os.replace(pending_manifest, folder / MANIFEST)
-        _flush(folder)
+        flush(folder)
     except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"cannot write the artifact {folder}: {_first_line(error)}") from error
+        raise CheckpointError(f"cannot write the artifact {folder}: {first_line(error)}") from error
 
 
 def seal(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -95,13 +95,13 @@ def _finish_interrupted_save(folder: Path) -> None:
     if pending.is_file():
         weights = folder / WEIGHTS
         with contextlib.suppress(CheckpointError):
-            if weights.is_file() and _parse(pending)["weights"]["sha256"] == _digest(weights):
+            if weights.is_file() and _parse(pending)["weights"]["sha256"] == digest_of_file(weights):
                 os.replace(pending, folder / MANIFEST)
                 return
         pending.unlink()
 
 
-def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Write a safetensors file with the permissions that the user's umask gives: its writer makes them private."""
     path.touch()
     mode = path.stat().st_mode
@@ -109,7 +109,8 @@ def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     path.chmod(mode)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return what an error says, in one line."""
     return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
 
 
@@ -130,7 +131,7 @@ def read(folder: Path) -> Artifact:
         if not path.is_file():
             raise CheckpointError(f"{folder} is not a roastify artifact: {path.name} is missing")
     manifest = _parse(manifest_path)
-    digest = _digest(weights)
+    digest = digest_of_file(weights)
     if manifest["weights"]["sha256"] != digest:
         if pending.is_file() and (finished := _parse(pending))["weights"]["sha256"] == digest:
             manifest = finished
@@ -256,11 +257,11 @@ def write_dense(artifact: Artifact, path: Path) -> int:
     state = dense_state_dict(artifact)
     pending = path.with_name(path.name + _PENDING)
     try:
-        _save_tensors(state, pending)
-        _flush(pending)
+        save_tensors(state, pending)
+        flush(pending)
         os.replace(pending, path)
     except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"cannot write {path}: {_first_line(error)}") from error
+        raise CheckpointError(f"cannot write {path}: {first_line(error)}") from error
     return len(state)
 
 
@@ -379,12 +380,13 @@ def _own_storages(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _digest(path: Path) -> str:
+def digest_of_file(path: Path) -> str:
+    """Return a file's SHA-256."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Make a file, or the names in a folder, durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

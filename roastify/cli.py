@@ -8,6 +8,7 @@ import json
 import platform
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -19,13 +20,14 @@ from torch import nn
 
 import roastify
 from roastify import api, report
-from roastify.bench import DTYPES
+from roastify.bench import DTYPES, parse_device
 from roastify.config import INITS, SHARES, RoastConfig
 from roastify.errors import ConfigError, RoastError, SourceError, closest
 from roastify.inputs import find_inputs, how_to_give
 from roastify.kernels.backend import backend
+from roastify.recovery import SCHEDULES, RecoverOptions
 from roastify.rewrite import pool_of
-from roastify.source import Source, load_source
+from roastify.source import Source, load_data, load_source
 
 
 class _DefaultCommand(click.Group):
@@ -213,6 +215,93 @@ def bench(
     if json_file is not None:
         report.write_json(measured.to_dict(), json_file)
         _say(f"written to {json_file}")
+
+
+@main.command()
+@_settings_options
+@click.option("--data", required=True, help="Python file of batches: file.py (its name data) or file.py:NAME.")
+@click.option("--artifact", type=click.Path(file_okay=False), help="Recover this instead of converting the source.")
+@click.option(
+    "-o", "--output", required=True, type=click.Path(file_okay=False), help="Write artifact and checkpoint here."
+)
+@click.option("--steps", type=int, default=RecoverOptions.steps, show_default=True, help="Of the optimizer.")
+@click.option("--lr", type=float, default=RecoverOptions.lr, show_default=True, help="Peak of the learning rate.")
+@click.option("--warmup", type=float, default=RecoverOptions.warmup, show_default=True, help="Part of the steps.")
+@click.option("--schedule", type=click.Choice(SCHEDULES), default=RecoverOptions.schedule, show_default=True)
+@click.option("--clip", type=float, default=RecoverOptions.clip, show_default=True, help="Largest gradient norm.")
+@click.option("--accumulate", type=int, default=RecoverOptions.accumulate, show_default=True, help="Batches a step.")
+@click.option("--align", type=int, default=RecoverOptions.align, show_default=True, help="Steps of alignment first.")
+@click.option("--align-batches", type=int, default=RecoverOptions.align_batches, show_default=True)
+@click.option("--logits", multiple=True, metavar="PATTERN", help="Outputs that are logits (default: named so).")
+@click.option("--temperature", type=float, default=RecoverOptions.temperature, show_default=True, help="Of logits.")
+@click.option("--output-weight", type=float, default=RecoverOptions.output_weight, show_default=True)
+@click.option("--features", multiple=True, metavar="PATTERN", help="Modules to match (default: around shared layers).")
+@click.option("--feature-weight", type=float, default=RecoverOptions.feature_weight, show_default=True)
+@click.option("--task-weight", type=float, default=RecoverOptions.task_weight, show_default=True)
+@click.option("--loss", "loss_name", help="Name of the output that is the task's loss, such as loss.")
+@click.option("--evaluate-every", type=int, default=0, help="Steps between evaluations (default: at the end alone).")
+@click.option("--save-every", type=int, default=RecoverOptions.save_every, show_default=True, help="Steps.")
+@click.option("--resume", is_flag=True, help="Go on from the checkpoint in the output folder, if there is one.")
+@click.option("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one).")
+@click.option("--bfloat16", is_flag=True, help="Run both models under autocast.")
+@click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Write the report to this file.")
+def recover(
+    source: str,
+    data: str,
+    artifact: str | None,
+    output: str,
+    logits: tuple[str, ...],
+    features: tuple[str, ...],
+    loss_name: str | None,
+    device: str | None,
+    bfloat16: bool,
+    json_file: str | None,
+    **options: Any,
+) -> None:
+    """Bring a converted pretrained model back: align its layers, then train it on the dense model's outputs.
+
+    SOURCE is the dense pretrained model. The data file may also define inputs(batch), loss_fn(outputs, batch) and
+    evaluate(model).
+    """
+    settings = {name: options.pop(name) for name in ("ratio", "config", "include", "exclude", "share", "init", "seed")}
+    place = parse_device(device)
+    if json_file is not None:
+        report.check_writable(json_file)
+    batches = load_data(data)
+    found = _load(source)
+    student = _student(found, artifact, settings).to(place)
+    recovered = api.recover(
+        student,
+        found.model.to(place),
+        batches.data,
+        logits=logits or None,
+        features=features or None,
+        loss_fn=loss_name or batches.loss_fn,
+        inputs=batches.inputs,
+        evaluate=batches.evaluate,
+        autocast=torch.bfloat16 if bfloat16 else None,
+        folder=Path(output) / "recovery",
+        **options,
+    )
+    _out().print(report.recovery_lines(recovered))
+    api.save(student, output)
+    _say(f"written to {output}")
+    if json_file is not None:
+        report.write_json(recovered.to_dict(), json_file)
+        _say(f"written to {json_file}")
+
+
+def _student(found: Source, artifact: str | None, settings: dict[str, Any]) -> nn.Module:
+    """Return what an artifact holds, or what the settings make of the source."""
+    if artifact is None:
+        config = _config(**{**settings, "init": settings["init"] or "project"})
+        return api.convert(found.model, config=config)
+    given = [f"--{name}" for name, value in settings.items() if value not in (None, ())]
+    if given:
+        raise ConfigError(
+            f"{', '.join(given)} cannot be given with --artifact, which was converted already; leave it out"
+        )
+    return api.load(artifact, model=found.model)
 
 
 @main.command()

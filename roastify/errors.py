@@ -64,6 +64,10 @@ class BenchError(RoastError):
     """A model cannot be timed as asked: it fails, does not compile, or cannot be captured in a CUDA graph."""
 
 
+class RecoveryError(RoastError):
+    """A recovery cannot go on: the data ended, the models' outputs cannot be compared, or the loss is not finite."""
+
+
 def closest(name: str, known: Iterable[str]) -> str:
     """Return ``"; closest: 'a', 'b'"`` for the known names most like ``name``, or an empty string if none is near."""
     matches = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)

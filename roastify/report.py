@@ -20,6 +20,7 @@ from roastify.bench import BenchReport, Side
 from roastify.errors import ConfigError
 from roastify.kernels.backend import backend
 from roastify.plan import RoastPlan, TensorPlan
+from roastify.recovery import Likeness, RecoveryReport
 from roastify.verify import VerifyReport
 
 _PATIENCE_S = 1.0
@@ -241,6 +242,43 @@ def _agreement(report: BenchReport) -> str:
     if gradients:
         text += f", the pool's gradient within {max(gradients):.1e} (allowed {found[0].gradient_tolerance:g})"
     return text
+
+
+def recovery_lines(report: RecoveryReport) -> RenderableType:
+    """Return how alike student and teacher were at each stage, and how the loss went."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    with_top = report.after.top is not None
+    for heading in ("student", "error of outputs", *(["same top class"] if with_top else [])):
+        table.add_column(heading, justify="left" if heading == "student" else "right", no_wrap=True)
+    stages: list[tuple[str, Likeness | None]] = [
+        ("as it came", report.before),
+        ("layers aligned", report.aligned),
+        (f"after {report.steps:,} steps", report.after),
+    ]
+    for name, likeness in stages:
+        if likeness is not None:
+            top = [] if likeness.top is None else [f"{likeness.top:.1%}"]
+            table.add_row(name, f"{likeness.error:.4f}", *top)
+    lines = []
+    if report.align_error is not None:
+        before, after = report.align_error
+        lines.append(("layers", f"error {before:.4f} → {after:.4f} in {report.align_seconds:.1f} s"))
+    if report.losses:
+        first, last = report.losses[0], report.losses[-1]
+        parts = ", ".join(f"{name} {first.parts[name]:.4f} → {value:.4f}" for name, value in last.parts.items())
+        lines.append(("loss", f"{first.loss:.4f} → {last.loss:.4f} ({parts})"))
+    lines += [("evaluated", f"{value} after {step:,} steps") for step, value in report.evaluations]
+    lines.append(("matched", f"{_count(len(report.features), 'module')}; logits: {', '.join(report.logits) or 'none'}"))
+    resumed = f", resumed at step {report.resumed_at:,}" if report.resumed_at else ""
+    lines.append(("time", f"{report.seconds:.1f} s{resumed}"))
+    grid = Table.grid(padding=(0, 2))
+    for name, text in lines:
+        grid.add_row(Text(name, style="dim"), Text(text))
+    return Group(table, Text(), grid)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")
 
 
 def check_writable(path: str | Path) -> None:

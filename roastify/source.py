@@ -1,4 +1,7 @@
-"""`SOURCE` → `nn.Module`: `file.py`, `file.py:NAME`, or `hf:` with a local directory, config file or hub name."""
+"""`SOURCE` → `nn.Module`: `file.py`, `file.py:NAME`, or `hf:` with a local directory, config file or hub name.
+
+And `DATA` → batches: `file.py` or `file.py:NAME`.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ from roastify.errors import SourceError, closest
 # Functions of these names, without required arguments, are taken for the file's model builder.
 _BUILDER = re.compile(r"(build|make|create|get|load)?_?(model|net|network)", re.IGNORECASE)
 _EXAMPLE_INPUTS = "example_inputs"
+_DATA = "data"
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,47 @@ class Source:
     model: nn.Module
     example_inputs: Any
     build: Callable[[], nn.Module]
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """Batches to recover a model on, and what their file says about them.
+
+    Args:
+        name: what the user typed.
+        data: an iterable of batches, or a function that returns one.
+        inputs: the file's function from a batch to forward's arguments, or None.
+        loss_fn: its function from outputs and batch to the task's loss, the name of an output, or None.
+        evaluate: its function from a model to what is reported, or None.
+    """
+
+    name: str
+    data: Any
+    inputs: Any
+    loss_fn: Any
+    evaluate: Any
+
+
+def load_data(name: str) -> DataSource:
+    """Return the batches that a file defines as `data` or NAME, with its `inputs`, `loss_fn` and `evaluate`.
+
+    Raises:
+        SourceError: the file does not exist, does not import, or has no such name.
+    """
+    path, attribute = _split(name)
+    if path.suffix != ".py" or not path.is_file():
+        raise SourceError(f"{name}: there is no Python file {path}; expected file.py or file.py:NAME")
+    with _beside(path):
+        module = _import(path)
+    attribute = attribute or _DATA
+    if not hasattr(module, attribute):
+        hint = closest(attribute, (key for key in vars(module) if not key.startswith("_")))
+        raise SourceError(
+            f"{path} has no name {attribute!r}{hint}; expected an iterable of batches, or a function that returns one; "
+            f"name another with {path}:NAME"
+        )
+    others = (getattr(module, key, None) for key in ("inputs", "loss_fn", "evaluate"))
+    return DataSource(name, getattr(module, attribute), *others)
 
 
 def load_source(name: str) -> Source:

@@ -505,3 +505,82 @@ def test_the_installed_script_writes_json_for_a_pipe(folder: Path, script: Calla
     done = script("plan", "good.py", "--ratio", "4", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     assert RoastPlan.from_dict(json.loads(done.stdout)) == roastify.plan(_model(folder), 4)
+
+
+DATA = """
+    import torch
+
+    class Batches:
+        def __iter__(self):
+            generator = torch.Generator().manual_seed(0)
+            return iter([torch.randn(8, 64, generator=generator) for _ in range(4)])
+
+    data = Batches()
+
+    def labelled(epoch):
+        for x in data:
+            yield {"inputs": x, "target": torch.zeros(8, 64)}
+
+    def evaluate(model):
+        return round(float(model(torch.ones(2, 64)).mean()), 4)
+"""
+
+
+MORE = """
+    def inputs(batch):
+        return batch["inputs"]
+
+    def loss_fn(outputs, batch):
+        return (outputs - batch["target"]).square().mean()
+"""
+
+
+def test_recover_converts_trains_and_writes(folder: Path) -> None:
+    _write(folder, "data.py", DATA)
+    common = ("good.py", "--ratio", 4, "--data", "data.py", "--steps", 6, "--save-every", 3, "--device", "cpu")
+    output = _run("recover", *common, "-o", "out", "--json", "report.json").stdout
+    for expected in ("as it came", "layers aligned", "after 6 steps", "evaluated", "written to out"):
+        assert expected in output
+    report = json.loads((folder / "report.json").read_text())
+    assert report["steps"] == 6 and report["after"]["error"] < report["before"]["error"]
+    recovered = roastify.load("out", model=_model(folder)).eval()
+    with torch.no_grad():
+        assert report["evaluations"] == [[6, round(float(recovered(torch.ones(2, 64)).mean()), 4)]]
+    assert "resumed at step 6" in _run("recover", *common, "-o", "out", "--resume").stdout
+    assert "holds a checkpoint of a recovery; resume it" in _refusal("recover", *common, "-o", "out", exit_code=2)
+
+
+def test_recover_goes_on_with_an_artifact(folder: Path) -> None:
+    _write(folder, "data.py", DATA + MORE)
+    _run("good.py", "--ratio", 4, "--init", "project", "-o", "first")
+    arguments = ("recover", "good.py", "--artifact", "first", "--data", "data.py:labelled", "--device", "cpu")
+    output = _run(*arguments, "-o", "second", "--steps", 3, "--features", "first", "--logits", "output").stdout
+    assert "task" in output and "1 module; logits: output" in output
+    assert RoastPlan.from_dict(json.loads((folder / "second" / "roast.json").read_text())["plan"]).ratio == 4
+    assert "--ratio cannot be given with --artifact" in _refusal(*arguments, "-o", "x", "--ratio", 4, exit_code=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "message"),
+    [
+        (("--data", "nowhere.py"), 2, "there is no Python file nowhere.py; expected file.py or file.py:NAME"),
+        (("--data", "data.py:dat"), 2, "data.py has no name 'dat'; closest: 'data'"),
+        (("--data", "broken.py"), 2, "broken.py does not import: ZeroDivisionError"),
+        (("--data", "wrong.py"), 1, "the teacher fails on the first batch, called with float32[8, 3]"),
+        (("--data", "data.py", "--steps", "-1"), 2, "steps must be an integer of at least 0; found -1"),
+        (
+            ("--data", "data.py", "--features", "frist"),
+            2,
+            "features pattern 'frist' matched no module; closest: 'first'",
+        ),
+        (("--data", "data.py", "--artifact", "nowhere"), 1, "there is no artifact folder nowhere"),
+        (("--data", "data.py", "--device", "tpu"), 2, "device must be cpu, cuda or cuda:N; found 'tpu'"),
+    ],
+)
+def test_recover_refuses(folder: Path, arguments: tuple[str, ...], exit_code: int, message: str) -> None:
+    _write(folder, "data.py", DATA)
+    _write(folder, "broken.py", "1 / 0")
+    _write(folder, "wrong.py", "import torch\ndata = [torch.ones(8, 3)]")
+    device = () if "--device" in arguments else ("--device", "cpu")
+    assert message in _refusal("recover", "good.py", "-o", "out", *device, *arguments, exit_code=exit_code)
+    assert not (folder / "out").exists()
