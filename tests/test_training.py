@@ -1,0 +1,278 @@
+"""A converted model in training loops: mixed precision, optimizers, weight decay, learning rates, compilers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from naive import MODELS, Naive
+from torch import Tensor, nn
+
+import roastify
+from roastify.rewrite import pool_of
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def pair(name: str, dtype: torch.dtype, device: str = "cpu", **settings: Any) -> tuple[Any, nn.Module]:
+    """Return a converted model and the dense one."""
+    torch.manual_seed(0)
+    dense = MODELS[name]().to(device, dtype)
+    config = roastify.RoastConfig(**{"ratio": 3.0, "min_numel": 512, "tile": "8x8"} | settings)
+    return roastify.convert(dense, config=config), dense
+
+
+def inputs(count: int, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(3, 40, generator=generator, dtype=torch.float64).to(device, dtype) for _ in range(count)]
+
+
+def loss(out: Tensor) -> Tensor:
+    return out.float().square().mean() if out.dtype != torch.float64 else out.square().mean()
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in roastify.densify(model).named_parameters()}
+
+
+# What a step means.
+
+
+@pytest.mark.parametrize("precondition", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_sgd_on_the_pool_is_dense_sgd_projected(name: str, precondition: bool) -> None:
+    """Momentum and weight decay included: Γ divides gradients alone, and the decay of λ·s·pool projects to the pool's.
+
+    The dense twin steps, leaves what the pool can express, and is brought back to the nearest it can.
+    """
+    model, dense = pair(name, torch.float64, precondition=precondition)
+    naive = Naive(model, dense)
+    naive.write(pool_of(model).weight)
+    options: dict[str, Any] = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.02}
+    sgd, dense_sgd = (torch.optim.SGD(each.parameters(), **options) for each in (model, dense))
+    before = pool_of(model).weight.detach().clone()
+    left = 0.0
+    for x in inputs(20, torch.float64):
+        for run, optimizer in ((model, sgd), (dense, dense_sgd)):
+            optimizer.zero_grad()
+            loss(run(x)).backward()
+            optimizer.step()
+        pool = naive.projected()
+        stepped = {key: value.detach().clone() for key, value in dense.named_parameters()}
+        naive.write(pool)
+        left = max(left, max(float((stepped[key] - value).abs().max()) for key, value in dense.named_parameters()))
+    expected = naive.projected()
+    assert left > 1e-4, "the dense steps must leave what the pool can express"
+    assert float((expected - before).abs().max()) > 1e-2
+    close = torch.allclose(pool_of(model).weight, expected, rtol=0, atol=1e-11 * float(expected.abs().max()))
+    assert close == precondition, "without Γ a step is another one, so the comparison could have failed"
+    if precondition:
+        kept = dict(dense.named_parameters())
+        for key, value in model.named_parameters():
+            if key in kept:
+                torch.testing.assert_close(value, kept[key], rtol=0, atol=1e-11 * float(value.detach().abs().max()))
+
+
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(90, 32)
+        self.conv = nn.Conv1d(32, 32, 3)
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 90)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = (x.abs() * 1000).long() % 90
+        return self.down(self.up(self.conv(self.embed(tokens).transpose(1, 2)).transpose(1, 2)).relu())
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW], ids=lambda made: made.__name__)
+def test_ratio_1_projected_trains_as_the_dense_model(optimizer: Callable[..., torch.optim.Optimizer]) -> None:
+    torch.manual_seed(0)
+    dense = Words()
+    config = roastify.RoastConfig(ratio=1.0, init="project", tile="8x8", min_numel=512)
+    model = roastify.convert(dense, config=config)
+    assert all(shared.scale == 1.0 for shared in pool_of(model).plan.shared)
+    steppers = [optimizer(each.parameters(), lr=0.01, weight_decay=0.1) for each in (model, dense)]
+    for x in inputs(10, torch.float32):
+        outs = [each(x) for each in (model, dense)]
+        assert torch.equal(*outs)
+        for out, stepper in zip(outs, steppers, strict=True):
+            stepper.zero_grad()
+            loss(out).backward()
+            stepper.step()
+    after = weights(model)
+    for key, value in dense.named_parameters():
+        assert torch.equal(after[key], value), key
+
+
+def test_adamw_shrinks_every_weight_by_the_same_factor() -> None:
+    model, _ = pair("transformer", torch.float64)
+    before = weights(model)
+    weight = pool_of(model).weight
+    optimizer = torch.optim.AdamW([weight], lr=0.1, weight_decay=0.3)
+    for _ in range(3):
+        weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+    after = weights(model)
+    shared = [entry.name for entry in pool_of(model).plan.shared]
+    assert shared
+    for key in shared:
+        torch.testing.assert_close(after[key], before[key] * 0.97**3, rtol=1e-12, atol=0)
+
+
+def test_the_dense_learning_rate_carries_over() -> None:
+    """At a ratio of 50 an element has many readers, whose gradients add up unless Γ divides them."""
+
+    def train(model: nn.Module) -> list[float]:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(256, 64, generator=generator)
+        target = torch.randn(64, 8, generator=generator)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+        losses = []
+        for _ in range(40):
+            optimizer.zero_grad()
+            error = (model(x) - x @ target / 8).square().mean()
+            error.backward()
+            optimizer.step()
+            losses.append(float(error))
+        return losses
+
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 256), nn.Tanh(), nn.Linear(256, 8))
+    config = {"ratio": 50.0, "tile": "8x8", "min_numel": 512}
+    converted = roastify.convert(dense, config=roastify.RoastConfig(**config))
+    raw = roastify.convert(dense, config=roastify.RoastConfig(**config, precondition=False))
+    expected, found, without = (train(model) for model in (dense, converted, raw))
+    assert expected[-1] < 0.2 * expected[0] and found[-1] < 0.7 * found[0]
+    assert not without[-1] < without[0], "without Γ this learning rate is too large"
+
+
+# Optimizers and what stands beside them.
+
+OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "sgd": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}),
+    "adam": (torch.optim.Adam, {"lr": 0.01, "weight_decay": 0.01}),
+    "adamw": (torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.1, "amsgrad": True}),
+    "adagrad": (torch.optim.Adagrad, {"lr": 0.01}),
+    "rmsprop": (torch.optim.RMSprop, {"lr": 0.01, "momentum": 0.5}),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("way", ["foreach", "fused"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers(name: str, way: str, device: str) -> None:
+    """The ways of an optimizer agree, and train the pool as they train a dense weight of its values and gradients."""
+    kind, options = OPTIMIZERS[name]
+    if way == "fused" and (name == "rmsprop" or (name == "adagrad" and device == "cuda")):
+        pytest.skip(f"torch has no fused {name} on {device}")
+    model, _ = pair("transformer", torch.float32, device)
+    twin = copy.deepcopy(model)
+    naive = Naive(twin, MODELS["transformer"]().to(device))
+    naive.dense.load_state_dict(roastify.densify(twin).state_dict())
+    optimizer = kind(model.parameters(), **options, **{way: True})
+    others = [value for key, value in naive.dense.named_parameters() if key in dict(twin.named_parameters())]
+    plain = kind([naive.pool, *others], **options, foreach=False)
+    losses = []
+    for x in inputs(5, torch.float32, device):
+        for run, stepper in ((model, optimizer), (naive, plain)):
+            stepper.zero_grad()
+            out = loss(run(x))
+            out.backward()
+            stepper.step()
+            losses.append(float(out))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[0] != losses[2]
+    torch.testing.assert_close(losses[::2], losses[1::2], rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_clipping_counts_the_pool_once(device: str) -> None:
+    model, _ = pair("transformer", torch.float32, device)
+    (x,) = inputs(1, torch.float32, device)
+    (loss(model(x)) * 1000).backward()
+    before = {key: value.grad.clone() for key, value in model.named_parameters() if value.grad is not None}
+    norm = torch.stack([grad.norm() for grad in before.values()]).norm()
+    found = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+    assert float(norm) > 0.5 and "roast_pool.weight" in before
+    torch.testing.assert_close(found, norm)
+    for key, value in model.named_parameters():
+        if value.grad is not None:
+            torch.testing.assert_close(value.grad, before[key] * (0.5 / norm), rtol=1e-4, atol=1e-8)
+
+
+# Precision.
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_autocast_with_a_scaler(name: str, dtype: torch.dtype, device: str) -> None:
+    model, dense = pair(name, torch.float32, device)
+    naive = Naive(model, dense)
+    weight = pool_of(model).weight
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**8)
+    (x,) = inputs(1, torch.float32, device)
+    with torch.autocast(device, dtype):
+        out = loss(model(x))
+    scaler.scale(out).backward()
+    scaler.unscale_(optimizer)
+    loss(naive(x)).backward()
+    assert weight.grad is not None and naive.pool.grad is not None and weight.grad.dtype == torch.float32
+    error = (weight.grad - naive.pool.grad).norm() / naive.pool.grad.norm()
+    assert float(error) < (2e-2 if dtype == torch.float16 else 8e-2)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    before = weight.detach().clone()
+    scaler.step(optimizer)
+    scaler.update()
+    assert not torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_scaler_skips_the_step_that_overflows(device: str) -> None:
+    model, _ = pair("stack", torch.float32, device)
+    weight = pool_of(model).weight
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**40)
+    before = weight.detach().clone()
+    (x,) = inputs(1, torch.float32, device)
+    for attempt in range(40):
+        optimizer.zero_grad()
+        with torch.autocast(device, torch.float16):
+            out = loss(model(x))
+        scaler.scale(out).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if attempt == 0:
+            assert torch.equal(weight, before), "the pool's infinite gradient must be seen"
+        if not torch.equal(weight, before):
+            break
+    assert weight.isfinite().all() and not torch.equal(weight, before) and 0 < attempt < 39
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", MODELS)
+def test_pure_bfloat16(name: str, device: str) -> None:
+    """Readers' gradients are summed in float32 and rounded once."""
+    model, dense = pair(name, torch.float32, device)
+    naive = Naive(model, dense)
+    model.bfloat16()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    (x,) = inputs(1, torch.float32, device)
+    first = loss(model(x.bfloat16()))
+    first.backward()
+    grad = pool_of(model).weight.grad
+    assert grad is not None and grad.dtype == torch.bfloat16
+    loss(naive(x)).backward()
+    assert naive.pool.grad is not None
+    if name != "transformer":
+        assert float((grad - naive.pool.grad).norm() / naive.pool.grad.norm()) < 0.1
+    for _ in range(20):
+        optimizer.step()
+        optimizer.zero_grad()
+        last = loss(model(x.bfloat16()))
+        last.backward()
+    assert float(last) < 0.7 * float(first)
