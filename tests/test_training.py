@@ -11,10 +11,14 @@ import pytest
 import torch
 from naive import MODELS, Naive
 from torch import Tensor, nn
+from torch._dynamo import compiled_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import roastify
 from roastify.rewrite import pool_of
+
+# cuDNN would rather have a recurrent layer's weights in one piece of memory.
+pytestmark = pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous:UserWarning")
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -396,6 +400,19 @@ def test_a_compiled_model_trains_as_the_eager_one() -> None:
 
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.filterwarnings("ignore")
+def test_a_compiled_backward_pass_of_an_eager_model() -> None:
+    _, model = blocks(3)
+    (x,) = inputs(1, torch.float32)
+    loss(model(x)).backward()
+    weight = pool_of(model).weight
+    expected, weight.grad = weight.grad, None
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        loss(model(x)).backward()
+    torch.testing.assert_close(weight.grad, expected, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.filterwarnings("ignore")
 def test_blocks_compiled_by_themselves() -> None:
     """Where a block lies in the pool is a constant of its graph, so torch's limit on graphs must allow one for each."""
     _, model = blocks(10)
@@ -453,6 +470,7 @@ def test_a_whole_step_in_a_cuda_graph(way: str, autocast: bool) -> None:
     torch.cuda.current_stream().wait_stream(side)
     for _ in range(3):
         eager(xs[0])
+    model.zero_grad(set_to_none=True)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = step(static)
