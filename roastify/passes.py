@@ -232,7 +232,9 @@ def _door_of(pool: Pool) -> _Door:
     """
     if torch.compiler.is_compiling() or not _is_plain(pool.weight):
         return _Door(pool, plain=False)
-    seen = (*_seen(pool.weight), _is_capturing(pool.weight), pool.weight.requires_grad, pool.precondition)
+    *content, _, _ = _seen(pool.weight)
+    # Of any stream: those that add to a sink wait for each other.
+    seen = (*content, torch.is_inference_mode_enabled(), _is_capturing(pool.weight), pool.precondition)
     last = _passes.doors.get(pool)
     door = last[1]() if last is not None and last[0] == seen else None
     if door is None:

@@ -27,8 +27,9 @@ class RoastPool(nn.Module):
 
     .. math:: \Gamma_e = \sum_{w\ \text{reads}\ e} \lambda_w^2,
 
-    so that an SGD step on the pool is the dense SGD step projected onto what the pool can express, and learning rates
-    carry over from the dense recipe (Desai and Shrivastava, ICLR 2024, section 4.1, with λ added).
+    so that an SGD step on the pool is the dense SGD step projected onto what the pool can express (Desai and
+    Shrivastava, ICLR 2024, section 4.1, with λ added). Weight decay is not divided: the dense decay projects to the
+    pool's.
 
     Args:
         num_slots: slots in the pool.
