@@ -219,7 +219,7 @@ def _linear_pool_gradient(ctx: Any, grad: Tensor, x: Tensor, table: Tensor, pool
 
 def _backward_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     table, x, pool = ctx.saved_tensors
-    need_x, need_pool, need_bias = ctx.needs_input_grad[:3]
+    need_x, need_pool, need_bias = ctx.needed[:3]
     return (
         _call(_ops.linear_t.default, grad, pool, None, table, ctx.view, ctx.scale) if need_x else None,
         _linear_pool_gradient(ctx, grad, x, table, pool) if need_pool else None,
@@ -232,7 +232,7 @@ def _backward_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _backward_linear_t(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     table, x, pool = ctx.saved_tensors
-    need_x, need_pool, need_bias = ctx.needs_input_grad[:3]
+    need_x, need_pool, need_bias = ctx.needed[:3]
     return (
         _call(_ops.linear.default, grad, pool, None, table, ctx.view, ctx.scale) if need_x else None,
         _linear_pool_gradient(ctx, x, grad, table, pool) if need_pool else None,
@@ -250,7 +250,7 @@ def _setup_linear_reduce(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> N
 
 def _backward_linear_reduce(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     table, grad_output, x = ctx.saved_tensors
-    need_grad_output, need_x = ctx.needs_input_grad[:2]
+    need_grad_output, need_x = ctx.needed[:2]
     return (
         _call(_ops.linear.default, x, grad, None, table, ctx.view, ctx.scale) if need_grad_output else None,
         _call(_ops.linear_t.default, grad_output, grad, None, table, ctx.view, ctx.scale) if need_x else None,
@@ -292,6 +292,8 @@ def _passing_over_none(backward: Any, setup: Any) -> tuple[Any, Any]:
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.set_materialize_grads(False)
         ctx.num_inputs = len(inputs)
+        # Torch changes its own while an operator's backward runs, in the sight of other threads.
+        ctx.needed = ctx.needs_input_grad
         setup(ctx, inputs, output)
 
     def backward_of_what_arrives(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
