@@ -149,7 +149,7 @@ for _name in ("reduce_", "linear_reduce_", "embedding_reduce_"):
 
 def _call(operator: Any, *args: Any) -> Any:
     """Call an operator in a backward pass; where no graph of it is asked for, past what would make one."""
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return operator(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return operator(*args)

@@ -107,10 +107,10 @@ class Naive:
             # Which element each weight reads, and times what: the weights of pools that are such numbers.
             shared = dataclasses.replace(readers[0][1], dtype=torch.float64)
             numbers = torch.arange(pool.numel(), dtype=torch.float64, device=pool.device).view(pool.shape)
-            table = pool_of(model).table
+            seen = {"table": pool_of(model).table, "weight": pool, "stored_dtype": pool.dtype}
             plain = dataclasses.replace(shared, view=shared.view._replace(sign=0), scale=1.0)
-            places = dataclasses.replace(plain, pool=SimpleNamespace(read=lambda _, n=numbers: n, table=table)).dense()
-            ones = SimpleNamespace(read=lambda _, n=numbers: torch.ones_like(n), table=table)
+            places = dataclasses.replace(plain, pool=SimpleNamespace(read=lambda _, n=numbers: n, **seen)).dense()
+            ones = SimpleNamespace(read=lambda _, n=numbers: torch.ones_like(n), **seen)
             factors = dataclasses.replace(shared, pool=ones).dense().to(pool.dtype)
             gamma.index_add_(0, places.long().flatten(), factors.square().flatten())
             owners = []
