@@ -300,6 +300,8 @@ def test_in_float32(name: str, situation: Callable[..., Any], sums: list[bool]) 
 def test_on_a_gpu(name: str, situation: Callable[..., Any], dtype: torch.dtype, sums: list[bool]) -> None:
     if name == "recurrent" and situation in (second_order, one_backward_of_each_kind, batched):
         pytest.skip("cuDNN's recurrent layers have no second derivative")
+    if name == "recurrent" and situation is without_gradients_between:
+        pytest.skip("torch's dense recurrent layers flatten their weights in place between forward and backward")
     check(name, situation, dtype, "cuda", sums)
 
 

@@ -430,6 +430,7 @@ def test_blocks_compiled_by_themselves() -> None:
 @pytest.mark.gpu
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.compiled
 def test_inductor_trains_as_eager() -> None:
     _, model = blocks(3, "cuda")
     twin = copy.deepcopy(model)

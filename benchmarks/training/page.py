@@ -20,9 +20,12 @@ METHOD = """
 A step is zeroed gradients (`set_to_none`), forward in bfloat16 autocast, backward, clipping, and fused AdamW, on random
 data. Before it is timed, the converted model's loss is held to the dense model's with the same weights. The sides run
 in one process in turn, six steps in a row, of which the first is not timed; the GPU is not waited for between them.
-Times are medians, with quartiles. Activations are what the forward pass leaves for the backward pass; the peak is the
-allocator's, over one step. An aim is what this project set itself before measuring, and aims that are missed stay in
-the tables.
+Times are medians, with quartiles. `graphed` replays the whole step as one CUDA graph, so that its time is the GPU's
+own; its memory is that of the steps before the capture. In `eager` steps, which is also how the rows for several GPUs
+train, Python launches every kernel, and a converted layer has more to launch than a dense one: where a model's kernels
+are short, that sets the time, and it is much longer than the dense model's. Activations are what the forward pass
+leaves for the backward pass; the peak is the allocator's, over one step. An aim is what this project set itself before
+measuring, and aims that are missed stay in the tables.
 """
 SEVERAL = """
 Each GPU has a batch of its own, so the work grows with the GPUs; efficiency is a GPU's throughput among several over
@@ -199,7 +202,7 @@ TITLES = {
 def has_plot(name: str, single: Sequence[Row], several: Sequence[Row]) -> bool:
     """Whether there is something to draw: memory is counted on GPUs alone."""
     if name == "memory":
-        return any(row["mode"] == "eager" and row["dense"]["memory"]["peak"] is not None for row in single)
+        return bool(plots.with_memory(single))
     return bool(single) if name == "time" else any(row["efficiency"] is not None for row in several)
 
 

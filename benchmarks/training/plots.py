@@ -24,9 +24,18 @@ PARTS = {
 NAMES = {"optimizer": "optimizer state", "rest": "activations and the rest"}
 
 
+def with_memory(rows: Sequence[Row]) -> list[Row]:
+    """Return each case once, whose memory a GPU counted in steps that were neither compiled nor replayed."""
+    found: dict[tuple[str, int], Row] = {}
+    for row in rows:
+        if row["mode"] in ("eager", "graphed") and row["dense"]["memory"]["peak"] is not None:
+            found.setdefault((row["task"], row["ratio"]), row)
+    return list(found.values())
+
+
 def memory(rows: Sequence[Row]) -> Figure | None:
-    """The parts of peak memory, dense and converted, of eager training; a panel for each model."""
-    rows = [row for row in rows if row["mode"] == "eager" and row["dense"]["memory"]["peak"] is not None]
+    """The parts of peak memory, dense and converted, of training without a compiler; a panel for each model."""
+    rows = with_memory(rows)
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     if not tasks:
         return None
