@@ -28,7 +28,7 @@ from roastify.plan import RoastPlan
 from roastify.pool import is_sharded
 from roastify.rewrite import POOL_NAME, build_pool, current_plan, owners, shared_tensor
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 MANIFEST = "roast.json"
 WEIGHTS = "model.safetensors"
 _PENDING = ".pending"
