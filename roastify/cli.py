@@ -230,7 +230,9 @@ def bench(
 @click.option("--schedule", type=click.Choice(SCHEDULES), default=RecoverOptions.schedule, show_default=True)
 @click.option("--clip", type=float, default=RecoverOptions.clip, show_default=True, help="Largest gradient norm.")
 @click.option("--accumulate", type=int, default=RecoverOptions.accumulate, show_default=True, help="Batches a step.")
-@click.option("--align", type=int, default=RecoverOptions.align, show_default=True, help="Steps of alignment first.")
+@click.option(
+    "--align", type=int, help=f"Steps of alignment first (default: {RecoverOptions.align}; 0 with --artifact)."
+)
 @click.option("--align-batches", type=int, default=RecoverOptions.align_batches, show_default=True)
 @click.option("--logits", multiple=True, metavar="PATTERN", help="Outputs that are logits (default: named so).")
 @click.option("--temperature", type=float, default=RecoverOptions.temperature, show_default=True, help="Of logits.")
@@ -256,6 +258,7 @@ def recover(
     device: str | None,
     bfloat16: bool,
     json_file: str | None,
+    align: int | None,
     **options: Any,
 ) -> None:
     """Bring a converted pretrained model back: align its layers, then train it on the dense model's outputs.
@@ -281,6 +284,8 @@ def recover(
         evaluate=batches.evaluate,
         autocast=torch.bfloat16 if bfloat16 else None,
         folder=Path(output) / "recovery",
+        # What an artifact holds may be trained, and alignment would begin anew.
+        align=align if align is not None else RecoverOptions.align if artifact is None else 0,
         **options,
     )
     _out().print(report.recovery_lines(recovered))

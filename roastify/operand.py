@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from roastify.shared import SharedTensor
+from roastify.weight import INPLACE_OPERATORS, SharedWeight
 
 
 class Operand:
@@ -62,8 +63,8 @@ class Operand:
 
     @property
     def requires_grad(self) -> bool:
-        """Whether gradients reach the pool."""
-        return self.shared.pool.weight.requires_grad and torch.is_grad_enabled()
+        """Whether gradients reach the pool, where they are recorded."""
+        return self.shared.pool.weight.requires_grad
 
     def size(self, dim: int | None = None) -> Any:
         """Return its shape, or one size of it."""
@@ -95,8 +96,12 @@ class Operand:
         """Return `weight · other`."""
         return _from_left(self, _given(other))
 
-    mm = matmul
     __matmul__ = matmul
+
+    def mm(self, other: Any) -> Tensor:
+        """Return `weight · other`, both of them matrices."""
+        result = _mm(self, other)
+        return self.dense().mm(_given(other)) if result is NotImplemented else result
 
     def __rmatmul__(self, other: Any) -> Tensor:
         return _from_right(_given(other), self)
@@ -104,7 +109,15 @@ class Operand:
     def __getitem__(self, key: Any) -> Any:
         if self.flipped or self._irregular:
             return self.dense()[key]
-        return _picked(self, key if isinstance(key, tuple) else (key,))
+        place = key if isinstance(key, tuple) else (key,)
+        found = _picked(self, place)
+        if type(found) is not Tensor or torch.compiler.is_compiling() or _is_copied(place):
+            return found
+        # In the dense model a view of the Parameter, to which one may write.
+        return found.as_subclass(SharedWeight)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.dense()[key] = value
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.dense(), name)
@@ -114,7 +127,7 @@ class Operand:
         """Do what torch is asked for: on the pool, or with the dense tensor."""
         kwargs = kwargs or {}
         operation = _OPERATIONS.get(function)
-        if operation is not None:
+        if operation is not None and not (kwargs and operation in _POSITIONAL):
             result = operation(*args, **kwargs)
             if result is not NotImplemented:
                 return result
@@ -162,6 +175,10 @@ def _matmul(x: Any, other: Any) -> Any:
     return _from_right(x, other)
 
 
+def _mm(x: Any, other: Any) -> Any:
+    return _matmul(x, other) if x.ndim == 2 and other.ndim == 2 else NotImplemented
+
+
 def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     if isinstance(input, Operand) or not isinstance(weight, Operand):
         return NotImplemented
@@ -170,7 +187,7 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
 
 
 def _addmm(input: Any, mat1: Any, mat2: Any, **factors: Any) -> Any:
-    if factors or isinstance(mat1, Operand) or isinstance(input, Operand):
+    if factors or isinstance(mat1, Operand) or isinstance(input, Operand) or mat1.dim() != 2:
         return NotImplemented
     result = mat2.product(mat1, input, transposed=True)
     return NotImplemented if result is None else result
@@ -186,6 +203,8 @@ def _embedding(input: Any, weight: Any, padding_idx: int | None = None, max_norm
         or weight.flipped
     ):
         return NotImplemented
+    if padding_idx is not None and not -weight.shape[0] <= padding_idx < weight.shape[0]:
+        return NotImplemented
     rows = weight.shared.rows(input)
     if padding_idx is None or not torch.is_grad_enabled():
         return rows
@@ -194,15 +213,26 @@ def _embedding(input: Any, weight: Any, padding_idx: int | None = None, max_norm
 
 _OPERATIONS: dict[Any, Callable[..., Any]] = {
     torch.matmul: _matmul,
-    torch.mm: _matmul,
+    torch.mm: _mm,
     Tensor.matmul: _matmul,
-    Tensor.mm: _matmul,
+    Tensor.mm: _mm,
     Tensor.__matmul__: _matmul,
     F.linear: _linear,
     torch.addmm: _addmm,
     Tensor.addmm: _addmm,
     F.embedding: _embedding,
 }
+# What their arguments are called differs; with names, or a tensor to write to, the dense tensor is taken.
+_POSITIONAL = (_matmul, _mm)
+
+
+def _refusing(operator: str) -> Callable[[Operand, Any], Any]:
+    """Return an in-place operator; the dense tensor that it is done to refuses, and says what to do."""
+    return lambda weight, other: getattr(weight.dense(), operator)(other)
+
+
+for _name in INPLACE_OPERATORS:
+    setattr(Operand, _name, _refusing(_name))
 
 
 def _picked(weight: Operand, key: tuple[Any, ...]) -> Any:
@@ -220,6 +250,11 @@ def _picked(weight: Operand, key: tuple[Any, ...]) -> Any:
 
 def _is_all(index: Any) -> bool:
     return isinstance(index, slice) and index == slice(None)
+
+
+def _is_copied(key: tuple[Any, ...]) -> bool:
+    """Whether torch gives a copy of what an index names, not a view."""
+    return any(isinstance(index, Tensor) and index.dim() for index in key)
 
 
 def _is_special(key: tuple[Any, ...]) -> bool:
@@ -302,6 +337,8 @@ def _from_start(index: Tensor, size: int, shared: SharedTensor) -> Tensor:
 
 def _number(index: Any, size: int, shared: SharedTensor) -> Tensor:
     """Return a number as the index of a lookup."""
+    if isinstance(index, int) and not -size <= index < size:
+        raise IndexError(f"index {index} is out of bounds for dimension 0 with size {size}")
     if not isinstance(index, Tensor):
         index = torch.full((), index, dtype=torch.int64, device=shared.pool.weight.device)
     return _from_start(index, size, shared)

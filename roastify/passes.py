@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from roastify.errors import RoastError
 from roastify.kernels.sink import Sink
 
 
@@ -163,6 +164,11 @@ class _Made:
         """Return the pool's values in a dtype; if `tracked`, with their gradient going to the gate."""
         if not tracked:
             return self.copy(dtype)
+        if torch._C._are_functorch_transforms_active():
+            raise RoastError(
+                "a converted model met a transform of torch.func (grad, vmap, jvp, …), which its operators do not "
+                "have; use torch.autograd.grad, or roastify.densify(model) for a model that transforms take"
+            )
         if self.door is None:
             self.door = _door_of(self.pool)
             self.runs = 0 if self.door.sink is None else self.door.sink.runs

@@ -105,10 +105,12 @@ def _viewing_property(attribute: str) -> property:
 
 # These end as writers do and write nothing.
 _HARMLESS = {"requires_grad_", "share_memory_"}
-_INPLACE_OPERATORS = "add sub mul truediv floordiv mod pow and or xor lshift rshift matmul".split()
+INPLACE_OPERATORS = [
+    f"__i{name}__" for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift matmul".split()
+]
 _WRITERS = [
     name for name in dir(Tensor) if name.endswith("_") and not name.startswith("_") and name not in _HARMLESS
-] + ["__setitem__", *(f"__i{name}__" for name in _INPLACE_OPERATORS)]
+] + ["__setitem__", *INPLACE_OPERATORS]
 _VIEWS = (
     "__getitem__ detach view view_as t transpose swapaxes swapdims permute narrow select squeeze unsqueeze flatten "
     "unflatten movedim diagonal expand expand_as chunk split tensor_split unbind"

@@ -556,6 +556,8 @@ def test_recover_goes_on_with_an_artifact(folder: Path) -> None:
     arguments = ("recover", "good.py", "--artifact", "first", "--data", "data.py:labelled", "--device", "cpu")
     output = _run(*arguments, "-o", "second", "--steps", 3, "--features", "first", "--logits", "output").stdout
     assert "task" in output and "1 module; logits: output" in output
+    assert "aligned" not in output, "alignment would undo what was trained"
+    assert "aligned" in _run(*arguments, "-o", "third", "--steps", 1, "--align", 2).stdout
     assert RoastPlan.from_dict(json.loads((folder / "second" / "roast.json").read_text())["plan"]).ratio == 4
     assert "--ratio cannot be given with --artifact" in _refusal(*arguments, "-o", "x", "--ratio", 4, exit_code=2)
 

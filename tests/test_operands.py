@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import roastify
 from roastify import RoastConfig
+from roastify.errors import WriteRefused
 from roastify.operand import Operand
 from roastify.rewrite import pool_of
 from roastify.weight import SharedWeight
@@ -707,3 +708,89 @@ def test_a_failed_conversion_in_place_leaves_the_model_as_it_was() -> None:
         assert one.keys() == other.keys() and all(one[key] is other[key] for key in one if key != "_parameters")
     dense(X).sum().backward()
     assert dense.w.grad is not None and dense.layers[0].weight.grad is not None
+
+
+class Writes(nn.Module):
+    """Tries to write to a weight that is otherwise only looked up."""
+
+    def __init__(self, write: str) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(128, 64))
+        self.write = write
+
+    def forward(self, index: Tensor) -> Tensor:
+        with torch.no_grad():
+            match self.write:
+                case "slice":
+                    self.w[0:4].div_(2.0)
+                case "row":
+                    self.w[1].zero_()
+                case "item":
+                    self.w[0] = 0.0
+                case "in place":
+                    self.w *= 0.5
+                case "copy":
+                    # An index that is a tensor gives a copy, which is anybody's.
+                    self.w[index].zero_()
+        return F.embedding(index, self.w)
+
+
+@pytest.mark.parametrize("write", ["slice", "row", "item", "in place"])
+def test_writes_are_refused(write: str) -> None:
+    model = roastify.convert(Writes(write), ratio=2)
+    with pytest.raises(WriteRefused, match="shared pool"):
+        model(torch.arange(4))
+
+
+def test_copies_may_be_written_to() -> None:
+    model = roastify.convert(Writes("copy"), ratio=2)
+    assert model(torch.arange(4)).abs().sum() > 0
+
+
+class Calls(nn.Module):
+    """Calls torch in ways that are not the usual one; the code must be here to be read."""
+
+    def __init__(self, call: str) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(64, 64))
+        self.call = call
+
+    def forward(self, x: Tensor) -> Tensor:
+        match self.call:
+            case "named":
+                return torch.matmul(input=x, other=self.w)
+            case "out":
+                return torch.mm(x, self.w, out=torch.empty(4, 64))
+            case "half named":
+                return torch.mm(x, mat2=self.w)
+            case "requires_grad":
+                return x @ self.w if self.w.requires_grad else x
+            case "mm of three dimensions":
+                return torch.mm(x[None], self.w)
+            case "row past the last":
+                return x + self.w[64]
+        return F.linear(x, self.w)
+
+
+def given_calls(call: str) -> tuple[nn.Module, nn.Module]:
+    model = roastify.convert(Calls(call), ratio=2)
+    assert [tensor.through for tensor in pool_of(model).plan.shared] == ["operation"]
+    return model, roastify.densify(model)
+
+
+@pytest.mark.parametrize("call", ["named", "out", "half named", "requires_grad"])
+def test_calls_as_the_dense_model_takes_them(call: str) -> None:
+    model, dense = given_calls(call)
+    with torch.no_grad():
+        x = torch.randn(4, 64)
+        torch.testing.assert_close(model(x), dense(x))
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [("mm of three dimensions", "must be a matrix|must be matrices|2D"), ("row past the last", "out of bounds")],
+)
+def test_errors_of_the_dense_model_stay(call: str, error: str) -> None:
+    for either in given_calls(call):
+        with pytest.raises((RuntimeError, IndexError), match=error):
+            either(torch.randn(4, 64))

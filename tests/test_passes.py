@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import roastify
+from roastify.errors import RoastError
 from roastify.passes import RootForward, _passes
 from roastify.pool import RoastPool
 from roastify.rewrite import pool_of
@@ -780,3 +781,18 @@ def test_a_graph_captured_within_a_pass_makes_its_own_copy() -> None:
         pool_of(model).weight.mul_(2.0)
         graph.replay()
         assert torch.equal(captured[0], model.first(x))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize("transform", ["grad", "vmap", "jvp"])
+def test_transforms_are_refused(transform: str) -> None:
+    model = roastify.convert(nn.Sequential(nn.Linear(32, 32)), ratio=2)
+    x = torch.randn(3, 32)
+    calls = {
+        "grad": lambda: torch.func.grad(lambda x: model(x).sum())(x),
+        "vmap": lambda: torch.func.vmap(model)(x),
+        "jvp": lambda: torch.func.jvp(model, (x,), (x,)),
+    }
+    with pytest.raises(RoastError, match=r"torch\.func.*roastify\.densify"):
+        calls[transform]()
+    assert model(x).requires_grad
