@@ -12,8 +12,12 @@ class UnreachableError(Exception):
     """No model of this kind has so few parameters."""
 
 
-def largest(count: Callable[[tuple[int, ...]], int], full: Sequence[int], target: int) -> tuple[int, ...]:
+def largest(
+    count: Callable[[tuple[int, ...]], int], full: Sequence[int], target: int, equal: bool = False
+) -> tuple[int, ...]:
     """Return sizes in proportion to `full`, at least 1 each, whose count is the closest from below to `target`.
+
+    With `equal` all sizes are the same, but for those whose most is less.
 
     The common factor is found by bisection; what is then left goes to single sizes, the dearest that fits first.
 
@@ -22,7 +26,7 @@ def largest(count: Callable[[tuple[int, ...]], int], full: Sequence[int], target
     """
 
     def sizes(factor: float) -> tuple[int, ...]:
-        return tuple(min(most, max(1, round(factor * most))) for most in full)
+        return tuple(min(most, max(1, round(factor * (max(full) if equal else most)))) for most in full)
 
     least = count(sizes(0.0))
     if least > target:

@@ -120,7 +120,9 @@ class LowRank(nn.Module):
 
 
 def low_rank(model: nn.Module, target: int) -> nn.Module:
-    """Return the model with ranks in proportion to every layer's full rank, as the budget allows.
+    """Return the model with one rank for all layers, as the budget allows, what is left going to single ones.
+
+    In proportion to their full ranks, the first layers would have a rank of 1 at ratio 100, and nothing passes them.
 
     A layer whose factors would not be smaller stays as it is, and so does one with fewer than 1,024 weights.
 
@@ -143,7 +145,7 @@ def low_rank(model: nn.Module, target: int) -> nn.Module:
     def count(ranks: tuple[int, ...]) -> int:
         return beside + sum(map(cost, ranks, shapes, full))
 
-    for (name, layer), rank, most in zip(layers.items(), largest(count, full, target), full, strict=True):
+    for (name, layer), rank, most in zip(layers.items(), largest(count, full, target, equal=True), full, strict=True):
         if rank < most:
             model.set_submodule(name, LowRank(layer, rank))
     return model
