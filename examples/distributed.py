@@ -77,6 +77,8 @@ def main() -> None:
     if dist.get_rank() == 0:
         roastify.save(converted, settings.output, state_dict=values)
         print(f"written to {settings.output}")
+    # Nobody leaves while another is still at work.
+    dist.barrier()
     dist.destroy_process_group()
 
 
