@@ -179,17 +179,16 @@ def _pool_gradient(ctx: Any, position: int, name: str, *args: Any, pool_shape: S
 
 def _save_view(ctx: Any, table: Tensor, view: Sequence[int], scale: float, *tensors: Tensor | None) -> None:
     ctx.save_for_backward(table, *tensors)
-    ctx.view, ctx.scale = list(view), scale
+    ctx.view, ctx.scale = view, scale
 
 
 def _sum_to_bias(grad: Tensor, wanted: bool) -> Tensor | None:
     return grad.reshape(-1, grad.shape[-1]).sum(0) if wanted else None
 
 
-def _setup_gather(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    pool, table, view, scale = inputs
+def _save_gather(ctx: Any, pool: Tensor, table: Tensor, view: Sequence[int], scale: float) -> None:
     _save_view(ctx, table, view, scale)
-    ctx.pool_shape = list(pool.shape)
+    ctx.pool_shape = pool.shape
 
 
 def _backward_gather(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -198,8 +197,9 @@ def _backward_gather(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_pool, None, None, None
 
 
-def _setup_reduce(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, table, view, scale, _ = inputs
+def _save_reduce(
+    ctx: Any, grad_weight: Tensor, table: Tensor, view: Sequence[int], scale: float, pool_shape: Sequence[int]
+) -> None:
     _save_view(ctx, table, view, scale)
 
 
@@ -208,8 +208,9 @@ def _backward_reduce(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return _call(_ops.gather.default, grad, table, ctx.view, ctx.scale), None, None, None, None
 
 
-def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, pool, _, table, view, scale = inputs
+def _save_linear(
+    ctx: Any, x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: Sequence[int], scale: float
+) -> None:
     _save_view(ctx, table, view, scale, x, pool)
 
 
@@ -219,7 +220,7 @@ def _linear_pool_gradient(ctx: Any, grad: Tensor, x: Tensor, table: Tensor, pool
 
 def _backward_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     table, x, pool = ctx.saved_tensors
-    need_x, need_pool, need_bias = ctx.needed[:3]
+    need_x, need_pool, need_bias = ctx.needs_input_grad[:3]
     return (
         _call(_ops.linear_t.default, grad, pool, None, table, ctx.view, ctx.scale) if need_x else None,
         _linear_pool_gradient(ctx, grad, x, table, pool) if need_pool else None,
@@ -232,7 +233,7 @@ def _backward_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _backward_linear_t(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     table, x, pool = ctx.saved_tensors
-    need_x, need_pool, need_bias = ctx.needed[:3]
+    need_x, need_pool, need_bias = ctx.needs_input_grad[:3]
     return (
         _call(_ops.linear.default, grad, pool, None, table, ctx.view, ctx.scale) if need_x else None,
         _linear_pool_gradient(ctx, x, grad, table, pool) if need_pool else None,
@@ -243,14 +244,15 @@ def _backward_linear_t(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-def _setup_linear_reduce(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    grad_output, x, table, view, scale, _ = inputs
-    _save_view(ctx, table, view, scale, grad_output, x)
+def _save_linear_reduce(
+    ctx: Any, grad: Tensor, x: Tensor, table: Tensor, view: Sequence[int], scale: float, pool_shape: Sequence[int]
+) -> None:
+    _save_view(ctx, table, view, scale, grad, x)
 
 
 def _backward_linear_reduce(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     table, grad_output, x = ctx.saved_tensors
-    need_grad_output, need_x = ctx.needed[:2]
+    need_grad_output, need_x = ctx.needs_input_grad[:2]
     return (
         _call(_ops.linear.default, x, grad, None, table, ctx.view, ctx.scale) if need_grad_output else None,
         _call(_ops.linear_t.default, grad_output, grad, None, table, ctx.view, ctx.scale) if need_x else None,
@@ -261,10 +263,9 @@ def _backward_linear_reduce(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]
     )
 
 
-def _setup_embedding(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    index, pool, table, view, scale = inputs
+def _save_embedding(ctx: Any, index: Tensor, pool: Tensor, table: Tensor, view: Sequence[int], scale: float) -> None:
     _save_view(ctx, table, view, scale, index)
-    ctx.pool_shape = list(pool.shape)
+    ctx.pool_shape = pool.shape
 
 
 def _backward_embedding(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -273,8 +274,9 @@ def _backward_embedding(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return None, _pool_gradient(ctx, 1, "embedding_reduce", *args, pool_shape=ctx.pool_shape), None, None, None
 
 
-def _setup_embedding_reduce(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, index, table, view, scale, _ = inputs
+def _save_embedding_reduce(
+    ctx: Any, grad: Tensor, index: Tensor, table: Tensor, view: Sequence[int], scale: float, pool_shape: Sequence[int]
+) -> None:
     _save_view(ctx, table, view, scale, index)
 
 
@@ -283,36 +285,49 @@ def _backward_embedding_reduce(ctx: Any, grad: Tensor) -> tuple[Tensor | None, .
     return _call(_ops.embedding.default, index, grad, table, ctx.view, ctx.scale), None, None, None, None, None
 
 
-def _passing_over_none(backward: Any, setup: Any) -> tuple[Any, Any]:
-    """Return an operator's two functions so that where no gradient arrives none leaves, as with torch's own operators.
+def _differentiable(name: str, save: Any, differentiate: Any) -> Any:
+    """Return an operator's implementation for autograd's key: a node that `save` fills and `differentiate` reads.
 
-    Zeros in its place would give the pool a gradient, and an optimizer would decay weights that nothing trains.
+    `torch.library.register_autograd` makes the same node, but its part on the host takes longer than all of ours.
     """
+    operator = getattr(_ops, name).default
 
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.set_materialize_grads(False)
-        ctx.num_inputs = len(inputs)
-        # Torch changes its own while an operator's backward runs, in the sight of other threads.
-        ctx.needed = ctx.needs_input_grad
-        setup(ctx, inputs, output)
+    class Node(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *args: Any) -> Tensor:
+            # Where no gradient arrives none leaves, as with torch's own operators: zeros in its place would give the
+            # pool a gradient, and an optimizer would decay weights that nothing trains.
+            ctx.set_materialize_grads(False)
+            save(ctx, *args)
+            with torch._C._AutoDispatchBelowAutograd():
+                return operator(*args)
 
-    def backward_of_what_arrives(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (None,) * ctx.num_inputs if grad is None else backward(ctx, grad)
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            (grad,) = grads
+            return (None,) * len(ctx.needs_input_grad) if grad is None else differentiate(ctx, grad)
 
-    return backward_of_what_arrives, setup_context
+    Node.__name__ = Node.__qualname__ = f"Roast{name.title().replace('_', '')}Backward"
+
+    def call(*args: Any) -> Tensor:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return Node.apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*args)
+
+    return call
 
 
-for _name, _backward, _setup in (
-    ("gather", _backward_gather, _setup_gather),
-    ("reduce", _backward_reduce, _setup_reduce),
-    ("linear", _backward_linear, _setup_linear),
-    ("linear_t", _backward_linear_t, _setup_linear),
-    ("linear_reduce", _backward_linear_reduce, _setup_linear_reduce),
-    ("embedding", _backward_embedding, _setup_embedding),
-    ("embedding_reduce", _backward_embedding_reduce, _setup_embedding_reduce),
+for _name, _save, _differentiate in (
+    ("gather", _save_gather, _backward_gather),
+    ("reduce", _save_reduce, _backward_reduce),
+    ("linear", _save_linear, _backward_linear),
+    ("linear_t", _save_linear, _backward_linear_t),
+    ("linear_reduce", _save_linear_reduce, _backward_linear_reduce),
+    ("embedding", _save_embedding, _backward_embedding),
+    ("embedding_reduce", _save_embedding_reduce, _backward_embedding_reduce),
 ):
-    _backward, _setup = _passing_over_none(_backward, _setup)
-    torch.library.register_autograd(f"roastify::{_name}", _backward, setup_context=_setup, lib=_library)
+    _library.impl(_name, _differentiable(_name, _save, _differentiate), "Autograd")
 
 
 def gather(pool: Tensor, table: Tensor, view: TileView, scale: float) -> Tensor:

@@ -24,17 +24,17 @@ class _Buffer:
     def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
         self.total: Tensor | None = torch.zeros(shape, dtype=dtype, device=device)
         self.stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self.raw_stream = None if self.stream is None else self.stream.cuda_stream
 
     def ready(self) -> Tensor:
         """Return the sum as it will be when the current stream comes to it."""
         assert self.total is not None
-        if self.stream is not None:
+        # Layers run backward on the streams of their forward, and the engine orders only what it sees pass.
+        if self.stream is not None and self.raw_stream != torch._C._cuda_getCurrentRawStream(self.total.get_device()):
             current = torch.cuda.current_stream(self.total.device)
-            # Layers run backward on the streams of their forward, and the engine orders only what it sees pass.
-            if current != self.stream:
-                current.wait_stream(self.stream)
-                self.total.record_stream(current)
-                self.stream = current
+            current.wait_stream(self.stream)
+            self.total.record_stream(current)
+            self.stream, self.raw_stream = current, current.cuda_stream
         return self.total
 
     def close(self) -> None:

@@ -101,7 +101,7 @@ def divide_(grad: Tensor, per_slot: Tensor, uneven_slots: Tensor, uneven: Tensor
 
 
 class _Read(torch.autograd.Function):
-    """A layer's read: the values of a copy of the pool, whose gradient goes to the gate's token.
+    """What layers read: the values of a copy of the pool, whose gradient goes to the gate's token.
 
     Operators find the sink on its node, which also keeps the door that it went through in use.
     """
@@ -144,6 +144,9 @@ class _Made:
         self.weight = pool.weight
         self.values = pool.weight.detach()
         self.copies: dict[torch.dtype, Tensor] = {}
+        # Copies as layers read them, in a graph. One for all of a pass: a node a layer costs the host more than it
+        # takes to find this one.
+        self.reads: dict[torch.dtype, Tensor] = {}
         self.door: _Door | None = None
         self.runs = 0
 
@@ -169,10 +172,14 @@ class _Made:
                 "a converted model met a transform of torch.func (grad, vmap, jvp, …), which its operators do not "
                 "have; use torch.autograd.grad, or roastify.densify(model) for a model that transforms take"
             )
-        if self.door is None:
-            self.door = _door_of(self.pool)
-            self.runs = 0 if self.door.sink is None else self.door.sink.runs
-        return _Read.apply(self.door.token, self.copy(dtype), self.door if self.door.sink is not None else None)
+        read = self.reads.get(dtype)
+        if read is None:
+            if self.door is None:
+                self.door = _door_of(self.pool)
+                self.runs = 0 if self.door.sink is None else self.door.sink.runs
+            door = self.door if self.door.sink is not None else None
+            read = self.reads[dtype] = _Read.apply(self.door.token, self.copy(dtype), door)
+        return read
 
 
 class _Pass:
@@ -211,7 +218,7 @@ def _is_plain(weight: Tensor) -> bool:
     """
     return (
         type(weight) in (Tensor, nn.Parameter)
-        and weight.device.type in ("cpu", "cuda")
+        and (weight.is_cuda or weight.is_cpu)
         and not weight.is_inference()
         and not torch._C._are_functorch_transforms_active()
     )
@@ -222,9 +229,10 @@ def _seen(weight: Tensor) -> tuple[Any, ...]:
 
     A copy made on one stream is not ready on another, and one made in inference mode is of no use to autograd.
     """
-    stream = torch.cuda.current_stream(weight.device) if weight.is_cuda else None
-    content = (id(weight), weight._version, weight.data_ptr(), weight.dtype)
-    return *content, stream, torch.is_inference_mode_enabled()
+    # Its number: the object that torch makes of it takes longer than all the rest.
+    stream = torch._C._cuda_getCurrentRawStream(weight.get_device()) if weight.is_cuda else None
+    inference = torch.is_inference_mode_enabled()
+    return id(weight), weight._version, weight.data_ptr(), weight.dtype, stream, inference
 
 
 def _is_capturing(weight: Tensor) -> bool:
@@ -268,15 +276,16 @@ def made_of(pool: Pool) -> _Made:
     # What comes and goes is in a compiler's way. Inductor itself merges the casts of a graph with gradients, and
     # makes those of one without in one kernel.
     running = None if torch.compiler.is_compiling() else _running(pool)
-    if running is None or not _is_plain(pool.weight):
+    if running is None or not _is_plain(weight := pool.weight):
         return _Made(pool)
-    seen = _seen(pool.weight)
-    if _is_capturing(pool.weight) != running.capturing:
+    if _is_capturing(weight) != running.capturing:
         # A captured graph must make its own copy: it is replayed when this pass is long over.
         return _Made(pool)
-    if seen not in running.made or running.made[seen].over:
-        running.made[seen] = _Made(pool)
-    return running.made[seen]
+    seen = _seen(weight)
+    made = running.made.get(seen)
+    if made is None or made.over:
+        made = running.made[seen] = _Made(pool)
+    return made
 
 
 class RootForward:
