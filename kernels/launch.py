@@ -49,11 +49,11 @@ _OPTIONS = ("num_warps", "launch_pdl")
 class Launch:
     """A kernel of which all is known but its tensors; a call with those costs the host a few microseconds.
 
-    On every call of `kernel[grid](...)` Triton looks for the compiled kernel that fits, which takes 40 to 150 µs on a
-    slow host. What makes one fit is the values of its constants; of its integers, whether they are 1 or a multiple of
-    16 (not of those in `PLAIN_ARGUMENTS`), and their widths; of its tensors, the dtype and whether the address is a
-    multiple of 16; of its tensor descriptors, the dtype and the box; and the device. Here all numbers are fixed, so the
-    rest of these is the key by which compiled kernels are remembered. No tensor is.
+    On every call of `kernel[grid](...)` Triton looks for the compiled kernel that fits, at a cost of tens of
+    microseconds, which a short kernel cannot hide. What makes one fit is the values of its constants; of its integers,
+    whether they are 1 or a multiple of 16 (not of those in `PLAIN_ARGUMENTS`), and their widths; of its tensors, the
+    dtype and whether the address is a multiple of 16; of its tensor descriptors, the dtype and the box; and the device.
+    Here all numbers are fixed, so the rest of these is the key by which compiled kernels are remembered. No tensor is.
 
     In Triton's interpreter, and on AMD's GPUs, whose kernels depend on more, every call is Triton's own.
 
