@@ -8,7 +8,9 @@ can capture it.
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from roastify.kernels import reference, tuning
 from roastify.kernels.hash import apply_sign, supported, tile_start, view_arguments
-from roastify.kernels.launch import PLAIN_ARGUMENTS
+from roastify.kernels.launch import PLAIN_ARGUMENTS, Launch
 from roastify.kernels.tuning import cdiv, power_of_2
 from roastify.kernels.view import MappingKind, TileView
 
@@ -67,22 +69,25 @@ def embedding(index: Tensor, pool: Tensor, table: Tensor, view: TileView, scale:
         return reference.embedding(index, pool, table, view, scale)
     pool, flat = pool.contiguous(), index.reshape(-1).contiguous()
     out = torch.empty(flat.numel(), view.cols, dtype=pool.dtype, device=pool.device)
-    num_lookups = flat.numel() * view.grid_cols
+    if out.numel():
+        _embedding_launch(view, flat.numel())(p_index=flat, p_pool=pool, p_table=table, p_out=out, scale=scale)
+    return out.view(*index.shape, view.cols)
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _embedding_launch(view: TileView, num_tokens: int) -> Launch:
+    num_lookups = num_tokens * view.grid_cols
     cols_pow2 = power_of_2(view.tile_cols)
     block_lookups = max(1, tuning.EMBEDDING_ELEMENTS // cols_pow2)
-    if num_lookups:
-        _embedding_kernel[(cdiv(num_lookups, block_lookups),)](
-            p_index=flat,
-            p_pool=pool,
-            p_out=out,
-            scale=scale,
-            num_lookups=num_lookups,
-            COLS_POW2=cols_pow2,
-            BL=block_lookups,
-            num_warps=tuning.EMBEDDING_WARPS,
-            **view_arguments(table, view),
-        )
-    return out.view(*index.shape, view.cols)
+    return Launch(
+        _embedding_kernel,
+        (cdiv(num_lookups, block_lookups),),
+        num_lookups=num_lookups,
+        COLS_POW2=cols_pow2,
+        BL=block_lookups,
+        num_warps=tuning.EMBEDDING_WARPS,
+        **view_arguments(view),
+    )
 
 
 @triton.jit(do_not_specialize=PLAIN_ARGUMENTS)
@@ -205,39 +210,52 @@ def _write_runs(
 ) -> None:
     """Write the sum of each place that the rows touch, or with `add` that and what is there."""
     grad, index = grad.reshape(-1, view.cols).contiguous(), index.reshape(-1).contiguous()
-    num_lookups = index.numel() * view.grid_cols
-    if not num_lookups:
+    if not index.numel():
         return
-    # Segments of the pool are numbered from 0, so this is one more than the last. Half as many bits sort twice as fast.
-    nowhere = out.numel() // view.tile_cols
-    place = torch.empty(num_lookups, dtype=torch.int32 if nowhere < 1 << 31 else torch.int64, device=grad.device)
-    arguments = view_arguments(table, view)
-    _place_kernel[(cdiv(num_lookups, tuning.PLACE_LOOKUPS),)](
-        p_index=index,
-        p_place=place,
-        num_lookups=num_lookups,
-        nowhere=nowhere,
-        BL=tuning.PLACE_LOOKUPS,
-        **arguments,
-    )
+    runs = _runs(view, index.numel(), out.numel(), add, tuning.PLACE_LOOKUPS, tuning.RUN_ELEMENTS)
+    place = torch.empty(runs.num_lookups, dtype=runs.place_dtype, device=grad.device)
+    runs.place(p_index=index, p_table=table, p_place=place)
     place, order = torch.sort(place, stable=True)
-    steps = _steps(index.numel())
+    head = torch.empty(runs.num_chunks, view.tile_cols, dtype=torch.float32, device=grad.device)
+    tail = torch.empty_like(head)
+    runs.add(p_index=index, p_place=place, p_order=order, p_grad=grad, p_out=out, p_head=head, p_tail=tail, scale=scale)
+    runs.join(p_place=place, p_head=head, p_tail=tail, p_out=out, scale=scale)
+
+
+class _Runs(NamedTuple):
+    """How the gradient of so many tokens is added: the launches, and the sizes of what they leave behind."""
+
+    place: Launch
+    add: Launch
+    join: Launch
+    num_lookups: int
+    place_dtype: torch.dtype
+    num_chunks: int
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _runs(view: TileView, num_tokens: int, pool_numel: int, add: bool, place_lookups: int, run_elements: int) -> _Runs:
+    num_lookups = num_tokens * view.grid_cols
+    # Segments of the pool are numbered from 0, so this is one more than the last. Half as many bits sort twice as fast.
+    nowhere = pool_numel // view.tile_cols
+    steps = _steps(num_tokens)
     num_chunks = cdiv(num_lookups, steps)
     cols_pow2 = power_of_2(view.tile_cols)
-    head = torch.empty(num_chunks, view.tile_cols, dtype=torch.float32, device=grad.device)
-    tail = torch.empty_like(head)
-    block_chunks = max(1, tuning.RUN_ELEMENTS // cols_pow2)
-    for unused in ("p_table", "first_slot", "first_chunk"):
+    block_chunks = max(1, run_elements // cols_pow2)
+    arguments = view_arguments(view)
+    place = Launch(
+        _place_kernel,
+        (cdiv(num_lookups, place_lookups),),
+        num_lookups=num_lookups,
+        nowhere=nowhere,
+        BL=place_lookups,
+        **arguments,
+    )
+    for unused in ("first_slot", "first_chunk"):
         del arguments[unused]
-    _run_kernel[(cdiv(num_chunks, block_chunks),)](
-        p_index=index,
-        p_place=place,
-        p_order=order,
-        p_grad=grad,
-        p_out=out,
-        p_head=head,
-        p_tail=tail,
-        scale=scale,
+    run = Launch(
+        _run_kernel,
+        (cdiv(num_chunks, block_chunks),),
         num_lookups=num_lookups,
         nowhere=nowhere,
         steps=steps,
@@ -247,12 +265,9 @@ def _write_runs(
         num_warps=tuning.RUN_WARPS,
         **arguments,
     )
-    _join_kernel[(num_chunks,)](
-        p_place=place,
-        p_head=head,
-        p_tail=tail,
-        p_out=out,
-        scale=scale,
+    join = Launch(
+        _join_kernel,
+        (num_chunks,),
         num_lookups=num_lookups,
         nowhere=nowhere,
         steps=steps,
@@ -261,6 +276,8 @@ def _write_runs(
         ADD=add,
         num_warps=1,
     )
+    place_dtype = torch.int32 if nowhere < 1 << 31 else torch.int64
+    return _Runs(place, run, join, num_lookups, place_dtype, num_chunks)
 
 
 def _steps(num_tokens: int) -> int:

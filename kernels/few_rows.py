@@ -12,6 +12,7 @@ Partial sums are added in a fixed order by a second kernel: no atomics, nothing 
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 import triton
@@ -27,7 +28,7 @@ from roastify.kernels.hash import (
     segment,
     view_arguments,
 )
-from roastify.kernels.launch import PLAIN_ARGUMENTS, address_type, dependent_launch, precision, shared_memory
+from roastify.kernels.launch import PLAIN_ARGUMENTS, Launch, address_type, dependent_launch, precision, shared_memory
 from roastify.kernels.parts import add_parts
 from roastify.kernels.tuning import cdiv, power_of_2
 from roastify.kernels.view import MappingKind, SignKind, TileView
@@ -232,17 +233,24 @@ def _by_slot_kernel(
 
 def by_slot(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: TileView, scale: float) -> Tensor:
     """Return `x · Wᵀ + bias` for contiguous rows, every slot of the pool read once for all its tiles."""
-    num_rows = x.shape[0]
-    settings = tuning.BY_SLOT
+    launch, parts_shape = _by_slot(view, x.shape[0], x.device, pool.numel(), precision(x.dtype), tuning.BY_SLOT)
+    parts = torch.empty(parts_shape, dtype=torch.float32, device=x.device)
+    launch(p_x=x, p_pool=pool, p_table=table, p_parts=parts, scale=scale)
+    return add_parts(parts, bias, x.dtype)
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _by_slot(
+    view: TileView, num_rows: int, device: torch.device, pool_numel: int, precision: str, settings: tuning.BySlot
+) -> tuple[Launch, tuple[int, int, int]]:
+    """Return the launch, and the shape of the partial sums."""
     block_rows = min(settings.block_rows, view.tile_rows)
-    parts = torch.empty(view.grid_cols, num_rows, view.rows, dtype=torch.float32, device=x.device)
+    parts_shape = (view.grid_cols, num_rows, view.rows)
     chunk_begin, num_chunks = view.chunks
     block_m = power_of_2(num_rows)
-    _by_slot_kernel[(view.num_slots * (view.tile_rows // block_rows),)](
-        p_x=x,
-        p_pool=pool,
-        p_parts=parts,
-        scale=scale,
+    launch = Launch(
+        _by_slot_kernel,
+        (view.num_slots * (view.tile_rows // block_rows),),
         num_rows=num_rows,
         num_tiles=view.num_tiles,
         chunk_begin=chunk_begin,
@@ -251,36 +259,38 @@ def by_slot(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: T
         # The matrix unit takes no fewer than 16 columns.
         BC=max(power_of_2(num_chunks), 16 // block_m),
         BM=block_m,
-        PRECISION=precision(),
+        PRECISION=precision,
         WIDEN=interpreted(),
-        INT=address_type(pool, view, max(num_rows, -(-parts.numel() // view.cols))),
+        INT=address_type(pool_numel, view, max(num_rows, cdiv(math.prod(parts_shape), view.cols))),
         num_warps=settings.num_warps,
-        **view_arguments(table, view),
-        **dependent_launch(x),
+        **view_arguments(view),
+        **dependent_launch(device),
     )
-    return add_parts(parts, bias, x.dtype)
+    return launch, parts_shape
 
 
 def one_row(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: TileView, scale: float) -> Tensor:
     """Return `x · Wᵀ + bias` for one contiguous row: no matrix unit; every program owns whole rows of the weight."""
-    settings = tuning.one_row(view.rows)
-    block_rows = min(settings.block_rows, view.tile_rows)
+    launch = _one_row(view, x.device, pool.numel(), bias is not None, tuning.one_row(view.rows))
     out = torch.empty(1, view.rows, dtype=x.dtype, device=x.device)
-    _one_row_kernel[(cdiv(view.rows, block_rows),)](
-        p_x=x,
-        p_pool=pool,
-        p_bias=out if bias is None else bias,
-        p_out=out,
-        scale=scale,
+    launch(p_x=x, p_pool=pool, p_table=table, p_bias=out if bias is None else bias, p_out=out, scale=scale)
+    return out
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _one_row(view: TileView, device: torch.device, pool_numel: int, biased: bool, settings: tuning.OneRow) -> Launch:
+    block_rows = min(settings.block_rows, view.tile_rows)
+    return Launch(
+        _one_row_kernel,
+        (cdiv(view.rows, block_rows),),
         BN=block_rows,
         BT=settings.tiles,
-        BIAS=bias is not None,
-        INT=address_type(pool, view, 1),
+        BIAS=biased,
+        INT=address_type(pool_numel, view, 1),
         num_warps=settings.num_warps,
-        **view_arguments(table, view),
-        **dependent_launch(x),
+        **view_arguments(view),
+        **dependent_launch(device),
     )
-    return out
 
 
 def split(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: TileView, scale: float) -> Tensor:
@@ -288,20 +298,32 @@ def split(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: Til
     num_rows = x.shape[0]
     settings = tuning.split(view, num_rows, x.element_size(), shared_memory(x.device))
     assert settings is not None, "linear.way asks first"
+    launch, num_parts = _split(view, num_rows, x.device, pool.numel(), bias is not None, precision(x.dtype), settings)
+    if num_parts == 1:
+        out = torch.empty(num_rows, view.rows, dtype=x.dtype, device=x.device)
+    else:
+        out = torch.empty(num_parts, num_rows, view.rows, dtype=torch.float32, device=x.device)
+    launch(p_x=x, p_pool=pool, p_table=table, p_bias=out if bias is None else bias, p_out=out, scale=scale)
+    return out if num_parts == 1 else add_parts(out, bias, x.dtype)
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _split(
+    view: TileView,
+    num_rows: int,
+    device: torch.device,
+    pool_numel: int,
+    biased: bool,
+    precision: str,
+    settings: tuning.Split,
+) -> tuple[Launch, int]:
+    """Return the launch, and the number of parts that `k` is in."""
     block_rows = min(settings.block_rows, view.tile_rows)
     tiles_each = min(settings.tiles, view.grid_cols)
     num_parts = cdiv(view.grid_cols, tiles_each)
-    out = torch.empty(num_rows, view.rows, dtype=x.dtype, device=x.device)
-    if num_parts > 1:
-        parts = torch.empty(num_parts, num_rows, view.rows, dtype=torch.float32, device=x.device)
-    else:
-        parts = out
-    _split_kernel[(cdiv(view.rows, block_rows), num_parts)](
-        p_x=x,
-        p_pool=pool,
-        p_bias=out if bias is None else bias,
-        p_out=parts,
-        scale=scale,
+    launch = Launch(
+        _split_kernel,
+        (cdiv(view.rows, block_rows), num_parts),
         num_rows=num_rows,
         tiles_each=tiles_each,
         BM=max(16 // settings.stacked, power_of_2(num_rows)),
@@ -309,15 +331,15 @@ def split(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: Til
         BT=settings.stacked,
         STAGES=settings.num_stages,
         WHOLE_COLS=view.cols % view.tile_cols == 0,
-        BIAS=bias is not None and num_parts == 1,
-        PRECISION=precision(),
+        BIAS=biased and num_parts == 1,
+        PRECISION=precision,
         WIDEN=interpreted(),
-        INT=address_type(pool, view, num_rows),
+        INT=address_type(pool_numel, view, num_rows),
         num_warps=settings.num_warps,
-        **view_arguments(table, view),
-        **dependent_launch(x),
+        **view_arguments(view),
+        **dependent_launch(device),
     )
-    return out if num_parts == 1 else add_parts(parts, bias, x.dtype)
+    return launch, num_parts
 
 
 def fits(x: Tensor, view: TileView) -> bool:

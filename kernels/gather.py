@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from roastify.kernels import reference, tuning
 from roastify.kernels.hash import apply_sign, supported, tile_start, view_arguments
-from roastify.kernels.launch import PLAIN_ARGUMENTS
+from roastify.kernels.launch import PLAIN_ARGUMENTS, Launch
 from roastify.kernels.tuning import cdiv, power_of_2
 from roastify.kernels.view import TileView
 
@@ -58,20 +60,24 @@ def gather(pool: Tensor, table: Tensor, view: TileView, scale: float) -> Tensor:
         return reference.gather(pool, table, view, scale)
     pool = pool.contiguous()
     out = torch.empty(view.rows, view.cols, dtype=pool.dtype, device=pool.device)
+    _launch(view)(p_pool=pool, p_table=table, p_out=out, scale=scale)
+    return out
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _launch(view: TileView) -> Launch:
     # A slot of any size: large ones are several programs' work.
     block_elements = min(power_of_2(view.slot_size), tuning.MOST_ELEMENTS)
     block_tiles = max(1, tuning.GATHER_ELEMENTS // block_elements)
     programs = cdiv(view.num_tiles, block_tiles) * cdiv(view.slot_size, block_elements)
-    _gather_kernel[(programs,)](
-        p_pool=pool,
-        p_out=out,
-        scale=scale,
+    return Launch(
+        _gather_kernel,
+        (programs,),
         base=view.base,
         num_tiles=view.num_tiles,
         BE=block_elements,
         BT=block_tiles,
         STRIPS=view.strips,
         num_warps=tuning.GATHER_WARPS,
-        **view_arguments(table, view),
+        **view_arguments(view),
     )
-    return out

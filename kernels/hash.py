@@ -140,13 +140,8 @@ def supported(pool: torch.Tensor) -> bool:
     return pool.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
-def view_arguments(table: torch.Tensor, view: TileView) -> dict[str, Any]:
-    """Return the arguments that every kernel takes to find a tensor's tiles and signs."""
-    return {"p_table": table, **_view_numbers(view)}
-
-
-@functools.lru_cache(maxsize=1 << 12)
-def _view_numbers(view: TileView) -> dict[str, Any]:
+def view_arguments(view: TileView) -> dict[str, Any]:
+    """Return the numbers that every kernel takes, beside the chunk table, to find a tensor's tiles and signs."""
     return {
         "key": view.key,
         "num_slots": view.num_slots,

@@ -8,7 +8,8 @@ cuBLAS.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -24,10 +25,16 @@ from roastify.kernels.view import SignKind, TileView
 
 def linear(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: TileView, scale: float) -> Tensor:
     """Return `x · Wᵀ + bias`, `[..., cols] → [..., rows]`."""
-    flat, pool = x.reshape(-1, view.cols).contiguous(), pool.contiguous()
-    bias = None if bias is None else bias.expand(view.rows).contiguous()
+    flat, pool = _as_rows(x, view.cols).contiguous(), pool.contiguous()
+    if bias is not None:
+        bias = (bias if bias.shape == (view.rows,) else bias.expand(view.rows)).contiguous()
     out = way(flat, pool, view)(flat, pool, bias, table, view, scale)
-    return out.view(*x.shape[:-1], view.rows)
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], view.rows)
+
+
+def _as_rows(x: Tensor, size: int) -> Tensor:
+    """Return `[..., size]` as `[num_rows, size]`; a call of `reshape` costs a microsecond where nothing changes."""
+    return x if x.dim() == 2 and x.shape[1] == size else x.reshape(-1, size)
 
 
 def way(x: Tensor, pool: Tensor, view: TileView) -> Callable[..., Tensor]:
@@ -35,7 +42,7 @@ def way(x: Tensor, pool: Tensor, view: TileView) -> Callable[..., Tensor]:
     if not supported(pool) or not few_rows.fits(x, view):
         return gathered
     num_rows = x.shape[0]
-    if x.dtype == torch.float32 and precision() == "ieee":
+    if x.dtype == torch.float32 and precision(x.dtype) == "ieee":
         # The matrix unit has no such precision; without it only a row is worth a kernel of its own. (4096², 16 rows:
         # 91 µs in `split`, 84 gathered, 50 dense.)
         return few_rows.one_row if num_rows == 1 else gathered
@@ -53,7 +60,7 @@ def way(x: Tensor, pool: Tensor, view: TileView) -> Callable[..., Tensor]:
 
 def gathered(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: TileView, scale: float) -> Tensor:
     """Return `x · Wᵀ + bias` from gathered panels."""
-    panels = list(_panels(view))
+    panels = _panels(view, tuning.SCRATCH_ELEMENTS)
     if len(panels) == 1:
         return F.linear(x, gather(pool, table, view, scale), bias)
     out = x.new_empty(x.shape[0], view.rows)
@@ -63,24 +70,26 @@ def gathered(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: 
     return out
 
 
-def _panels(view: TileView) -> Iterator[tuple[int, int, TileView]]:
-    """Yield `(first row, last row + 1, view of those rows)`: whole tile rows, within the scratch's size."""
+@functools.lru_cache(maxsize=1 << 12)
+def _panels(view: TileView, scratch_elements: int) -> tuple[tuple[int, int, TileView], ...]:
+    """Return `(first row, last row + 1, view of those rows)`s: whole tile rows, within the scratch's size."""
     if view.strips:
-        yield 0, view.rows, view
-        return
+        return ((0, view.rows, view),)
     per_grid_row = view.tile_rows * view.cols
-    step = max(1, tuning.SCRATCH_ELEMENTS // per_grid_row)
+    step = max(1, scratch_elements // per_grid_row)
+    panels = []
     for first in range(0, view.grid_rows, step):
         start, stop = first * view.tile_rows, min((first + step) * view.tile_rows, view.rows)
         base = view.base + first * view.grid_cols * view.slot_size
-        yield start, stop, view._replace(rows=stop - start, base=base)
+        panels.append((start, stop, view._replace(rows=stop - start, base=base)))
+    return tuple(panels)
 
 
 def linear_t(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: TileView, scale: float) -> Tensor:
     """Return `x · W + bias`, `[..., rows] → [..., cols]`, from gathered panels."""
-    flat = x.reshape(-1, view.rows)
+    flat = _as_rows(x, view.rows)
     out: Tensor | None = None
-    for start, stop, panel in _panels(view):
+    for start, stop, panel in _panels(view, tuning.SCRATCH_ELEMENTS):
         weight = gather(pool, table, panel, scale)
         if out is None and stop == view.rows:
             out = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
@@ -92,16 +101,16 @@ def linear_t(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: 
         else:
             out += flat[:, start:stop] @ weight
     assert out is not None
-    return out.to(x.dtype).view(*x.shape[:-1], view.cols)
+    out = out.to(x.dtype)
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], view.cols)
 
 
 def linear_reduce(
     grad: Tensor, x: Tensor, table: Tensor, view: TileView, scale: float, pool_shape: list[int]
 ) -> Tensor:
     """Return `reduce(gradᵀ · x)`, a panel of the weight's gradient at a time."""
-    grad, x = grad.reshape(-1, view.rows), x.reshape(-1, view.cols)
-    panels = list(_panels(view))
-    if len(panels) == 1:
+    grad, x = _as_rows(grad, view.rows), _as_rows(x, view.cols)
+    if len(_panels(view, tuning.SCRATCH_ELEMENTS)) == 1:
         return reduce(grad.t() @ x, table, view, scale, pool_shape)
     # A narrow dtype accumulates in float32.
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -112,6 +121,10 @@ def linear_reduce(
 
 def linear_reduce_(total: Tensor, grad: Tensor, x: Tensor, table: Tensor, view: TileView, scale: float) -> None:
     """Add `reduce(gradᵀ · x)` to `total`, a panel of the weight's gradient at a time."""
-    grad, x = grad.reshape(-1, view.rows), x.reshape(-1, view.cols)
-    for start, stop, panel in _panels(view):
+    grad, x = _as_rows(grad, view.rows), _as_rows(x, view.cols)
+    panels = _panels(view, tuning.SCRATCH_ELEMENTS)
+    if len(panels) == 1:
+        reduce_(total, grad.t() @ x, table, view, scale)
+        return
+    for start, stop, panel in panels:
         reduce_(total, grad[:, start:stop].t() @ x, table, panel, scale)

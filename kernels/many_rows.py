@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from roastify.kernels import tuning
 from roastify.kernels.backend import has_copy_engine
 from roastify.kernels.hash import effective_sign, interpreted, mix64, segment, view_arguments
-from roastify.kernels.launch import PLAIN_ARGUMENTS, address_type, dependent_launch, precision
+from roastify.kernels.launch import PLAIN_ARGUMENTS, Launch, address_type, dependent_launch, precision
 from roastify.kernels.parts import add_parts
 from roastify.kernels.tuning import cdiv
 from roastify.kernels.view import MappingKind, SignKind, TileView
@@ -89,36 +89,56 @@ def many_rows(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view:
     """Return `x · Wᵀ + bias` for contiguous rows."""
     num_rows = x.shape[0]
     settings = tuning.many_rows(view, num_rows, x.element_size())
+    launch, num_parts, block_n = _launch(
+        view, num_rows, x.device, pool.numel(), bias is not None, precision(x.dtype), settings
+    )
+    if num_parts == 1:
+        out = torch.empty(num_rows, view.rows, dtype=x.dtype, device=x.device)
+    else:
+        out = torch.empty(num_parts, num_rows, view.rows, dtype=torch.float32, device=x.device)
+    launch(
+        d_x=TensorDescriptor.from_tensor(x, [settings.block_m, view.tile_cols]),
+        d_pool=TensorDescriptor.from_tensor(pool, [block_n, view.tile_cols]),
+        p_table=table,
+        p_bias=out if bias is None else bias,
+        p_out=out,
+        scale=scale,
+    )
+    return out if num_parts == 1 else add_parts(out, bias, x.dtype)
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _launch(
+    view: TileView,
+    num_rows: int,
+    device: torch.device,
+    pool_numel: int,
+    biased: bool,
+    precision: str,
+    settings: tuning.ManyRows,
+) -> tuple[Launch, int, int]:
+    """Return the launch, the number of parts that `k` is in, and the rows of the weight of a program."""
     block_n = min(settings.block_n, view.tile_rows)
     tiles_each = min(settings.tiles, view.grid_cols)
     num_parts = cdiv(view.grid_cols, tiles_each)
-    out = torch.empty(num_rows, view.rows, dtype=x.dtype, device=x.device)
-    if num_parts > 1:
-        parts = torch.empty(num_parts, num_rows, view.rows, dtype=torch.float32, device=x.device)
-    else:
-        parts = out
-    grid = (cdiv(num_rows, settings.block_m) * cdiv(view.rows, block_n), num_parts)
-    _many_rows_kernel[grid](
-        d_x=TensorDescriptor.from_tensor(x, [settings.block_m, view.tile_cols]),
-        d_pool=TensorDescriptor.from_tensor(pool, [block_n, view.tile_cols]),
-        p_bias=out if bias is None else bias,
-        p_out=parts,
-        scale=scale,
+    launch = Launch(
+        _many_rows_kernel,
+        (cdiv(num_rows, settings.block_m) * cdiv(view.rows, block_n), num_parts),
         num_rows=num_rows,
         tiles_each=tiles_each,
         BM=settings.block_m,
         BN=block_n,
         STAGES=settings.num_stages,
-        BIAS=bias is not None and num_parts == 1,
-        PRECISION=precision(),
+        BIAS=biased and num_parts == 1,
+        PRECISION=precision,
         EARLY=settings.early,
         WIDEN=interpreted(),
-        INT=address_type(pool, view, num_rows),
+        INT=address_type(pool_numel, view, num_rows),
         num_warps=settings.num_warps,
-        **view_arguments(table, view),
-        **dependent_launch(x),
+        **view_arguments(view),
+        **dependent_launch(device),
     )
-    return out if num_parts == 1 else add_parts(parts, bias, x.dtype)
+    return launch, num_parts, block_n
 
 
 def fits(x: Tensor, pool: Tensor, view: TileView) -> bool:
@@ -136,7 +156,7 @@ def fits(x: Tensor, pool: Tensor, view: TileView) -> bool:
         and pool.shape[0] < 1 << 30
         and x.data_ptr() % 16 == 0
         and pool.data_ptr() % 16 == 0
-        and (x.dtype != torch.float32 or precision() == "tf32")
+        and (x.dtype != torch.float32 or precision(x.dtype) == "tf32")
     )
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from roastify.kernels import tuning
-from roastify.kernels.launch import PLAIN_ARGUMENTS, dependent_launch
+from roastify.kernels.launch import PLAIN_ARGUMENTS, Launch, dependent_launch
 from roastify.kernels.tuning import cdiv, power_of_2
 
 
@@ -36,19 +38,25 @@ def add_parts(parts: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Return the sum of float32 `[parts, num_rows, rows]` over its first size, plus the bias, in a fixed order."""
     num_parts, num_rows, rows = parts.shape
     out = torch.empty(num_rows, rows, dtype=dtype, device=parts.device)
-    block_parts = min(power_of_2(num_parts), tuning.SUM_PARTS)
+    launch = _launch(num_parts, num_rows, rows, bias is not None, parts.device, tuning.SUM_PARTS)
+    launch(p_parts=parts, p_bias=out if bias is None else bias, p_out=out)
+    return out
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _launch(num_parts: int, num_rows: int, rows: int, biased: bool, device: torch.device, most_parts: int) -> Launch:
+    numel = num_rows * rows
+    block_parts = min(power_of_2(num_parts), most_parts)
     block = max(tuning.SUM_ELEMENTS // block_parts, 32)
-    _sum_kernel[(cdiv(out.numel(), block),)](
-        p_parts=parts,
-        p_bias=out if bias is None else bias,
-        p_out=out,
-        numel=out.numel(),
+    return Launch(
+        _sum_kernel,
+        (cdiv(numel, block),),
+        numel=numel,
         rows=rows,
         SPLIT=num_parts,
         BS=block_parts,
         B=block,
-        BIAS=bias is not None,
+        BIAS=biased,
         num_warps=tuning.SUM_WARPS,
-        **dependent_launch(parts),
+        **dependent_launch(device),
     )
-    return out

@@ -6,6 +6,8 @@ cost goes with the tensor: within a chunk no two tiles have the same slot, and c
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -14,7 +16,7 @@ from torch import Tensor
 from roastify.kernels import reference, tuning
 from roastify.kernels.gather import place_of
 from roastify.kernels.hash import apply_sign, supported, tile_start, view_arguments
-from roastify.kernels.launch import PLAIN_ARGUMENTS
+from roastify.kernels.launch import PLAIN_ARGUMENTS, Launch
 from roastify.kernels.tuning import cdiv, power_of_2
 from roastify.kernels.view import MappingKind, TileView
 
@@ -104,45 +106,59 @@ def _has_kernel(grad_weight: Tensor, view: TileView) -> bool:
 
 def _by_slot(out: Tensor, grad_weight: Tensor, table: Tensor, view: TileView, scale: float, add: bool) -> None:
     """Write every slot of the region: the sum over its tiles, or with `add` that and what is there."""
+    _slots_launch(view, add)(p_grad=grad_weight, p_table=table, p_out=out, scale=scale)
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _slots_launch(view: TileView, add: bool) -> Launch:
     block_elements = min(power_of_2(view.slot_size), tuning.REDUCE_ELEMENTS)
     block_slots = max(1, tuning.REDUCE_ELEMENTS // block_elements)
     programs = cdiv(view.num_slots, block_slots) * cdiv(view.slot_size, block_elements)
-    _reduce_kernel[(programs,)](
-        p_grad=grad_weight,
-        p_out=out,
-        scale=scale,
+    chunk_begin, num_chunks = view.chunks
+    return Launch(
+        _reduce_kernel,
+        (programs,),
         base=view.base,
         num_tiles=view.num_tiles,
-        chunk_begin=view.first_tile // view.num_slots,
-        chunk_end=(view.first_tile + view.num_tiles - 1) // view.num_slots + 1,
+        chunk_begin=chunk_begin,
+        chunk_end=chunk_begin + num_chunks,
         BS=block_slots,
         BE=block_elements,
         STRIPS=view.strips,
         ADD=add,
         num_warps=tuning.REDUCE_WARPS,
-        **view_arguments(table, view),
+        **view_arguments(view),
     )
 
 
 def _by_tile(total: Tensor, grad_weight: Tensor, table: Tensor, view: TileView, scale: float) -> None:
     """Add each tile to its slot, a chunk at a time."""
+    for launch in _chunk_launches(view):
+        launch(p_grad=grad_weight, p_table=table, p_out=total, scale=scale)
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _chunk_launches(view: TileView) -> tuple[Launch, ...]:
     block_elements = min(power_of_2(view.slot_size), tuning.MOST_ELEMENTS)
     block_tiles = max(1, tuning.GATHER_ELEMENTS // block_elements)
+    launches = []
     begin, end = view.first_tile, view.first_tile + view.num_tiles
     while begin < end:
         chunk_end = min(end, (begin // view.num_slots + 1) * view.num_slots)
         programs = cdiv(chunk_end - begin, block_tiles) * cdiv(view.slot_size, block_elements)
-        _reduce_chunk_kernel[(programs,)](
-            p_grad=grad_weight,
-            p_out=total,
-            scale=scale,
-            base=view.base,
-            begin_tile=begin,
-            end_tile=chunk_end,
-            BE=block_elements,
-            BT=block_tiles,
-            STRIPS=view.strips,
-            num_warps=tuning.GATHER_WARPS,
-            **view_arguments(table, view),
+        launches.append(
+            Launch(
+                _reduce_chunk_kernel,
+                (programs,),
+                base=view.base,
+                begin_tile=begin,
+                end_tile=chunk_end,
+                BE=block_elements,
+                BT=block_tiles,
+                STRIPS=view.strips,
+                num_warps=tuning.GATHER_WARPS,
+                **view_arguments(view),
+            )
         )
         begin = chunk_end
+    return tuple(launches)

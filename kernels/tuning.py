@@ -146,9 +146,13 @@ def reads_by_slot(view: TileView, num_rows: int) -> bool:
     A layer has several of each; the activations that a slot meets fit a program; partial sums fit the scratch; and no
     column is padding, which would be multiplied by zero whatever the pool's memory there holds.
     """
+    return num_rows <= 4 and _reads_by_slot(view, num_rows)
+
+
+@functools.lru_cache(maxsize=_REMEMBERED)
+def _reads_by_slot(view: TileView, num_rows: int) -> bool:
     return (
-        num_rows <= 4
-        and view.num_tiles >= 2 * view.num_slots
+        view.num_tiles >= 2 * view.num_slots
         and power_of_2(view.chunks[1]) * power_of_2(num_rows) <= _BY_SLOT_COLUMNS
         and view.grid_cols * num_rows * view.rows <= SCRATCH_ELEMENTS
         and view.cols % view.tile_cols == 0

@@ -335,28 +335,46 @@ def test_memory_that_is_padding_is_not_read(name: str, num_rows: int) -> None:
         assert not product(x, pool, None, table, view, 1.0).isnan().any(), product.__name__
 
 
-@pytest.mark.parametrize("name", ["many chunks, padded", "whole columns, many chunks", "sign per element", "a region"])
-def test_products_in_wide_integers(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """What large pools take: the same results from 64-bit addresses."""
+@pytest.fixture
+def wide_integers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[TileView]]:
+    """Let the products compute addresses in 64 bits; return the views for which it was asked."""
+    asked: list[TileView] = []
+
+    def address_type(pool_numel: int, view: TileView, num_rows: int) -> triton.language.dtype:
+        asked.append(view)
+        return triton.language.int64
+
+    remembered = few_rows._by_slot, few_rows._one_row, few_rows._split, many_rows._launch
+    for function in remembered:
+        function.cache_clear()
     for module in (few_rows, many_rows):
-        monkeypatch.setattr(module, "address_type", lambda pool, view, num_rows: triton.language.int64)
+        monkeypatch.setattr(module, "address_type", address_type)
+    yield asked
+    for function in remembered:
+        function.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["many chunks, padded", "whole columns, many chunks", "sign per element", "a region"])
+def test_products_in_wide_integers(wide_integers: list[TileView], name: str) -> None:
+    """What large pools take: the same results from 64-bit addresses."""
     arguments, expected = product_case(name, 1, torch.bfloat16)
     ways = [few_rows.one_row, few_rows.split]
     ways += [few_rows.by_slot] if CASES[name].sign != "element" else []
     ways += [many_rows.many_rows] if name.startswith("whole columns") else []
     for product in ways:
         assert_computes(product, arguments, expected)
+    assert wide_integers == [arguments[4]] * len(ways)
 
 
 def test_address_type_by_what_must_be_counted() -> None:
     view, _, shape = CASES["sign per row"].build()
-    pool = torch.empty(shape, device="meta")
+    numel = shape[0] * shape[1]
     narrow, wide = triton.language.int32, triton.language.int64
-    assert few_rows.address_type(pool, view, 4) == narrow
-    assert few_rows.address_type(pool, view, 1 << 28) == wide
-    assert few_rows.address_type(torch.empty(1 << 25, 64, device="meta"), view, 4) == wide
-    assert few_rows.address_type(pool, view._replace(num_slots=1 << 16), 4) == wide
-    assert few_rows.address_type(pool, view._replace(base=(1 << 31) * 256), 4) == wide
+    assert few_rows.address_type(numel, view, 4) == narrow
+    assert few_rows.address_type(numel, view, 1 << 28) == wide
+    assert few_rows.address_type(1 << 31, view, 4) == wide
+    assert few_rows.address_type(numel, view._replace(num_slots=1 << 16), 4) == wide
+    assert few_rows.address_type(numel, view._replace(base=(1 << 31) * 256), 4) == wide
 
 
 @pytest.mark.parametrize("num_rows", [1, 3, 200])
