@@ -167,8 +167,8 @@ def _pool_gradient(ctx: Any, position: int, name: str, *args: Any, pool_shape: S
     """
     # Along the edge that the gradient would take.
     read = ctx.next_functions[position][0]
-    # A compiler of backward passes does not know which nodes run.
-    if not torch.compiler.is_compiling() and (sink := sink_of(read)) is not None:
+    # A compiler of backward passes does not know which nodes run; one that records them runs them.
+    if (sink := sink_of(read)) is not None and (sink.recorded or not torch.compiler.is_compiling()):
         if not is_wanted(read):
             return None
         if (total := sink.total()) is not None:

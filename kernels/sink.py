@@ -21,9 +21,10 @@ from torch import Tensor
 class _Buffer:
     """The sum of one backward pass. Only the engine's task holds it, by the callback: it lives no longer than that."""
 
-    def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, recorded: bool) -> None:
         self.total: Tensor | None = torch.zeros(shape, dtype=dtype, device=device)
-        self.stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        streamed = device.type == "cuda" and not recorded
+        self.stream = torch.cuda.current_stream(device) if streamed else None
         self.raw_stream = None if self.stream is None else self.stream.cuda_stream
 
     def ready(self) -> Tensor:
@@ -56,6 +57,8 @@ class Sink:
         # Weak: the gate's node holds the sink.
         self._gate: weakref.ref[Any] | None = None
         self._buffers: weakref.WeakValueDictionary[int, _Buffer] = weakref.WeakValueDictionary()
+        # Whether its backward passes are recorded by a compiler, on tensors that hold no values.
+        self.recorded = False
         # How often a gradient has left for the pool.
         self.runs = 0
 
@@ -76,7 +79,7 @@ class Sink:
             gate = None if self._gate is None else self._gate()
             if gate is None or not torch._C._will_engine_execute_node(gate):
                 return None
-            buffer = _Buffer(*self._like)
+            buffer = _Buffer(*self._like, self.recorded)
             self._buffers[task] = buffer
             torch.autograd.Variable._execution_engine.queue_callback(buffer.close)
         return buffer.ready()

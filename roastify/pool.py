@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from roastify import traced
 from roastify.errors import RoastError
 from roastify.gamma import inverse_gamma
 from roastify.kernels import reference
@@ -105,6 +106,9 @@ class RoastPool(nn.Module):
         tracked = torch.is_grad_enabled() and weight.requires_grad
         if not tracked and dtype == weight.dtype:
             return weight
+        # An exported graph has no backward pass, and is for who may not have this operator.
+        if tracked and torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+            return traced.read(self, dtype)
         return made_of(self).read(dtype, tracked)
 
     def forward(self, x: Any) -> Any:

@@ -57,9 +57,10 @@ class SharedTensor:
             weight = weight + self.center
         if self.zero_row is None:
             return weight
-        # Filled on the device: a copy from the CPU cannot be captured in a CUDA graph.
-        row = torch.full((), self.zero_row, device=weight.device)
-        return weight.index_fill(0, row, 0.0)
+        # On the device: a copy from the CPU cannot be captured in a CUDA graph. Not `index_fill`: of a gradient that is
+        # one number expanded, as a sum's, Inductor makes zeros everywhere (torch 2.13).
+        row = torch.arange(weight.shape[0], device=weight.device) == self.zero_row
+        return weight.masked_fill(row.view(-1, *(1,) * (weight.dim() - 1)), 0.0)
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return `x · weightᵀ + bias`."""

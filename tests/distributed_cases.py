@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import roastify
 from roastify.errors import RoastError
@@ -58,6 +59,20 @@ class Net(nn.Module):
         return self.head(x)
 
 
+class Checkpointed(Net):
+    """The same, its blocks computed again in backward; the reentrant kind has a backward pass of its own for each."""
+
+    def __init__(self, use_reentrant: bool) -> None:
+        super().__init__()
+        self.use_reentrant = use_reentrant
+
+    def forward(self, words: Tensor, skip: bool = False) -> Tensor:
+        x = self.words(words)
+        for block in self.blocks[: 1 if skip else 2]:
+            x = checkpoint(block, x, use_reentrant=self.use_reentrant)
+        return self.head(x)
+
+
 class Experts(nn.Module):
     """A model that a batch leads past everything that is shared."""
 
@@ -75,7 +90,13 @@ def sequential() -> nn.Module:
     return nn.Sequential(nn.Embedding(WORDS, WIDTH), Block(), Block(), nn.Linear(WIDTH, WORDS))
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {"net": Net, "sequential": sequential, "experts": Experts}
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "net": Net,
+    "sequential": sequential,
+    "checkpointed": lambda: Checkpointed(False),
+    "reentrant": lambda: Checkpointed(True),
+    "experts": Experts,
+}
 
 
 def converted(name: str = "net") -> nn.Module:
@@ -158,6 +179,15 @@ def ddp(settings: dict[str, Any], name: str, skips: tuple[Any, ...], parts: int)
     return alone.state_dict(), model.module.state_dict(), (counted.pools, counted.elements / numel)
 
 
+def ddp_refusal(name: str) -> str:
+    """Return what DDP without settings says to a model that it does not take."""
+    try:
+        train_together(DistributedDataParallel(converted(name)))
+    except RuntimeError as error:
+        return str(error)
+    raise AssertionError("DDP took the model")
+
+
 def ddp_narrow() -> tuple[Values, Values]:
     """Return what one process comes to, and what two come to that exchange float16 (bfloat16 needs NCCL)."""
     model = DistributedDataParallel(converted())
@@ -177,6 +207,31 @@ def fsdp(name: str, by_block: bool, settings: dict[str, Any]) -> tuple[Values, V
     model = train_together(shard(converted(name), by_block, **settings))
     alone = train_alone(converted(name)).state_dict()
     return alone, get_model_state_dict(model, options=FULL), find_pool(model).weight.to_local().numel()
+
+
+def fsdp_accumulating(way: str) -> tuple[Values, Values, list[int]]:
+    """Return what one process and two come to that accumulate, and how many gradients each backward pass shared out.
+
+    Args:
+        way: "sync": gradients stay whole, and are shared out in the last backward pass; "last": each pass shares them
+            out, and the last one also ends what the others began.
+    """
+    model = shard(converted(), True)
+    optimizer = optimizer_of(model)
+    shared_out = []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        pieces = batches(step)[dist.get_rank()].chunk(2)
+        for index, words in enumerate(pieces):
+            last = index == len(pieces) - 1
+            model.set_is_last_backward(last)
+            if way == "sync":
+                model.set_requires_gradient_sync(last)
+            (loss_of(model, words) / len(pieces)).backward()
+            shared_out.append(sum(parameter.grad is not None for parameter in model.parameters()))
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    return train_alone(converted()).state_dict(), get_model_state_dict(model, options=FULL), shared_out
 
 
 def fsdp_narrow() -> tuple[Values, Values, set[torch.dtype], set[torch.dtype]]:

@@ -63,6 +63,24 @@ def test_ddp_with_accumulation_talks_once_a_step(two: Processes) -> None:
         assert pools == STEPS and share == STEPS
 
 
+@pytest.mark.parametrize(
+    ("name", "settings", "parts"),
+    [("checkpointed", {}, 1), ("checkpointed", {}, 2), ("reentrant", {"static_graph": True}, 1)],
+    ids=["plain", "accumulating", "reentrant"],
+)
+def test_ddp_with_checkpointing(two: Processes, name: str, settings: dict[str, Any], parts: int) -> None:
+    """The reentrant kind gives the pool a gradient for each segment, which DDP takes where it knows the graph."""
+    for alone, together, (pools, share) in two.run(cases.ddp, settings, name, ((), ()), parts):
+        assert_same(together, alone)
+        assert moved(together)
+        assert pools == STEPS and share == STEPS
+
+
+def test_ddp_refuses_reentrant_checkpointing_of_a_graph_that_it_does_not_know(two: Processes) -> None:
+    for message in two.run(cases.ddp_refusal, "reentrant"):
+        assert "mark a variable ready only once" in message and "roast_pool.weight" in message, message
+
+
 @pytest.mark.parametrize("skips", [((True,), (True,)), ((True,), (False,))], ids=["both", "one"])
 @pytest.mark.parametrize("name", ["net", "experts"])
 def test_ddp_of_layers_that_a_process_does_not_use(two: Processes, name: str, skips: tuple[Any, ...]) -> None:
@@ -87,6 +105,15 @@ def test_fsdp(two: Processes, name: str, by_block: bool, settings: dict[str, Any
     assert_same(together, alone)
     (size,) = (value.numel() for name, value in alone.items() if name.endswith("roast_pool.weight"))
     assert sum(part for *_, part in found) == size and all(0 < part < size for *_, part in found)
+
+
+@pytest.mark.parametrize("way", ["sync", "last"])
+def test_fsdp_with_accumulation(two: Processes, way: str) -> None:
+    alone, together, shared_out = two.run(cases.fsdp_accumulating, way)[0]
+    assert_same(together, alone)
+    assert moved(together)
+    # Where gradients stay whole, no parameter has its part of one until the last backward pass of a step.
+    assert shared_out == [0 if way == "sync" else len(alone), len(alone)] * STEPS
 
 
 def test_fsdp_in_bfloat16(two: Processes) -> None:

@@ -43,7 +43,7 @@ LAYERS = [
         "batches",
         "training_state",
     },
-    {"kinds", "layers", "operand", "shared", "reading", "pool", "gamma", "passes", "mapping", "config"},
+    {"kinds", "layers", "operand", "shared", "reading", "pool", "gamma", "passes", "traced", "mapping", "config"},
     {"weight"},
     {"errors"},
     {"kernels"},
