@@ -42,6 +42,7 @@ PLAIN_ARGUMENTS = [
 ]
 
 
+_TENSORS = (Tensor, torch.nn.Parameter)
 # What a launch may say beside a kernel's parameters.
 _OPTIONS = ("num_warps", "launch_pdl")
 
@@ -123,12 +124,14 @@ def _check_names(kernel: Any, parameters: list[str], changing: tuple[str, ...], 
 
 def _kind(value: Any) -> tuple[Any, ...] | type[float]:
     """Return all by which a kernel is compiled anew for an argument."""
-    if isinstance(value, Tensor):
+    # By its class first: `isinstance(value, Tensor)` is a call of torch's, and there are 15 arguments a layer and step.
+    kind = type(value)
+    if kind in _TENSORS or (kind not in (float, TensorDescriptor) and isinstance(value, Tensor)):
         return value.dtype, value.data_ptr() % 16 == 0
-    if isinstance(value, TensorDescriptor):
+    if kind is TensorDescriptor:
         # Its address is a multiple of 16, or it could not have been made.
         return value.base.dtype, *value.block_shape
-    if type(value) is float:
+    if kind is float:
         return float
     raise TypeError(f"a launch takes tensors, tensor descriptors and floats, not {value!r}: other numbers are fixed")
 

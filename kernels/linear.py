@@ -101,7 +101,7 @@ def linear_t(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: 
         else:
             out += flat[:, start:stop] @ weight
     assert out is not None
-    out = out.to(x.dtype)
+    out = out if out.dtype == x.dtype else out.to(x.dtype)
     return out if x.dim() == 2 else out.view(*x.shape[:-1], view.cols)
 
 

@@ -83,8 +83,8 @@ def _on_cuda(name: str) -> Any:
     def call(*args: Any) -> Tensor | None:
         launcher = _launcher(name)
         # Triton launches on the current device, which need not be the tensors'.
-        device = args[0].device
-        if device.index == torch.cuda.current_device():
+        device = args[0].get_device()
+        if device == torch._C._cuda_getDevice():
             return launcher(*args)
         with torch.cuda.device(device):
             return launcher(*args)
@@ -430,7 +430,10 @@ def _like_autocast(x: Tensor, pool: Tensor, bias: Tensor | None) -> tuple[Tensor
     dtype = _autocast_dtype(x)
     if dtype is None:
         return x, pool, bias
-    return x.to(dtype), pool.to(dtype), None if bias is None else bias.to(dtype)
+    # A call of `to` costs the host more than to see that it would do nothing.
+    x = x if x.dtype == dtype else x.to(dtype)
+    pool = pool if pool.dtype == dtype else pool.to(dtype)
+    return x, pool, bias if bias is None or bias.dtype == dtype else bias.to(dtype)
 
 
 def _check_product(name: str, x: Tensor, size: int, pool: Tensor, bias: Tensor | None) -> None:
