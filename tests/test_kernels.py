@@ -16,6 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -601,7 +603,8 @@ def test_every_operator_is_tested() -> None:
     registered = {
         name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("roastify::")
     }
-    assert registered == {*OPERATIONS, *ADDING}
+    # `read` is how a compiler sees the pool; test_compile.py holds it.
+    assert registered == {*OPERATIONS, *ADDING, "read"}
 
 
 @each_dtype
@@ -1155,3 +1158,36 @@ def test_a_half_pool_has_its_gradient_divided_too() -> None:
     pool.initialise_random(1.0, 0)
     assert _backward(pool, SHARED, _cotangents(SHARED)).dtype == torch.float16
     _assert_preconditioned(pool, SHARED, rtol=5e-3)
+
+
+def test_who_looks_sees_the_operators() -> None:
+    """Past the dispatcher only where nothing is between an operator and its kernels."""
+    case = CASES[0]
+    pool, table = torch.randn(case.pool_shape, requires_grad=True), case.table
+    view, x = case.view, torch.randn(3, case.view.cols)
+
+    class Seen(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.names: list[str] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    def step() -> Tensor:
+        pool.grad = None
+        ops.linear(x, pool, None, table, view, 0.5).square().sum().backward()
+        return pool.grad.clone()
+
+    alone = step()
+    with Seen() as seen:
+        watched = step()
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        measured = step()
+    assert torch.equal(alone, watched) and torch.equal(alone, measured)
+    wanted = {"roastify.linear.default", "roastify.linear_reduce.default"}
+    assert wanted <= set(seen.names)
+    assert {"roastify::linear", "roastify::linear_reduce"} <= {event.key for event in profiled.key_averages()}
+    graph = make_fx(lambda x: ops.linear(x, pool.detach(), None, table, view, 0.5))(x)
+    assert any(node.target is torch.ops.roastify.linear.default for node in graph.graph.nodes)
