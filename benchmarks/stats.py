@@ -53,7 +53,8 @@ class Difference(NamedTuple):
     def __str__(self) -> str:
         if math.isnan(self.p):
             return f"{self.mean:+.2f}"
-        return f"{self.mean:+.2f} ± {self.error:.2f} (p = {self.p:.2f})"
+        p = f"p = {self.p:.2g}" if self.p >= 0.001 else "p < 0.001"
+        return f"{self.mean:+.2f} ± {self.error:.2f} ({p})"
 
 
 def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference | None:

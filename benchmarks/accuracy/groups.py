@@ -121,6 +121,7 @@ def kept() -> Iterator[Run]:
     """What is worth keeping dense."""
     everything = {"share": "all"}, {"share": "weights"}
     ends = {"exclude": ("prepare", "head")}, {"exclude": "prepare"}, {"exclude": "head"}
+    yield from _vary("resnet9", (300.0,), *reversed(everything))
     yield from _vary("resnet9", (100.0, 10.0), *ends, *everything)
     inside = {"exclude": "head"}, {"exclude": "positions"}, {"row_scales": True}
     yield from _vary("imdb", (100.0, 10.0), *everything, *inside)

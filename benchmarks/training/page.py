@@ -21,9 +21,11 @@ A step is zeroed gradients (`set_to_none`), forward in bfloat16 autocast, backwa
 data. Before it is timed, the converted model's loss is held to the dense model's with the same weights. The sides run
 in one process in turn, six steps in a row, of which the first is not timed; the GPU is not waited for between them.
 Times are medians, with quartiles. `graphed` replays the whole step as one CUDA graph, so that its time is the GPU's
-own; its memory is that of the steps before the capture. In `eager` steps, which is also how the rows for several GPUs
-train, Python launches every kernel, and a converted layer has more to launch than a dense one: where a model's kernels
-are short, that sets the time, and it is much longer than the dense model's. Activations are what the forward pass
+own; its memory is that of the steps before the capture. `compiled` is `torch.compile` as it is, `reduce-overhead` its
+mode of that name. In `eager` steps, which is also how the rows for several GPUs train, Python launches every kernel,
+and a converted layer asks more of Python than a dense one: where a model's kernels are short, that sets the time, and
+it is much longer than the dense model's. So it is in `compiled` steps, whose operators on the pool are Python's. Such
+times move with the host by a fifth from run to run, and efficiencies that are made of them with them. Activations are what the forward pass
 leaves for the backward pass; the peak is the allocator's, over one step. An aim is what this project set itself before
 measuring, and aims that are missed stay in the tables.
 """
