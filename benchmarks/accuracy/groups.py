@@ -112,6 +112,7 @@ def signs() -> Iterator[Run]:
 def tiles() -> Iterator[Run]:
     """The tile's size in small pools, and in large ones with a sign for each element."""
     sides = [{"tile": f"{side}x{side}"} for side in (16, 8, 64)]
+    yield from _vary("resnet9", (300.0,), *sides[:2])
     yield from _vary("resnet9", (100.0,), *sides, {"mapping": "hashednet"})
     yield from _vary("resnet9", (10.0,), *({**change, "sign": "element"} for change in ({"tile": "32x32"}, *sides[:2])))
     yield from _vary("imdb", (100.0,), *sides)

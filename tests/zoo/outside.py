@@ -24,6 +24,7 @@ import torch
 from zoo import extras, pretrained
 from zoo.examine import Entry, Row, Unbuilt, examine
 from zoo.page import OUTSIDE, load, write_outside
+from zoo.run import collected
 
 LISTS = {"outside": extras.entries, "transformers": pretrained.entries}
 _PACKAGES = ("torch", "timm", "torchvision", "torch-geometric", "transformers")
@@ -165,17 +166,8 @@ def main() -> int:
     if options.names:
         entries = [(number, entry) for number, entry in entries if entry.name in options.names]
     order = {entry.name: number for number, entry in entries}
-    rows: list[Row] = []
-    unbuilt: list[str] = []
-    for found in examine_all(options.list, entries, options.processes, 60 * options.minutes, options.timeout):
-        if isinstance(found, str):
-            unbuilt.append(found)
-            sys.stdout.write(f"not run  {found}\n")
-        else:
-            rows.append(found)
-            verdict = "FAILS" if found.failure else "ok"
-            sys.stdout.write(f"{verdict:8} {found.name}: {found.shared:.1%} shared {found.failure}\n")
-        sys.stdout.flush()
+    found = examine_all(options.list, entries, options.processes, 60 * options.minutes, options.timeout)
+    rows, unbuilt = collected(found)
     rows.sort(key=lambda row: order[row.name])
     results = {
         "date": time.strftime("%Y-%m-%d"),

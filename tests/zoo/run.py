@@ -7,7 +7,7 @@ import importlib.util
 import multiprocessing
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 
 import torch
@@ -50,6 +50,22 @@ def _examine_all(jobs: list[tuple[int, bool]], processes: int) -> Iterator[Row |
             yield from pool.map(_examine_by_number, jobs[start : start + _BATCH])
 
 
+def collected(found: Iterable[Row | str]) -> tuple[list[Row], list[str]]:
+    """Return the rows, and what was not run; each is printed as it comes."""
+    rows: list[Row] = []
+    unbuilt: list[str] = []
+    for one in found:
+        if isinstance(one, str):
+            unbuilt.append(one)
+            sys.stdout.write(f"not run  {one}\n")
+        else:
+            rows.append(one)
+            verdict = "FAILS" if one.failure else "ok"
+            sys.stdout.write(f"{verdict:8} {one.name}: {one.shared:.1%} shared {one.failure}\n")
+        sys.stdout.flush()
+    return rows, unbuilt
+
+
 def main() -> int:
     """Run what is asked for; the exit code is 1 if a model fails."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -62,17 +78,7 @@ def main() -> int:
         for number, entry in enumerate(entries(options.unlisted))
         if not options.names or entry.name in options.names
     ]
-    rows: list[Row] = []
-    unbuilt: list[str] = []
-    for found in _examine_all(jobs, options.processes):
-        if isinstance(found, str):
-            unbuilt.append(found)
-            sys.stdout.write(f"not run  {found}\n")
-        else:
-            rows.append(found)
-            verdict = "FAILS" if found.failure else "ok"
-            sys.stdout.write(f"{verdict:8} {found.name}: {found.shared:.1%} shared {found.failure}\n")
-        sys.stdout.flush()
+    rows, unbuilt = collected(_examine_all(jobs, options.processes))
     failed = [row for row in rows if row.failure]
     sys.stdout.write(f"{len(rows) - len(failed)} of {len(rows)} pass, {len(unbuilt)} not run\n")
     if not options.names and not options.unlisted:
