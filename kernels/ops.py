@@ -21,9 +21,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from roastify.kernels import reference
-from roastify.kernels.sink import is_wanted, sink_of
+from roastify.kernels.sink import is_batched, is_wanted, sink_of
 from roastify.kernels.view import TileView
 
 _VIEW = "Tensor table, int[] view, float scale"
@@ -171,6 +172,8 @@ def _call(name: str, *args: Any) -> Any:
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._are_functorch_transforms_active()
+        or is_batched()
+        or forward_ad._current_level >= 0
         or torch._C._is_tracing()
         or torch.autograd._profiler_enabled()
     ):
@@ -335,10 +338,27 @@ def _node(name: str, save: Any, differentiate: Any) -> Any:
     return Node
 
 
+def _refuse_transforms(name: str, args: tuple[Any, ...]) -> None:
+    """Raise where a derivative is asked for that no operator has: below, a tangent would be lost without a word."""
+    if torch._C._are_functorch_transforms_active():
+        kind = torch._C._functorch.peek_interpreter_stack().key()
+        recorded = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        asked = recorded or kind == torch._C._functorch.TransformType.Jvp
+    else:
+        asked = any(isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None for arg in args)
+    if asked:
+        raise NotImplementedError(
+            f"roastify::{name} has no derivatives in forward mode, nor in the transforms of torch.func (grad, jvp, …); "
+            f"use torch.autograd.grad, or roastify.densify(model) for a model that they take"
+        )
+
+
 def _for_autograd(name: str) -> Any:
     """Return an operator's implementation for autograd's key."""
 
     def call(*args: Any) -> Tensor:
+        if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+            _refuse_transforms(name, args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return _nodes[name].apply(*args)
         with torch._C._AutoDispatchBelowAutograd():
