@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-
-_VMAP = torch._C._parse_dispatch_key("VmapMode")
+_VMAP = cast(torch._C.DispatchKey, torch._C._parse_dispatch_key("VmapMode"))
 
 
 def is_batched() -> bool:
