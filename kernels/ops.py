@@ -239,11 +239,14 @@ def _backward_reduce(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 def _save_linear(
     ctx: Any, x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: Sequence[int], scale: float
 ) -> None:
-    _save_view(ctx, table, view, scale, x, pool)
+    # As the dense product: what no gradient needs is not kept, and may change.
+    need_x, need_pool = ctx.needs_input_grad[:2]
+    _save_view(ctx, table, view, scale, x if need_pool else None, pool if need_x else None)
+    ctx.pool_shape = pool.shape
 
 
-def _linear_pool_gradient(ctx: Any, grad: Tensor, x: Tensor, table: Tensor, pool: Tensor) -> Tensor | None:
-    return _pool_gradient(ctx, 1, "linear_reduce", grad, x, table, ctx.view, ctx.scale, pool_shape=pool.shape)
+def _linear_pool_gradient(ctx: Any, grad: Tensor, x: Tensor, table: Tensor) -> Tensor | None:
+    return _pool_gradient(ctx, 1, "linear_reduce", grad, x, table, ctx.view, ctx.scale, pool_shape=ctx.pool_shape)
 
 
 def _backward_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -251,7 +254,7 @@ def _backward_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     need_x, need_pool, need_bias = ctx.needs_input_grad[:3]
     return (
         _call("linear_t", grad, pool, None, table, ctx.view, ctx.scale) if need_x else None,
-        _linear_pool_gradient(ctx, grad, x, table, pool) if need_pool else None,
+        _linear_pool_gradient(ctx, grad, x, table) if need_pool else None,
         _sum_to_bias(grad, need_bias),
         None,
         None,
@@ -264,7 +267,7 @@ def _backward_linear_t(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     need_x, need_pool, need_bias = ctx.needs_input_grad[:3]
     return (
         _call("linear", grad, pool, None, table, ctx.view, ctx.scale) if need_x else None,
-        _linear_pool_gradient(ctx, x, grad, table, pool) if need_pool else None,
+        _linear_pool_gradient(ctx, x, grad, table) if need_pool else None,
         _sum_to_bias(grad, need_bias),
         None,
         None,
@@ -275,7 +278,8 @@ def _backward_linear_t(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 def _save_linear_reduce(
     ctx: Any, grad: Tensor, x: Tensor, table: Tensor, view: Sequence[int], scale: float, pool_shape: Sequence[int]
 ) -> None:
-    _save_view(ctx, table, view, scale, grad, x)
+    need_grad, need_x = ctx.needs_input_grad[:2]
+    _save_view(ctx, table, view, scale, grad if need_x else None, x if need_grad else None)
 
 
 def _backward_linear_reduce(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
