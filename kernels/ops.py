@@ -21,9 +21,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from roastify.kernels import reference
-from roastify.kernels.sink import is_wanted, sink_of
+from roastify.kernels.sink import is_batched, is_wanted, sink_of
 from roastify.kernels.view import TileView
 
 _VIEW = "Tensor table, int[] view, float scale"
@@ -171,6 +172,8 @@ def _call(name: str, *args: Any) -> Any:
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._are_functorch_transforms_active()
+        or is_batched()
+        or forward_ad._current_level >= 0
         or torch._C._is_tracing()
         or torch.autograd._profiler_enabled()
     ):
@@ -236,11 +239,14 @@ def _backward_reduce(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 def _save_linear(
     ctx: Any, x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: Sequence[int], scale: float
 ) -> None:
-    _save_view(ctx, table, view, scale, x, pool)
+    # As the dense product: what no gradient needs is not kept, and may change.
+    need_x, need_pool = ctx.needs_input_grad[:2]
+    _save_view(ctx, table, view, scale, x if need_pool else None, pool if need_x else None)
+    ctx.pool_shape = pool.shape
 
 
-def _linear_pool_gradient(ctx: Any, grad: Tensor, x: Tensor, table: Tensor, pool: Tensor) -> Tensor | None:
-    return _pool_gradient(ctx, 1, "linear_reduce", grad, x, table, ctx.view, ctx.scale, pool_shape=pool.shape)
+def _linear_pool_gradient(ctx: Any, grad: Tensor, x: Tensor, table: Tensor) -> Tensor | None:
+    return _pool_gradient(ctx, 1, "linear_reduce", grad, x, table, ctx.view, ctx.scale, pool_shape=ctx.pool_shape)
 
 
 def _backward_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -248,7 +254,7 @@ def _backward_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     need_x, need_pool, need_bias = ctx.needs_input_grad[:3]
     return (
         _call("linear_t", grad, pool, None, table, ctx.view, ctx.scale) if need_x else None,
-        _linear_pool_gradient(ctx, grad, x, table, pool) if need_pool else None,
+        _linear_pool_gradient(ctx, grad, x, table) if need_pool else None,
         _sum_to_bias(grad, need_bias),
         None,
         None,
@@ -261,7 +267,7 @@ def _backward_linear_t(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     need_x, need_pool, need_bias = ctx.needs_input_grad[:3]
     return (
         _call("linear", grad, pool, None, table, ctx.view, ctx.scale) if need_x else None,
-        _linear_pool_gradient(ctx, x, grad, table, pool) if need_pool else None,
+        _linear_pool_gradient(ctx, x, grad, table) if need_pool else None,
         _sum_to_bias(grad, need_bias),
         None,
         None,
@@ -272,7 +278,8 @@ def _backward_linear_t(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 def _save_linear_reduce(
     ctx: Any, grad: Tensor, x: Tensor, table: Tensor, view: Sequence[int], scale: float, pool_shape: Sequence[int]
 ) -> None:
-    _save_view(ctx, table, view, scale, grad, x)
+    need_grad, need_x = ctx.needs_input_grad[:2]
+    _save_view(ctx, table, view, scale, grad if need_x else None, x if need_grad else None)
 
 
 def _backward_linear_reduce(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -335,10 +342,27 @@ def _node(name: str, save: Any, differentiate: Any) -> Any:
     return Node
 
 
+def _refuse_transforms(name: str, args: tuple[Any, ...]) -> None:
+    """Raise where a derivative is asked for that no operator has: below, a tangent would be lost without a word."""
+    if torch._C._are_functorch_transforms_active():
+        kind = torch._C._functorch.peek_interpreter_stack().key()
+        recorded = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        asked = recorded or kind == torch._C._functorch.TransformType.Jvp
+    else:
+        asked = any(isinstance(arg, Tensor) and forward_ad.unpack_dual(arg).tangent is not None for arg in args)
+    if asked:
+        raise NotImplementedError(
+            f"roastify::{name} has no derivatives in forward mode, nor in the transforms of torch.func (grad, jvp, …); "
+            f"use torch.autograd.grad, or roastify.densify(model) for a model that they take"
+        )
+
+
 def _for_autograd(name: str) -> Any:
     """Return an operator's implementation for autograd's key."""
 
     def call(*args: Any) -> Tensor:
+        if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+            _refuse_transforms(name, args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return _nodes[name].apply(*args)
         with torch._C._AutoDispatchBelowAutograd():

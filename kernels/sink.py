@@ -12,10 +12,17 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+
+_VMAP = cast(torch._C.DispatchKey, torch._C._parse_dispatch_key("VmapMode"))
+
+
+def is_batched() -> bool:
+    """Whether `torch.autograd.grad` takes a batch of gradients at once, by a vmap that is not `torch.func`'s."""
+    return torch._C._dispatch_tls_is_dispatch_key_included(_VMAP)
 
 
 class _Buffer:
@@ -72,7 +79,7 @@ class Sink:
         They must where a graph of them is asked for, in a transform, and where the pass ends before the gate.
         """
         task = torch._C._current_graph_task_id()
-        if task == -1 or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+        if task == -1 or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or is_batched():
             return None
         buffer = self._buffers.get(task)
         if buffer is None:

@@ -127,11 +127,17 @@ def read_shared(module: RoastModule, name: str) -> Tensor:
     if readers:
         return readers[-1](module, name)
     shared = module._roast[name]
-    if torch.compiler.is_compiling():
-        return shared.dense()
-    weight = shared.dense().as_subclass(SharedWeight)
+    dense = shared.dense()
+    # A tensor without values is of a class already, and what records operators (`make_fx`) knows no class of ours.
+    if torch.compiler.is_compiling() or type(dense) is not Tensor or _is_recording():
+        return dense
+    weight = dense.as_subclass(SharedWeight)
     weight.source = (module, name, shared)
     return weight
+
+
+def _is_recording() -> bool:
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
 class _Call:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
@@ -226,6 +229,24 @@ def test_an_exported_program_runs() -> None:
         torch.testing.assert_close(program.module()(tokens(size)), model(tokens(size)))
     # What a compiled model reads the pool by is for its backward pass.
     assert "roastify.embedding" in str(program.graph) and "roastify.read" not in str(program.graph)
+
+
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_operators_that_are_recorded(mode: str) -> None:
+    model = convert(Tokens())
+    recorded = make_fx(functools.partial(step, model, model), tracing_mode=mode, _allow_non_fake_inputs=True)(tokens(4))
+    assert "roastify.linear_reduce_" in str(recorded.graph)
+    assert_near(recorded(tokens(4, seed=1)), step(model, model, tokens(4, seed=1)))
+
+
+def test_a_model_met_by_tensors_without_values() -> None:
+    model = convert(Tokens())
+    other = copy.deepcopy(model)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        out = model(fake.from_tensor(tokens(4)))
+    assert isinstance(out, FakeTensor) and out.shape == (4, 9, 96) and out.requires_grad
+    # Nothing without values is left behind for those with them.
+    assert_near(step(model, model, tokens(4)), step(other, other, tokens(4)))
 
 
 @inductor

@@ -431,6 +431,26 @@ def test_a_frozen_pool(sums: list[bool]) -> None:
     assert pool_of(model).weight.grad is not None and len(sums) == 1
 
 
+@pytest.mark.parametrize("product", ["linear", "linear_t"])
+def test_products_keep_only_what_a_gradient_needs(product: str) -> None:
+    """As dense ones do: of a frozen weight no activations, of an input without gradients no weights."""
+    model, _ = pair("stack")
+    shared, weight = model.layers[0]._roast["weight"], pool_of(model).weight
+    x = torch.randn(3, 48, dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad(getattr(shared, product)(x, None).sum(), weight)
+    out = getattr(shared, product)(x.detach(), None)
+    with torch.no_grad():
+        weight.mul_(2.0)
+    assert_same(torch.autograd.grad(out.sum(), weight), [expected], 1e-12)
+
+    weight.requires_grad_(False)
+    (expected,) = torch.autograd.grad(getattr(shared, product)(x, None).sum(), x)
+    changing = x * 1.0
+    out = getattr(shared, product)(changing, None)
+    changing.mul_(2.0)
+    assert_same(torch.autograd.grad(out.sum(), x), [expected], 1e-12)
+
+
 class OfAnotherGraph(torch.autograd.Function):
     """A function of a leaf with the weight's values, whose gradient is then the weight's."""
 

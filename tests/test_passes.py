@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -796,3 +797,41 @@ def test_transforms_are_refused(transform: str) -> None:
     with pytest.raises(RoastError, match=r"torch\.func.*roastify\.densify"):
         calls[transform]()
     assert model(x).requires_grad
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("transform", "grad"), [("grad", True), ("jvp", True), ("jvp", False), ("dual", True), ("dual", False)]
+)
+def test_derivatives_that_no_operator_has_are_refused_where_the_pool_is_frozen(transform: str, grad: bool) -> None:
+    model = roastify.convert(nn.Sequential(nn.Linear(32, 32)), ratio=2).requires_grad_(False)
+    x = torch.randn(3, 32)
+
+    def dual() -> Tensor:
+        with forward_ad.dual_level():
+            # Without a tangent there is nothing to lose.
+            assert torch.equal(model(x), expected)
+            return model(forward_ad.make_dual(x, x))
+
+    calls = {
+        "grad": lambda: torch.func.grad(lambda x: model(x).sum())(x),
+        "jvp": lambda: torch.func.jvp(model, (x,), (x,)),
+        "dual": dual,
+    }
+    expected = model(x)
+    with torch.set_grad_enabled(grad), pytest.raises(NotImplementedError, match=r"forward mode.*roastify\.densify"):
+        calls[transform]()
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_batches_of_gradients() -> None:
+    model = roastify.convert(nn.Sequential(nn.Embedding(64, 32), nn.Linear(32, 32)), ratio=2).double()
+    x = torch.randn(3, 32, dtype=torch.float64, requires_grad=True)
+    out = model[1](x + model[0](torch.arange(3)))
+    vectors = torch.randn(4, *out.shape, dtype=torch.float64)
+    wanted = x, pool_of(model).weight
+    found = torch.autograd.grad(out, wanted, vectors, retain_graph=True, is_grads_batched=True)
+    expected = [torch.autograd.grad(out, wanted, vector, retain_graph=True) for vector in vectors]
+    for batch, each in zip(found, zip(*expected, strict=True), strict=True):
+        torch.testing.assert_close(batch, torch.stack(each))
