@@ -94,9 +94,10 @@ def divide_(grad: Tensor, per_slot: Tensor, uneven_slots: Tensor, uneven: Tensor
     """Divide a contiguous gradient by Γ in place."""
     by_slot = grad.view(per_slot.shape[0], -1)
     by_slot.mul_(per_slot.index_fill(0, uneven_slots, 1.0)[:, None])
-    step = max(1, _UNEVEN_ELEMENTS // by_slot.shape[1])
-    for slots, factors in zip(uneven_slots.split(step), uneven.split(step), strict=True):
-        if slots.numel():
+    # Torch 2.11 cannot split nothing where it records.
+    if uneven_slots.numel():
+        step = max(1, _UNEVEN_ELEMENTS // by_slot.shape[1])
+        for slots, factors in zip(uneven_slots.split(step), uneven.split(step), strict=True):
             by_slot.index_copy_(0, slots, by_slot.index_select(0, slots).mul_(factors))
 
 

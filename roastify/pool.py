@@ -106,8 +106,9 @@ class RoastPool(nn.Module):
         tracked = torch.is_grad_enabled() and weight.requires_grad
         if not tracked and dtype == weight.dtype:
             return weight
-        # An exported graph has no backward pass, and is for who may not have this operator.
-        if tracked and torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+        # An exported graph has no backward pass, and is for who may not have this operator. The flag itself: dynamo of
+        # torch 2.11 takes `is_exporting()` for true wherever it traces.
+        if tracked and torch.compiler.is_dynamo_compiling() and not torch.compiler._is_exporting_flag:
             return traced.read(self, dtype)
         return made_of(self).read(dtype, tracked)
 
