@@ -29,7 +29,7 @@ from roastify.kernels.hash import (
     view_arguments,
 )
 from roastify.kernels.launch import PLAIN_ARGUMENTS, Launch, address_type, dependent_launch, precision, shared_memory
-from roastify.kernels.parts import add_parts
+from roastify.kernels.parts import add_parts, empty_parts
 from roastify.kernels.tuning import cdiv, power_of_2
 from roastify.kernels.view import MappingKind, SignKind, TileView
 
@@ -299,10 +299,7 @@ def split(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: Til
     settings = tuning.split(view, num_rows, x.element_size(), shared_memory(x.device))
     assert settings is not None, "linear.way asks first"
     launch, num_parts = _split(view, num_rows, x.device, pool.numel(), bias is not None, precision(x.dtype), settings)
-    if num_parts == 1:
-        out = torch.empty(num_rows, view.rows, dtype=x.dtype, device=x.device)
-    else:
-        out = torch.empty(num_parts, num_rows, view.rows, dtype=torch.float32, device=x.device)
+    out = empty_parts(x, view.rows, num_parts)
     launch(p_x=x, p_pool=pool, p_table=table, p_bias=out if bias is None else bias, p_out=out, scale=scale)
     return out if num_parts == 1 else add_parts(out, bias, x.dtype)
 

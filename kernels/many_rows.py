@@ -19,7 +19,7 @@ from roastify.kernels import tuning
 from roastify.kernels.backend import has_copy_engine
 from roastify.kernels.hash import effective_sign, interpreted, mix64, segment, view_arguments
 from roastify.kernels.launch import PLAIN_ARGUMENTS, Launch, address_type, dependent_launch, precision
-from roastify.kernels.parts import add_parts
+from roastify.kernels.parts import add_parts, empty_parts
 from roastify.kernels.tuning import cdiv
 from roastify.kernels.view import MappingKind, SignKind, TileView
 
@@ -92,10 +92,7 @@ def many_rows(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view:
     launch, num_parts, block_n = _launch(
         view, num_rows, x.device, pool.numel(), bias is not None, precision(x.dtype), settings
     )
-    if num_parts == 1:
-        out = torch.empty(num_rows, view.rows, dtype=x.dtype, device=x.device)
-    else:
-        out = torch.empty(num_parts, num_rows, view.rows, dtype=torch.float32, device=x.device)
+    out = empty_parts(x, view.rows, num_parts)
     launch(
         d_x=TensorDescriptor.from_tensor(x, [settings.block_m, view.tile_cols]),
         d_pool=TensorDescriptor.from_tensor(pool, [block_n, view.tile_cols]),

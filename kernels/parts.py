@@ -34,6 +34,13 @@ def _sum_kernel(
     tl.store(p_out + i, out.to(p_out.dtype.element_ty), mask=i < numel)
 
 
+def empty_parts(x: Tensor, rows: int, num_parts: int) -> Tensor:
+    """Return where the programs of a product write: its output, or float32 parts of it, where they share `k`."""
+    if num_parts == 1:
+        return torch.empty(x.shape[0], rows, dtype=x.dtype, device=x.device)
+    return torch.empty(num_parts, x.shape[0], rows, dtype=torch.float32, device=x.device)
+
+
 def add_parts(parts: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Return the sum of float32 `[parts, num_rows, rows]` over its first size, plus the bias, in a fixed order."""
     num_parts, num_rows, rows = parts.shape

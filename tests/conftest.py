@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -18,6 +21,12 @@ torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 # Reproducible: a failure in CI is a failure here. No deadline: the first example pays for torch's start.
 hypothesis.settings.register_profile("roastify", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("roastify")
+
+# By its path: the repository's root on sys.path would offer the folder kernels/ as a top-level package.
+_BENCHMARKS = Path(__file__).parents[1] / "benchmarks" / "__init__.py"
+_spec = importlib.util.spec_from_file_location("benchmarks", _BENCHMARKS)
+assert _spec is not None
+sys.modules.setdefault("benchmarks", importlib.util.module_from_spec(_spec))
 
 _ALLOCATORS = (
     (torch, "empty"),

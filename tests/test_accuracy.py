@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import itertools
 import json
 import math
@@ -23,17 +22,9 @@ from click.testing import CliRunner, Result
 from torch import Tensor, nn
 
 import roastify
-
-ROOT = Path(__file__).parents[1]
-
-# By its path: the repository's root on sys.path would offer the folder kernels/ as a top-level package.
-spec = importlib.util.spec_from_file_location("benchmarks", ROOT / "benchmarks" / "__init__.py")
-assert spec is not None
-sys.modules.setdefault("benchmarks", importlib.util.module_from_spec(spec))
-
-from benchmarks import stats  # noqa: E402
-from benchmarks.accuracy import __main__ as command  # noqa: E402
-from benchmarks.accuracy import (  # noqa: E402
+from benchmarks import stats
+from benchmarks.accuracy import __main__ as command
+from benchmarks.accuracy import (
     campaign,
     groups,
     inputs,
@@ -50,8 +41,10 @@ from benchmarks.accuracy import (  # noqa: E402
     trials,
     verdicts,
 )
-from benchmarks.accuracy.budget import UnreachableError, largest  # noqa: E402
-from benchmarks.accuracy.runs import Run  # noqa: E402
+from benchmarks.accuracy.budget import UnreachableError, largest
+from benchmarks.accuracy.runs import Run
+
+ROOT = Path(__file__).parents[1]
 
 PIL = pytest.importorskip("PIL.Image", reason="the data is made of image files, which Pillow writes")
 

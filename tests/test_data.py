@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import lzma
 import os
 import pickle
-import sys
 from pathlib import Path
 
 import click
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parents[1]
-
-# By its path: the repository's root on sys.path would offer the folder kernels/ as a top-level package.
-spec = importlib.util.spec_from_file_location("benchmarks", ROOT / "benchmarks" / "__init__.py")
-assert spec is not None
-sys.modules.setdefault("benchmarks", importlib.util.module_from_spec(spec))
-
-from benchmarks import data  # noqa: E402
+from benchmarks import data
 
 PIL = pytest.importorskip("PIL.Image", reason="the data is made of image files, which Pillow writes")
 COUNTS = {"train": 10, "test": 4}

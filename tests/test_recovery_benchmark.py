@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import lzma
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
-ROOT = Path(__file__).parents[1]
-
-# By its path: the repository's root on sys.path would offer the folder kernels/ as a top-level package.
-spec = importlib.util.spec_from_file_location("benchmarks", ROOT / "benchmarks" / "__init__.py")
-assert spec is not None
-sys.modules.setdefault("benchmarks", importlib.util.module_from_spec(spec))
-
-from benchmarks import recovery, recovery_page, recovery_runs, signs_tasks  # noqa: E402
+from benchmarks import recovery, recovery_page, recovery_runs, signs_tasks
 
 
 @pytest.fixture

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import lzma
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +13,8 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
-ROOT = Path(__file__).parents[1]
-
-# By its path: the repository's root on sys.path would offer the folder kernels/ as a top-level package.
-spec = importlib.util.spec_from_file_location("benchmarks", ROOT / "benchmarks" / "__init__.py")
-assert spec is not None
-sys.modules.setdefault("benchmarks", importlib.util.module_from_spec(spec))
-
-from benchmarks import data as data_sets  # noqa: E402
-from benchmarks import signs, signs_page, signs_tasks, stats  # noqa: E402
+from benchmarks import data as data_sets
+from benchmarks import signs, signs_page, signs_tasks, stats
 
 
 @pytest.fixture

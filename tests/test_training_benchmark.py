@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -14,15 +13,10 @@ import pytest
 from click.testing import CliRunner
 
 pytest.importorskip("transformers")
+from benchmarks.training import page
+from benchmarks.training.__main__ import main
+
 ROOT = Path(__file__).parents[1]
-
-# By its path: the repository's root on sys.path would offer the folder kernels/ as a top-level package.
-spec = importlib.util.spec_from_file_location("benchmarks", ROOT / "benchmarks" / "__init__.py")
-assert spec is not None
-sys.modules.setdefault("benchmarks", importlib.util.module_from_spec(spec))
-
-from benchmarks.training import page  # noqa: E402
-from benchmarks.training.__main__ import main  # noqa: E402
 
 
 def run(*command: str) -> str:
