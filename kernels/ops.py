@@ -56,7 +56,8 @@ _CUDA_HOMES = {
 }
 
 _library = torch.library.Library("roastify", "DEF")
-_VIEW_TRACKING = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+# The part of the dispatcher that tracks which tensors are views of which.
+VIEW_TRACKING = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 
 
 @functools.cache
@@ -74,7 +75,7 @@ def _implementation(name: str) -> Any:
 
     def call(*args: Any) -> Tensor | None:
         first = args[0]
-        with torch._C._ExcludeDispatchKeyGuard(_VIEW_TRACKING):
+        with torch._C._ExcludeDispatchKeyGuard(VIEW_TRACKING):
             if not first.is_cuda:
                 return elsewhere(*args)
             launcher = _launcher(name)
@@ -183,7 +184,7 @@ def _call(name: str, *args: Any) -> Any:
     return _implementations[name](*args)
 
 
-def _pool_gradient(ctx: Any, position: int, name: str, *args: Any, pool_shape: Sequence[int]) -> Tensor | None:
+def pool_gradient(ctx: Any, position: int, name: str, *args: Any, pool_shape: Sequence[int]) -> Tensor | None:
     """Return the pool's gradient, or None where it was added to the buffer of the backward pass, or nobody asks.
 
     Args:
@@ -221,7 +222,7 @@ def _save_gather(ctx: Any, pool: Tensor, table: Tensor, view: Sequence[int], sca
 
 def _backward_gather(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (table,) = ctx.saved_tensors
-    grad_pool = _pool_gradient(ctx, 0, "reduce", grad, table, ctx.view, ctx.scale, pool_shape=ctx.pool_shape)
+    grad_pool = pool_gradient(ctx, 0, "reduce", grad, table, ctx.view, ctx.scale, pool_shape=ctx.pool_shape)
     return grad_pool, None, None, None
 
 
@@ -246,7 +247,7 @@ def _save_linear(
 
 
 def _linear_pool_gradient(ctx: Any, grad: Tensor, x: Tensor, table: Tensor) -> Tensor | None:
-    return _pool_gradient(ctx, 1, "linear_reduce", grad, x, table, ctx.view, ctx.scale, pool_shape=ctx.pool_shape)
+    return pool_gradient(ctx, 1, "linear_reduce", grad, x, table, ctx.view, ctx.scale, pool_shape=ctx.pool_shape)
 
 
 def _backward_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -303,7 +304,7 @@ def _save_embedding(ctx: Any, index: Tensor, pool: Tensor, table: Tensor, view: 
 def _backward_embedding(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     table, index = ctx.saved_tensors
     args = grad, index, table, ctx.view, ctx.scale
-    return None, _pool_gradient(ctx, 1, "embedding_reduce", *args, pool_shape=ctx.pool_shape), None, None, None
+    return None, pool_gradient(ctx, 1, "embedding_reduce", *args, pool_shape=ctx.pool_shape), None, None, None
 
 
 def _save_embedding_reduce(

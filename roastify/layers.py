@@ -373,15 +373,27 @@ class RoastEmbeddingBag(RoastLayer, nn.EmbeddingBag):
         return total / (~padding).sum(1)[:, None].clamp(min=1)
 
 
-class RoastConv1d(RoastLayer, nn.Conv1d):
+class _RoastConv(RoastLayer):
+    """What convolutions on the pool have in common."""
+
+    bias: Tensor | None
+    _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the convolution of `input`."""
+        weight = self.weight if readers else self._roast["weight"].whole(input)
+        return self._conv_forward(input, weight, self.bias)
+
+
+class RoastConv1d(_RoastConv, nn.Conv1d):
     """`nn.Conv1d` on the pool, its weight materialised for the call."""
 
 
-class RoastConv2d(RoastLayer, nn.Conv2d):
+class RoastConv2d(_RoastConv, nn.Conv2d):
     """`nn.Conv2d` on the pool, its weight materialised for the call."""
 
 
-class RoastConv3d(RoastLayer, nn.Conv3d):
+class RoastConv3d(_RoastConv, nn.Conv3d):
     """`nn.Conv3d` on the pool, its weight materialised for the call."""
 
 

@@ -14,6 +14,7 @@ from roastify.errors import RoastError
 from roastify.gamma import inverse_gamma
 from roastify.kernels import reference
 from roastify.kernels.view import TileView
+from roastify.kernels.weights import Weight
 from roastify.mapping import TileMap
 from roastify.passes import divide_, made_of, wide
 
@@ -95,13 +96,7 @@ class RoastPool(nn.Module):
         Raises:
             RoastError: the pool is sharded and its values are not gathered now.
         """
-        weight = self.weight
-        if is_sharded(weight):
-            raise RoastError(
-                "the pool is sharded over processes and not gathered now, which FSDP2 does while the forward of the "
-                "module it was sharded with runs. Shard the whole model last, fully_shard(model), and call that; to "
-                "read weights or call a part of it, model.unshard() first and model.reshard() afterwards"
-            )
+        weight = self._whole()
         dtype = dtype or weight.dtype
         tracked = torch.is_grad_enabled() and weight.requires_grad
         if not tracked and dtype == weight.dtype:
@@ -111,6 +106,28 @@ class RoastPool(nn.Module):
         if tracked and torch.compiler.is_dynamo_compiling() and not torch.compiler._is_exporting_flag:
             return traced.read(self, dtype)
         return made_of(self).read(dtype, tracked)
+
+    def read_weight(self, weight: Weight, dtype: torch.dtype) -> Tensor:
+        """Return a dense weight in a dtype, in a graph, for use in a forward pass that is recorded.
+
+        Within its model's forward it is gathered once, and from the second pass on together with what the pass before
+        read; elsewhere, each time.
+
+        Raises:
+            RoastError: the pool is sharded and its values are not gathered now.
+        """
+        self._whole()
+        return made_of(self).dense(weight, dtype)
+
+    def _whole(self) -> nn.Parameter:
+        weight = self.weight
+        if is_sharded(weight):
+            raise RoastError(
+                "the pool is sharded over processes and not gathered now, which FSDP2 does while the forward of the "
+                "module it was sharded with runs. Shard the whole model last, fully_shard(model), and call that; to "
+                "read weights or call a part of it, model.unshard() first and model.reshard() afterwards"
+            )
+        return weight
 
     def forward(self, x: Any) -> Any:
         """Return `x`: a model whose forward runs through its children meets its pool among them."""

@@ -13,7 +13,11 @@ from torch import Tensor
 
 from roastify.kernels import ops
 from roastify.kernels.view import TileView
+from roastify.kernels.weights import Weight
 from roastify.pool import RoastPool
+
+# Elements of a weight from which on its layer's time is the GPU's rather than the host's.
+_SMALL_ELEMENTS = 1 << 22
 
 
 @dataclass
@@ -40,6 +44,9 @@ class SharedTensor:
     zero_row: int | None = None
     center: float = 0.0
 
+    def __post_init__(self) -> None:
+        self._weight = Weight(self.view, self.scale, self.shape, self.transposed)
+
     @property
     def current_dtype(self) -> torch.dtype:
         """The dtype that the dense tensor would have now.
@@ -49,9 +56,9 @@ class SharedTensor:
         shown = self.pool.weight.dtype
         return self.dtype if shown == self.pool.stored_dtype else shown
 
-    def dense(self) -> Tensor:
-        """Return the dense, differentiable tensor."""
-        matrix = ops.gather(self.pool.read(self.current_dtype), self.pool.table, self.view, self.scale)
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the dense, differentiable tensor, in a dtype (default: its own)."""
+        matrix = ops.gather(self.pool.read(dtype or self.current_dtype), self.pool.table, self.view, self.scale)
         weight = (matrix.t() if self.transposed else matrix).reshape(self.shape)
         if self.center:
             weight = weight + self.center
@@ -66,13 +73,45 @@ class SharedTensor:
         """Return `x · weightᵀ + bias`."""
         if self.center:
             return F.linear(x, self.dense(), bias)
+        if self._is_kept_for(x):
+            return F.linear(x, self.kept(x), bias)
         return self._product(ops.linear_t if self.transposed else ops.linear, x, bias)
 
     def linear_t(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return `x · weight + bias`."""
         if self.center:
             return F.linear(x, self.dense().t(), bias)
+        if self._is_kept_for(x):
+            return F.linear(x, self.kept(x).t(), bias)
         return self._product(ops.linear if self.transposed else ops.linear_t, x, bias)
+
+    def is_recorded(self) -> bool:
+        """Whether a graph of the pool's gradient is being made, in eager mode."""
+        return (
+            not torch.compiler.is_compiling()
+            and torch.is_grad_enabled()
+            and self.pool.weight.requires_grad
+            and not torch._C._is_tracing()
+        )
+
+    def _is_kept_for(self, x: Tensor) -> bool:
+        """Whether a product's weight is kept for the backward pass, which else gathers it again.
+
+        It is where its layer is small, so that the host's time counts, and where it has no more elements than the input
+        that is kept anyway, so that memory cannot grow out of proportion. Nothing but sizes may decide: what is run
+        again for a checkpoint must keep the same.
+        """
+        return self.is_recorded() and self.view.numel < _SMALL_ELEMENTS and self.view.numel <= x.numel()
+
+    def kept(self, x: Tensor) -> Tensor:
+        """Return the dense tensor for a recorded product with `x`, in the dtype that it runs in."""
+        return self.pool.read_weight(self._weight, ops.product_dtype(x, self.current_dtype))
+
+    def whole(self, x: Tensor) -> Tensor:
+        """Return the dense tensor for an operation on `x` that wants all of it, in the dtype that it runs in."""
+        if self.is_recorded() and not self.center and self.zero_row is None:
+            return self.kept(x)
+        return self.dense(ops.product_dtype(x, self.current_dtype))
 
     def _product(self, product: Callable[..., Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
         # Read in the dtype that the product runs in, so that autocast finds nothing left to cast.

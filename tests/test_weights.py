@@ -1,0 +1,349 @@
+"""Small layers of a training pass keep their dense weights: gathered once a pass, and together from the second on."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+import roastify
+from roastify import shared
+from roastify.kernels import ops, weights
+from roastify.passes import _passes
+from roastify.rewrite import pool_of
+
+WIDTH = 32
+
+
+class Net(nn.Module):
+    """Linear layers, one of them called twice, and a convolution; `skip` leaves the second block out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.again, self.second = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.conv = nn.Conv1d(WIDTH, WIDTH, 3, padding=1)
+        self.head = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.between: Callable[[], None] = lambda: None
+
+    def body(self, x: Tensor) -> Tensor:
+        return self.again(self.again(self.first(x).tanh()).tanh()).tanh()
+
+    def forward(self, x: Tensor, skip: bool = False) -> Tensor:
+        x = self.body(x)
+        if not skip:
+            x = self.conv(self.second(x).tanh().t()).t().tanh()
+        self.between()
+        return self.head(x)
+
+
+class Checkpointed(Net):
+    reentrant = False
+
+    def body(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return super().body(x)
+        return checkpoint(super().body, x, use_reentrant=self.reentrant)
+
+
+class Reentrant(Checkpointed):
+    reentrant = True
+
+    def body(self, x: Tensor) -> Tensor:
+        # Without an input that has a gradient torch computes none of such a checkpoint's.
+        return super().body(x if x.requires_grad else x.clone().requires_grad_(torch.is_grad_enabled()))
+
+
+def converted(kind: type[Net] = Net, dtype: torch.dtype = torch.float64) -> Any:
+    torch.manual_seed(0)
+    config = roastify.RoastConfig(ratio=3.0, min_numel=1, tile="8x8", sign="row")
+    return roastify.convert(kind().to(dtype), config=config)
+
+
+def rows(count: int = WIDTH, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+@pytest.fixture
+def none_kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool], None]]:
+    """Whether weights are kept; without, every layer gathers for itself, as large ones do."""
+
+    def choose(kept: bool) -> None:
+        monkeypatch.setattr(shared.SharedTensor, "is_recorded", recorded if kept else lambda shared: False)
+
+    recorded = shared.SharedTensor.is_recorded
+    yield choose
+
+
+class Gathers:
+    """Counts the gathers of the kept weights, by node."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.groups: list[int] = []
+        gather = weights.gather_weights
+
+        def watched(pool: Tensor, table: Tensor, chosen: Any) -> Any:
+            self.groups.append(len(chosen))
+            return gather(pool, table, chosen)
+
+        patch.setattr("roastify.passes.gather_weights", watched)
+
+
+@pytest.fixture
+def gathers(monkeypatch: pytest.MonkeyPatch) -> Gathers:
+    return Gathers(monkeypatch)
+
+
+# What is done in a training loop. Each takes a model and returns gradients of the pool.
+
+
+def steps(model: Any) -> list[Tensor]:
+    """Steps that change the pool: what was gathered for one must not serve the next."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    found = []
+    for seed in range(4):
+        optimizer.zero_grad(set_to_none=True)
+        model(rows(seed=seed)).square().sum().backward()
+        found.append(pool_of(model).weight.grad.clone())
+        optimizer.step()
+    return found
+
+
+def accumulated(model: Any) -> list[Tensor]:
+    for seed in range(3):
+        model(rows(seed=seed)).square().sum().backward()
+    return [pool_of(model).weight.grad]
+
+
+def forwards_first(model: Any) -> list[Tensor]:
+    sum(model(rows(seed=seed)).square().sum() for seed in range(3)).backward()
+    return [pool_of(model).weight.grad]
+
+
+def partly(model: Any) -> list[Tensor]:
+    """Layers that were expected and do not run, and others that come back."""
+    for skip in (False, True, True, False):
+        model(rows(), skip=skip).square().sum().backward()
+    return [pool_of(model).weight.grad]
+
+
+def retained(model: Any) -> list[Tensor]:
+    for _ in range(2):
+        out = model(rows())
+        out.square().sum().backward(retain_graph=True)
+        out.sum().backward()
+    return [pool_of(model).weight.grad]
+
+
+def asked_for(model: Any) -> list[Tensor]:
+    pool, x = pool_of(model).weight, rows().requires_grad_()
+    return [grad for _ in range(2) for grad in torch.autograd.grad(model(x).square().sum(), (pool, x))]
+
+
+def twice_differentiated(model: Any) -> list[Tensor]:
+    pool = pool_of(model).weight
+    for _ in range(2):
+        (grad,) = torch.autograd.grad(model(rows()).square().sum(), pool, create_graph=True)
+        grad.square().sum().backward()
+    return [pool.grad]
+
+
+def beside_other_modes(model: Any) -> list[Tensor]:
+    """Passes without gradients, and of other sizes, in between."""
+    found = []
+    for count in (WIDTH, 1, WIDTH):
+        with torch.no_grad():
+            model(rows(count))
+        model(rows(count)).square().sum().backward()
+        with torch.inference_mode():
+            found.append(model(rows(count)).clone())
+    return [*found, pool_of(model).weight.grad]
+
+
+def changed_between(model: Any) -> list[Tensor]:
+    """The pool is written to in the middle of a forward pass."""
+
+    def halve() -> None:
+        with torch.no_grad():
+            pool_of(model).weight.mul_(0.5)
+
+    model(rows()).square().sum().backward()
+    model.between = halve
+    out = model(rows())
+    model.between = lambda: None
+    return [out.detach(), pool_of(model).weight.grad]
+
+
+def of_a_copy(model: Any) -> list[Tensor]:
+    model(rows()).sum().backward()
+    twin = copy.deepcopy(model)
+    twin.zero_grad()
+    with torch.no_grad():
+        pool_of(twin).weight.mul_(2.0)
+    twin(rows()).square().sum().backward()
+    return [pool_of(twin).weight.grad]
+
+
+def counted(model: Any) -> list[Tensor]:
+    for _ in range(2):
+        with FlopCounterMode(display=False):
+            model(rows()).square().sum().backward()
+    return [pool_of(model).weight.grad]
+
+
+@pytest.mark.parametrize("kind", [Net, Checkpointed, Reentrant])
+@pytest.mark.parametrize(
+    "loop",
+    [steps, accumulated, forwards_first, partly, retained, asked_for, twice_differentiated, beside_other_modes,
+     changed_between, of_a_copy, counted],
+)  # fmt: skip
+def test_gradients_are_those_of_layers_that_gather_for_themselves(
+    kind: type[Net],
+    loop: Callable[[Any], list[Tensor]],
+    none_kept: Callable[[bool], None],
+    gathers: Gathers,
+) -> None:
+    if kind is Reentrant and loop in (asked_for, twice_differentiated, retained):
+        pytest.skip("torch's reentrant checkpoints know backward() alone, once")
+    none_kept(False)
+    expected = loop(converted(kind))
+    assert gathers.groups == []
+    none_kept(True)
+    found = loop(converted(kind))
+    assert gathers.groups
+    for one, other in zip(found, expected, strict=True):
+        assert other.any()
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10 * float(other.abs().max()))
+    assert not _passes.running and not _passes.again
+
+
+def test_a_weight_is_gathered_once_a_step_and_with_others_from_the_second_on(gathers: Gathers) -> None:
+    model = converted()
+    gathered: list[str] = []
+    implementation = ops._implementations["gather"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ops._implementations, "gather", lambda *args: gathered.append("") or implementation(*args))
+        for _ in range(3):
+            model(rows()).sum().backward()
+    assert gathers.groups == [1] * 5 + [5] * 2
+    assert len(gathered) == 15
+
+
+def test_groups_are_no_larger_than_their_bound(gathers: Gathers, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("roastify.passes._GROUP_ELEMENTS", 2 * WIDTH**2)
+    model = converted()
+    for _ in range(2):
+        model(rows()).sum().backward()
+    # Three of WIDTH², the convolution of three times as many, the head.
+    assert gathers.groups == [1] * 5 + [2, 1, 1, 1]
+
+
+def test_a_mode_sees_each_gather_where_it_is_asked_for(gathers: Gathers) -> None:
+    model = converted()
+    for _ in range(2):
+        with FlopCounterMode(display=False):
+            model(rows()).sum().backward()
+    assert gathers.groups == [1] * 10
+
+
+@pytest.mark.parametrize("reason", ["large", "few rows", "frozen", "no gradients"])
+def test_what_would_not_pay_is_not_kept(reason: str, gathers: Gathers, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = converted()
+    x = rows()
+    if reason == "large":
+        monkeypatch.setattr(shared, "_SMALL_ELEMENTS", WIDTH**2)
+    elif reason == "few rows":
+        x = rows(WIDTH - 1)
+    elif reason == "frozen":
+        pool_of(model).weight.requires_grad_(False)
+    with torch.set_grad_enabled(reason != "no gradients"):
+        model.head(model.first(x))
+    assert gathers.groups == []
+    # The bound itself is on the other side.
+    if reason == "few rows":
+        model.first(rows(WIDTH))
+        assert gathers.groups == [1]
+
+
+@pytest.mark.parametrize("kind", [Net, Checkpointed])
+def test_nothing_is_kept_after_a_step(kind: type[Net]) -> None:
+    model = converted(kind)
+    made: list[weakref.ref[Tensor]] = []
+    gather = weights.gather_weights
+
+    def watched(*args: Any) -> Any:
+        tensors = gather(*args)
+        made.extend(map(weakref.ref, tensors))
+        return tensors
+
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("roastify.passes.gather_weights", watched)
+            for _ in range(2):
+                model(rows()).sum().backward()
+            assert len(made) >= 10 and not any(reference() is not None for reference in made)
+            # The pass is over, but the graph is there.
+            out = model(rows())
+            kept = sum(reference() is not None for reference in made)
+            # The first layer's weight would be for the input's gradient; a checkpoint's are gathered again.
+            assert kept == (4 if kind is Net else 3)
+            del out
+        assert not any(reference() is not None for reference in made)
+    finally:
+        gc.enable()
+
+
+class Outputs(TorchDispatchMode):
+    """The dtypes that operators give back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[tuple[Any, torch.dtype]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            self.dtypes.add((func, out.dtype))
+        return out
+
+
+def test_under_autocast_weights_are_gathered_in_its_dtype_and_gradients_summed_in_float32() -> None:
+    model = converted(dtype=torch.float32)
+    x = rows(dtype=torch.float32)
+    with Outputs() as outputs, torch.autocast("cpu", torch.bfloat16):
+        model(x)
+    assert {dtype for func, dtype in outputs.dtypes if func is torch.ops.roastify.gather.default} == {torch.bfloat16}
+    found = []
+    for _ in range(2):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            model(x).square().sum().backward()
+        found.append(pool_of(model).weight.grad)
+    assert found[0].dtype == torch.float32 and torch.equal(*found)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(x), expected)
+
+
+def test_a_read_that_fails_leaves_what_was_known(gathers: Gathers) -> None:
+    model = converted()
+    model(rows()).sum().backward()
+    with pytest.raises(RuntimeError):
+        model(torch.randn(WIDTH, WIDTH + 1, dtype=torch.float64))
+    model(rows()).sum().backward()
+    expected = pool_of(model).weight.grad.clone()
+    model.zero_grad()
+    for _ in range(2):
+        model(rows()).sum().backward()
+    torch.testing.assert_close(pool_of(model).weight.grad, expected, rtol=1e-12, atol=0)
