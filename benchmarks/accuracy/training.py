@@ -8,13 +8,14 @@ import gc
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.accuracy import inputs, methods
+from benchmarks.accuracy import inputs, methods, nets
 from benchmarks.accuracy.budget import UnreachableError
 from benchmarks.accuracy.inputs import Epoch, Examples
 from benchmarks.accuracy.runs import Run, as_row
@@ -71,6 +72,83 @@ def accuracy(model: nn.Module, examples: Examples, autocast: Autocast) -> float:
     return int(right) / len(examples)
 
 
+@dataclass
+class Trained:
+    """A trained model, and how it came about.
+
+    Args:
+        model: in train mode.
+        stored: parameters that are stored.
+        note: what they are.
+        accuracy: after every epoch.
+        loss: its mean over every epoch.
+        captured: whether its steps were a CUDA graph.
+        setup: seconds before the first step.
+    """
+
+    model: nn.Module
+    stored: int
+    note: str
+    accuracy: list[float]
+    loss: list[float]
+    captured: bool
+    setup: float
+
+
+def autocast_on(device: str) -> Autocast:
+    """Return what makes the context of every forward pass: bfloat16 on a GPU."""
+    kind = torch.device(device).type
+    return functools.partial(torch.autocast, kind, torch.bfloat16, enabled=kind == "cuda", cache_enabled=False)
+
+
+def fit(run: Run, task: Task, folder: Path, device: str, graph: bool) -> Trained:
+    """Build and train a run's model; see `train`.
+
+    Raises:
+        UnreachableError: its method cannot store so few parameters.
+        CaptureError: the step cannot be captured.
+    """
+    begun = time.perf_counter()
+    assert run.rate is not None and run.epochs is not None, "a run is trained when rate and epochs are chosen"
+    examples, judged = inputs.load(task, folder, device, run.trial)
+    autocast = autocast_on(device)
+
+    def batch() -> tuple[Tensor, Tensor]:
+        return inputs.plain(examples.x[: task.batch]), examples.y[: task.batch]
+
+    built = methods.build(run, task, device, batch)
+    model = nets.laid_out(built.model, task)
+    model.train()
+    optimizer, factors = make_optimizer(model, task, run, device)
+    steps = len(examples) // task.batch
+    step = Step(
+        model,
+        optimizer,
+        factors,
+        schedule(run.rate, run.epochs * steps).to(device),
+        examples,
+        Epoch.empty(len(examples), device),
+        task.batch,
+        run.change("cutout", 0),
+        run.change("smoothing", 0.0),
+        autocast,
+    )
+    if graph and torch.device(device).type == "cuda":
+        step.capture()
+    # Dropout draws from here on, the same for every method.
+    torch.manual_seed(run.seed)
+    setup = time.perf_counter() - begun
+    accuracies, losses = [], []
+    for epoch in range(run.epochs):
+        step.epoch.draw(run.seed, epoch)
+        step.begin_epoch()
+        for _ in range(steps):
+            step()
+        losses.append(float(step.loss) / steps)
+        accuracies.append(accuracy(model, judged, autocast))
+    return Trained(model, built.stored, built.note, accuracies, losses, step.graph is not None, setup)
+
+
 def train(run: Run, task: Task, folder: Path, device: str, graph: bool = True) -> dict[str, Any]:
     """Train one model.
 
@@ -87,66 +165,29 @@ def train(run: Run, task: Task, folder: Path, device: str, graph: bool = True) -
     Raises:
         CaptureError: the step cannot be captured.
     """
-    begun = time.perf_counter()
-    assert run.rate is not None and run.epochs is not None, "a run is trained when rate and epochs are chosen"
     methods.check_changes(run)
-    allowed = methods.target(task, run.ratio)
-    row = {**as_row(run), "allowed": allowed, "machine": machine(device)}
-    examples, judged = inputs.load(task, folder, device, run.trial)
-    on_gpu = torch.device(device).type == "cuda"
-    autocast = functools.partial(
-        torch.autocast, torch.device(device).type, torch.bfloat16, enabled=on_gpu, cache_enabled=False
-    )
-
-    def batch() -> tuple[Tensor, Tensor]:
-        return inputs.plain(examples.x[: task.batch]), examples.y[: task.batch]
-
+    begun = time.perf_counter()
+    row = {**as_row(run), "allowed": methods.target(task, run.ratio), "machine": machine(device)}
     try:
-        built = methods.build(run, task, device, batch)
+        trained = fit(run, task, folder, device, graph)
     except UnreachableError as error:
         return {**row, "unreachable": str(error), "seconds": time.perf_counter() - begun}
-    model = built.model.to(memory_format=torch.channels_last) if task.is_image else built.model
-    model.train()
-    optimizer, factors = make_optimizer(model, task, run, device)
-    steps = len(examples) // task.batch
-    step = Step(
-        model,
-        optimizer,
-        factors,
-        schedule(run.rate, run.epochs * steps).to(device),
-        examples,
-        Epoch.empty(len(examples), device),
-        task.batch,
-        run.change("cutout", 0),
-        run.change("smoothing", 0.0),
-        autocast,
-    )
-    if on_gpu and graph:
-        step.capture()
-    # Dropout draws from here on, the same for every method.
-    torch.manual_seed(run.seed)
-    setup = time.perf_counter() - begun
-    accuracies, losses = [], []
-    for epoch in range(run.epochs):
-        step.epoch.draw(run.seed, epoch)
-        step.begin_epoch()
-        for _ in range(steps):
-            step()
-        losses.append(float(step.loss) / steps)
-        accuracies.append(accuracy(model, judged, autocast))
-    captured = step.graph is not None
-    del step, optimizer, model
     row |= {
-        "stored": built.stored,
-        "note": built.note,
-        "accuracy": [round(value, 5) for value in accuracies],
-        "loss": [round(value, 4) if math.isfinite(value) else None for value in losses],
-        "captured": captured,
-        "setup": round(setup, 2),
+        "stored": trained.stored,
+        "note": trained.note,
+        "accuracy": [round(value, 5) for value in trained.accuracy],
+        "loss": [round(value, 4) if math.isfinite(value) else None for value in trained.loss],
+        "captured": trained.captured,
+        "setup": round(trained.setup, 2),
         "seconds": round(time.perf_counter() - begun, 2),
     }
-    del built
-    if on_gpu:
+    del trained
+    release(device)
+    return row
+
+
+def release(device: str) -> None:
+    """Give back the memory of a GPU that nothing holds any more."""
+    if torch.device(device).type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
-    return row
