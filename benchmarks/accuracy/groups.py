@@ -135,13 +135,22 @@ def data() -> Iterator[Run]:
         yield from _vary("resnet9", ratios, {"cutout": 8}, {"smoothing": 0.1}, method=method)
 
 
+def distillation() -> Iterator[Run]:
+    """Learning from the dense model beside labels: its share and temperature, then every method at two lengths."""
+    shares = {"distill": 0.9}, {"distill": 0.5}, {"distill": 0.9, "temperature": 2.0}
+    yield from _vary("resnet9", (100.0, 10.0), *shares)
+    cells = [(method, ratio) for ratio in (100.0, 10.0) for method in ("ours", "smaller", "magnitude")]
+    for seed, count, (method, ratio) in itertools.product(SEEDS, (24, 96), [*cells, ("dense", 1.0)]):
+        yield Run("resnet9", method, ratio, seed, epochs=count, changes=(("distill", 0.9),))
+
+
 def widths() -> Iterator[Run]:
     """The smaller text model's trade of width for words."""
     for width in (16, 24, 48):
         yield Run("imdb", "smaller", 100.0, 0, changes=(("width", width),))
 
 
-GROUPS: dict[str, Callable[[], Iterator[Run]]] = {
-    function.__name__: function
-    for function in (main, sharing, grid, text, nets, rates, epochs, pool, decay, signs, tiles, kept, data, widths)
-}
+_ALL: tuple[Callable[[], Iterator[Run]], ...] = (
+    main, sharing, grid, text, nets, rates, epochs, pool, decay, signs, tiles, kept, data, widths, distillation,
+)  # fmt: skip
+GROUPS = {function.__name__: function for function in _ALL}

@@ -21,6 +21,7 @@ from benchmarks.accuracy.inputs import Epoch, Examples
 from benchmarks.accuracy.runs import Run, as_row
 from benchmarks.accuracy.step import Step
 from benchmarks.accuracy.tasks import Task
+from benchmarks.accuracy.teacher import Teacher, teacher_of
 from benchmarks.rows import machine
 
 # Part of the steps in which the step size grows; then it falls to zero, both in a line.
@@ -101,8 +102,8 @@ def autocast_on(device: str) -> Autocast:
     return functools.partial(torch.autocast, kind, torch.bfloat16, enabled=kind == "cuda", cache_enabled=False)
 
 
-def fit(run: Run, task: Task, folder: Path, device: str, graph: bool) -> Trained:
-    """Build and train a run's model; see `train`.
+def fit(run: Run, task: Task, folder: Path, device: str, graph: bool, teacher: Teacher | None = None) -> Trained:
+    """Build and train a run's model, beside labels on a teacher's outputs if there is one; see `train`.
 
     Raises:
         UnreachableError: its method cannot store so few parameters.
@@ -132,6 +133,7 @@ def fit(run: Run, task: Task, folder: Path, device: str, graph: bool) -> Trained
         run.change("cutout", 0),
         run.change("smoothing", 0.0),
         autocast,
+        teacher,
     )
     if graph and torch.device(device).type == "cuda":
         step.capture()
@@ -150,7 +152,7 @@ def fit(run: Run, task: Task, folder: Path, device: str, graph: bool) -> Trained
 
 
 def train(run: Run, task: Task, folder: Path, device: str, graph: bool = True) -> dict[str, Any]:
-    """Train one model.
+    """Train one model; for a distilled run its teacher first, unless there is one.
 
     Args:
         run: with its learning rate and epochs.
@@ -166,10 +168,19 @@ def train(run: Run, task: Task, folder: Path, device: str, graph: bool = True) -
         CaptureError: the step cannot be captured.
     """
     methods.check_changes(run)
+
+    def dense(other: Run) -> nn.Module:
+        return fit(other, task, folder, device, graph).model
+
+    teacher = None
+    if run.change("distill") is not None:
+        teacher = teacher_of(run, task, folder, device, dense)
+        release(device)
+    # Only now: making the teacher is no part of what further such runs take.
     begun = time.perf_counter()
     row = {**as_row(run), "allowed": methods.target(task, run.ratio), "machine": machine(device)}
     try:
-        trained = fit(run, task, folder, device, graph)
+        trained = fit(run, task, folder, device, graph, teacher)
     except UnreachableError as error:
         return {**row, "unreachable": str(error), "seconds": time.perf_counter() - begun}
     row |= {
@@ -181,7 +192,10 @@ def train(run: Run, task: Task, folder: Path, device: str, graph: bool = True) -
         "setup": round(trained.setup, 2),
         "seconds": round(time.perf_counter() - begun, 2),
     }
-    del trained
+    if teacher is not None:
+        _, judged = inputs.load(task, folder, device, run.trial)
+        row["teacher_accuracy"] = round(accuracy(teacher.model, judged, autocast_on(device)), 5)
+    del trained, teacher
     release(device)
     return row
 
