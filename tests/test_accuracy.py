@@ -344,6 +344,10 @@ def test_a_teacher_is_the_dense_run_made_once(data: Path, cache: Path, monkeypat
 
     def fit(run: Run, *arguments: Any) -> training.Trained:
         fitted.append(run)
+        learned = arguments[-1]
+        if run.changes:
+            assert (learned.share, learned.temperature) == (0.9, teacher.TEMPERATURE) and not learned.model.training
+            assert not any(parameter.requires_grad for parameter in learned.model.parameters())
         return real(run, *arguments)
 
     def clock() -> float:
@@ -705,6 +709,30 @@ def test_the_page_shows_losses_experiments_and_what_is_not_reachable() -> None:
     assert "| roastify | 100 | sign none | 0.4 | 24 | 1 | 80.00 | -2.80 |" in text
     assert "| low rank | not reachable |" in text and "**85.00 ± 0.4" in text
     assert "0.4, 8 epochs: 70.00" in text and "3.12" not in text
+
+
+def test_the_page_has_distilled_runs_beside_the_same_on_labels_alone() -> None:
+    rows = comparison_rows({("resnet9", "dense", 1.0): 10, ("resnet9", "ours", 100.0): 3})
+    ours = [row for row in rows if row["method"] == "ours"]
+    plain = page.markdown(rows)
+    assert "istill" not in plain
+    learned = [{**row, "changes": {"distill": 0.9}, "epochs_asked": True, "accuracy": [row["accuracy"][0] + 0.02],
+                "teacher_accuracy": 0.91} for row in ours]  # fmt: skip
+    # Of longer runs, one has its like: it is no gain over the shorter ones.
+    longer = [{**row, "epochs": 96, "accuracy": [0.9]} for row in learned[:2]]
+    alone = {**ours[1], "epochs": 96, "epochs_asked": True, "accuracy": [0.88]}
+    tried = {"trial": True, "epochs": 12, "epochs_asked": False}
+    trial = {**ours[0], **tried, "accuracy": [0.70]}
+    softer = {**learned[0], **tried, "changes": {"distill": 0.5, "temperature": 2.0}, "accuracy": [0.71]}
+    text = page.markdown([*rows, *learned, *longer, alone, trial, softer])
+    name = "| ResNet-9 on CIFAR-10 | roastify | 100 | distilled 0.9 at temperature 4 | 0.4 |"
+    assert f"{name} 24 | 85.00 ± 0.12 | 83.00 ± 0.12 | 91.00 ± 0.00 | +2.00 ± 0.00 (p < 0.001) |" in text
+    assert f"{name} 96 | 90.00 ± 0.00 (2) | 88.00 (1) | 91.00 ± 0.00 (2) | +2.00 |" in text
+    assert "| roastify | 100 | distilled 0.5 at temperature 2 | 0.4 | 12 | 1 | 71.00 | +1.00 |" in text
+    assert text.count("distilled 0.9") == 2
+    # The comparison is what it was.
+    start = plain.index("## ResNet-9")
+    assert plain[start : plain.index("## When not")] == text[text.index("## ResNet-9") : text.index("## When not")]
 
 
 def test_sign_flips_are_counted_exactly() -> None:
