@@ -162,7 +162,8 @@ def train(run: Run, task: Task, folder: Path, device: str, graph: bool = True) -
         graph: on a GPU, replay steps from a CUDA graph.
 
     Returns:
-        the row: the run, what was stored, accuracy and loss of every epoch; or why so few parameters cannot be stored.
+        the row: the run, what was stored, accuracy and loss of every epoch, and the teacher's accuracy if there is one;
+        or why so few parameters cannot be stored.
 
     Raises:
         CaptureError: the step cannot be captured.
