@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,7 @@ from benchmarks.accuracy import (
     step,
     table,
     tasks,
+    teacher,
     training,
     trials,
     verdicts,
@@ -199,13 +201,20 @@ def test_small_layers_are_pruned_less(name: str) -> None:
     assert max(shares) < 1.01 * min(shares)
 
 
-def a_step(model: nn.Module, run: Run, folder: Path, task: tasks.Task = IMAGES, steps: int = 8) -> step.Step:
+def a_step(
+    model: nn.Module,
+    run: Run,
+    folder: Path,
+    task: tasks.Task = IMAGES,
+    steps: int = 8,
+    learned: teacher.Teacher | None = None,
+) -> step.Step:
     examples, _ = inputs.load(task, folder, "cpu", False)
     optimizer, factors = training.make_optimizer(model, task, run, "cpu")
     epoch = inputs.Epoch.empty(len(examples), "cpu")
     epoch.draw(0, 0)
     rates = training.schedule(0.1, steps)
-    return step.Step(model, optimizer, factors, rates, examples, epoch, task.batch, 0, 0.0, torch.enable_grad)
+    return step.Step(model, optimizer, factors, rates, examples, epoch, task.batch, 0, 0.0, torch.enable_grad, learned)
 
 
 def test_a_step_is_the_plain_one(data: Path, cache: Path) -> None:
@@ -278,6 +287,118 @@ def test_what_is_pruned_stays_zero_under_momentum_and_decay(data: Path, cache: P
         after, mask = read(built.model, name), before[name] != 0
         assert int(mask.count_nonzero()) and not after[~mask].any(), name
         assert not torch.equal(after[mask], before[name][mask]), name
+
+
+def test_the_distilled_loss_is_the_formula() -> None:
+    """(1 - a) · cross entropy + a · T² · Σ p (ln p - ln q), by hand for two examples of three classes."""
+    ours, theirs = [[1.0, -2.0, 0.5], [0.0, 3.0, -1.0]], [[4.0, 1.0, -3.0], [2.0, 2.5, 0.0]]
+    labels, share, temperature = [2, 1], 0.7, 2.5
+
+    def softened(logits: list[float], by: float) -> list[float]:
+        total = sum(math.exp(logit / by) for logit in logits)
+        return [math.exp(logit / by) / total for logit in logits]
+
+    expected = 0.0
+    for student, dense, label in zip(ours, theirs, labels, strict=True):
+        expected -= (1 - share) * math.log(softened(student, 1.0)[label]) / 2
+        pairs = zip(softened(dense, temperature), softened(student, temperature), strict=True)
+        expected += share * temperature**2 * sum(p * (math.log(p) - math.log(q)) for p, q in pairs) / 2
+    logits = torch.tensor(ours)
+    label_loss = F.cross_entropy(logits, torch.tensor(labels))
+    learned = teacher.Teacher(nn.Identity(), share, temperature)
+    assert float(learned.mixed(label_loss, logits, torch.tensor(theirs))) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_distilled_step_asks_the_teacher_about_the_augmented_batch_and_leaves_it_as_it_was(
+    data: Path, cache: Path
+) -> None:
+    folder = prepared(IMAGES, data, cache)
+    torch.manual_seed(0)
+    dense = nets.image_net(IMAGES).eval()
+    before = {name: value.clone() for name, value in dense.state_dict().items()}
+    seen: list[Tensor] = []
+    model = nets.image_net(IMAGES)
+    for net in (model, dense):
+        net.register_forward_hook(lambda net, args, logits: seen.extend([args[0], logits]))
+    taken = a_step(model, Run("resnet9", "dense", 1.0), folder, learned=teacher.Teacher(dense, 0.5, 3.0))
+    taken()
+    assert seen[1].requires_grad and not seen[3].requires_grad
+    x, student, same, theirs = (tensor.detach() for tensor in seen)
+    assert torch.equal(x, same)
+    assert not dense.training and all(parameter.grad is None for parameter in dense.parameters())
+    for name, value in dense.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    labels = F.cross_entropy(student, taken.examples.y[taken.epoch.order[:16]])
+    apart = F.kl_div(F.log_softmax(student / 3, -1), F.softmax(theirs / 3, -1), reduction="batchmean")
+    assert float(taken.loss) == pytest.approx(float(0.5 * labels + 0.5 * 9 * apart), rel=1e-5)
+    assert float(apart) > 1e-3
+
+
+DISTILLED = (("distill", 0.9),)
+DISTILLED_RUN = Run("resnet9", "ours", 10.0, 1, 0.01, 1, changes=DISTILLED)
+
+
+def test_a_teacher_is_the_dense_run_made_once(data: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = prepared(IMAGES, data, cache)
+    fitted: list[Run] = []
+
+    def fit(run: Run, *arguments: Any) -> training.Trained:
+        fitted.append(run)
+        learned = arguments[-1]
+        if run.changes:
+            assert (learned.share, learned.temperature) == (0.9, teacher.TEMPERATURE) and not learned.model.training
+            assert not any(parameter.requires_grad for parameter in learned.model.parameters())
+        return real(run, *arguments)
+
+    def clock() -> float:
+        # Dense runs take a thousand seconds.
+        return time.perf_counter() + 1000 * sum(run.method == "dense" for run in fitted)
+
+    real = training.fit
+    monkeypatch.setattr(training, "fit", fit)
+    monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=clock))
+    run = DISTILLED_RUN
+    first, again = (training.train(run, IMAGES, folder, "cpu") for _ in range(2))
+    dense = Run("resnet9", "dense", 1.0, 1, *IMAGES.grid[0])
+    assert fitted == [dense, run, run]
+    assert first["setup"] <= first["seconds"] < 1000
+    assert first["loss"] == again["loss"] and first["teacher_accuracy"] == again["teacher_accuracy"]
+    row = training.train(dense, IMAGES, folder, "cpu")
+    assert row["accuracy"][-1] == first["teacher_accuracy"] and "teacher_accuracy" not in row
+    plain = training.train(dataclasses.replace(run, changes=()), IMAGES, folder, "cpu")
+    assert plain["loss"] != first["loss"] and plain["stored"] == first["stored"]
+    assert not list(folder.glob("*.part"))
+
+
+def test_teachers_are_told_apart_by_all_that_they_depend_on(tmp_path: Path) -> None:
+    """A trial's above all: it must not know the examples that the trial is judged on."""
+    run = DISTILLED_RUN
+    larger = dataclasses.replace(IMAGES, scale=0.5)
+    other_rate, longer = (dataclasses.replace(IMAGES, grid=(first,)) for first in ((0.2, 1), (0.4, 2)))
+    cases = [(run, IMAGES, "cpu"), (run, IMAGES, "cuda"), (run, larger, "cpu"), (run, other_rate, "cpu"),
+             (run, longer, "cpu"), (dataclasses.replace(run, trial=True), IMAGES, "cpu"),
+             (dataclasses.replace(run, seed=2), IMAGES, "cpu"),
+             (dataclasses.replace(run, task="vgg11"), SMOKE["vgg11"], "cpu")]  # fmt: skip
+    paths = [teacher.path_of(teacher.dense_run(run, task), task, tmp_path, device) for run, task, device in cases]
+    assert len(set(paths)) == len(cases)
+    assert teacher.dense_run(dataclasses.replace(run, trial=True), IMAGES).trial
+    # What only the student has makes no other teacher, and a machine's GPUs share theirs.
+    longer_run = dataclasses.replace(run, method="snip", ratio=100.0, rate=1.0, epochs=96)
+    otherwise = dataclasses.replace(run, changes=(("cutout", 8), ("distill", 0.5), ("temperature", 2.0)))
+    for other in (longer_run, otherwise):
+        assert teacher.path_of(teacher.dense_run(other, IMAGES), IMAGES, tmp_path, "cpu") == paths[0]
+    assert teacher.path_of(teacher.dense_run(run, IMAGES), IMAGES, tmp_path, "cuda:1") == paths[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"distill": 0.0}, "above 0 and at most 1, not 0.0"), ({"distill": 1.5}, "above 0 and at most 1, not 1.5"),
+     ({"temperature": 4.0}, "add distill"), ({"distill": 0.5, "temperature": 0.0}, "must be above 0, not 0.0")],
+)  # fmt: skip
+def test_distillation_without_a_meaning_is_refused(changes: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        methods.check_changes(Run("resnet9", "ours", 10.0, changes=tuple(changes.items())))
+    methods.check_changes(Run("resnet9", "ours", 10.0, changes=(("distill", 1.0), ("temperature", 0.5))))
 
 
 def read(model: nn.Module, name: str) -> Tensor:
@@ -377,6 +498,28 @@ def test_smoke_run_chooses_trains_records_and_resumes(data: Path, cache: Path, t
         assert (document.parent / "images" / f"accuracy-{task}.png").stat().st_size > 10_000
     refused = CliRunner().invoke(page.main, ["--rows", str(out)])
     assert refused.exit_code == 1 and "smoke test, which say nothing" in refused.output
+
+
+def test_distilled_runs_take_the_methods_choice_and_their_teachers_accuracy(
+    data: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = (("distill", 0.9), ("temperature", 2.0))
+    asked = [Run("resnet9", "ours", 10.0, epochs=2, changes=changes), Run("imdb", "smaller", 10.0, changes=changes)]
+    monkeypatch.setitem(groups.GROUPS, "distillation", lambda: iter(asked))
+    out = tmp_path / "rows.json"
+    found = smoke(data, cache, out, "--group", "distillation")
+    assert found.exit_code == 0, found.output
+    rows = table.read_rows(out)
+    trained = {row["task"]: row for row in rows if not row["trial"]}
+    assert [runs.of_row(row).changes for row in trained.values()] == [changes] * 2
+    for row in rows:
+        assert ("teacher_accuracy" in row) == (not row["trial"]) and not (row["trial"] and row["changes"])
+    for task, row in trained.items():
+        of_task = [trial for trial in rows if trial["trial"] and trial["task"] == task]
+        assert row["rate"] == max(of_task, key=lambda trial: trial["accuracy"][-1])["rate"]
+    assert [trained[task]["epochs"] for task in ("resnet9", "imdb")] == [2, 1]
+    again = smoke(data, cache, out, "--group", "distillation")
+    assert again.exit_code == 0 and "0 of 0 runs done" in again.output
 
 
 def test_worker_processes_do_the_same(data: Path, cache: Path, tmp_path: Path) -> None:
@@ -568,6 +711,30 @@ def test_the_page_shows_losses_experiments_and_what_is_not_reachable() -> None:
     assert "0.4, 8 epochs: 70.00" in text and "3.12" not in text
 
 
+def test_the_page_has_distilled_runs_beside_the_same_on_labels_alone() -> None:
+    rows = comparison_rows({("resnet9", "dense", 1.0): 10, ("resnet9", "ours", 100.0): 3})
+    ours = [row for row in rows if row["method"] == "ours"]
+    plain = page.markdown(rows)
+    assert "istill" not in plain
+    learned = [{**row, "changes": {"distill": 0.9}, "epochs_asked": True, "accuracy": [row["accuracy"][0] + 0.02],
+                "teacher_accuracy": 0.91} for row in ours]  # fmt: skip
+    # Of longer runs, one has its like: it is no gain over the shorter ones.
+    longer = [{**row, "epochs": 96, "accuracy": [0.9]} for row in learned[:2]]
+    alone = {**ours[1], "epochs": 96, "epochs_asked": True, "accuracy": [0.88]}
+    tried = {"trial": True, "epochs": 12, "epochs_asked": False}
+    trial = {**ours[0], **tried, "accuracy": [0.70]}
+    softer = {**learned[0], **tried, "changes": {"distill": 0.5, "temperature": 2.0}, "accuracy": [0.71]}
+    text = page.markdown([*rows, *learned, *longer, alone, trial, softer])
+    name = "| ResNet-9 on CIFAR-10 | roastify | 100 | distilled 0.9 at temperature 4 | 0.4 |"
+    assert f"{name} 24 | 85.00 ± 0.12 | 83.00 ± 0.12 | 91.00 ± 0.00 | +2.00 ± 0.00 (p < 0.001) |" in text
+    assert f"{name} 96 | 90.00 ± 0.00 (2) | 88.00 (1) | 91.00 ± 0.00 (2) | +2.00 |" in text
+    assert "| roastify | 100 | distilled 0.5 at temperature 2 | 0.4 | 12 | 1 | 71.00 | +1.00 |" in text
+    assert text.count("distilled 0.9") == 2
+    # The comparison is what it was.
+    start = plain.index("## ResNet-9")
+    assert plain[start : plain.index("## When not")] == text[text.index("## ResNet-9") : text.index("## When not")]
+
+
 def test_sign_flips_are_counted_exactly() -> None:
     assert stats.sign_flip_p([1.0, 2.0, 3.0]) == pytest.approx(2 / 8)
     assert stats.sign_flip_p([0.1] * 10) == pytest.approx(2 / 1024)
@@ -576,16 +743,22 @@ def test_sign_flips_are_counted_exactly() -> None:
     assert stats.sign_flip_p([0.1] * 25) == pytest.approx(2 / 2**25, abs=1e-5)
 
 
+CAPTURED = ("dense", "ours", "plain", "local", "elementwise", "roast", "cyclic", "snip", "lowrank")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["resnet9", "imdb"])
 @pytest.mark.parametrize(
-    "method", ["dense", "ours", "plain", "local", "elementwise", "roast", "cyclic", "snip", "lowrank"]
+    ("method", "changes"),
+    [*((method, ()) for method in CAPTURED), *((method, DISTILLED) for method in ("dense", "ours", "snip"))],
 )
-def test_a_captured_run_is_the_run_without_a_graph(data: Path, cache: Path, name: str, method: str) -> None:
+def test_a_captured_run_is_the_run_without_a_graph(
+    data: Path, cache: Path, name: str, method: str, changes: tuple[tuple[str, Any], ...]
+) -> None:
     task = dataclasses.replace(SMOKE[name], scale=0.5, words=min(SMOKE[name].words, 2_000))
     inputs.prepare(task, data, cache)
     folder = inputs.cache_folder(task, data, cache)
-    run = Run(name, method, 1.0 if method == "dense" else 10.0, 0, 1e-3, 2)
+    run = Run(name, method, 1.0 if method == "dense" else 10.0, 0, 1e-3, 2, changes=changes)
     found = [training.train(run, task, folder, "cuda", graph) for graph in (True, False)]
     assert [row["captured"] for row in found] == [True, False]
     # bfloat16, sums in another order, and on text dropout, whose draws differ between the two.

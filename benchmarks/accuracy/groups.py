@@ -83,9 +83,11 @@ def rates() -> Iterator[Run]:
 
 def epochs() -> Iterator[Run]:
     """Longer training: dense, ours and the closest rivals."""
-    cells = (("ours", 100.0), ("smaller", 100.0), ("ours", 10.0), ("dense", 1.0), ("magnitude", 100.0))
-    for count, (method, ratio) in itertools.product((96, 48, 12), cells):
+    cells = [(method, ratio) for ratio in (100.0, 10.0) for method in ("ours", "smaller", "magnitude")]
+    for count, (method, ratio) in itertools.product((96, 48, 12), [*cells, ("dense", 1.0)]):
         yield Run("resnet9", method, ratio, 0, epochs=count)
+    for seed, (method, ratio) in itertools.product(SEEDS, [*cells, ("dense", 1.0)]):
+        yield Run("resnet9", method, ratio, seed, epochs=96)
     for count, (method, ratio) in itertools.product((4, 8, 16), (("ours", 100.0), ("ours", 10.0), ("dense", 1.0))):
         yield Run("imdb", method, ratio, 0, epochs=count)
 
@@ -123,7 +125,10 @@ def kept() -> Iterator[Run]:
     """What is worth keeping dense."""
     everything = {"share": "all"}, {"share": "weights"}
     ends = {"exclude": ("prepare", "head")}, {"exclude": "prepare"}, {"exclude": "head"}
-    yield from _vary("resnet9", (300.0,), *reversed(everything))
+    yield from _vary("resnet9", (300.0, 500.0, 1000.0), *reversed(everything))
+    small = ({"share": "weights", "tile": tile} for tile in ("16x16", "8x8"))
+    yield from _vary("resnet9", (300.0,), *small)
+    yield from _vary("imdb", (300.0, 1000.0), *everything)
     yield from _vary("resnet9", (100.0, 10.0), *ends, *everything)
     inside = {"exclude": "head"}, {"exclude": "positions"}, {"row_scales": True}
     yield from _vary("imdb", (100.0, 10.0), *everything, *inside)
@@ -135,13 +140,22 @@ def data() -> Iterator[Run]:
         yield from _vary("resnet9", ratios, {"cutout": 8}, {"smoothing": 0.1}, method=method)
 
 
+def distillation() -> Iterator[Run]:
+    """Learning from the dense model beside labels: its share and temperature, then every method at two lengths."""
+    shares = {"distill": 0.9}, {"distill": 0.5}, {"distill": 0.9, "temperature": 2.0}
+    yield from _vary("resnet9", (100.0, 10.0), *shares)
+    cells = [(method, ratio) for ratio in (100.0, 10.0) for method in ("ours", "smaller", "magnitude")]
+    for seed, count, (method, ratio) in itertools.product(SEEDS, (24, 96), [*cells, ("dense", 1.0)]):
+        yield Run("resnet9", method, ratio, seed, epochs=count, changes=(("distill", 0.9),))
+
+
 def widths() -> Iterator[Run]:
     """The smaller text model's trade of width for words."""
     for width in (16, 24, 48):
         yield Run("imdb", "smaller", 100.0, 0, changes=(("width", width),))
 
 
-GROUPS: dict[str, Callable[[], Iterator[Run]]] = {
-    function.__name__: function
-    for function in (main, sharing, grid, text, nets, rates, epochs, pool, decay, signs, tiles, kept, data, widths)
-}
+_ALL: tuple[Callable[[], Iterator[Run]], ...] = (
+    main, sharing, grid, text, nets, rates, epochs, pool, decay, signs, tiles, kept, data, widths, distillation,
+)  # fmt: skip
+GROUPS = {function.__name__: function for function in _ALL}

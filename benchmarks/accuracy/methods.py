@@ -132,10 +132,17 @@ def _sizes(model: nn.Module) -> str:
 
 
 def check_changes(run: Run) -> None:
-    """Raise `ValueError` for a change that nothing would read."""
+    """Raise `ValueError` for a change that nothing would read, and for distillation by values without a meaning."""
     unknown = {name for name, _ in run.changes} - SETTINGS - set(RECIPE_CHANGES) - set(MODEL_CHANGES)
     if unknown:
         raise ValueError(f"{run}: nothing reads {', '.join(sorted(unknown))}")
+    share, temperature = run.change("distill"), run.change("temperature")
+    if share is not None and not 0 < share <= 1:
+        raise ValueError(f"{run}: distill is the teacher's share of the loss, above 0 and at most 1, not {share}")
+    if temperature is not None and share is None:
+        raise ValueError(f"{run}: temperature is that of distillation; add distill, or leave it out")
+    if temperature is not None and not temperature > 0:
+        raise ValueError(f"{run}: temperature divides logits, so it must be above 0, not {temperature}")
 
 
 class RowScales(nn.Module):

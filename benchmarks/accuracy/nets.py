@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -140,6 +141,11 @@ def text_width(task: Task) -> int:
 
 def dense_net(task: Task) -> nn.Module:
     return image_net(task) if task.is_image else text_net(task)
+
+
+def laid_out(model: nn.Module, task: Task) -> nn.Module:
+    """Return the model with its tensors in the memory format that batches of its task have."""
+    return model.to(memory_format=torch.channels_last) if task.is_image else model
 
 
 def size(model: nn.Module) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import click
@@ -13,11 +13,14 @@ from benchmarks.accuracy import picture, trials
 from benchmarks.accuracy.methods import METHODS
 from benchmarks.accuracy.table import RESULTS, Row, Table, final, read_rows
 from benchmarks.accuracy.tasks import TASKS
+from benchmarks.accuracy.teacher import TEMPERATURE
 from benchmarks.accuracy.verdicts import not_hashed, verdicts
-from benchmarks.stats import Difference, mean_and_error, sign_flip_p
+from benchmarks.stats import Difference, mean_and_error, paired, sign_flip_p
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "accuracy.md"
 IMAGES = DOCUMENT.parent / "images"
+# Columns that say which run a line is of.
+NAMED = ("task", "method", "ratio", "change", "rate", "epochs")
 
 METHOD = """
 All models are trained from scratch. A seed fixes initial values, data order, augmentation, slots and masks, the same
@@ -42,6 +45,13 @@ with as many stored parameters and each with a step size of its own choice. Perc
 a line, of the exact sign-flip test for all lines.
 """
 
+DISTILLED = """
+Trained on labels and on the outputs of a teacher: the dense model of the same seed, trained first by its own recipe.
+The loss is (1 − a) times the cross entropy of labels and a·T² times the divergence of the model's softmax(logits ÷ T)
+from the teacher's; "distilled a at temperature T" names the two. Beside it is the same run on labels alone; the
+difference is over the seeds that both have. Epochs do not count the teacher's.
+"""
+
 WHEN_NOT = """
 - **Where a smaller model will do.** It is faster as well as smaller; roastify saves parameters, not arithmetic.
 - **Where there is no time to train.** Compression is trained, not free, and a compressed model wants longer training
@@ -57,6 +67,13 @@ def table_lines(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]
 def mean_text(values: Sequence[float]) -> str:
     mean, error = mean_and_error(values)
     return f"{mean:.2f}" if math.isnan(error) else f"{mean:.2f} ± {error:.2f}"
+
+
+def seeds_text(values: Sequence[float]) -> str:
+    """Return the mean over seeds, their number in brackets where it is not three."""
+    if not values:
+        return "–"
+    return mean_text(values) + ("" if len(values) == 3 else f" ({len(values)})")
 
 
 def described(table: Table) -> str:
@@ -108,9 +125,7 @@ def _cell(table: Table, task: str, method: str, ratio: float) -> str:
     if (task, method, ratio) in table.unreachable:
         return "not reachable"
     values = list(table.accuracies(task, method, ratio).values())
-    if not values:
-        return "–"
-    text = mean_text(values) + ("" if len(values) == 3 else f" ({len(values)})")
+    text = seeds_text(values)
     best = table.best(task, ratio, lambda name: METHODS[name].kind != "dense")
     return f"**{text}**" if best and best[0] == method else text
 
@@ -143,7 +158,7 @@ def experiments(table: Table) -> Iterator[str]:
         yield ""
         yield "One seed each, so a difference of less than half a point says nothing."
         yield ""
-    head = ["task", "method", "ratio", "change", "rate", "epochs", "stored", "accuracy", "difference"]
+    head = [*NAMED, "stored", "accuracy", "difference"]
     if rows:
         yield "The last column is the accuracy less that of the same seed in the comparison above."
         yield ""
@@ -159,6 +174,28 @@ def experiments(table: Table) -> Iterator[str]:
         yield ""
 
 
+def distilled(table: Table) -> Iterator[str]:
+    """Yield the runs that learn from the dense model, each beside the same run on labels alone."""
+    rows = []
+    for with_teacher, alone in sorted(table.distilled(), key=lambda pair: _order(_first(pair[0]))):
+        row = _first(with_teacher)
+        found, without = ({seed: final(row) for seed, row in by_seed.items()} for by_seed in (with_teacher, alone))
+        teachers = [100 * row["teacher_accuracy"] for row in with_teacher.values()]
+        texts = [seeds_text(list(values)) for values in (found.values(), without.values(), teachers)]
+        rows.append([*_named(row, _changes(row)), *texts, str(paired(found, without) or "–")])
+    if rows:
+        yield "## Distilled from the dense model"
+        yield ""
+        yield from DISTILLED.strip().splitlines()
+        yield ""
+        yield from table_lines([*NAMED, "accuracy", "labels alone", "teacher", "difference"], rows)
+        yield ""
+
+
+def _first(by_seed: Mapping[int, Row]) -> Row:
+    return next(iter(by_seed.values()))
+
+
 def _held_out(table: Table) -> Iterator[list[str]]:
     found = table.trials()
     for run, row in sorted(found.items(), key=lambda item: _order(item[1])):
@@ -169,20 +206,29 @@ def _held_out(table: Table) -> Iterator[list[str]]:
 
 def _experiment(row: Row, what: str, same: float | None) -> list[str]:
     return [
-        TASKS[row["task"]].title,
-        METHODS[row["method"]].title,
-        f"{row['ratio']:g}",
-        what,
-        f"{row['rate']:g}",
-        str(row["epochs"]),
+        *_named(row, what),
         f"{row['stored']:,}",
         f"{final(row):.2f}",
         "–" if same is None else f"{final(row) - same:+.2f}",
     ]
 
 
+def _named(row: Row, what: str) -> list[str]:
+    return [
+        TASKS[row["task"]].title,
+        METHODS[row["method"]].title,
+        f"{row['ratio']:g}",
+        what,
+        f"{row['rate']:g}",
+        str(row["epochs"]),
+    ]
+
+
 def _changes(row: Row) -> str:
-    return ", ".join(f"{name} {_plain(value)}" for name, value in row["changes"].items())
+    changes = dict(row["changes"])
+    share, temperature = changes.pop("distill", None), changes.pop("temperature", TEMPERATURE)
+    texts = [f"{name} {_plain(value)}" for name, value in changes.items()]
+    return ", ".join(texts if share is None else [*texts, f"distilled {share:g} at temperature {temperature:g}"])
 
 
 def _order(row: Row) -> tuple:
@@ -252,6 +298,7 @@ def markdown(rows: Sequence[Row]) -> str:
     if lost:
         lines += ["Where something else with as many stored parameters was more accurate:", "", *lost, ""]
     lines += experiments(table)
+    lines += distilled(table)
     batches = ", ".join(f"{TASKS[task].batch} ({TASKS[task].title})" for task in table.tasks())
     lines += ["## Method", "", *METHOD.strip().format(batches=batches).splitlines(), ""]
     lines += choices(table)

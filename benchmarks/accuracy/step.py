@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.accuracy.inputs import Epoch, Examples, augmented
+from benchmarks.accuracy.teacher import Teacher
 
 _WARM_UP = 3
 
@@ -31,7 +32,8 @@ class Step:
         batch: examples in a step.
         hole: side of the square that is cut out of images, or 0.
         smoothing: of the labels.
-        autocast: makes the context of the forward pass.
+        autocast: makes the context of the forward passes.
+        teacher: what the model learns from beside labels, if there is one.
     """
 
     def __init__(
@@ -46,10 +48,11 @@ class Step:
         hole: int,
         smoothing: float,
         autocast: Callable[[], contextlib.AbstractContextManager],
+        teacher: Teacher | None = None,
     ) -> None:
         self.model, self.optimizer, self.factors, self.schedule = model, optimizer, factors, schedule
         self.examples, self.epoch, self.batch = examples, epoch, batch
-        self.hole, self.smoothing, self.autocast = hole, smoothing, autocast
+        self.hole, self.smoothing, self.autocast, self.teacher = hole, smoothing, autocast, teacher
         device = schedule.device
         self.along = torch.arange(batch, device=device)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
@@ -111,7 +114,10 @@ class Step:
             x = examples.x[chosen]
         self.optimizer.zero_grad(set_to_none=True)
         with self.autocast():
-            loss = F.cross_entropy(self.model(x), examples.y[chosen], label_smoothing=self.smoothing)
+            logits = self.model(x)
+            loss = F.cross_entropy(logits, examples.y[chosen], label_smoothing=self.smoothing)
+            if self.teacher is not None:
+                loss = self.teacher.mixed(loss, logits, x)
         loss.backward()
         self.optimizer.step()
         self.loss += loss.detach()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -94,12 +95,37 @@ class Table:
         return dict(sorted(found.items(), key=lambda item: (list(TASKS).index(item[0][0]), item[0][1])))
 
     def experiments(self) -> list[Row]:
-        """Return what is not part of the comparison: runs with a change, a rate or a number of epochs of their own."""
+        """Return what is not part of the comparison: runs with a change, a rate or a number of epochs of their own.
+
+        Distilled runs are not among them: `distilled` has those.
+        """
         beside = {id(row) for row in self.chosen}
-        return [row for row in self.rows if id(row) not in beside and not row["trial"] and "accuracy" in row]
+        return [row for row in self._judged() if id(row) not in beside and "distill" not in row["changes"]]
+
+    def distilled(self) -> list[tuple[dict[int, Row], dict[int, Row]]]:
+        """Return by seed the rows of each distilled run, and of the same run without a teacher where there is one."""
+        by_run = {of_row(row): row for row in self._judged()}
+        found: dict[Run, tuple[dict[int, Row], dict[int, Row]]] = {}
+        for run, row in by_run.items():
+            if run.change("distill") is not None:
+                beside, without = found.setdefault(dataclasses.replace(run, seed=0), ({}, {}))
+                beside[run.seed] = row
+                if (same := by_run.get(undistilled(run))) is not None:
+                    without[run.seed] = same
+        return list(found.values())
+
+    def _judged(self) -> list[Row]:
+        """Return what was judged on the test set."""
+        return [row for row in self.rows if not row["trial"] and "accuracy" in row]
 
     def trials(self) -> dict[Run, Row]:
         return {of_row(row): row for row in self.rows if row["trial"]}
+
+
+def undistilled(run: Run) -> Run:
+    """Return the same run without a teacher."""
+    others = tuple((name, value) for name, value in run.changes if name not in ("distill", "temperature"))
+    return dataclasses.replace(run, changes=others)
 
 
 def _commonest_scale(rows: Iterable[Row]) -> float:

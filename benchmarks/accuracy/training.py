@@ -8,18 +8,20 @@ import gc
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.accuracy import inputs, methods
+from benchmarks.accuracy import inputs, methods, nets
 from benchmarks.accuracy.budget import UnreachableError
 from benchmarks.accuracy.inputs import Epoch, Examples
 from benchmarks.accuracy.runs import Run, as_row
 from benchmarks.accuracy.step import Step
 from benchmarks.accuracy.tasks import Task
+from benchmarks.accuracy.teacher import Teacher, teacher_of
 from benchmarks.rows import machine
 
 # Part of the steps in which the step size grows; then it falls to zero, both in a line.
@@ -71,41 +73,52 @@ def accuracy(model: nn.Module, examples: Examples, autocast: Autocast) -> float:
     return int(right) / len(examples)
 
 
-def train(run: Run, task: Task, folder: Path, device: str, graph: bool = True) -> dict[str, Any]:
-    """Train one model.
+@dataclass
+class Trained:
+    """A trained model, and how it came about.
 
     Args:
-        run: with its learning rate and epochs.
-        task: its task.
-        folder: of the prepared arrays.
-        device: `cpu` or `cuda`.
-        graph: on a GPU, replay steps from a CUDA graph.
+        model: in train mode.
+        stored: parameters that are stored.
+        note: what they are.
+        accuracy: after every epoch.
+        loss: its mean over every epoch.
+        captured: whether its steps were a CUDA graph.
+        setup: seconds before the first step.
+    """
 
-    Returns:
-        the row: the run, what was stored, accuracy and loss of every epoch; or why so few parameters cannot be stored.
+    model: nn.Module
+    stored: int
+    note: str
+    accuracy: list[float]
+    loss: list[float]
+    captured: bool
+    setup: float
+
+
+def autocast_on(device: str) -> Autocast:
+    """Return what makes the context of every forward pass: bfloat16 on a GPU."""
+    kind = torch.device(device).type
+    return functools.partial(torch.autocast, kind, torch.bfloat16, enabled=kind == "cuda", cache_enabled=False)
+
+
+def fit(run: Run, task: Task, folder: Path, device: str, graph: bool, teacher: Teacher | None = None) -> Trained:
+    """Build and train a run's model, beside labels on a teacher's outputs if there is one; see `train`.
 
     Raises:
+        UnreachableError: its method cannot store so few parameters.
         CaptureError: the step cannot be captured.
     """
     begun = time.perf_counter()
     assert run.rate is not None and run.epochs is not None, "a run is trained when rate and epochs are chosen"
-    methods.check_changes(run)
-    allowed = methods.target(task, run.ratio)
-    row = {**as_row(run), "allowed": allowed, "machine": machine(device)}
     examples, judged = inputs.load(task, folder, device, run.trial)
-    on_gpu = torch.device(device).type == "cuda"
-    autocast = functools.partial(
-        torch.autocast, torch.device(device).type, torch.bfloat16, enabled=on_gpu, cache_enabled=False
-    )
+    autocast = autocast_on(device)
 
     def batch() -> tuple[Tensor, Tensor]:
         return inputs.plain(examples.x[: task.batch]), examples.y[: task.batch]
 
-    try:
-        built = methods.build(run, task, device, batch)
-    except UnreachableError as error:
-        return {**row, "unreachable": str(error), "seconds": time.perf_counter() - begun}
-    model = built.model.to(memory_format=torch.channels_last) if task.is_image else built.model
+    built = methods.build(run, task, device, batch)
+    model = nets.laid_out(built.model, task)
     model.train()
     optimizer, factors = make_optimizer(model, task, run, device)
     steps = len(examples) // task.batch
@@ -120,8 +133,9 @@ def train(run: Run, task: Task, folder: Path, device: str, graph: bool = True) -
         run.change("cutout", 0),
         run.change("smoothing", 0.0),
         autocast,
+        teacher,
     )
-    if on_gpu and graph:
+    if graph and torch.device(device).type == "cuda":
         step.capture()
     # Dropout draws from here on, the same for every method.
     torch.manual_seed(run.seed)
@@ -134,19 +148,61 @@ def train(run: Run, task: Task, folder: Path, device: str, graph: bool = True) -
             step()
         losses.append(float(step.loss) / steps)
         accuracies.append(accuracy(model, judged, autocast))
-    captured = step.graph is not None
-    del step, optimizer, model
+    return Trained(model, built.stored, built.note, accuracies, losses, step.graph is not None, setup)
+
+
+def train(run: Run, task: Task, folder: Path, device: str, graph: bool = True) -> dict[str, Any]:
+    """Train one model; for a distilled run its teacher first, unless there is one.
+
+    Args:
+        run: with its learning rate and epochs.
+        task: its task.
+        folder: of the prepared arrays.
+        device: `cpu` or `cuda`.
+        graph: on a GPU, replay steps from a CUDA graph.
+
+    Returns:
+        the row: the run, what was stored, accuracy and loss of every epoch, and the teacher's accuracy if there is one;
+        or why so few parameters cannot be stored.
+
+    Raises:
+        CaptureError: the step cannot be captured.
+    """
+    methods.check_changes(run)
+
+    def dense(other: Run) -> nn.Module:
+        return fit(other, task, folder, device, graph).model
+
+    teacher = None
+    if run.change("distill") is not None:
+        teacher = teacher_of(run, task, folder, device, dense)
+        release(device)
+    # Only now: making the teacher is no part of what further such runs take.
+    begun = time.perf_counter()
+    row = {**as_row(run), "allowed": methods.target(task, run.ratio), "machine": machine(device)}
+    try:
+        trained = fit(run, task, folder, device, graph, teacher)
+    except UnreachableError as error:
+        return {**row, "unreachable": str(error), "seconds": time.perf_counter() - begun}
     row |= {
-        "stored": built.stored,
-        "note": built.note,
-        "accuracy": [round(value, 5) for value in accuracies],
-        "loss": [round(value, 4) if math.isfinite(value) else None for value in losses],
-        "captured": captured,
-        "setup": round(setup, 2),
+        "stored": trained.stored,
+        "note": trained.note,
+        "accuracy": [round(value, 5) for value in trained.accuracy],
+        "loss": [round(value, 4) if math.isfinite(value) else None for value in trained.loss],
+        "captured": trained.captured,
+        "setup": round(trained.setup, 2),
         "seconds": round(time.perf_counter() - begun, 2),
     }
-    del built
-    if on_gpu:
+    if teacher is not None:
+        _, judged = inputs.load(task, folder, device, run.trial)
+        row["teacher_accuracy"] = round(accuracy(teacher.model, judged, autocast_on(device)), 5)
+    del trained, teacher
+    release(device)
+    return row
+
+
+def release(device: str) -> None:
+    """Give back the memory of a GPU that nothing holds any more."""
+    if torch.device(device).type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
-    return row
