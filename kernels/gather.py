@@ -31,18 +31,15 @@ def place_of(tile, element, base, rows, cols, first_tile, grid_cols, TILE_ROWS: 
         return row * cols + col, (row < rows) & (col < cols)
 
 
-@triton.jit(do_not_specialize=PLAIN_ARGUMENTS)
-def _gather_kernel(
-    p_pool, p_table, p_out, scale, key, rows, cols, base, first_tile, num_tiles, grid_cols, num_slots, first_slot,
-    first_chunk, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, BE: tl.constexpr, BT: tl.constexpr,
-    MAPPING: tl.constexpr, SIGN: tl.constexpr, STRIPS: tl.constexpr,
+@triton.jit
+def gather_tiles(
+    p_pool, p_table, p_out, scale, i_tile, element, key, rows, cols, base, first_tile, num_tiles, grid_cols, num_slots,
+    first_slot, first_chunk, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, MAPPING: tl.constexpr,
+    SIGN: tl.constexpr, STRIPS: tl.constexpr,
 ):  # fmt: skip
+    """Write elements (int32) of tiles of a tensor (int64, its first is 0) to where they stand in it."""
     SIZE: tl.constexpr = TILE_ROWS * TILE_COLS
-    PARTS: tl.constexpr = (SIZE + BE - 1) // BE
-    program = tl.program_id(0).to(tl.int64)
-    i_tile = program // PARTS * BT + tl.arange(0, BT)
     tile = first_tile + i_tile
-    element = (program % PARTS * BE).to(tl.int32) + tl.arange(0, BE)
     exists = i_tile < num_tiles
     # Tiles past the last one read the table where the last one does.
     known = first_tile + tl.minimum(i_tile, num_tiles - 1)
@@ -52,6 +49,21 @@ def _gather_kernel(
     values = tl.load(p_pool + start[:, None] + element[None, :], mask=inside, other=0.0).to(tl.float32) * scale
     values = apply_sign(values, tile[:, None], element[None, :], key, num_slots, first_tile, grid_cols, MAPPING, SIGN)
     tl.store(p_out + place, values.to(p_out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=PLAIN_ARGUMENTS)
+def _gather_kernel(
+    p_pool, p_table, p_out, scale, key, rows, cols, base, first_tile, num_tiles, grid_cols, num_slots, first_slot,
+    first_chunk, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, BE: tl.constexpr, BT: tl.constexpr,
+    MAPPING: tl.constexpr, SIGN: tl.constexpr, STRIPS: tl.constexpr,
+):  # fmt: skip
+    PARTS: tl.constexpr = (TILE_ROWS * TILE_COLS + BE - 1) // BE
+    program = tl.program_id(0).to(tl.int64)
+    i_tile = program // PARTS * BT + tl.arange(0, BT)
+    element = (program % PARTS * BE).to(tl.int32) + tl.arange(0, BE)
+    gather_tiles(p_pool, p_table, p_out, scale, i_tile, element, key, rows, cols, base, first_tile, num_tiles,
+                 grid_cols, num_slots, first_slot, first_chunk, TILE_ROWS, TILE_COLS, MAPPING, SIGN,
+                 STRIPS)  # fmt: skip
 
 
 def gather(pool: Tensor, table: Tensor, view: TileView, scale: float) -> Tensor:

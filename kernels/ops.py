@@ -14,6 +14,7 @@ the operator.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 from collections.abc import Sequence
@@ -65,6 +66,12 @@ def _launcher(name: str) -> Any:
     return getattr(importlib.import_module(f"roastify.kernels.{_CUDA_HOMES[name]}"), name)
 
 
+def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Return the context for launching kernels: Triton does so on the current device, which need not be a tensor's."""
+    device = tensor.get_device()
+    return contextlib.nullcontext() if device == torch._C._cuda_getDevice() else torch.cuda.device(device)
+
+
 def _implementation(name: str) -> Any:
     """Return what an operator does: on a GPU its launcher, found when it is first called; elsewhere the reference.
 
@@ -79,11 +86,9 @@ def _implementation(name: str) -> Any:
             if not first.is_cuda:
                 return elsewhere(*args)
             launcher = _launcher(name)
-            # Triton launches on the current device, which need not be the tensors'.
-            device = first.get_device()
-            if device == torch._C._cuda_getDevice():
+            if first.get_device() == torch._C._cuda_getDevice():
                 return launcher(*args)
-            with torch.cuda.device(device):
+            with on_device_of(first):
                 return launcher(*args)
 
     return call
@@ -160,24 +165,29 @@ _PLAIN = {Tensor, torch.nn.Parameter, type(None), TileView, float, int, list, to
 _nodes: dict[str, Any] = {}
 
 
+def is_watched(*args: Any) -> bool:
+    """Whether anybody would notice an operator on these arguments: a compiler, mode, transform or profiler."""
+    return (
+        torch.compiler.is_compiling()
+        or not _PLAIN.issuperset(map(type, args))
+        or not (args[0].is_cuda or args[0].is_cpu)
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or is_batched()
+        or forward_ad._current_level >= 0
+        or torch._C._is_tracing()
+        or torch.autograd._profiler_enabled()
+    )
+
+
 def _call(name: str, *args: Any) -> Any:
     """Call an operator, past the dispatcher if nobody would notice: an eager layer's time is what the host takes.
 
     (A layer's forward and backward take a third less of it.) Compilers, tracers, modes, transforms, subclasses and
     profilers see the operator.
     """
-    if (
-        torch.compiler.is_compiling()
-        or not _PLAIN.issuperset(map(type, args))
-        or not (args[0].is_cuda or args[0].is_cpu)
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._are_functorch_transforms_active()
-        or is_batched()
-        or forward_ad._current_level >= 0
-        or torch._C._is_tracing()
-        or torch.autograd._profiler_enabled()
-    ):
+    if is_watched(*args):
         return getattr(_ops, name).default(*args)
     if torch.is_grad_enabled() and name in _nodes and torch._C._any_requires_grad(*args):
         return _nodes[name].apply(*args)

@@ -21,18 +21,13 @@ from roastify.kernels.tuning import cdiv, power_of_2
 from roastify.kernels.view import MappingKind, TileView
 
 
-@triton.jit(do_not_specialize=PLAIN_ARGUMENTS)
-def _reduce_kernel(
-    p_grad, p_table, p_out, scale, key, rows, cols, base, first_tile, num_tiles, grid_cols, num_slots, first_slot,
-    first_chunk, chunk_begin, chunk_end, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, BS: tl.constexpr,
-    BE: tl.constexpr, MAPPING: tl.constexpr, SIGN: tl.constexpr, STRIPS: tl.constexpr, ADD: tl.constexpr,
+@triton.jit
+def sum_chunks(
+    p_grad, p_table, slot, element, exists, chunk_begin, chunk_end, key, rows, cols, base, first_tile, num_tiles,
+    grid_cols, num_slots, first_chunk, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, BS: tl.constexpr,
+    BE: tl.constexpr, MAPPING: tl.constexpr, SIGN: tl.constexpr, STRIPS: tl.constexpr,
 ):  # fmt: skip
-    SIZE: tl.constexpr = TILE_ROWS * TILE_COLS
-    PARTS: tl.constexpr = (SIZE + BE - 1) // BE
-    program = tl.program_id(0).to(tl.int64)
-    slot = program // PARTS * BS + tl.arange(0, BS)
-    element = (program % PARTS * BE).to(tl.int32) + tl.arange(0, BE)
-    exists = (slot < num_slots)[:, None] & (element < SIZE)[None, :]
+    """The signed sum of a tensor's gradient over the tiles of each slot, one a chunk, in order: `[slots, elements]`."""
     total = tl.zeros([BS, BE], dtype=tl.float32)
     for chunk in range(chunk_begin, chunk_end):
         # What fits an int32 arrives as one, and tiles may be more than it counts.
@@ -47,7 +42,25 @@ def _reduce_kernel(
         inside = inside & exists & reads[:, None]
         grad = tl.load(p_grad + place, mask=inside, other=0.0).to(tl.float32)
         total += apply_sign(grad, tile[:, None], element[None, :], key, num_slots, first_tile, grid_cols, MAPPING, SIGN)
-    total *= scale
+    return total
+
+
+@triton.jit(do_not_specialize=PLAIN_ARGUMENTS)
+def _reduce_kernel(
+    p_grad, p_table, p_out, scale, key, rows, cols, base, first_tile, num_tiles, grid_cols, num_slots, first_slot,
+    first_chunk, chunk_begin, chunk_end, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, BS: tl.constexpr,
+    BE: tl.constexpr, MAPPING: tl.constexpr, SIGN: tl.constexpr, STRIPS: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    SIZE: tl.constexpr = TILE_ROWS * TILE_COLS
+    PARTS: tl.constexpr = (SIZE + BE - 1) // BE
+    program = tl.program_id(0).to(tl.int64)
+    slot = program // PARTS * BS + tl.arange(0, BS)
+    element = (program % PARTS * BE).to(tl.int32) + tl.arange(0, BE)
+    exists = (slot < num_slots)[:, None] & (element < SIZE)[None, :]
+    total = scale * sum_chunks(
+        p_grad, p_table, slot, element, exists, chunk_begin, chunk_end, key, rows, cols, base, first_tile, num_tiles,
+        grid_cols, num_slots, first_chunk, TILE_ROWS, TILE_COLS, BS, BE, MAPPING, SIGN, STRIPS,
+    )  # fmt: skip
     p_slot = p_out + (first_slot + slot)[:, None] * SIZE + element[None, :]
     if ADD:
         total += tl.load(p_slot, mask=exists, other=0.0)

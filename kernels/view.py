@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -120,6 +121,23 @@ class TileView(NamedTuple):
     def unsigned_first_chunk(self) -> bool:
         """Whether tiles of chunk 0 carry no sign (so that ratio 1 is the identity)."""
         return self.mapping == MappingKind.PERMUTATION
+
+
+@dataclass(frozen=True, eq=False)
+class Weight:
+    """A weight as its layer wants it. Each is equal to itself alone: as a key it must cost the host nothing.
+
+    Args:
+        view: where it lies in the pool.
+        scale: λ.
+        shape: of the dense tensor.
+        transposed: whether the matrix in the pool is its transpose.
+    """
+
+    view: TileView
+    scale: float
+    shape: tuple[int, ...]
+    transposed: bool
 
 
 def to_signed64(value: int) -> int:

@@ -7,32 +7,66 @@ with small layers waits for.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from roastify.kernels import ops
-from roastify.kernels.view import TileView
+from roastify.kernels.sink import is_wanted, sink_of
+from roastify.kernels.view import Weight
+
+if TYPE_CHECKING:
+    from roastify.kernels.group import Group
+
+# Elements of the weights of a group. The gradients of all of it are there before any of them goes.
+_GROUP_ELEMENTS = 1 << 23
 
 
-@dataclass(frozen=True, eq=False)
-class Weight:
-    """A weight as its layer wants it. Each is equal to itself alone: as a key it must cost the host nothing.
+class WeightGroup:
+    """Weights that a pass gathers together, and sums the gradients of together."""
 
-    Args:
-        view: where it lies in the pool.
-        scale: λ.
-        shape: of the dense tensor.
-        transposed: whether the matrix in the pool is its transpose.
+    def __init__(self, weights: Sequence[Weight]) -> None:
+        self.weights = tuple(weights)
+        self._kernels: Group | None = None
+
+    def kernels(self, pool: Tensor) -> Group | None:
+        """Return the kernels for the group, if there are any for this pool's device and dtype and they can run now."""
+        if not pool.is_cuda or len(self.weights) == 1 or ops.is_watched(pool):
+            return None
+        # It imports Triton.
+        from roastify.kernels import group
+
+        if not group.fits(pool, self.weights[0].view):
+            return None
+        if self._kernels is None:
+            self._kernels = group.Group(self.weights)
+        return self._kernels if self._kernels.is_ready(pool.device) else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies and pickles make their kernels' tables where they are used.
+        return {"weights": self.weights, "_kernels": None}
+
+
+def grouped(weights: Iterable[Weight]) -> dict[Weight, WeightGroup]:
+    """Return the group of each weight.
+
+    Groups are fixed, whatever a pass reads: the order in which gradients are added decides their last bits, and those
+    of a first pass must be those of any other. Weights of a group are alike in what decides whether they are kept.
     """
-
-    view: TileView
-    scale: float
-    shape: torch.Size
-    transposed: bool
+    chosen: dict[tuple[Any, ...], list[Weight]] = {}
+    found: list[list[Weight]] = []
+    for weight in weights:
+        view = weight.view
+        kind = (view._replace(base=0, **({"rows": 0, "cols": 0} if view.strips else {})), weight.transposed)
+        group = chosen.get(kind)
+        if group is None or sum(other.view.numel for other in group) + view.numel > _GROUP_ELEMENTS:
+            group = chosen[kind] = []
+            found.append(group)
+        group.append(weight)
+    made = map(WeightGroup, found)
+    return {weight: group for group in made for weight in group.weights}
 
 
 class _Dense(torch.autograd.Function):
@@ -43,25 +77,28 @@ class _Dense(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, pool: Tensor, table: Tensor, weights: Sequence[Weight], values: Tensor | None
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, pool: Tensor, table: Tensor, group: WeightGroup, values: Tensor | None) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.table, ctx.weights, ctx.pool_shape = table, weights, pool.shape
+        ctx.table, ctx.group, ctx.pool_shape = table, group, pool.shape
         # As in `ops`: a result must not count as a view made in here.
         with torch._C._ExcludeDispatchKeyGuard(ops.VIEW_TRACKING):
             if values is not None:
                 return (values.view_as(values),)
+            if (kernels := group.kernels(pool)) is not None:
+                with ops.on_device_of(pool):
+                    return tuple(kernels.gather(pool, table))
             dense = []
-            for weight in weights:
+            for weight in group.weights:
                 matrix = ops.gather(pool, table, weight.view, weight.scale)
                 dense.append((matrix.t() if weight.transposed else matrix).reshape(weight.shape))
             return tuple(dense)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+        if _reduced_together(ctx, grads):
+            return None, None, None, None
         total: Tensor | None = None
-        for weight, grad in zip(ctx.weights, grads, strict=True):
+        for weight, grad in zip(ctx.group.weights, grads, strict=True):
             if grad is None:
                 continue
             view = weight.view
@@ -71,17 +108,32 @@ class _Dense(torch.autograd.Function):
         return total, None, None, None
 
 
-def gather_weights(pool: Tensor, table: Tensor, weights: Sequence[Weight]) -> tuple[Tensor, ...]:
-    """Return dense weights, of the pool's dtype, whose gradients go to the pool through one node.
+def _reduced_together(ctx: Any, grads: Sequence[Tensor | None]) -> bool:
+    """Add the gradients to the buffer of the backward pass by one kernel, if there is one and all of them are there."""
+    present = [grad for grad in grads if grad is not None]
+    read = ctx.next_functions[0][0]
+    if len(present) < len(grads) or len({grad.dtype for grad in present}) != 1 or not is_wanted(read):
+        return False
+    kernels = ctx.group.kernels(present[0])
+    sink = sink_of(read)
+    if kernels is None or sink is None or (total := sink.total()) is None:
+        return False
+    with ops.on_device_of(total):
+        kernels.reduce_(total, present, ctx.table)
+    return True
+
+
+def gather_weights(pool: Tensor, table: Tensor, group: WeightGroup) -> tuple[Tensor, ...]:
+    """Return a group's dense weights, of the pool's dtype, whose gradients go to the pool through one node.
 
     The node runs when the gradients of all of them are there.
 
     Args:
         pool: the pool as a pass reads it.
         table: its chunk table.
-        weights: which.
+        group: which.
     """
-    return _Dense.apply(pool, table, weights, None)
+    return _Dense.apply(pool, table, group, None)
 
 
 def again(pool: Tensor, table: Tensor, weight: Weight, values: Tensor) -> Tensor:
@@ -89,4 +141,4 @@ def again(pool: Tensor, table: Tensor, weight: Weight, values: Tensor) -> Tensor
 
     So the gradients of its readers meet in the pool's, in float32, not in the weight's own dtype.
     """
-    return _Dense.apply(pool, table, (weight,), values.detach())[0]
+    return _Dense.apply(pool, table, WeightGroup([weight]), values.detach())[0]

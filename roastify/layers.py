@@ -250,6 +250,11 @@ class RoastLookup(RoastModule):
 class RoastLayer(RoastModule):
     """A layer whose `weight` is in the pool."""
 
+    @staticmethod
+    def may_keep(shared: SharedTensor) -> bool:
+        """Whether a training pass may keep the layer's dense weight until its backward pass."""
+        return False
+
     # A property under a type that lets it stand where the dense layers declare a Tensor.
     weight: Any = reading("weight")
 
@@ -297,6 +302,11 @@ class RoastRNN(RoastModule):
 
 class RoastLinear(RoastLayer, nn.Linear):
     """`nn.Linear` on the pool; no whole weight is materialised for a small batch."""
+
+    @staticmethod
+    def may_keep(shared: SharedTensor) -> bool:
+        """Whether a training pass may keep the dense weight: if it is small."""
+        return shared.is_small and not shared.center
 
     def forward(self, input: Tensor) -> Tensor:
         """Return `input · weightᵀ + bias`."""
@@ -379,6 +389,11 @@ class _RoastConv(RoastLayer):
     bias: Tensor | None
     _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
+    @staticmethod
+    def may_keep(shared: SharedTensor) -> bool:
+        """Whether a training pass may keep the dense weight: a convolution must."""
+        return shared.can_be_whole
+
     def forward(self, input: Tensor) -> Tensor:
         """Return the convolution of `input`."""
         weight = self.weight if readers else self._roast["weight"].whole(input)
@@ -414,6 +429,7 @@ class RoastTransformersConv1D(RoastLayer):
 
     # transformers' own would leave out what the pool adds.
     __repr__ = nn.Module.__repr__
+    may_keep = staticmethod(RoastLinear.may_keep)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x · weight + bias`."""

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from roastify.errors import RoastError
 from roastify.kernels.sink import Sink
-from roastify.kernels.weights import Weight, again, gather_weights
+from roastify.kernels.view import Weight
+from roastify.kernels.weights import WeightGroup, again, gather_weights
 
 
 class Pool(Protocol):
-    """What a pass needs of a pool: its Parameter and chunk table, whether its gradient is divided by Γ, and 1/Γ."""
+    """What a pass needs of a pool: its Parameter and chunk table, 1/Γ and whether to divide by Γ."""
 
     weight: nn.Parameter
     table: Tensor
@@ -25,6 +26,9 @@ class Pool(Protocol):
     per_slot: Tensor
     uneven_slots: Tensor
     uneven: Tensor
+
+    def group_of(self, weight: Weight) -> WeightGroup:
+        """Return the weights that are gathered with this one."""
 
 
 class _Gate(torch.autograd.Function):
@@ -138,39 +142,13 @@ class _Door:
         self.token: Tensor = _Gate.apply(weight, self.sink, *gamma)
 
 
-# A dense weight that a pass read, in a dtype.
-_WeightRead = tuple[Weight, torch.dtype]
-# Elements of the weights that are gathered together. Their gradients, too, are all there before any of them goes.
-_GROUP_ELEMENTS = 1 << 24
-
-
-class _Ahead:
-    """The dense weights that a pass reads if it does as the one before, in groups to gather together."""
-
-    def __init__(self, reads: tuple[_WeightRead, ...]) -> None:
-        self.reads = reads
-        self.groups: dict[_WeightRead, list[_WeightRead]] = {}
-        group: list[_WeightRead] = []
-        elements = 0
-        for weight, dtype in reads:
-            elements += weight.view.numel
-            if elements > _GROUP_ELEMENTS or (group and group[-1][1] != dtype):
-                group, elements = [], weight.view.numel
-            group.append((weight, dtype))
-            self.groups[weight, dtype] = group
-
-
-_NOTHING_AHEAD = _Ahead(())
-
-
 class _Made:
     """What was made of the pool's present content: a copy for each compute dtype, and the door they were read by."""
 
-    def __init__(self, pool: Pool, running: _Pass | None = None) -> None:
+    def __init__(self, pool: Pool, whole: bool = False) -> None:
         self.pool = pool
-        # Not the pass itself, which holds this.
-        self.ahead = _NOTHING_AHEAD if running is None else running.ahead
-        self.used: dict[_WeightRead, None] | None = None if running is None else running.used
+        # Whether a whole forward pass reads it, so that what is gathered ahead will be read.
+        self.whole = whole
         # Held, not only looked at: while this exists, no other tensor can take the Parameter's identity or memory.
         self.weight = pool.weight
         self.values = pool.weight.detach()
@@ -179,8 +157,8 @@ class _Made:
         # takes to find this one.
         self.reads: dict[torch.dtype, Tensor] = {}
         # Dense weights, and those of them that nothing has read yet.
-        self.dense_values: dict[_WeightRead, Tensor] = {}
-        self.fresh: dict[_WeightRead, Tensor] = {}
+        self.dense_values: dict[tuple[Weight, torch.dtype], Tensor] = {}
+        self.fresh: dict[tuple[Weight, torch.dtype], Tensor] = {}
         self.door: _Door | None = None
         self.runs = 0
 
@@ -216,27 +194,26 @@ class _Made:
         return read
 
     def dense(self, weight: Weight, dtype: torch.dtype) -> Tensor:
-        """Return a dense weight, in a graph; those that this pass is expected to read with it are gathered along.
-
-        (One after the other takes the host half the time that it takes between layers.)
-        """
+        """Return a dense weight, in a graph; in a whole forward pass its group is gathered with it."""
         key = weight, dtype
-        if self.used is not None:
-            self.used[key] = None
-        pool = self.read(dtype, True)
         fresh = self.fresh.pop(key, None)
         if fresh is not None:
             return fresh
+        pool = self.read(dtype, True)
         if key in self.dense_values:
             return again(pool, self.pool.table, weight, self.dense_values[key])
-        group = [key]
-        # Modes that count operators, or keep what some return for a checkpoint, see each where it is asked for.
-        if not torch._C._len_torch_dispatch_stack():
-            group = [other for other in self.ahead.groups.get(key, group) if other not in self.dense_values]
-        gathered = gather_weights(pool, self.pool.table, [other for other, _ in group])
-        self.fresh.update(zip(group, gathered, strict=True))
-        self.dense_values.update(self.fresh)
+        group = self._group_of(weight, dtype)
+        for other, tensor in zip(group.weights, gather_weights(pool, self.pool.table, group), strict=True):
+            self.dense_values[other, dtype] = self.fresh[other, dtype] = tensor
         return self.fresh.pop(key)
+
+    def _group_of(self, weight: Weight, dtype: torch.dtype) -> WeightGroup:
+        # Modes that count operators, or keep what some return for a checkpoint, see each where it is asked for.
+        if self.whole and not torch._C._len_torch_dispatch_stack():
+            group = self.pool.group_of(weight)
+            if not any((other, dtype) in self.dense_values for other in group.weights):
+                return group
+        return WeightGroup([weight])
 
 
 class _Pass:
@@ -244,14 +221,12 @@ class _Pass:
 
     Args:
         capturing: whether it is captured in a CUDA graph.
-        ahead: what it is expected to read.
+        whole: whether it is a whole forward pass.
     """
 
-    def __init__(self, capturing: bool, ahead: _Ahead | None = None) -> None:
+    def __init__(self, capturing: bool, whole: bool) -> None:
         self.capturing = capturing
-        self.ahead = ahead or _NOTHING_AHEAD
-        # In order, each once.
-        self.used: dict[_WeightRead, None] = {}
+        self.whole = whole
         self.made: dict[tuple[Any, ...], _Made] = {}
 
     def close(self) -> None:
@@ -270,8 +245,6 @@ class _Passes(threading.local):
         # The last door of each pool, with what was seen of the pool then; graphs alone hold it.
         self.doors: weakref.WeakKeyDictionary[Pool, tuple[tuple[Any, ...], weakref.ref[_Door]]]
         self.doors = weakref.WeakKeyDictionary()
-        # What the last pass of each pool that kept dense weights read.
-        self.ahead: weakref.WeakKeyDictionary[Pool, _Ahead] = weakref.WeakKeyDictionary()
 
 
 _passes = _Passes()
@@ -333,7 +306,7 @@ def _running(pool: Pool) -> _Pass | None:
     # Checkpointed layers: each would make a copy, and all of a segment's copies would be there at once.
     again = _passes.again.get((task, id(pool)))
     if again is None:
-        again = _passes.again[task, id(pool)] = _Pass(_is_capturing(pool.weight))
+        again = _passes.again[task, id(pool)] = _Pass(_is_capturing(pool.weight), whole=False)
         torch.autograd.Variable._execution_engine.queue_callback(again.close)
     return again
 
@@ -351,7 +324,7 @@ def made_of(pool: Pool) -> _Made:
     seen = _seen(weight)
     made = running.made.get(seen)
     if made is None or made.over:
-        made = running.made[seen] = _Made(pool, running)
+        made = running.made[seen] = _Made(pool, running.whole)
     return made
 
 
@@ -400,14 +373,10 @@ class RootForward:
             return self._run(*args, **kwargs)
         running, pool = _passes.running, self.pool
         outer = running.get(pool)
-        ahead = _passes.ahead.get(pool)
-        this = running[pool] = _Pass(_is_capturing(pool.weight), ahead)
+        running[pool] = _Pass(_is_capturing(pool.weight), whole=True)
         try:
             return self._run(*args, **kwargs)
         finally:
-            used = tuple(this.used)
-            if used and (ahead is None or ahead.reads != used):
-                _passes.ahead[pool] = _Ahead(used)
             if outer is None:
                 del running[pool]
             else:

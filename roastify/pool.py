@@ -13,8 +13,8 @@ from roastify import traced
 from roastify.errors import RoastError
 from roastify.gamma import inverse_gamma
 from roastify.kernels import reference
-from roastify.kernels.view import TileView
-from roastify.kernels.weights import Weight
+from roastify.kernels.view import TileView, Weight
+from roastify.kernels.weights import WeightGroup, grouped
 from roastify.mapping import TileMap
 from roastify.passes import divide_, made_of, wide
 
@@ -69,6 +69,9 @@ class RoastPool(nn.Module):
         self.precondition = precondition
         # The plan that the pool was built from, for saving and the way back; `rewrite` sets it.
         self.plan: Any = None
+        # Weights whose layers may keep them in a training pass, in their order; `rewrite` sets them.
+        self.weights: tuple[Weight, ...] = ()
+        self._groups: dict[Weight, WeightGroup] | None = None
         # What the Parameter is kept in. While a forward pass runs, sharding may show it in another dtype.
         self.stored_dtype = dtype
         shape = (num_slots * tile[0], tile[1])
@@ -110,14 +113,19 @@ class RoastPool(nn.Module):
     def read_weight(self, weight: Weight, dtype: torch.dtype) -> Tensor:
         """Return a dense weight in a dtype, in a graph, for use in a forward pass that is recorded.
 
-        Within its model's forward it is gathered once, and from the second pass on together with what the pass before
-        read; elsewhere, each time.
+        Within its model's forward it is gathered once, together with others like it; elsewhere, each time.
 
         Raises:
             RoastError: the pool is sharded and its values are not gathered now.
         """
         self._whole()
         return made_of(self).dense(weight, dtype)
+
+    def group_of(self, weight: Weight) -> WeightGroup:
+        """Return the weights that a pass gathers with this one."""
+        if self._groups is None:
+            self._groups = grouped(self.weights)
+        return self._groups.get(weight) or WeightGroup([weight])
 
     def _whole(self) -> nn.Parameter:
         weight = self.weight

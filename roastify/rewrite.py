@@ -13,7 +13,7 @@ from torch import nn
 from roastify.errors import ConversionError, WriteRefused
 from roastify.huggingface import forget_ties, remember_ties
 from roastify.kinds import to_dense, to_emptied, to_roast
-from roastify.layers import RoastModule
+from roastify.layers import RoastLayer, RoastModule
 from roastify.passes import RootForward
 from roastify.plan import RoastPlan, TensorPlan
 from roastify.pool import RoastPool, is_sharded
@@ -175,11 +175,17 @@ def apply(model: nn.Module, plan: RoastPlan, pool: RoastPool) -> Callable[[], No
 
     try:
         remember_ties(model)
+        kept = []
         for tensor in plan.shared:
             shared = shared_tensor(pool, tensor)
-            for module, attribute in owners(model, tensor):
+            holders = list(owners(model, tensor))
+            for module, attribute in holders:
                 swapped.append((module, attribute, module._parameters[attribute]))
                 to_roast(module, attribute, shared)
+            if any(attribute == "weight" and isinstance(module, RoastLayer) and module.may_keep(shared)
+                   for module, attribute in holders):  # fmt: skip
+                kept.append(shared.weight)
+        pool.weights = tuple(kept)
         for module in filled:
             if not _holds_parameters(module):
                 to_emptied(module)

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from roastify.kernels import ops
-from roastify.kernels.view import TileView
-from roastify.kernels.weights import Weight
+from roastify.kernels.view import TileView, Weight
 from roastify.pool import RoastPool
 
 # Elements of a weight from which on its layer's time is the GPU's rather than the host's.
@@ -45,7 +44,7 @@ class SharedTensor:
     center: float = 0.0
 
     def __post_init__(self) -> None:
-        self._weight = Weight(self.view, self.scale, self.shape, self.transposed)
+        self.weight = Weight(self.view, self.scale, tuple(self.shape), self.transposed)
 
     @property
     def current_dtype(self) -> torch.dtype:
@@ -85,6 +84,16 @@ class SharedTensor:
             return F.linear(x, self.kept(x).t(), bias)
         return self._product(ops.linear if self.transposed else ops.linear_t, x, bias)
 
+    @property
+    def is_small(self) -> bool:
+        """Whether a product's time is the host's rather than the GPU's."""
+        return self.view.numel < _SMALL_ELEMENTS
+
+    @property
+    def can_be_whole(self) -> bool:
+        """Whether what is in the pool is all there is to the dense tensor."""
+        return not self.center and self.zero_row is None
+
     def is_recorded(self) -> bool:
         """Whether a graph of the pool's gradient is being made, in eager mode."""
         return (
@@ -101,15 +110,15 @@ class SharedTensor:
         that is kept anyway, so that memory cannot grow out of proportion. Nothing but sizes may decide: what is run
         again for a checkpoint must keep the same.
         """
-        return self.is_recorded() and self.view.numel < _SMALL_ELEMENTS and self.view.numel <= x.numel()
+        return self.is_recorded() and self.is_small and self.view.numel <= x.numel()
 
     def kept(self, x: Tensor) -> Tensor:
         """Return the dense tensor for a recorded product with `x`, in the dtype that it runs in."""
-        return self.pool.read_weight(self._weight, ops.product_dtype(x, self.current_dtype))
+        return self.pool.read_weight(self.weight, ops.product_dtype(x, self.current_dtype))
 
     def whole(self, x: Tensor) -> Tensor:
         """Return the dense tensor for an operation on `x` that wants all of it, in the dtype that it runs in."""
-        if self.is_recorded() and not self.center and self.zero_row is None:
+        if self.is_recorded() and self.can_be_whole:
             return self.kept(x)
         return self.dense(ops.product_dtype(x, self.current_dtype))
 

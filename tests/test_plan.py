@@ -670,12 +670,23 @@ def test_vectors_are_shared_only_where_the_ratio_needs_it() -> None:
         verdicts_of(ratio=100)
 
 
-def test_vectors_join_where_they_would_take_over_a_fifth_of_the_budget() -> None:
-    # 64 of 4,160 parameters are the bias: a fifth of the budget at ratio 13.
-    for ratio, share in ((12.9, "weights"), (13.1, "all")):
-        plan = roastify.plan(nn.Linear(64, 64), ratio)
+@pytest.mark.parametrize(
+    ("layer", "last"),
+    [
+        # 64 of 2,112 parameters are the bias: over 2 % of the model, a fifth of the budget at ratio 6.6.
+        (nn.Linear(32, 64), 6.6),
+        # 64 of 4,160: under 2 %, three quarters of the budget at ratio 48.75.
+        (nn.Linear(64, 64), 48.75),
+    ],
+    ids=["much", "little"],
+)
+def test_vectors_join_where_they_would_take_too_much(layer: nn.Module, last: float) -> None:
+    for ratio, share in ((last - 0.05, "weights"), (last + 0.05, "all")):
+        plan = roastify.plan(layer, ratio, config=RoastConfig(tile="4x4"))
         assert plan.share == share and plan.achieved_ratio >= ratio
-    # What cannot be shared anyway makes no difference.
+
+
+def test_what_cannot_be_shared_does_not_have_vectors_join() -> None:
     frozen = nn.ModuleList([nn.Linear(64, 64), nn.Linear(10, 100).requires_grad_(False)])
     assert roastify.plan(frozen, 3, include="0").share == "weights"
 

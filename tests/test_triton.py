@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from roastify.kernels import reference
-from roastify.kernels.view import TileView
+from roastify.kernels.view import TileView, Weight
 from roastify.mapping import TileMap
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -21,7 +22,7 @@ if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
 
 triton = pytest.importorskip("triton")
 
-from roastify.kernels import embedding, few_rows, gather, linear, many_rows, reduce, tuning  # noqa: E402
+from roastify.kernels import embedding, few_rows, gather, group, linear, many_rows, reduce, tuning  # noqa: E402
 
 # The interpreter computes with NumPy, whose integers warn where a hash wraps on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
@@ -498,3 +499,79 @@ def test_a_converted_model_on_a_gpu(dtype: torch.dtype) -> None:
             captured = converted(index)
         graph.replay()
     assert torch.equal(captured, out)
+
+
+# Weights of a group: sizes, first tile, where in it, λ, and whether transposed.
+GROUPS = {
+    "one shape": (Case(64, 64, (16, 16), 9, sign="row"), [(64, 64, 0, 0, 0.7, False), (64, 64, 16, 0, -1.3, False)]),
+    "padded, many chunks": (
+        Case(0, 0, (16, 16), 7, sign="row"),
+        [(77, 123, 5, 0, 0.7, False), (77, 123, 45, 0, 2.0, True), (20, 33, 100, 0, 0.1, False)],
+    ),
+    "sign per element": (
+        Case(0, 0, (16, 32), 5, sign="element"), [(77, 123, 2, 0, 0.7, False), (64, 64, 40, 0, 1.0, True)],
+    ),
+    "none negative beside some": (
+        Case(0, 0, (8, 8), 70, sign="row"), [(64, 64, 0, 0, 0.7, False), (64, 64, 64, 0, 1.5, False)],
+    ),
+    "strips": (
+        Case(0, 0, (8, 8), 5, strips=True, sign="row"),
+        [(9, 77, 2, 13, 0.7, False), (3, 50, 13, 2, 1.1, False), (32, 48, 20, 5, 0.9, False)],
+    ),
+    "a region": (
+        Case(0, 0, (16, 16), 6, region=True, sign="row"), [(40, 50, 0, 0, 0.7, False), (40, 50, 12, 0, 0.5, False)],
+    ),
+    "large tiles": (
+        Case(0, 0, (128, 64), 3, sign="row"), [(256, 192, 1, 0, 0.7, False), (130, 200, 7, 0, 0.4, False)],
+    ),
+    "odd tiles": (Case(0, 0, (5, 7), 6, sign="tile"), [(21, 30, 0, 0, 0.7, False), (21, 30, 25, 0, 0.6, True)]),
+}  # fmt: skip
+
+
+def build_group(name: str) -> tuple[group.Group, Tensor, tuple[int, int]]:
+    case, parts = GROUPS[name]
+    weights = []
+    for rows, cols, first_tile, offset, scale, transposed in parts:
+        view, table, shape = dataclasses.replace(
+            case, rows=rows, cols=cols, first_tile=first_tile, offset=offset
+        ).build()
+        weights.append(Weight(view, scale, (cols, rows) if transposed else (rows, cols), transposed))
+    return group.Group(weights), table, shape
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", GROUPS)
+def test_gather_of_a_group(name: str, dtype: torch.dtype) -> None:
+    made, table, shape = build_group(name)
+    pool = randn(*shape, dtype=dtype)
+    for found, weight in zip(made.gather(pool, table), made.weights, strict=True):
+        expected = gather.gather(pool, table, weight.view, weight.scale)
+        expected = expected.t() if weight.transposed else expected
+        assert found.shape == weight.shape and found.data_ptr() % 16 == 0
+        assert torch.equal(found, expected)
+        assert found.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", GROUPS)
+def test_reduce_of_a_group(name: str, dtype: torch.dtype) -> None:
+    made, table, shape = build_group(name)
+    grads = [randn(*weight.shape, dtype=dtype, seed=seed) for seed, weight in enumerate(made.weights)]
+    before = randn(*shape, seed=9)
+    expected = before.double()
+    for grad, weight in zip(grads, made.weights, strict=True):
+        matrix = (grad.t() if weight.transposed else grad).double().contiguous()
+        reference.reduce_(expected, matrix, table, weight.view, weight.scale)
+    found = []
+    for _ in range(2):
+        total = before.clone()
+        made.reduce_(total, grads, table)
+        found.append(total)
+    assert_near(found[0], expected, torch.float32)
+    assert torch.equal(*found)
+
+
+def test_weights_of_a_group_are_alike() -> None:
+    views = [Case(64, 64, (16, 16), slots).build()[0] for slots in (5, 6)]
+    with pytest.raises(AssertionError, match="differ in more than"):
+        group.Group([Weight(view, 1.0, (64, 64), False) for view in views])

@@ -1,9 +1,12 @@
-"""Small layers of a training pass keep their dense weights: gathered once a pass, and together from the second on."""
+"""Small layers of a training pass keep their dense weights, which are gathered together."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
 import gc
+import pickle
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,6 +27,10 @@ from roastify.rewrite import pool_of
 WIDTH = 32
 
 
+def nothing() -> None:
+    pass
+
+
 class Net(nn.Module):
     """Linear layers, one of them called twice, and a convolution; `skip` leaves the second block out."""
 
@@ -32,7 +39,7 @@ class Net(nn.Module):
         self.first, self.again, self.second = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
         self.conv = nn.Conv1d(WIDTH, WIDTH, 3, padding=1)
         self.head = nn.Linear(WIDTH, WIDTH, bias=False)
-        self.between: Callable[[], None] = lambda: None
+        self.between: Callable[[], None] = nothing
 
     def body(self, x: Tensor) -> Tensor:
         return self.again(self.again(self.first(x).tanh()).tanh()).tanh()
@@ -62,14 +69,15 @@ class Reentrant(Checkpointed):
         return super().body(x if x.requires_grad else x.clone().requires_grad_(torch.is_grad_enabled()))
 
 
-def converted(kind: type[Net] = Net, dtype: torch.dtype = torch.float64) -> Any:
+def converted(kind: type[Net] = Net, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Any:
     torch.manual_seed(0)
     config = roastify.RoastConfig(ratio=3.0, min_numel=1, tile="8x8", sign="row")
-    return roastify.convert(kind().to(dtype), config=config)
+    return roastify.convert(kind().to(device, dtype), config=config)
 
 
-def rows(count: int = WIDTH, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+def rows(count: int = WIDTH, seed: int = 0, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, WIDTH, generator=generator, dtype=torch.float64).to(device, dtype)
 
 
 @pytest.fixture
@@ -90,9 +98,9 @@ class Gathers:
         self.groups: list[int] = []
         gather = weights.gather_weights
 
-        def watched(pool: Tensor, table: Tensor, chosen: Any) -> Any:
-            self.groups.append(len(chosen))
-            return gather(pool, table, chosen)
+        def watched(pool: Tensor, table: Tensor, group: weights.WeightGroup) -> Any:
+            self.groups.append(len(group.weights))
+            return gather(pool, table, group)
 
         patch.setattr("roastify.passes.gather_weights", watched)
 
@@ -178,7 +186,7 @@ def changed_between(model: Any) -> list[Tensor]:
     model(rows()).square().sum().backward()
     model.between = halve
     out = model(rows())
-    model.between = lambda: None
+    model.between = nothing
     return [out.detach(), pool_of(model).weight.grad]
 
 
@@ -225,7 +233,7 @@ def test_gradients_are_those_of_layers_that_gather_for_themselves(
     assert not _passes.running and not _passes.again
 
 
-def test_a_weight_is_gathered_once_a_step_and_with_others_from_the_second_on(gathers: Gathers) -> None:
+def test_a_weight_is_gathered_once_a_step_and_with_others_of_its_kind(gathers: Gathers) -> None:
     model = converted()
     gathered: list[str] = []
     implementation = ops._implementations["gather"]
@@ -233,17 +241,44 @@ def test_a_weight_is_gathered_once_a_step_and_with_others_from_the_second_on(gat
         patch.setitem(ops._implementations, "gather", lambda *args: gathered.append("") or implementation(*args))
         for _ in range(3):
             model(rows()).sum().backward()
-    assert gathers.groups == [1] * 5 + [5] * 2
+    # Four linear layers of one shape, and the convolution.
+    assert gathers.groups == [4, 1] * 3
     assert len(gathered) == 15
+    # Outside of a pass nothing says that the others will be read.
+    gathers.groups.clear()
+    model.head(model.first(rows())).sum().backward()
+    assert gathers.groups == [1, 1]
 
 
 def test_groups_are_no_larger_than_their_bound(gathers: Gathers, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("roastify.passes._GROUP_ELEMENTS", 2 * WIDTH**2)
+    monkeypatch.setattr(weights, "_GROUP_ELEMENTS", 3 * WIDTH**2)
     model = converted()
-    for _ in range(2):
-        model(rows()).sum().backward()
-    # Three of WIDTH², the convolution of three times as many, the head.
-    assert gathers.groups == [1] * 5 + [2, 1, 1, 1]
+    model(rows()).sum().backward()
+    assert gathers.groups == [3, 1, 1]
+
+
+def test_groups_hold_what_is_alike() -> None:
+    class Kinds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.high, self.wide_too = nn.Linear(48, 32), nn.Linear(32, 48), nn.Linear(48, 32)
+            self.conv, self.conv_too = nn.Conv1d(32, 32, 1), nn.Conv2d(32, 48, 3)
+            self.table, self.custom = nn.Embedding(64, 32), Custom(32, 32)
+
+    class Custom(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return torch.relu(super().forward(input))
+
+    config = roastify.RoastConfig(ratio=2.0, min_numel=1, tile="8x8")
+    model = roastify.convert(Kinds(), config=config)
+    pool = pool_of(model)
+    groups = {frozenset(weight.shape for weight in pool.group_of(chosen).weights) for chosen in pool.weights}
+    assert groups == {
+        frozenset({(32, 48)}), frozenset({(48, 32)}), frozenset({(32, 32, 1), (48, 32, 3, 3)}), frozenset({(32, 32)}),
+    }  # fmt: skip
+    assert len(pool.weights) == 6
+    apart = pool_of(roastify.convert(Kinds(), config=dataclasses.replace(config, sharing="local")))
+    assert all(len(apart.group_of(weight).weights) == 1 for weight in apart.weights)
 
 
 def test_a_mode_sees_each_gather_where_it_is_asked_for(gathers: Gathers) -> None:
@@ -252,6 +287,29 @@ def test_a_mode_sees_each_gather_where_it_is_asked_for(gathers: Gathers) -> None
         with FlopCounterMode(display=False):
             model(rows()).sum().backward()
     assert gathers.groups == [1] * 10
+
+
+def test_copies_and_pickles_have_groups_of_their_own(gathers: Gathers) -> None:
+    model = converted()
+    model(rows()).sum().backward()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        gathers.groups.clear()
+        twin.zero_grad()
+        twin(rows()).sum().backward()
+        assert gathers.groups == [4, 1]
+        assert torch.equal(pool_of(twin).weight.grad, pool_of(model).weight.grad)
+        weight = pool_of(twin).weights[0]
+        assert weight in pool_of(twin).group_of(weight).weights and weight not in pool_of(model).weights
+
+
+def test_the_first_step_has_the_bits_of_any_other() -> None:
+    model = converted(dtype=torch.float32)
+    found = []
+    for _ in range(3):
+        model.zero_grad()
+        model(rows(dtype=torch.float32)).square().sum().backward()
+        found.append(pool_of(model).weight.grad)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
 @pytest.mark.parametrize("reason", ["large", "few rows", "frozen", "no gradients"])
@@ -346,4 +404,55 @@ def test_a_read_that_fails_leaves_what_was_known(gathers: Gathers) -> None:
     model.zero_grad()
     for _ in range(2):
         model(rows()).sum().backward()
+    assert gathers.groups == [4, 1, 4, 4, 1, 4, 1, 4, 1]
     torch.testing.assert_close(pool_of(model).weight.grad, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [Net, Checkpointed])
+def test_kernels_for_groups_give_the_gradients_of_the_cpu(kind: type[Net]) -> None:
+    """Steps, with gradients accumulated, then one that is captured in a CUDA graph and replayed."""
+    expected = accumulated(converted(kind))
+    model = converted(kind, torch.float32, "cuda")
+    pool = pool_of(model)
+    for _ in range(2):
+        model.zero_grad()
+        for seed in range(3):
+            model(rows(seed=seed, dtype=torch.float32, device="cuda")).square().sum().backward()
+        found = pool.weight.grad.double().cpu()
+        torch.testing.assert_close(found, expected[0], rtol=1e-4, atol=1e-4 * float(expected[0].abs().max()))
+    assert any(group._kernels is not None for group in pool._groups.values())
+    x = rows(dtype=torch.float32, device="cuda")
+    model.zero_grad(set_to_none=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        model(x).square().sum().backward()
+    for seed in range(3):
+        x.copy_(rows(seed=seed))
+        graph.replay()
+        single = converted(kind)
+        single(rows(seed=seed)).square().sum().backward()
+        reference = pool_of(single).weight.grad
+        torch.testing.assert_close(
+            pool.weight.grad.double().cpu(), reference, rtol=1e-4, atol=1e-4 * float(reference.abs().max())
+        )
+
+
+@pytest.mark.gpu
+def test_a_first_step_may_be_captured() -> None:
+    """Before the kernels' tables are on the GPU, each weight has a kernel of its own."""
+    model, x = converted(dtype=torch.float32, device="cuda"), rows(dtype=torch.float32, device="cuda")
+    # Compiled, and cuBLAS's workspace there, but by another model.
+    converted(dtype=torch.float32, device="cuda")(x).sum().backward()
+    for mode in (contextlib.nullcontext(), FlopCounterMode(display=False)):
+        with mode:
+            converted(dtype=torch.float32, device="cuda")(x).sum().backward()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        model(x).square().sum().backward()
+    graph.replay()
+    found = pool_of(model).weight.grad.clone()
+    model.zero_grad()
+    model(x).square().sum().backward()
+    torch.testing.assert_close(found, pool_of(model).weight.grad, rtol=1e-5, atol=1e-5 * float(found.abs().max()))

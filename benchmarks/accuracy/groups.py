@@ -86,7 +86,7 @@ def epochs() -> Iterator[Run]:
     cells = [(method, ratio) for ratio in (100.0, 10.0) for method in ("ours", "smaller", "magnitude")]
     for count, (method, ratio) in itertools.product((96, 48, 12), [*cells, ("dense", 1.0)]):
         yield Run("resnet9", method, ratio, 0, epochs=count)
-    for seed, (method, ratio) in itertools.product(SEEDS, [*cells, ("dense", 1.0)]):
+    for seed, (method, ratio) in itertools.product(SEEDS[1:], [*cells, ("dense", 1.0)]):
         yield Run("resnet9", method, ratio, seed, epochs=96)
     for count, (method, ratio) in itertools.product((4, 8, 16), (("ours", 100.0), ("ours", 10.0), ("dense", 1.0))):
         yield Run("imdb", method, ratio, 0, epochs=count)
@@ -125,9 +125,9 @@ def kept() -> Iterator[Run]:
     """What is worth keeping dense."""
     everything = {"share": "all"}, {"share": "weights"}
     ends = {"exclude": ("prepare", "head")}, {"exclude": "prepare"}, {"exclude": "head"}
-    yield from _vary("resnet9", (300.0, 500.0, 1000.0), *reversed(everything))
     small = ({"share": "weights", "tile": tile} for tile in ("16x16", "8x8"))
-    yield from _vary("resnet9", (300.0,), *small)
+    yield from _vary("resnet9", (500.0, 1000.0), *reversed(everything))
+    yield from _vary("resnet9", (300.0,), *reversed(everything), *small)
     yield from _vary("imdb", (300.0, 1000.0), *everything)
     yield from _vary("resnet9", (100.0, 10.0), *ends, *everything)
     inside = {"exclude": "head"}, {"exclude": "positions"}, {"row_scales": True}
