@@ -477,22 +477,18 @@ def embedding(index: Tensor, pool: Tensor, table: Tensor, view: TileView, scale:
     return _call("embedding", index, pool, table, view, scale)
 
 
-def product_dtype(x: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype that a product with `x` runs in: autocast's, or, where that leaves it alone, `dtype`."""
-    return _autocast_dtype(x) or dtype
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """Return the dtype that autocast would cast a product's arguments to, or None where it leaves them alone."""
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Return the dtype that autocast would cast the arguments of a product with `x` to, or None if it would not."""
     # Autocast does not know the meta device, and says so with an error.
-    if x.is_meta or x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+    if x.is_meta or x.dtype == torch.float64:
         return None
-    return torch.get_autocast_dtype(x.device.type)
+    kind = "cuda" if x.is_cuda else x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def _like_autocast(x: Tensor, pool: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Cast to autocast's dtype where autocast would cast the dense product's arguments."""
-    dtype = _autocast_dtype(x)
+    dtype = autocast_dtype(x)
     if dtype is None:
         return x, pool, bias
     # A call of `to` costs the host more than to see that it would do nothing.

@@ -276,7 +276,7 @@ def _seen(weight: Tensor) -> tuple[Any, ...]:
 
 
 def _is_capturing(weight: Tensor) -> bool:
-    return weight.is_cuda and torch.cuda.is_current_stream_capturing()
+    return weight.is_cuda and torch._C._cuda_isCurrentStreamCapturing()
 
 
 def _door_of(pool: Pool) -> _Door:
@@ -300,8 +300,7 @@ def _door_of(pool: Pool) -> _Door:
 def _running(pool: Pool) -> _Pass | None:
     """Return the pass that this thread is in, or is computing again for a backward pass, of a pool."""
     running = _passes.running.get(pool)
-    task = torch._C._current_graph_task_id()
-    if running is not None or task == -1:
+    if running is not None or (task := torch._C._current_graph_task_id()) == -1:
         return running
     # Checkpointed layers: each would make a copy, and all of a segment's copies would be there at once.
     again = _passes.again.get((task, id(pool)))

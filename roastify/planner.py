@@ -32,8 +32,8 @@ _LITTLE_PADDING = Fraction(1, 10)
 # ratio 100, one slot: 71.9 % with a sign a tile, 84.1 % with a sign an element). Where the line lies is not measured.
 # With more, signs make no difference to accuracy, and a sign for each row of tiles costs a product nothing.
 _FEW_SLOTS = 64
-# Vectors stay dense up to a fifth of the budget, and beyond that up to three quarters of it as long as they are not over
-# 2 % of the model (so that 98 % of a model's parameters are shared at ratio 10, as they are by the fifth). ResNet-9 on
+# Vectors stay dense up to a fifth of the budget, and beyond that up to three quarters of it as long as they are not
+# over 2 % of the model (98 % of a model's parameters are shared at ratio 10, as they are by the fifth). ResNet-9 on
 # CIFAR-10, its vectors dense and in the pool: 70.7 and 62.6 % at ratio 300, where they are a fifth of the budget, 62.7
 # and 54.7 at 500, 45.0 and 43.6 at 1,000, where they are two thirds (docs/accuracy.md).
 _KEPT_OF_BUDGET, _KEPT_OF_MODEL, _MOST_KEPT_OF_BUDGET = Fraction(1, 5), Fraction(1, 50), Fraction(3, 4)

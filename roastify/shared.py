@@ -15,7 +15,7 @@ from roastify.kernels import ops
 from roastify.kernels.view import TileView, Weight
 from roastify.pool import RoastPool
 
-# Elements of a weight from which on its layer's time is the GPU's rather than the host's.
+# Elements of a weight from which on its product's time is the GPU's rather than the host's.
 _SMALL_ELEMENTS = 1 << 22
 
 
@@ -45,6 +45,10 @@ class SharedTensor:
 
     def __post_init__(self) -> None:
         self.weight = Weight(self.view, self.scale, tuple(self.shape), self.transposed)
+        # Looked up in every call, where a property would cost as much as what it tells.
+        self.numel = self.view.numel
+        self.is_small = self.numel < _SMALL_ELEMENTS
+        self.can_be_whole = not self.center and self.zero_row is None
 
     @property
     def current_dtype(self) -> torch.dtype:
@@ -84,16 +88,6 @@ class SharedTensor:
             return F.linear(x, self.kept(x).t(), bias)
         return self._product(ops.linear if self.transposed else ops.linear_t, x, bias)
 
-    @property
-    def is_small(self) -> bool:
-        """Whether a product's time is the host's rather than the GPU's."""
-        return self.view.numel < _SMALL_ELEMENTS
-
-    @property
-    def can_be_whole(self) -> bool:
-        """Whether what is in the pool is all there is to the dense tensor."""
-        return not self.center and self.zero_row is None
-
     def is_recorded(self) -> bool:
         """Whether a graph of the pool's gradient is being made, in eager mode."""
         return (
@@ -110,21 +104,21 @@ class SharedTensor:
         that is kept anyway, so that memory cannot grow out of proportion. Nothing but sizes may decide: what is run
         again for a checkpoint must keep the same.
         """
-        return self.is_recorded() and self.is_small and self.view.numel <= x.numel()
+        return self.is_small and self.is_recorded() and self.numel <= x.numel()
 
     def kept(self, x: Tensor) -> Tensor:
         """Return the dense tensor for a recorded product with `x`, in the dtype that it runs in."""
-        return self.pool.read_weight(self.weight, ops.product_dtype(x, self.current_dtype))
+        return self.pool.read_weight(self.weight, ops.autocast_dtype(x) or self.current_dtype)
 
     def whole(self, x: Tensor) -> Tensor:
         """Return the dense tensor for an operation on `x` that wants all of it, in the dtype that it runs in."""
         if self.is_recorded() and self.can_be_whole:
             return self.kept(x)
-        return self.dense(ops.product_dtype(x, self.current_dtype))
+        return self.dense(ops.autocast_dtype(x))
 
     def _product(self, product: Callable[..., Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
         # Read in the dtype that the product runs in, so that autocast finds nothing left to cast.
-        pool = self.pool.read(ops.product_dtype(x, self.current_dtype))
+        pool = self.pool.read(ops.autocast_dtype(x) or self.current_dtype)
         return product(x, pool, bias, self.pool.table, self.view, self.scale)
 
     def rows(self, index: Tensor) -> Tensor:

@@ -314,11 +314,11 @@ def test_the_first_step_has_the_bits_of_any_other() -> None:
 
 @pytest.mark.parametrize("reason", ["large", "few rows", "frozen", "no gradients"])
 def test_what_would_not_pay_is_not_kept(reason: str, gathers: Gathers, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = converted()
-    x = rows()
     if reason == "large":
         monkeypatch.setattr(shared, "_SMALL_ELEMENTS", WIDTH**2)
-    elif reason == "few rows":
+    model = converted()
+    x = rows()
+    if reason == "few rows":
         x = rows(WIDTH - 1)
     elif reason == "frozen":
         pool_of(model).weight.requires_grad_(False)
