@@ -110,6 +110,8 @@ class _Dense(torch.autograd.Function):
 
 def _reduced_together(ctx: Any, grads: Sequence[Tensor | None]) -> bool:
     """Add the gradients to the buffer of the backward pass by one kernel, if there is one and all of them are there."""
+    if torch.compiler.is_compiling():
+        return False
     present = [grad for grad in grads if grad is not None]
     read = ctx.next_functions[0][0]
     if len(present) < len(grads) or len({grad.dtype for grad in present}) != 1 or not is_wanted(read):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from roastify.kernels import ops
 from roastify.kernels.view import TileView, Weight
@@ -61,8 +62,7 @@ class SharedTensor:
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the dense, differentiable tensor, in a dtype (default: its own)."""
-        matrix = ops.gather(self.pool.read(dtype or self.current_dtype), self.pool.table, self.view, self.scale)
-        weight = (matrix.t() if self.transposed else matrix).reshape(self.shape)
+        weight = self._gathered(dtype or self.current_dtype)
         if self.center:
             weight = weight + self.center
         if self.zero_row is None:
@@ -89,13 +89,10 @@ class SharedTensor:
         return self._product(ops.linear if self.transposed else ops.linear_t, x, bias)
 
     def is_recorded(self) -> bool:
-        """Whether a graph of the pool's gradient is being made, in eager mode."""
-        return (
-            not torch.compiler.is_compiling()
-            and torch.is_grad_enabled()
-            and self.pool.weight.requires_grad
-            and not torch._C._is_tracing()
-        )
+        """Whether a graph of the pool's gradient is being made."""
+        if not torch.is_grad_enabled() or not self.pool.weight.requires_grad:
+            return False
+        return torch.compiler.is_compiling() or not torch._C._is_tracing()
 
     def _is_kept_for(self, x: Tensor) -> bool:
         """Whether a product's weight is kept for the backward pass, which else gathers it again.
@@ -104,11 +101,23 @@ class SharedTensor:
         that is kept anyway, so that memory cannot grow out of proportion. Nothing but sizes may decide: what is run
         again for a checkpoint must keep the same.
         """
-        return self.is_small and self.is_recorded() and self.numel <= x.numel()
+        if not self.is_small or not self.is_recorded():
+            return False
+        if torch.compiler.is_compiling():
+            # A size that is left open decides nothing, and none is fixed for this.
+            return statically_known_true(x.numel() >= self.numel)
+        return self.numel <= x.numel()
 
     def kept(self, x: Tensor) -> Tensor:
         """Return the dense tensor for a recorded product with `x`, in the dtype that it runs in."""
-        return self.pool.read_weight(self.weight, ops.autocast_dtype(x) or self.current_dtype)
+        dtype = ops.autocast_dtype(x) or self.current_dtype
+        if torch.compiler.is_compiling():
+            return self._gathered(dtype)
+        return self.pool.read_weight(self.weight, dtype)
+
+    def _gathered(self, dtype: torch.dtype) -> Tensor:
+        matrix = ops.gather(self.pool.read(dtype), self.pool.table, self.view, self.scale)
+        return (matrix.t() if self.transposed else matrix).reshape(self.shape)
 
     def whole(self, x: Tensor) -> Tensor:
         """Return the dense tensor for an operation on `x` that wants all of it, in the dtype that it runs in."""

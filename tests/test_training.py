@@ -152,7 +152,7 @@ def test_learning_rates() -> None:
     widths = (64, 256, 256, 256)
     layers = [part for sizes in itertools.pairwise(widths) for part in (nn.Linear(*sizes), nn.Tanh())]
     dense = nn.Sequential(*layers, nn.Linear(256, 8))
-    config = {"ratio": 50.0, "tile": "8x8", "min_numel": 512}
+    config = {"ratio": 50.0, "tile": "8x8", "min_numel": 512, "share": "all"}
 
     def final(kind: Any, precondition: bool | None, **options: Any) -> float:
         model = copy.deepcopy(dense)
