@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +29,46 @@ def final(row: Row) -> float:
     return 100 * row["accuracy"][-1]
 
 
+@dataclass(frozen=True)
+class Variant:
+    """The comparison of another length, with or without a teacher; the dense model has none in any.
+
+    Args:
+        epochs: of every run.
+        distill: the teacher's share of the loss, or None.
+    """
+
+    epochs: int
+    distill: float | None
+
+    def has(self, row: Row) -> bool:
+        """Whether a row is this comparison's."""
+        distilled = self.distill is not None and row["method"] != "dense"
+        return row["epochs"] == self.epochs and row["changes"] == ({"distill": self.distill} if distilled else {})
+
+    def __str__(self) -> str:
+        return f"{self.epochs} epochs" + (", distilled" if self.distill is not None else "")
+
+
+def _is_plain(row: Row) -> bool:
+    return not row["changes"] and not row["epochs_asked"]
+
+
 class Table:
     """The comparison's rows: at the rate that the method's trials chose, and nothing changed.
 
     Of a task that was run with several scales of its epochs, those with the most rows count, and of equally many the
     longest.
+
+    Args:
+        rows: all of them.
+        variant: whose comparison, or None: that of the tasks' own epochs, on labels alone.
     """
 
-    def __init__(self, rows: Sequence[Row]) -> None:
+    def __init__(self, rows: Sequence[Row], variant: Variant | None = None) -> None:
         self.rows = rows
-        plain = [row for row in rows if row["tuned"] and not (row["trial"] or row["changes"] or row["epochs_asked"])]
+        wanted = _is_plain if variant is None else variant.has
+        plain = [row for row in rows if row["tuned"] and not row["trial"] and wanted(row)]
         self.scales = {task: _commonest_scale(row for row in plain if row["task"] == task) for task in TASKS}
         self.chosen = [row for row in plain if row["scale"] == self.scales[row["task"]]]
         self.by_cell: dict[Cell, dict[int, Row]] = {}
