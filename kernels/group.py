@@ -112,6 +112,8 @@ class Group:
         sizes = [other.numel for other in views]
         self._offsets = _offsets(cdiv(size, _ALIGNED) * _ALIGNED for size in sizes)
         self._begins = _offsets(sizes)
+        # Whether their matrices lie one under the other in memory without being made flat.
+        self._stackable = len({other.cols for other in views}) == 1 and all(len(w.shape) == 2 for w in self.weights)
         self._strides = [_stride(weight) for weight in self.weights]
         signs = {effective_sign(other) for other in views}
         fixed = {
@@ -179,12 +181,17 @@ class Group:
         """
         tables = self._on(total.device)
         self._reduce(
-            p_grads=torch.cat([in_order(grad, weight) for grad, weight in zip(grads, self.weights, strict=True)]),
+            p_grads=self._joined(grads),
             p_table=table,
             p_total=total,
             p_tensors=tables.tensors,
             p_scales=tables.scales,
         )
+
+    def _joined(self, grads: Sequence[Tensor]) -> Tensor:
+        """Return the elements of the gradients one after the other, each in the order of its matrix in the pool."""
+        matrices = [grad.t() if weight.transposed else grad for grad, weight in zip(grads, self.weights, strict=True)]
+        return torch.cat(matrices if self._stackable else [matrix.reshape(-1) for matrix in matrices])
 
     def is_ready(self, device: torch.device) -> bool:
         """Whether the tables are on a device, or may be brought there: a CUDA graph cannot capture that."""
@@ -217,11 +224,6 @@ def _stride(weight: Weight) -> tuple[int, ...]:
     if weight.transposed:
         return 1, weight.view.cols
     return tuple(math.prod(weight.shape[axis + 1 :]) for axis in range(len(weight.shape)))
-
-
-def in_order(dense: Tensor, weight: Weight) -> Tensor:
-    """Return a dense tensor's elements in the order of the matrix in the pool."""
-    return (dense.t() if weight.transposed else dense).reshape(-1)
 
 
 def _offsets(sizes: Iterable[int]) -> list[int]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from roastify.kernels.group import Group
 
 # Elements of the weights of a group. The gradients of all of it are there before any of them goes.
-_GROUP_ELEMENTS = 1 << 23
+_GROUP_ELEMENTS = 1 << 24
 
 
 class WeightGroup:

@@ -27,6 +27,9 @@ class Pool(Protocol):
     uneven_slots: Tensor
     uneven: Tensor
 
+    def parameter(self) -> nn.Parameter:
+        """Return `weight`, quickly."""
+
     def group_of(self, weight: Weight) -> WeightGroup:
         """Return the weights that are gathered with this one."""
 
@@ -315,7 +318,7 @@ def made_of(pool: Pool) -> _Made:
     # What comes and goes is in a compiler's way. Inductor itself merges the casts of a graph with gradients, and
     # makes those of one without in one kernel.
     running = None if torch.compiler.is_compiling() else _running(pool)
-    if running is None or not _is_plain(weight := pool.weight):
+    if running is None or not _is_plain(weight := pool.parameter()):
         return _Made(pool)
     if _is_capturing(weight) != running.capturing:
         # A captured graph must make its own copy: it is replayed when this pass is long over.

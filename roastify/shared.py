@@ -57,8 +57,9 @@ class SharedTensor:
 
         While a forward pass runs, FSDP2's mixed precision shows every Parameter in the dtype of its policy.
         """
-        shown = self.pool.weight.dtype
-        return self.dtype if shown == self.pool.stored_dtype else shown
+        pool = self.pool
+        shown = pool.parameter().dtype
+        return self.dtype if shown == pool.stored_dtype else shown
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the dense, differentiable tensor, in a dtype (default: its own)."""
@@ -76,39 +77,43 @@ class SharedTensor:
         """Return `x · weightᵀ + bias`."""
         if self.center:
             return F.linear(x, self.dense(), bias)
-        if self._is_kept_for(x):
-            return F.linear(x, self.kept(x), bias)
+        weight = self._kept_for(x)
+        if weight is not None:
+            return F.linear(x, weight, bias)
         return self._product(ops.linear_t if self.transposed else ops.linear, x, bias)
 
     def linear_t(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return `x · weight + bias`."""
         if self.center:
             return F.linear(x, self.dense().t(), bias)
-        if self._is_kept_for(x):
-            return F.linear(x, self.kept(x).t(), bias)
+        weight = self._kept_for(x)
+        if weight is not None:
+            return F.linear(x, weight.t(), bias)
         return self._product(ops.linear if self.transposed else ops.linear_t, x, bias)
 
-    def is_recorded(self) -> bool:
+    def _is_recorded(self) -> bool:
         """Whether a graph of the pool's gradient is being made."""
-        if not torch.is_grad_enabled() or not self.pool.weight.requires_grad:
+        if not torch.is_grad_enabled() or not self.pool.parameter().requires_grad:
             return False
         return torch.compiler.is_compiling() or not torch._C._is_tracing()
 
-    def _is_kept_for(self, x: Tensor) -> bool:
-        """Whether a product's weight is kept for the backward pass, which else gathers it again.
+    def _kept_for(self, x: Tensor) -> Tensor | None:
+        """Return a product's weight, kept for the backward pass; None for one that the backward pass gathers again.
 
-        It is where its layer is small, so that the host's time counts, and where it has no more elements than the input
-        that is kept anyway, so that memory cannot grow out of proportion. Nothing but sizes may decide: what is run
-        again for a checkpoint must keep the same.
+        It is kept where its layer is small, so that the host's time counts, and where it has no more elements than the
+        input that is kept anyway, so that memory cannot grow out of proportion. Nothing but sizes may decide: what is
+        run again for a checkpoint must keep the same.
         """
-        if not self.is_small or not self.is_recorded():
-            return False
+        if not self.is_small or not self._is_recorded():
+            return None
         if torch.compiler.is_compiling():
             # A size that is left open decides nothing, and none is fixed for this.
-            return statically_known_true(x.numel() >= self.numel)
-        return self.numel <= x.numel()
+            kept = statically_known_true(x.numel() >= self.numel)
+        else:
+            kept = x.numel() >= self.numel
+        return self._kept(x) if kept else None
 
-    def kept(self, x: Tensor) -> Tensor:
+    def _kept(self, x: Tensor) -> Tensor:
         """Return the dense tensor for a recorded product with `x`, in the dtype that it runs in."""
         dtype = ops.autocast_dtype(x) or self.current_dtype
         if torch.compiler.is_compiling():
@@ -121,8 +126,8 @@ class SharedTensor:
 
     def whole(self, x: Tensor) -> Tensor:
         """Return the dense tensor for an operation on `x` that wants all of it, in the dtype that it runs in."""
-        if self.is_recorded() and self.can_be_whole:
-            return self.kept(x)
+        if self.can_be_whole and self._is_recorded():
+            return self._kept(x)
         return self.dense(ops.autocast_dtype(x))
 
     def _product(self, product: Callable[..., Tensor], x: Tensor, bias: Tensor | None) -> Tensor:

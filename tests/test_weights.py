@@ -85,9 +85,9 @@ def none_kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool], None
     """Whether weights are kept; without, every layer gathers for itself, as large ones do."""
 
     def choose(kept: bool) -> None:
-        monkeypatch.setattr(shared.SharedTensor, "is_recorded", recorded if kept else lambda shared: False)
+        monkeypatch.setattr(shared.SharedTensor, "_is_recorded", recorded if kept else lambda shared: False)
 
-    recorded = shared.SharedTensor.is_recorded
+    recorded = shared.SharedTensor._is_recorded
     yield choose
 
 
