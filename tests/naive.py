@@ -107,7 +107,7 @@ class Naive:
             # Which element each weight reads, and times what: the weights of pools that are such numbers.
             shared = dataclasses.replace(readers[0][1], dtype=torch.float64)
             numbers = torch.arange(pool.numel(), dtype=torch.float64, device=pool.device).view(pool.shape)
-            seen = {"table": pool_of(model).table, "weight": pool, "stored_dtype": pool.dtype}
+            seen = {"table": pool_of(model).table, "parameter": lambda: pool, "stored_dtype": pool.dtype}
             plain = dataclasses.replace(shared, view=shared.view._replace(sign=0), scale=1.0)
             places = dataclasses.replace(plain, pool=SimpleNamespace(read=lambda _, n=numbers: n, **seen)).dense()
             ones = SimpleNamespace(read=lambda _, n=numbers: torch.ones_like(n), **seen)
