@@ -24,9 +24,9 @@ Times are medians, with quartiles. `graphed` replays the whole step as one CUDA 
 own; its memory is that of the steps before the capture. `compiled` is `torch.compile` as it is, `reduce-overhead` its
 mode of that name. In `eager` steps, which is also how the rows for several GPUs train, Python launches every kernel,
 and a converted layer asks more of Python than a dense one: where a model's kernels are short, that sets the time, and
-it is much longer than the dense model's. So it is in `compiled` steps, whose operators on the pool are Python's. All
-rows are from before eager layers went past torch's dispatcher and before a backward pass compiled by torch 2.11 added
-up in one buffer; what a graph replays is the same kernels still. Such times move with the host by a fifth from run to
+it is longer than the dense model's. So it is in `compiled` steps, whose operators on the pool are Python's. The rows of
+`compiled` steps and those of several GPUs are from before training passes kept the weights of small layers, which
+spares the host most of what a converted layer asked of it beside a dense one. Such times move with the host by a fifth from run to
 run, and efficiencies that are made of them with them. Activations are what the forward pass leaves for the backward
 pass; the peak is the allocator's, over one step. An aim is what this project set itself before measuring, and aims that
 are missed stay in the tables.
@@ -65,6 +65,7 @@ TIME_COLUMNS = [
     *MODEL,
     Column("mode", lambda row: row["mode"]),
     Column("ratio", lambda row: f"{row['ratio']:g}"),
+    Column("on", lambda row: (row["machine"].get("gpu") or "CPU").removeprefix("NVIDIA ")),
     Column("dense, ms", lambda row: milliseconds(row["dense"])),
     Column("converted, ms", lambda row: milliseconds(row["converted"])),
     Column("converted ÷ dense", lambda row: f"{row['step_ratio']:.3f}"),
