@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from click.testing import CliRunner, Result
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import roastify
@@ -344,8 +345,8 @@ def test_a_teacher_is_the_dense_run_made_once(data: Path, cache: Path, monkeypat
 
     def fit(run: Run, *arguments: Any) -> training.Trained:
         fitted.append(run)
-        learned = arguments[-1]
-        if run.changes:
+        learned = arguments[-2] if run.changes else None
+        if learned is not None:
             assert (learned.share, learned.temperature) == (0.9, teacher.TEMPERATURE) and not learned.model.training
             assert not any(parameter.requires_grad for parameter in learned.model.parameters())
         return real(run, *arguments)
@@ -368,6 +369,34 @@ def test_a_teacher_is_the_dense_run_made_once(data: Path, cache: Path, monkeypat
     plain = training.train(dataclasses.replace(run, changes=()), IMAGES, folder, "cpu")
     assert plain["loss"] != first["loss"] and plain["stored"] == first["stored"]
     assert not list(folder.glob("*.part"))
+
+
+@pytest.mark.parametrize("method", ["ours", "magnitude", "lowrank", "dense"])
+def test_a_warm_run_starts_from_the_trained_dense_model(method: str, data: Path, cache: Path) -> None:
+    folder = prepared(IMAGES, data, cache)
+    run = Run("resnet9", method, 1.0 if method == "dense" else 2.0, 1, 0.0, 1, changes=(("warm", True),))
+    # At rate 0 nothing moves but running statistics, which the dense model has had for as long.
+    row = training.train(run, IMAGES, folder, "cpu")
+    start = load_file(teacher.path_of(teacher.dense_run(run, IMAGES), IMAGES, folder, "cpu"))
+    built = methods.build(run, IMAGES, "cpu", lambda: (torch.zeros(1), torch.zeros(1)), start)
+    assert built.stored == row["stored"]
+    weight = start["three_residual.first.0.weight"]
+
+    def found(made: methods.Built) -> Tensor:
+        return made.model.three_residual.first[0].weight.detach()
+
+    if method == "dense":
+        assert torch.equal(found(built), weight)
+    elif method == "magnitude":
+        kept = found(built) != 0
+        assert torch.equal(found(built)[kept], weight[kept]) and 0 < kept.sum() < kept.numel()
+    elif method == "ours":
+        # The least-squares fit, so near to what it was fitted to, which a random pool is not.
+        cold = methods.build(dataclasses.replace(run, changes=()), IMAGES, "cpu", lambda: None)
+        far = [float((found(made) - weight).norm() / weight.norm()) for made in (built, cold)]
+        assert far[0] < 0.8 < far[1]
+    with pytest.raises(ValueError, match="no use for the dense"):
+        methods.check_changes(dataclasses.replace(run, method="smaller"))
 
 
 def test_teachers_are_told_apart_by_all_that_they_depend_on(tmp_path: Path) -> None:

@@ -149,6 +149,14 @@ def distillation() -> Iterator[Run]:
         yield Run("resnet9", method, ratio, seed, epochs=count, changes=(("distill", 0.9),))
 
 
+def warm() -> Iterator[Run]:
+    """Starting from the trained dense model, projected or pruned, on labels and with it as the teacher."""
+    methods = "ours", "magnitude", "lowrank"
+    for seed, ratio, method, taught in itertools.product(SEEDS, (10.0, 100.0), methods, (False, True)):
+        changes = (("distill", 0.9), ("warm", True)) if taught else (("warm", True),)
+        yield Run("resnet9", method, ratio, seed, epochs=24, changes=changes)
+
+
 def widths() -> Iterator[Run]:
     """The smaller text model's trade of width for words."""
     for width in (16, 24, 48):
@@ -156,6 +164,6 @@ def widths() -> Iterator[Run]:
 
 
 _ALL: tuple[Callable[[], Iterator[Run]], ...] = (
-    main, sharing, grid, text, nets, rates, epochs, pool, decay, signs, tiles, kept, data, widths, distillation,
+    main, sharing, grid, text, nets, rates, epochs, pool, decay, signs, tiles, kept, data, widths, distillation, warm,
 )  # fmt: skip
 GROUPS = {function.__name__: function for function in _ALL}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -75,7 +76,9 @@ def target(task: Task, ratio: float) -> int:
     return int(total / ratio)
 
 
-def build(run: Run, task: Task, device: str, batch: pruning.Batches) -> Built:
+def build(
+    run: Run, task: Task, device: str, batch: pruning.Batches, start: Mapping[str, Tensor] | None = None
+) -> Built:
     """Return a run's model on the device, its initial values drawn from the run's seed.
 
     Args:
@@ -83,6 +86,7 @@ def build(run: Run, task: Task, device: str, batch: pruning.Batches) -> Built:
         task: its task.
         device: where it will train.
         batch: gives training examples as the model takes them, for methods that look at the data first.
+        start: the state dict of a trained dense model, instead of the initial values.
 
     Raises:
         UnreachableError: the method cannot store so few parameters.
@@ -95,7 +99,10 @@ def build(run: Run, task: Task, device: str, batch: pruning.Batches) -> Built:
         else:
             model = rivals.smaller_text_net(task, allowed, run.change("width"))
         return Built(model.to(device), nets.size(model), _sizes(model))
-    model = with_changes(nets.dense_net(task), run)
+    model = nets.dense_net(task)
+    if start is not None:
+        model.load_state_dict(start)
+    model = with_changes(model, run)
     if run.method == "lowrank":
         rivals.low_rank(model, allowed)
     elif run.method in pruning.SCORES:
@@ -110,6 +117,8 @@ def build(run: Run, task: Task, device: str, batch: pruning.Batches) -> Built:
 def conversion(run: Run) -> RoastConfig:
     """Return the settings of a run's conversion."""
     changes = {name: value for name, value in run.changes if name in SETTINGS}
+    if run.change("warm"):
+        changes = {"init": "project", **changes}
     return RoastConfig(seed=run.seed, **{**dict(METHODS[run.method].settings), **changes})
 
 
@@ -143,6 +152,8 @@ def check_changes(run: Run) -> None:
         raise ValueError(f"{run}: temperature is that of distillation; add distill, or leave it out")
     if temperature is not None and not temperature > 0:
         raise ValueError(f"{run}: temperature divides logits, so it must be above 0, not {temperature}")
+    if run.change("warm") and run.method == "smaller":
+        raise ValueError(f"{run}: a smaller model has no use for the dense model's weights")
 
 
 class RowScales(nn.Module):

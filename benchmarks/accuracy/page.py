@@ -228,7 +228,8 @@ def _named(row: Row, what: str) -> list[str]:
 def _changes(row: Row) -> str:
     changes = dict(row["changes"])
     share, temperature = changes.pop("distill", None), changes.pop("temperature", TEMPERATURE)
-    texts = [f"{name} {_plain(value)}" for name, value in changes.items()]
+    warm = ["from the trained dense model"] if changes.pop("warm", False) else []
+    texts = [*warm, *(f"{name} {_plain(value)}" for name, value in changes.items())]
     return ", ".join(texts if share is None else [*texts, f"distilled {share:g} at temperature {temperature:g}"])
 
 

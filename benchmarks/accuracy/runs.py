@@ -9,7 +9,7 @@ from typing import Any
 
 # Settings of a single run that differ from its task's recipe or its method's conversion. The others are RoastConfig's.
 RECIPE_CHANGES = ("decay", "cutout", "smoothing", "pool_rate", "distill", "temperature")
-MODEL_CHANGES = ("spread", "row_scales", "width", "tied_spread")
+MODEL_CHANGES = ("spread", "row_scales", "width", "tied_spread", "warm")
 
 
 @dataclass(frozen=True)

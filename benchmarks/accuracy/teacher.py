@@ -1,4 +1,4 @@
-"""Distillation beside labels (Hinton et al. 2015): the dense model that a run learns from, and its part of the loss."""
+"""The trained dense model: what a run may learn from beside labels (Hinton et al. 2015), and may start from."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,10 +54,10 @@ class Teacher:
 
 
 def dense_run(run: Run, task: Task) -> Run:
-    """Return the run that makes a distilled run's teacher: the dense model by its own recipe, from the same seed.
+    """Return the run that trains the dense model which a run wants: by its own recipe, from the same seed.
 
     Its rate and epochs are the first of the task's grid (0.4 for 24 epochs on ResNet-9, 5e-4 for 4 on IMDB), which is
-    what the dense model's trials chose for every task. A trial's teacher never sees the examples that judge the trial.
+    what the dense model's trials chose for every task. A trial's never sees the examples that judge the trial.
     """
     rate, epochs = task.grid[0]
     return Run(run.task, "dense", 1.0, run.seed, rate, epochs, run.trial)
@@ -71,13 +71,15 @@ def path_of(dense: Run, task: Task, folder: Path, device: str) -> Path:
     return folder / f"teacher-{dense.task}-{dense.seed}{held_out}-{digest}.safetensors"
 
 
-def teacher_of(run: Run, task: Task, folder: Path, device: str, trained: Callable[[Run], nn.Module]) -> Teacher:
-    """Return a distilled run's teacher, from its file; the first run that needs it makes that.
+def dense_weights(
+    run: Run, task: Task, folder: Path, device: str, trained: Callable[[Run], nn.Module]
+) -> dict[str, Tensor]:
+    """Return the trained dense model's state dict, from its file; the first run that needs it makes that.
 
     Args:
-        run: the distilled run.
+        run: the run that wants it.
         task: its task.
-        folder: of the task's arrays, and of its teachers.
+        folder: of the task's arrays, and of its dense models.
         device: where both are trained.
         trained: trains the model of a run.
     """
@@ -85,8 +87,13 @@ def teacher_of(run: Run, task: Task, folder: Path, device: str, trained: Callabl
     path = path_of(dense, task, folder, device)
     if not path.exists():
         _write(path, trained(dense))
+    return load_file(path)
+
+
+def teacher_of(run: Run, task: Task, weights: Mapping[str, Tensor], device: str) -> Teacher:
+    """Return a distilled run's teacher, of the trained dense model's weights."""
     model = nets.dense_net(task)
-    model.load_state_dict(load_file(path))
+    model.load_state_dict(weights)
     model = nets.laid_out(model.to(device), task).eval().requires_grad_(False)
     return Teacher(model, run.change("distill"), run.change("temperature", TEMPERATURE))
 

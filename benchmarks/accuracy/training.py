@@ -7,7 +7,7 @@ import functools
 import gc
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from benchmarks.accuracy.inputs import Epoch, Examples
 from benchmarks.accuracy.runs import Run, as_row
 from benchmarks.accuracy.step import Step
 from benchmarks.accuracy.tasks import Task
-from benchmarks.accuracy.teacher import Teacher, teacher_of
+from benchmarks.accuracy.teacher import Teacher, dense_weights, teacher_of
 from benchmarks.rows import machine
 
 # Part of the steps in which the step size grows; then it falls to zero, both in a line.
@@ -102,8 +102,18 @@ def autocast_on(device: str) -> Autocast:
     return functools.partial(torch.autocast, kind, torch.bfloat16, enabled=kind == "cuda", cache_enabled=False)
 
 
-def fit(run: Run, task: Task, folder: Path, device: str, graph: bool, teacher: Teacher | None = None) -> Trained:
+def fit(
+    run: Run,
+    task: Task,
+    folder: Path,
+    device: str,
+    graph: bool,
+    teacher: Teacher | None = None,
+    start: Mapping[str, Tensor] | None = None,
+) -> Trained:
     """Build and train a run's model, beside labels on a teacher's outputs if there is one; see `train`.
+
+    `start` is the state dict of the dense model that it is made of, if that does not begin at random.
 
     Raises:
         UnreachableError: its method cannot store so few parameters.
@@ -117,7 +127,7 @@ def fit(run: Run, task: Task, folder: Path, device: str, graph: bool, teacher: T
     def batch() -> tuple[Tensor, Tensor]:
         return inputs.plain(examples.x[: task.batch]), examples.y[: task.batch]
 
-    built = methods.build(run, task, device, batch)
+    built = methods.build(run, task, device, batch, start)
     model = nets.laid_out(built.model, task)
     model.train()
     optimizer, factors = make_optimizer(model, task, run, device)
@@ -152,7 +162,7 @@ def fit(run: Run, task: Task, folder: Path, device: str, graph: bool, teacher: T
 
 
 def train(run: Run, task: Task, folder: Path, device: str, graph: bool = True) -> dict[str, Any]:
-    """Train one model; for a distilled run its teacher first, unless there is one.
+    """Train one model; for one that learns or starts from the dense model that first, unless it is there.
 
     Args:
         run: with its learning rate and epochs.
@@ -173,15 +183,17 @@ def train(run: Run, task: Task, folder: Path, device: str, graph: bool = True) -
     def dense(other: Run) -> nn.Module:
         return fit(other, task, folder, device, graph).model
 
-    teacher = None
-    if run.change("distill") is not None:
-        teacher = teacher_of(run, task, folder, device, dense)
+    teacher = start = None
+    if run.change("distill") is not None or run.change("warm"):
+        weights = dense_weights(run, task, folder, device, dense)
         release(device)
-    # Only now: making the teacher is no part of what further such runs take.
+        start = weights if run.change("warm") else None
+        teacher = teacher_of(run, task, weights, device) if run.change("distill") is not None else None
+    # Only now: training the dense model is no part of what further such runs take.
     begun = time.perf_counter()
     row = {**as_row(run), "allowed": methods.target(task, run.ratio), "machine": machine(device)}
     try:
-        trained = fit(run, task, folder, device, graph, teacher)
+        trained = fit(run, task, folder, device, graph, teacher, start)
     except UnreachableError as error:
         return {**row, "unreachable": str(error), "seconds": time.perf_counter() - begun}
     row |= {
