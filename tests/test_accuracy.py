@@ -394,7 +394,7 @@ def test_a_warm_run_starts_from_the_trained_dense_model(method: str, data: Path,
         # The least-squares fit, so near to what it was fitted to, which a random pool is not.
         cold = methods.build(dataclasses.replace(run, changes=()), IMAGES, "cpu", lambda: None)
         far = [float((found(made) - weight).norm() / weight.norm()) for made in (built, cold)]
-        assert far[0] < 0.8 < far[1]
+        assert far[0] < 0.9 and far[1] > 1.1
     with pytest.raises(ValueError, match="no use for the dense"):
         methods.check_changes(dataclasses.replace(run, method="smaller"))
 
