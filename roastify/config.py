@@ -35,7 +35,7 @@ class RoastConfig:
         exclude: patterns of tensors or modules that stay dense.
         min_numel: smaller tensors stay dense unless `include` names them or `share` takes all.
         share: `weights` (matrices and whatever has more dimensions), `all` (vectors, constant and small tensors too),
-            or `auto`: `all` at ratios that are unreachable otherwise.
+            or `auto`: `all` where those others would take too much of what may be stored.
         tile: `auto`, or `ROWSxCOLS`.
         sign: `auto`, `none`, `row`, `tile` or `element`.
         mapping: `permutation`, or for comparison `cyclic`, `roast`, `hashednet`.
