@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import types
 import weakref
@@ -10,6 +11,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _python_dispatch as dispatch
+from torch.utils import checkpoint
 
 from roastify.errors import RoastError
 from roastify.kernels.sink import Sink
@@ -211,7 +214,7 @@ class _Made:
         return self.fresh.pop(key)
 
     def _group_of(self, weight: Weight, dtype: torch.dtype) -> WeightGroup:
-        # Modes that count operators, or keep what some return for a checkpoint, see each where it is asked for.
+        # Modes that count operators see each where it is asked for.
         if self.whole and not torch._C._len_torch_dispatch_stack():
             group = self.pool.group_of(weight)
             if not any((other, dtype) in self.dense_values for other in group.weights):
@@ -311,6 +314,22 @@ def _running(pool: Pool) -> _Pass | None:
         again = _passes.again[task, id(pool)] = _Pass(_is_capturing(pool.weight), whole=False)
         torch.autograd.Variable._execution_engine.queue_callback(again.close)
     return again
+
+
+_SELECTIVE = (checkpoint._CachingTorchDispatchMode, checkpoint._CachedTorchDispatchMode)
+
+
+def unseen(pool: Pool) -> contextlib.AbstractContextManager[Any]:
+    """Return the context for what a pass makes once: checkpoints that choose what to save do not see it there.
+
+    Their regions must run the same operators again, but then other layers are the first to read the pool.
+    """
+    if torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack() or not _is_plain(pool.weight):
+        return contextlib.nullcontext()
+    modes = dispatch._get_current_dispatch_mode_stack()
+    if not any(isinstance(mode, _SELECTIVE) for mode in modes) or any(mode.is_infra_mode() for mode in modes):
+        return contextlib.nullcontext()
+    return dispatch._disable_current_modes()
 
 
 def made_of(pool: Pool) -> _Made:

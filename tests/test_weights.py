@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import gc
 import pickle
 import weakref
@@ -15,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
 import roastify
@@ -287,6 +288,67 @@ def test_a_mode_sees_each_gather_where_it_is_asked_for(gathers: Gathers) -> None
         with FlopCounterMode(display=False):
             model(rows()).sum().backward()
     assert gathers.groups == [1] * 10
+
+
+class Selective(Net):
+    """Its regions checkpointed one by one, and what some operators return in them kept."""
+
+    saved: Any = None
+
+    def forward(self, x: Tensor, skip: bool = False) -> Tensor:
+        for layer in (self.first, self.second, self.head):
+            x = self._region(lambda x, layer=layer: layer(x).tanh(), x)
+        return self._region(lambda x: self.conv(self.again(x).t()).t() * self.again(x), x)
+
+    def _region(self, region: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        if self.saved is None:
+            return region(x)
+
+        def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+            kept = self.saved == "all" or operator in self.saved
+            return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+        contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+        return checkpoint(region, x, use_reentrant=False, context_fn=contexts)
+
+
+@pytest.mark.parametrize("count", [WIDTH, 2])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    "saved",
+    [(), (torch.ops.aten.mm.default, torch.ops.aten.addmm.default), (torch.ops.roastify.gather.default,), "all"],
+)
+def test_checkpoints_may_choose_what_they_keep(saved: Any, autocast: bool, count: int) -> None:
+    """Their regions must run the same operators again, whoever read the pool first."""
+    found = []
+    for chosen in (None, saved):
+        model = converted(Selective, torch.float32)
+        model.saved = chosen
+        x = rows(dtype=torch.float32)[:count]
+        if count < WIDTH:
+            model.conv = nn.Identity()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(x).square().sum()
+        loss.backward()
+        found.append(pool_of(model).weight.grad)
+    assert torch.equal(*found)
+
+
+class Exported(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.other(self.one(x).relu())
+
+
+def test_an_exported_graph_has_products_on_the_pool() -> None:
+    """It has no backward pass that would want the weights."""
+    exported = torch.export.export(converted(Exported), (rows(),))
+    operators = [node.target for node in exported.graph.nodes]
+    assert operators.count(torch.ops.roastify.linear.default) == 2
+    assert torch.ops.roastify.gather.default not in operators
 
 
 def test_copies_and_pickles_have_groups_of_their_own(gathers: Gathers) -> None:
