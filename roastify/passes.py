@@ -162,8 +162,8 @@ class _Made:
         # Copies as layers read them, in a graph. One for all of a pass: a node a layer costs the host more than it
         # takes to find this one.
         self.reads: dict[torch.dtype, Tensor] = {}
-        # Dense weights, and those of them that nothing has read yet.
-        self.dense_values: dict[tuple[Weight, torch.dtype], Tensor] = {}
+        # Dense weights, which graphs hold (what a checkpoint lets go of must go), and those that nothing has read yet.
+        self.dense_values: dict[tuple[Weight, torch.dtype], weakref.ref[Tensor]] = {}
         self.fresh: dict[tuple[Weight, torch.dtype], Tensor] = {}
         self.door: _Door | None = None
         self.runs = 0
@@ -206,11 +206,12 @@ class _Made:
         if fresh is not None:
             return fresh
         pool = self.read(dtype, True)
-        if key in self.dense_values:
-            return again(pool, self.pool.table, weight, self.dense_values[key])
+        if (held := self.dense_values.get(key)) is not None and (values := held()) is not None:
+            return again(pool, self.pool.table, weight, values)
         group = self._group_of(weight, dtype)
         for other, tensor in zip(group.weights, gather_weights(pool, self.pool.table, group), strict=True):
-            self.dense_values[other, dtype] = self.fresh[other, dtype] = tensor
+            self.dense_values[other, dtype] = weakref.ref(tensor)
+            self.fresh[other, dtype] = tensor
         return self.fresh.pop(key)
 
     def _group_of(self, weight: Weight, dtype: torch.dtype) -> WeightGroup:
