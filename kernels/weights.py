@@ -87,11 +87,13 @@ class _Dense(torch.autograd.Function):
             if (kernels := group.kernels(pool)) is not None:
                 with ops.on_device_of(pool):
                     return tuple(kernels.gather(pool, table))
-            dense = []
-            for weight in group.weights:
-                matrix = ops.gather(pool, table, weight.view, weight.scale)
-                dense.append((matrix.t() if weight.transposed else matrix).reshape(weight.shape))
-            return tuple(dense)
+        # Outside: an operator looks for tangents, which takes the tracking of views.
+        matrices = [ops.gather(pool, table, weight.view, weight.scale) for weight in group.weights]
+        with torch._C._ExcludeDispatchKeyGuard(ops.VIEW_TRACKING):
+            return tuple(
+                (matrix.t() if weight.transposed else matrix).reshape(weight.shape)
+                for matrix, weight in zip(matrices, group.weights, strict=True)
+            )
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None]:

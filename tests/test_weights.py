@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
@@ -332,6 +333,16 @@ def test_checkpoints_may_choose_what_they_keep(saved: Any, autocast: bool, count
         loss.backward()
         found.append(pool_of(model).weight.grad)
     assert torch.equal(*found)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+def test_forward_mode_goes_through_kept_weights() -> None:
+    model, x, tangent = converted(), rows(), rows(seed=1)
+    found = []
+    for module in (model, roastify.densify(model)):
+        with forward_ad.dual_level():
+            found.append(forward_ad.unpack_dual(module(forward_ad.make_dual(x, tangent))).tangent)
+    torch.testing.assert_close(*found)
 
 
 class Exported(nn.Module):
