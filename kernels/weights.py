@@ -111,18 +111,25 @@ class _Dense(torch.autograd.Function):
 
 
 def _reduced_together(ctx: Any, grads: Sequence[Tensor | None]) -> bool:
-    """Add the gradients to the buffer of the backward pass by one kernel, if there is one and all of them are there."""
+    """Add the gradients to the buffer of the backward pass by one kernel, if there is one and most of them are there.
+
+    Some never are: a group's other weights may be kept for nothing, as that of a pooler that few rows go through.
+    """
     if torch.compiler.is_compiling():
         return False
     present = [grad for grad in grads if grad is not None]
     read = ctx.next_functions[0][0]
-    if len(present) < len(grads) or len({grad.dtype for grad in present}) != 1 or not is_wanted(read):
+    if 2 * len(present) <= len(grads) or len({grad.dtype for grad in present}) != 1 or not is_wanted(read):
         return False
     kernels = ctx.group.kernels(present[0])
     sink = sink_of(read)
     if kernels is None or sink is None or (total := sink.total()) is None:
         return False
     with ops.on_device_of(total):
+        if len(present) < len(grads):
+            zero = present[0].new_zeros(())
+            pairs = zip(ctx.group.weights, grads, strict=True)
+            present = [zero.expand(weight.shape) if grad is None else grad for weight, grad in pairs]
         kernels.reduce_(total, present, ctx.table)
     return True
 
