@@ -87,11 +87,13 @@ class _Dense(torch.autograd.Function):
             if (kernels := group.kernels(pool)) is not None:
                 with ops.on_device_of(pool):
                     return tuple(kernels.gather(pool, table))
-            dense = []
-            for weight in group.weights:
-                matrix = ops.gather(pool, table, weight.view, weight.scale)
-                dense.append((matrix.t() if weight.transposed else matrix).reshape(weight.shape))
-            return tuple(dense)
+        # Outside: an operator looks for tangents, which takes the tracking of views.
+        matrices = [ops.gather(pool, table, weight.view, weight.scale) for weight in group.weights]
+        with torch._C._ExcludeDispatchKeyGuard(ops.VIEW_TRACKING):
+            return tuple(
+                (matrix.t() if weight.transposed else matrix).reshape(weight.shape)
+                for matrix, weight in zip(matrices, group.weights, strict=True)
+            )
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None]:
@@ -109,18 +111,25 @@ class _Dense(torch.autograd.Function):
 
 
 def _reduced_together(ctx: Any, grads: Sequence[Tensor | None]) -> bool:
-    """Add the gradients to the buffer of the backward pass by one kernel, if there is one and all of them are there."""
+    """Add the gradients to the buffer of the backward pass by one kernel, if there is one and most of them are there.
+
+    Some never are: a group's other weights may be kept for nothing, as that of a pooler that few rows go through.
+    """
     if torch.compiler.is_compiling():
         return False
     present = [grad for grad in grads if grad is not None]
     read = ctx.next_functions[0][0]
-    if len(present) < len(grads) or len({grad.dtype for grad in present}) != 1 or not is_wanted(read):
+    if 2 * len(present) <= len(grads) or len({grad.dtype for grad in present}) != 1 or not is_wanted(read):
         return False
     kernels = ctx.group.kernels(present[0])
     sink = sink_of(read)
     if kernels is None or sink is None or (total := sink.total()) is None:
         return False
     with ops.on_device_of(total):
+        if len(present) < len(grads):
+            zero = present[0].new_zeros(())
+            pairs = zip(ctx.group.weights, grads, strict=True)
+            present = [zero.expand(weight.shape) if grad is None else grad for weight, grad in pairs]
         kernels.reduce_(total, present, ctx.table)
     return True
 

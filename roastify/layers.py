@@ -213,6 +213,11 @@ def _read_once(module: RoastModule, name: str) -> Tensor:
 class RoastReader(RoastModule):
     """A module whose own code reads shared attributes."""
 
+    @staticmethod
+    def may_keep(shared: SharedTensor) -> bool:
+        """Whether a pass may count on a layer's forward being called: not where the class has another."""
+        return False
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module; within the call, its code is given operands, or the same tensors throughout."""
         if readers or torch.compiler.is_compiling():
@@ -252,7 +257,7 @@ class RoastLayer(RoastModule):
 
     @staticmethod
     def may_keep(shared: SharedTensor) -> bool:
-        """Whether a training pass may keep the layer's dense weight until its backward pass."""
+        """Whether a training pass may gather the layer's dense weight with others, to keep until its backward pass."""
         return False
 
     # A property under a type that lets it stand where the dense layers declare a Tensor.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import types
 import weakref
@@ -10,6 +11,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _python_dispatch as dispatch
+from torch.utils import checkpoint
 
 from roastify.errors import RoastError
 from roastify.kernels.sink import Sink
@@ -159,8 +162,8 @@ class _Made:
         # Copies as layers read them, in a graph. One for all of a pass: a node a layer costs the host more than it
         # takes to find this one.
         self.reads: dict[torch.dtype, Tensor] = {}
-        # Dense weights, and those of them that nothing has read yet.
-        self.dense_values: dict[tuple[Weight, torch.dtype], Tensor] = {}
+        # Dense weights, which graphs hold (what a checkpoint lets go of must go), and those that nothing has read yet.
+        self.dense_values: dict[tuple[Weight, torch.dtype], weakref.ref[Tensor]] = {}
         self.fresh: dict[tuple[Weight, torch.dtype], Tensor] = {}
         self.door: _Door | None = None
         self.runs = 0
@@ -203,15 +206,16 @@ class _Made:
         if fresh is not None:
             return fresh
         pool = self.read(dtype, True)
-        if key in self.dense_values:
-            return again(pool, self.pool.table, weight, self.dense_values[key])
+        if (held := self.dense_values.get(key)) is not None and (values := held()) is not None:
+            return again(pool, self.pool.table, weight, values)
         group = self._group_of(weight, dtype)
         for other, tensor in zip(group.weights, gather_weights(pool, self.pool.table, group), strict=True):
-            self.dense_values[other, dtype] = self.fresh[other, dtype] = tensor
+            self.dense_values[other, dtype] = weakref.ref(tensor)
+            self.fresh[other, dtype] = tensor
         return self.fresh.pop(key)
 
     def _group_of(self, weight: Weight, dtype: torch.dtype) -> WeightGroup:
-        # Modes that count operators, or keep what some return for a checkpoint, see each where it is asked for.
+        # Modes that count operators see each where it is asked for.
         if self.whole and not torch._C._len_torch_dispatch_stack():
             group = self.pool.group_of(weight)
             if not any((other, dtype) in self.dense_values for other in group.weights):
@@ -311,6 +315,22 @@ def _running(pool: Pool) -> _Pass | None:
         again = _passes.again[task, id(pool)] = _Pass(_is_capturing(pool.weight), whole=False)
         torch.autograd.Variable._execution_engine.queue_callback(again.close)
     return again
+
+
+_SELECTIVE = (checkpoint._CachingTorchDispatchMode, checkpoint._CachedTorchDispatchMode)
+
+
+def unseen(pool: Pool) -> contextlib.AbstractContextManager[Any]:
+    """Return the context for what a pass makes once: checkpoints that choose what to save do not see it there.
+
+    Their regions must run the same operators again, but then other layers are the first to read the pool.
+    """
+    if torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack() or not _is_plain(pool.weight):
+        return contextlib.nullcontext()
+    modes = dispatch._get_current_dispatch_mode_stack()
+    if not any(isinstance(mode, _SELECTIVE) for mode in modes) or any(mode.is_infra_mode() for mode in modes):
+        return contextlib.nullcontext()
+    return dispatch._disable_current_modes()
 
 
 def made_of(pool: Pool) -> _Made:

@@ -65,14 +65,20 @@ def make_plan(
             # The error that names the larger of the two reachable ratios; they differ with a region for each tensor.
             raise (last if last.largest_ratio > error.largest_ratio else error) from None
     budget = plan.total_numel / check_ratio(config.ratio)
-    bound = max(_KEPT_OF_BUDGET * budget, min(_KEPT_OF_MODEL * plan.total_numel, _MOST_KEPT_OF_BUDGET * budget))
-    if plan.ratio == 1 or plan.kept_numel <= bound:
+    if plan.ratio == 1 or plan.kept_numel <= _most_kept(budget, plan.total_numel):
         return plan
     try:
         everything = _make_plan(model, forest, config, held, everything=True)
     except PlanError:  # with a region for each tensor, more tensors need more slots than there are
         return plan
+    # What is kept either way leaves that much less to vectors and the pool.
+    bound = _most_kept(budget - everything.kept_numel, plan.total_numel)
     return everything if plan.kept_numel - everything.kept_numel > bound else plan
+
+
+def _most_kept(budget: Fraction, total: int) -> Fraction:
+    """Return up to how many elements vectors stay dense, where they and the pool have `budget`."""
+    return max(_KEPT_OF_BUDGET * budget, min(_KEPT_OF_MODEL * total, _MOST_KEPT_OF_BUDGET * budget))
 
 
 def _make_plan(

@@ -182,8 +182,7 @@ def apply(model: nn.Module, plan: RoastPlan, pool: RoastPool) -> Callable[[], No
             for module, attribute in holders:
                 swapped.append((module, attribute, module._parameters[attribute]))
                 to_roast(module, attribute, shared)
-            if any(attribute == "weight" and isinstance(module, RoastLayer) and module.may_keep(shared)
-                   for module, attribute in holders):  # fmt: skip
+            if any(attribute == "weight" and _may_keep(module, shared) for module, attribute in holders):
                 kept.append(shared.weight)
         pool.weights = tuple(kept)
         for module in filled:
@@ -195,6 +194,13 @@ def apply(model: nn.Module, plan: RoastPlan, pool: RoastPool) -> Callable[[], No
         undo()
         raise
     return undo
+
+
+def _may_keep(module: nn.Module, shared: SharedTensor) -> bool:
+    # `nn.MultiheadAttention` reads its projection's weight, and calls no forward of that.
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return False
+    return isinstance(module, RoastLayer) and module.may_keep(shared)
 
 
 def copy_weights(converted: nn.Module, dense: nn.Module) -> None:

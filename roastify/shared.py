@@ -95,7 +95,10 @@ class SharedTensor:
         """Whether a graph of the pool's gradient is being made."""
         if not torch.is_grad_enabled() or not self.pool.parameter().requires_grad:
             return False
-        return torch.compiler.is_compiling() or not torch._C._is_tracing()
+        # What is exported has no backward pass.
+        if torch.compiler.is_compiling():
+            return not torch.compiler._is_exporting_flag
+        return not torch._C._is_tracing()
 
     def _kept_for(self, x: Tensor) -> Tensor | None:
         """Return a product's weight, kept for the backward pass; None for one that the backward pass gathers again.

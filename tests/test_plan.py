@@ -686,6 +686,13 @@ def test_vectors_join_where_they_would_take_too_much(layer: nn.Module, last: flo
         assert plan.share == share and plan.achieved_ratio >= ratio
 
 
+def test_vectors_join_by_what_others_leave_of_the_budget() -> None:
+    # Of 181 elements 100 are kept anyway: 64 in a vector are over three quarters of the rest.
+    model = nn.ModuleList([nn.Linear(64, 64), nn.Linear(10, 10, bias=False)])
+    assert roastify.plan(model, 23.5, exclude="1", config=RoastConfig(tile="4x4")).share == "all"
+    assert roastify.plan(model, 22, exclude="1", config=RoastConfig(tile="4x4")).share == "weights"
+
+
 def test_what_cannot_be_shared_does_not_have_vectors_join() -> None:
     frozen = nn.ModuleList([nn.Linear(64, 64), nn.Linear(10, 100).requires_grad_(False)])
     assert roastify.plan(frozen, 3, include="0").share == "weights"

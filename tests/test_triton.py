@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 import os
 from collections.abc import Iterator
@@ -9,9 +11,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from roastify.kernels import reference
+import roastify
+from roastify.kernels import ops, reference, weights
 from roastify.kernels.view import TileView, Weight
 from roastify.mapping import TileMap
 
@@ -569,6 +572,35 @@ def test_reduce_of_a_group(name: str, dtype: torch.dtype) -> None:
         found.append(total)
     assert_near(found[0], expected, torch.float32)
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(("run", "together"), [(3, True), (2, True), (1, False)])
+def test_most_gradients_of_a_group_go_by_its_kernel(run: int, together: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(32, 32, bias=False) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers[:run]:
+                x = layer(x).tanh()
+            return x
+
+    calls = []
+    reduce_ = group.Group.reduce_
+    monkeypatch.setattr(group.Group, "reduce_", lambda *args: calls.append("") or reduce_(*args))
+    if DEVICE == "cpu":
+        monkeypatch.setattr(weights.WeightGroup, "kernels", lambda chosen, pool: group.Group(chosen.weights))
+        monkeypatch.setattr(ops, "on_device_of", lambda tensor: contextlib.nullcontext())
+    config = roastify.RoastConfig(ratio=3.0, min_numel=1, tile="8x8", sign="row")
+    torch.manual_seed(0)
+    model = roastify.convert(Net().to(DEVICE), config=config)
+    dense, x = copy.deepcopy(model).double(), randn(32, 32)
+    model(x).square().sum().backward()
+    assert bool(calls) == together
+    monkeypatch.undo()
+    dense(x.double()).square().sum().backward()
+    assert_near(next(model.parameters()).grad, next(dense.parameters()).grad, torch.float32)
 
 
 def test_weights_of_a_group_are_alike() -> None:
