@@ -320,12 +320,17 @@ def _running(pool: Pool) -> _Pass | None:
 _SELECTIVE = (checkpoint._CachingTorchDispatchMode, checkpoint._CachedTorchDispatchMode)
 
 
+def is_watched_by_modes() -> bool:
+    """Whether modes see the operators of an eager pass."""
+    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
+
+
 def unseen(pool: Pool) -> contextlib.AbstractContextManager[Any]:
     """Return the context for what a pass makes once: checkpoints that choose what to save do not see it there.
 
     Their regions must run the same operators again, but then other layers are the first to read the pool.
     """
-    if torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack() or not _is_plain(pool.weight):
+    if not _is_plain(pool.weight):
         return contextlib.nullcontext()
     modes = dispatch._get_current_dispatch_mode_stack()
     if not any(isinstance(mode, _SELECTIVE) for mode in modes) or any(mode.is_infra_mode() for mode in modes):

@@ -16,7 +16,7 @@ from roastify.kernels import reference
 from roastify.kernels.view import TileView, Weight
 from roastify.kernels.weights import WeightGroup, grouped
 from roastify.mapping import TileMap
-from roastify.passes import divide_, made_of, unseen, wide
+from roastify.passes import divide_, is_watched_by_modes, made_of, unseen, wide
 
 
 class RoastPool(nn.Module):
@@ -108,8 +108,10 @@ class RoastPool(nn.Module):
         # torch 2.11 takes `is_exporting()` for true wherever it traces.
         if tracked and torch.compiler.is_dynamo_compiling() and not torch.compiler._is_exporting_flag:
             return traced.read(self, dtype)
-        with unseen(self):
-            return made_of(self).read(dtype, tracked)
+        if is_watched_by_modes():
+            with unseen(self):
+                return made_of(self).read(dtype, tracked)
+        return made_of(self).read(dtype, tracked)
 
     def read_weight(self, weight: Weight, dtype: torch.dtype) -> Tensor:
         """Return a dense weight in a dtype, in a graph, for use in a forward pass that is recorded.
@@ -120,8 +122,10 @@ class RoastPool(nn.Module):
             RoastError: the pool is sharded and its values are not gathered now.
         """
         self._whole()
-        with unseen(self):
-            return made_of(self).dense(weight, dtype)
+        if is_watched_by_modes():
+            with unseen(self):
+                return made_of(self).dense(weight, dtype)
+        return made_of(self).dense(weight, dtype)
 
     def group_of(self, weight: Weight) -> WeightGroup:
         """Return the weights that a pass gathers with this one."""
