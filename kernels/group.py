@@ -9,7 +9,6 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -22,7 +21,7 @@ from roastify.kernels.hash import effective_sign, supported
 from roastify.kernels.launch import PLAIN_ARGUMENTS, Launch
 from roastify.kernels.reduce import sum_chunks
 from roastify.kernels.tuning import cdiv, power_of_2
-from roastify.kernels.view import MappingKind, SignKind, TileView, Weight
+from roastify.kernels.view import MappingKind, SignKind, TileView, Weight, alike
 
 # Where each gathered weight begins is a multiple of this: cuBLAS and wide loads want aligned addresses.
 _ALIGNED = 64
@@ -89,11 +88,6 @@ class _Tables:
     tensors: Tensor
     scales: Tensor
     blocks: Tensor
-
-
-def alike(view: TileView) -> tuple[Any, ...]:
-    """Return what must be the same of all the weights of one group."""
-    return view._replace(rows=0, cols=0, base=0)
 
 
 class Group:

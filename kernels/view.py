@@ -123,6 +123,11 @@ class TileView(NamedTuple):
         return self.mapping == MappingKind.PERMUTATION
 
 
+def alike(view: TileView) -> TileView:
+    """Return what must be the same of tensors that one kernel reads together: all but their sizes and places."""
+    return view._replace(rows=0, cols=0, base=0)
+
+
 @dataclass(frozen=True, eq=False)
 class Weight:
     """A weight as its layer wants it. Each is equal to itself alone: as a key it must cost the host nothing.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from roastify.kernels import ops
 from roastify.kernels.sink import is_wanted, sink_of
-from roastify.kernels.view import Weight
+from roastify.kernels.view import Weight, alike
 
 if TYPE_CHECKING:
     from roastify.kernels.group import Group
@@ -59,7 +59,9 @@ def grouped(weights: Iterable[Weight]) -> dict[Weight, WeightGroup]:
     found: list[list[Weight]] = []
     for weight in weights:
         view = weight.view
-        kind = (view._replace(base=0, **({"rows": 0, "cols": 0} if view.strips else {})), weight.transposed)
+        # A product keeps its weight by its size; convolutions, the ones in strips, do always.
+        size = None if view.strips else (view.rows, view.cols)
+        kind = alike(view), size, weight.transposed
         group = chosen.get(kind)
         if group is None or sum(other.view.numel for other in group) + view.numel > _GROUP_ELEMENTS:
             group = chosen[kind] = []

@@ -51,6 +51,7 @@ class LayerKind:
         transposed: whether the dense weight is `[in, out]`, so that the pool holds its transpose.
         materialises: whether the operation wants the whole weight; then it is cut into strips, not tiles.
         refusal: returns why a module of this kind must keep its weight, or None.
+        keeps: whether its forward, in a training pass, may keep a dense weight until the backward pass.
     """
 
     op: str
@@ -58,6 +59,7 @@ class LayerKind:
     transposed: bool = False
     materialises: bool = False
     refusal: Callable[[Any], str | None] = lambda module: None
+    keeps: Callable[[SharedTensor], bool] = lambda shared: False
 
 
 def _refuse_table(module: nn.Embedding | nn.EmbeddingBag) -> str | None:
@@ -68,15 +70,23 @@ def _refuse_table(module: nn.Embedding | nn.EmbeddingBag) -> str | None:
     return None
 
 
+def _keeps_product(shared: SharedTensor) -> bool:
+    return shared.is_small and not shared.center
+
+
+def _keeps_whole(shared: SharedTensor) -> bool:
+    return shared.can_be_whole
+
+
 # The one list of layers whose own operation runs on the pool. Whatever else has a Parameter materialises it.
 _KINDS: dict[type[nn.Module], LayerKind] = {
-    nn.Linear: LayerKind("linear", RoastLinear),
+    nn.Linear: LayerKind("linear", RoastLinear, keeps=_keeps_product),
     nn.Bilinear: LayerKind("bilinear", RoastBilinear, materialises=True),
     nn.Embedding: LayerKind("embedding", RoastEmbedding, refusal=_refuse_table),
     nn.EmbeddingBag: LayerKind("embedding_bag", RoastEmbeddingBag, refusal=_refuse_table),
-    nn.Conv1d: LayerKind("conv1d", RoastConv1d, materialises=True),
-    nn.Conv2d: LayerKind("conv2d", RoastConv2d, materialises=True),
-    nn.Conv3d: LayerKind("conv3d", RoastConv3d, materialises=True),
+    nn.Conv1d: LayerKind("conv1d", RoastConv1d, materialises=True, keeps=_keeps_whole),
+    nn.Conv2d: LayerKind("conv2d", RoastConv2d, materialises=True, keeps=_keeps_whole),
+    nn.Conv3d: LayerKind("conv3d", RoastConv3d, materialises=True, keeps=_keeps_whole),
     nn.ConvTranspose1d: LayerKind("conv_transpose1d", RoastConvTranspose1d, materialises=True),
     nn.ConvTranspose2d: LayerKind("conv_transpose2d", RoastConvTranspose2d, materialises=True),
     nn.ConvTranspose3d: LayerKind("conv_transpose3d", RoastConvTranspose3d, materialises=True),
@@ -96,7 +106,7 @@ def kind_of(module_class: type, attribute: str = "weight") -> LayerKind | None:
         if base in _KINDS:
             return _KINDS[base]
         if base is _transformers_conv1d():
-            return LayerKind("linear", RoastTransformersConv1D, transposed=True)
+            return LayerKind("linear", RoastTransformersConv1D, transposed=True, keeps=_keeps_product)
     return None
 
 
@@ -145,6 +155,18 @@ def _has_forward_of_its_own(module_class: type[nn.Module]) -> bool:
     kind = kind_of(module_class)
     layer = next((base for base in module_class.__mro__ if base in _KINDS or base is _transformers_conv1d()), None)
     return kind is not None and layer is not None and module_class.forward is not layer.forward
+
+
+def keeps_weight(module: RoastModule, attribute: str, shared: SharedTensor) -> bool:
+    """Whether a training pass may gather a module's weight with others': the layer's own forward will read and keep it.
+
+    `nn.MultiheadAttention` reads the weight of its projection, and calls no forward of that.
+    """
+    original = type(module)._roast_original
+    kind = kind_of(original, attribute)
+    if kind is None or _has_forward_of_its_own(original):
+        return False
+    return kind.keeps(shared) and not issubclass(original, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
 def _obstacle(module: nn.Module) -> str | None:

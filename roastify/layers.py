@@ -213,11 +213,6 @@ def _read_once(module: RoastModule, name: str) -> Tensor:
 class RoastReader(RoastModule):
     """A module whose own code reads shared attributes."""
 
-    @staticmethod
-    def may_keep(shared: SharedTensor) -> bool:
-        """Whether a pass may count on a layer's forward being called: not where the class has another."""
-        return False
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module; within the call, its code is given operands, or the same tensors throughout."""
         if readers or torch.compiler.is_compiling():
@@ -254,11 +249,6 @@ class RoastLookup(RoastModule):
 
 class RoastLayer(RoastModule):
     """A layer whose `weight` is in the pool."""
-
-    @staticmethod
-    def may_keep(shared: SharedTensor) -> bool:
-        """Whether a training pass may gather the layer's dense weight with others, to keep until its backward pass."""
-        return False
 
     # A property under a type that lets it stand where the dense layers declare a Tensor.
     weight: Any = reading("weight")
@@ -307,11 +297,6 @@ class RoastRNN(RoastModule):
 
 class RoastLinear(RoastLayer, nn.Linear):
     """`nn.Linear` on the pool; no whole weight is materialised for a small batch."""
-
-    @staticmethod
-    def may_keep(shared: SharedTensor) -> bool:
-        """Whether a training pass may keep the dense weight: if it is small."""
-        return shared.is_small and not shared.center
 
     def forward(self, input: Tensor) -> Tensor:
         """Return `input · weightᵀ + bias`."""
@@ -394,11 +379,6 @@ class _RoastConv(RoastLayer):
     bias: Tensor | None
     _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
-    @staticmethod
-    def may_keep(shared: SharedTensor) -> bool:
-        """Whether a training pass may keep the dense weight: a convolution must."""
-        return shared.can_be_whole
-
     def forward(self, input: Tensor) -> Tensor:
         """Return the convolution of `input`."""
         weight = self.weight if readers else self._roast["weight"].whole(input)
@@ -434,7 +414,6 @@ class RoastTransformersConv1D(RoastLayer):
 
     # transformers' own would leave out what the pool adds.
     __repr__ = nn.Module.__repr__
-    may_keep = staticmethod(RoastLinear.may_keep)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x · weight + bias`."""

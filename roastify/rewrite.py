@@ -5,15 +5,15 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from roastify.errors import ConversionError, WriteRefused
 from roastify.huggingface import forget_ties, remember_ties
-from roastify.kinds import to_dense, to_emptied, to_roast
-from roastify.layers import RoastLayer, RoastModule
+from roastify.kinds import keeps_weight, to_dense, to_emptied, to_roast
+from roastify.layers import RoastModule
 from roastify.passes import RootForward
 from roastify.plan import RoastPlan, TensorPlan
 from roastify.pool import RoastPool, is_sharded
@@ -182,7 +182,7 @@ def apply(model: nn.Module, plan: RoastPlan, pool: RoastPool) -> Callable[[], No
             for module, attribute in holders:
                 swapped.append((module, attribute, module._parameters[attribute]))
                 to_roast(module, attribute, shared)
-            if any(attribute == "weight" and _may_keep(module, shared) for module, attribute in holders):
+            if any(keeps_weight(cast(RoastModule, module), attribute, shared) for module, attribute in holders):
                 kept.append(shared.weight)
         pool.weights = tuple(kept)
         for module in filled:
@@ -194,13 +194,6 @@ def apply(model: nn.Module, plan: RoastPlan, pool: RoastPool) -> Callable[[], No
         undo()
         raise
     return undo
-
-
-def _may_keep(module: nn.Module, shared: SharedTensor) -> bool:
-    # `nn.MultiheadAttention` reads its projection's weight, and calls no forward of that.
-    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return False
-    return isinstance(module, RoastLayer) and module.may_keep(shared)
 
 
 def copy_weights(converted: nn.Module, dense: nn.Module) -> None:
