@@ -103,9 +103,9 @@ class SharedTensor:
     def _kept_for(self, x: Tensor) -> Tensor | None:
         """Return a product's weight, kept for the backward pass; None for one that the backward pass gathers again.
 
-        It is kept where its layer is small, so that the host's time counts, and where it has no more elements than the
-        input that is kept anyway, so that memory cannot grow out of proportion. Nothing but sizes may decide: what is
-        run again for a checkpoint must keep the same.
+        It is kept where its layer is small, so that the host's time counts, and where it has no more elements than its
+        input, which is kept anyway. Nothing but sizes may decide: what is run again for a checkpoint must keep the
+        same.
         """
         if not self.is_small or not self._is_recorded():
             return None

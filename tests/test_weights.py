@@ -458,6 +458,32 @@ def test_nothing_is_kept_after_a_step(kind: type[Net]) -> None:
         gc.enable()
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_pool_that_is_written_to_before_the_backward_pass(kept: bool, none_kept: Callable[[bool], None]) -> None:
+    """What is kept gives the gradient for the weights that the forward pass used; gathering again raises."""
+    none_kept(kept)
+    model, layers = (converted(), ("first", "again", "head"))
+    x = rows().requires_grad_()
+
+    def forward() -> Tensor:
+        out = x
+        for name in layers:
+            out = getattr(model, name)(out)
+        return out.square().sum()
+
+    forward().backward()
+    expected, x.grad = x.grad, None
+    loss = forward()
+    with torch.no_grad():
+        pool_of(model).weight.mul_(2.0)
+    if not kept:
+        with pytest.raises(RuntimeError, match="modified inplace"):
+            loss.backward()
+        return
+    loss.backward()
+    assert expected is not None and torch.equal(x.grad, expected)
+
+
 class Outputs(TorchDispatchMode):
     """The dtypes that operators give back."""
 

@@ -11,6 +11,7 @@ import click
 
 from benchmarks.accuracy import picture, trials
 from benchmarks.accuracy.methods import METHODS
+from benchmarks.accuracy.runs import of_row
 from benchmarks.accuracy.table import RESULTS, Row, Table, final, read_rows
 from benchmarks.accuracy.tasks import TASKS
 from benchmarks.accuracy.teacher import TEMPERATURE
@@ -48,8 +49,9 @@ a line, of the exact sign-flip test for all lines.
 DISTILLED = """
 Trained on labels and on the outputs of a teacher: the dense model of the same seed, trained first by its own recipe.
 The loss is (1 − a) times the cross entropy of labels and a·T² times the divergence of the model's softmax(logits ÷ T)
-from the teacher's; "distilled a at temperature T" names the two. Beside it is the same run on labels alone; the
-difference is over the seeds that both have. Epochs do not count the teacher's.
+from the teacher's; "distilled a at temperature T" names the two, which were chosen by trials of roastify alone and are
+the same for its rivals. Beside it is the same run on labels alone; the difference is over the seeds that both have.
+Epochs do not count the teacher's.
 """
 
 WHEN_NOT = """
@@ -173,6 +175,26 @@ def experiments(table: Table) -> Iterator[str]:
         yield ""
         yield from table_lines(head, held_out)
         yield ""
+    if rates := list(_rates(table)):
+        yield "Learning rates, likewise judged on held-out examples."
+        yield ""
+        yield from table_lines(["task", "method", "ratio", "change", "epochs", "rate: accuracy"], rates)
+        yield ""
+
+
+def _rates(table: Table) -> Iterator[list[str]]:
+    """Yield what learning rates beyond those that every method chooses from give."""
+    found: dict[tuple[str, str, float, int, str], list[Row]] = {}
+    for run, row in table.trials().items():
+        if "accuracy" in row and not set(row["changes"]) - {"share"}:
+            found.setdefault((*run.cell, row["epochs"], _changes(row)), []).append(row)
+    for (task, method, ratio, epochs, changes), rows in sorted(found.items()):
+        candidates = trials.trials(dataclasses.replace(of_row(rows[0]), rate=None), TASKS[task])
+        if len({row["rate"] for row in rows}) > 2 and not all(of_row(row) in candidates for row in rows):
+            tried = "; ".join(
+                f"{rate:g}: {value:.2f}" for rate, value in sorted((row["rate"], final(row)) for row in rows)
+            )
+            yield [TASKS[task].title, METHODS[method].title, f"{ratio:g}", changes, str(epochs), tried]
 
 
 def distilled(table: Table) -> Iterator[str]:

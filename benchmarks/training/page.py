@@ -26,8 +26,10 @@ mode of that name. In `eager` steps, which is also how the rows for several GPUs
 and a converted layer asks more of Python than a dense one: where a model's kernels are short, that sets the time, and
 it is longer than the dense model's. So it is in `compiled` steps, whose operators on the pool are Python's. The rows of
 `compiled` steps and those of several GPUs are from before training passes kept the weights of small layers, which
-spares the host most of what a converted layer asked of it beside a dense one. Such times move with the host by a fifth
-from run to run, and efficiencies that are made of them with them. Activations are what the forward pass leaves for the
+spares the host most of what a converted layer asked of it beside a dense one; the others from before a group's kernel
+summed gradients of which a few are missing, as that of BERT's pooler is. Only BERT-base was measured with
+`reduce-overhead`, and GPT-2 medium and the deep stack were not compiled. Such times move with the host by a fifth from
+run to run, and efficiencies that are made of them with them. Activations are what the forward pass leaves for the
 backward pass; the peak is the allocator's, over one step. An aim is what this project set itself before measuring, and
 aims that are missed stay in the tables.
 """
