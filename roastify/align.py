@@ -20,13 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from roastify.basis import coefficient_matrix, combined_matrix
 from roastify.kernels import ops
-from roastify.kernels.view import SignKind
+from roastify.kernels.view import SignKind, TileView
 from roastify.kinds import kind_of
 from roastify.plan import TensorPlan
 from roastify.pool import RoastPool
 from roastify.report import track
-from roastify.rewrite import matrix, owners, pool_of
+from roastify.rewrite import basis_of, matrix, owners, pool_of
 
 # Of the mean second moment, added to each: what the data says little about stays near the dense weights.
 _RIDGE = 1e-2
@@ -246,25 +247,60 @@ def _terms(tensor: TensorPlan, teacher: nn.Module, readers: Sequence[_Reader]) -
         yield term
 
 
+@dataclass
+class _Place:
+    """Where a tensor's weight comes from: a linear function of the pool.
+
+    Args:
+        table: the pool's.
+        view: of the tensor's matrix.
+        scale: λ.
+        basis: its basis kernels, or None.
+    """
+
+    table: Tensor
+    view: TileView
+    scale: float
+    basis: Tensor | None
+
+    def weight(self, pool: Tensor) -> Tensor:
+        """Return the weight, `[rows, …]`."""
+        matrix = ops.gather(pool, self.table, self.view, self.scale)
+        return matrix if self.basis is None else combined_matrix(matrix, self.basis)
+
+    def adjoint(self, weight: Tensor, pool_shape: Sequence[int]) -> Tensor:
+        """Return the transpose of `weight` applied."""
+        matrix = weight if self.basis is None else coefficient_matrix(weight, self.basis)
+        return ops.reduce(matrix.contiguous(), self.table, self.view, self.scale, pool_shape)
+
+
+def _basis(pool: RoastPool, term: _Term, dtype: torch.dtype) -> Tensor | None:
+    basis = basis_of(pool, term.tensor)
+    return None if basis is None else basis.detach().to(dtype)
+
+
 def _solve(pool: RoastPool, terms: Sequence[_Term], steps: int) -> tuple[float, float]:
     """Minimise the mean of the terms over the pool by conjugate gradients; return it before and after."""
     wide = torch.float64 if pool.weight.dtype == torch.float64 else torch.float32
     x = pool.weight.detach().to(wide, copy=True)
-    places = [(term, pool.plan.view(term.tensor), term.tensor.scale or 0.0) for term in terms]
+    places = [
+        _Place(pool.table, pool.plan.view(term.tensor), term.tensor.scale or 0.0, _basis(pool, term, wide))
+        for term in terms
+    ]
 
     def product(vector: Tensor, target: bool = False) -> Tensor:
         total = torch.zeros_like(vector)
-        for term, view, scale in places:
-            difference = ops.gather(vector, pool.table, view, scale)
+        for term, place in zip(terms, places, strict=True):
+            difference = place.weight(vector)
             if target:
                 difference = term.target.to(wide) - difference
-            total += ops.reduce(term.apply(difference).contiguous(), pool.table, view, scale, vector.shape)
+            total += place.adjoint(term.apply(difference), vector.shape)
         return total
 
     def error() -> float:
         total = torch.zeros((), dtype=x.dtype, device=x.device)
-        for term, view, scale in places:
-            total += term.error(ops.gather(x, pool.table, view, scale) - term.target.to(wide))
+        for term, place in zip(terms, places, strict=True):
+            total += term.error(place.weight(x) - term.target.to(wide))
         return float(total) / len(terms)
 
     before = error()
@@ -295,7 +331,10 @@ def _curvature(pool: RoastPool, terms: Sequence[_Term], like: Tensor) -> Tensor:
     for term in terms:
         scale = term.tensor.scale or 0.0
         view = pool.plan.view(term.tensor)._replace(sign=int(SignKind.NONE))
-        total += ops.reduce((term.curvature() * scale).contiguous(), pool.table, view, scale, like.shape)
+        basis = _basis(pool, term, like.dtype)
+        # Of a coefficient, as if the inputs of a kernel's positions were uncorrelated.
+        squared = None if basis is None else basis**2
+        total += _Place(pool.table, view, scale, squared).adjoint(term.curvature() * scale, like.shape)
     return torch.where(total > 0, total, 1.0)
 
 

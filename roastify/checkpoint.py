@@ -28,7 +28,7 @@ from roastify.plan import RoastPlan
 from roastify.pool import is_sharded
 from roastify.rewrite import POOL_NAME, build_pool, current_plan, owners, shared_tensor
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 MANIFEST = "roast.json"
 WEIGHTS = "model.safetensors"
 _PENDING = ".pending"
@@ -238,12 +238,14 @@ def dense_state_dict(artifact: Artifact) -> dict[str, torch.Tensor]:
     """Return the state dict that the dense model would have, without its code; tied tensors under all their names."""
     plan, ties = artifact.plan, artifact.manifest["ties"]
     pool = build_pool(plan, "cpu")
-    pool_key = f"{plan.owner}.{POOL_NAME}.weight" if plan.owner else f"{POOL_NAME}.weight"
+    prefix = _pool_prefix(plan)
+    of_pool = {prefix + name: parameter for name, parameter in pool.named_parameters()}
     names = artifact.manifest["state_dict"]
-    stored = _read_tensors(artifact, {pool_key, *(ties.get(name, name) for name in names)})
-    dense = {name: stored[ties.get(name, name)] for name in names if name != pool_key}
+    stored = _read_tensors(artifact, {*of_pool, *(ties.get(name, name) for name in names)})
+    dense = {name: stored[ties.get(name, name)] for name in names if name not in of_pool}
     with torch.no_grad():
-        pool.weight.copy_(_as_tensor(pool_key, stored[pool_key], pool.weight, torch.device("cpu")))
+        for key, parameter in of_pool.items():
+            parameter.copy_(_as_tensor(key, stored[key], parameter, torch.device("cpu")))
         for tensor in plan.shared:
             weight = shared_tensor(pool, tensor).dense().contiguous()
             dense |= dict.fromkeys(tensor.aliases, weight)
@@ -313,8 +315,11 @@ def _holds_meta(value: object) -> bool:
 
 
 def _in_pool(name: str, plan: RoastPlan) -> bool:
-    prefix = f"{plan.owner}.{POOL_NAME}." if plan.owner else f"{POOL_NAME}."
-    return name.startswith(prefix)
+    return name.startswith(_pool_prefix(plan))
+
+
+def _pool_prefix(plan: RoastPlan) -> str:
+    return f"{plan.owner}.{POOL_NAME}." if plan.owner else f"{POOL_NAME}."
 
 
 def _named_tensors(model: nn.Module, plan: RoastPlan) -> list[tuple[str, torch.Tensor]]:

@@ -41,6 +41,9 @@ class RoastConfig:
         mapping: `permutation`, or for comparison `cyclic`, `roast`, `hashednet`.
         sharing: `global` (one pool for all), or for comparison `local` (a region of the pool for each tensor).
         precondition: divide the pool's gradient by Γ, so that dense learning rates carry over.
+        kernel_basis: make the kernels of convolutions combinations of a few learned ones (`basis`): how many, `none`,
+            or `auto`: two thirds of a kernel's positions, for kernels of two dimensions or more with nine positions or
+            more in tensors large enough for that to cost little.
 
     Raises:
         ConfigError: a value is of the wrong type or out of range.
@@ -58,6 +61,7 @@ class RoastConfig:
     mapping: str = "permutation"
     sharing: str = "global"
     precondition: bool = True
+    kernel_basis: str | int = "auto"
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
@@ -77,6 +81,11 @@ class RoastConfig:
         if not isinstance(self.precondition, bool):
             raise ConfigError(f"precondition must be true or false; found {self.precondition!r}")
         self.tile_shape()
+        count = self.kernel_basis
+        if count not in ("auto", "none") and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+            raise ConfigError(
+                f"kernel_basis must be 'auto', 'none' or a number of basis kernels of at least 1; found {count!r}"
+            )
 
     def tile_shape(self) -> tuple[int, int] | None:
         """Return the tile asked for as `(rows, cols)`, or None for `auto`."""

@@ -7,11 +7,12 @@ import math
 import torch
 from torch import nn
 
+from roastify.basis import coefficient_matrix, cosine_basis, principal_basis
 from roastify.errors import ConversionError
 from roastify.plan import RoastPlan, TensorPlan
 from roastify.pool import RoastPool
 from roastify.report import track
-from roastify.rewrite import matrix, owners
+from roastify.rewrite import basis_of, matrix, owners
 
 # Apart from the mapping's streams, which hash the seed, so that pool and mapping are independent.
 _POOL_SEED_OFFSET = 0x5EED
@@ -41,6 +42,10 @@ def measure(model: nn.Module, plan: RoastPlan, init: str) -> RoastPlan:
             centers[tensor.name] = mean
         if deviations[tensor.name] == 0:
             deviations[tensor.name] = _CONSTANT_SPREAD * max(1.0, abs(mean))
+        if tensor.basis:
+            # Of the coefficients: the basis is orthonormal.
+            count, positions = tensor.basis_shape
+            deviations[tensor.name] *= math.sqrt(positions / count)
         row = _zero_row(model, tensor, dense)
         if row is not None:
             zero_rows[tensor.name] = row
@@ -52,10 +57,19 @@ def measure(model: nn.Module, plan: RoastPlan, init: str) -> RoastPlan:
 
 
 def fill(pool: RoastPool, model: nn.Module, plan: RoastPlan, init: str) -> None:
-    """Give the pool its first content: random with `match`, the least-squares fit of the weights with `project`."""
+    """Give the pool its first content: random with `match`, the least-squares fit of the weights with `project`.
+
+    Basis kernels begin as the lowest frequencies, or with `project` as those in which the weight's kernels lose least.
+    """
+    with torch.no_grad():
+        for tensor, basis in zip(plan.with_basis, pool.bases(), strict=True):
+            if init == "project":
+                basis.copy_(principal_basis(model.get_parameter(tensor.name), tensor.basis))
+            else:
+                basis.copy_(cosine_basis(tensor.shape[2:], tensor.basis))
     if init == "project":
         pool.initialise_projection(
-            (plan.view(tensor), tensor.scale or 0.0, _around_center(tensor, model.get_parameter(tensor.name).detach()))
+            (plan.view(tensor), tensor.scale or 0.0, _asked_of(pool, tensor, model.get_parameter(tensor.name).detach()))
             for tensor in track(plan.shared, "projecting weights")
         )
         return
@@ -63,8 +77,14 @@ def fill(pool: RoastPool, model: nn.Module, plan: RoastPlan, init: str) -> None:
     pool.initialise_random(plan.pool_std, plan.seed + _POOL_SEED_OFFSET)
 
 
-def _around_center(tensor: TensorPlan, dense: torch.Tensor) -> torch.Tensor:
-    return matrix(tensor, dense - tensor.center if tensor.center else dense)
+def _asked_of(pool: RoastPool, tensor: TensorPlan, dense: torch.Tensor) -> torch.Tensor:
+    """Return the matrix that the pool should hold."""
+    whole = matrix(tensor, dense - tensor.center if tensor.center else dense)
+    basis = basis_of(pool, tensor)
+    if basis is None:
+        return whole
+    wide = whole if whole.dtype == torch.float64 else whole.float()
+    return coefficient_matrix(wide, basis.detach().to(wide.dtype))
 
 
 def _mean_and_deviation(tensor: TensorPlan, dense: torch.Tensor) -> tuple[float, float]:
@@ -79,8 +99,8 @@ def _mean_and_deviation(tensor: TensorPlan, dense: torch.Tensor) -> tuple[float,
 
 
 def _pool_deviation(plan: RoastPlan, deviations: dict[str, float]) -> float:
-    total = sum(tensor.numel for tensor in plan.shared)
-    return math.sqrt(sum(tensor.numel * deviations[tensor.name] ** 2 for tensor in plan.shared) / total)
+    total = sum(tensor.matrix_numel for tensor in plan.shared)
+    return math.sqrt(sum(tensor.matrix_numel * deviations[tensor.name] ** 2 for tensor in plan.shared) / total)
 
 
 def _zero_row(model: nn.Module, tensor: TensorPlan, dense: torch.Tensor) -> int | None:

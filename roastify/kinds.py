@@ -52,6 +52,7 @@ class LayerKind:
         materialises: whether the operation wants the whole weight; then it is cut into strips, not tiles.
         refusal: returns why a module of this kind must keep its weight, or None.
         keeps: whether its forward, in a training pass, may keep a dense weight until the backward pass.
+        kernels: whether its weight is one kernel, of all sizes but the first two, for each pair of channels.
     """
 
     op: str
@@ -60,6 +61,7 @@ class LayerKind:
     materialises: bool = False
     refusal: Callable[[Any], str | None] = lambda module: None
     keeps: Callable[[SharedTensor], bool] = lambda shared: False
+    kernels: bool = False
 
 
 def _refuse_table(module: nn.Embedding | nn.EmbeddingBag) -> str | None:
@@ -84,9 +86,9 @@ _KINDS: dict[type[nn.Module], LayerKind] = {
     nn.Bilinear: LayerKind("bilinear", RoastBilinear, materialises=True),
     nn.Embedding: LayerKind("embedding", RoastEmbedding, refusal=_refuse_table),
     nn.EmbeddingBag: LayerKind("embedding_bag", RoastEmbeddingBag, refusal=_refuse_table),
-    nn.Conv1d: LayerKind("conv1d", RoastConv1d, materialises=True, keeps=_keeps_whole),
-    nn.Conv2d: LayerKind("conv2d", RoastConv2d, materialises=True, keeps=_keeps_whole),
-    nn.Conv3d: LayerKind("conv3d", RoastConv3d, materialises=True, keeps=_keeps_whole),
+    nn.Conv1d: LayerKind("conv1d", RoastConv1d, materialises=True, keeps=_keeps_whole, kernels=True),
+    nn.Conv2d: LayerKind("conv2d", RoastConv2d, materialises=True, keeps=_keeps_whole, kernels=True),
+    nn.Conv3d: LayerKind("conv3d", RoastConv3d, materialises=True, keeps=_keeps_whole, kernels=True),
     nn.ConvTranspose1d: LayerKind("conv_transpose1d", RoastConvTranspose1d, materialises=True),
     nn.ConvTranspose2d: LayerKind("conv_transpose2d", RoastConvTranspose2d, materialises=True),
     nn.ConvTranspose3d: LayerKind("conv_transpose3d", RoastConvTranspose3d, materialises=True),

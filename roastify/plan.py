@@ -38,6 +38,8 @@ class TensorPlan:
         zero_row: its row that is zero and stays so (an embedding's padding row), if any.
         center: what is added to every element read from the pool.
         whole: why it is materialised, where it is.
+        basis: basis kernels that its kernels are combinations of (`basis`); the matrix then holds their coefficients.
+            0: the matrix holds the tensor.
     """
 
     name: str
@@ -59,11 +61,22 @@ class TensorPlan:
     zero_row: int | None = None
     center: float = 0.0
     whole: str = ""
+    basis: int = 0
 
     @property
     def numel(self) -> int:
         """Elements of the dense tensor."""
         return math.prod(self.shape)
+
+    @property
+    def matrix_numel(self) -> int:
+        """Elements of its matrix, which are what the pool is asked for."""
+        return self.rows * self.cols
+
+    @property
+    def basis_shape(self) -> tuple[int, int]:
+        """`(basis kernels, positions of a kernel)`."""
+        return self.basis, math.prod(self.shape[2:])
 
     @property
     def nbytes(self) -> int:
@@ -154,9 +167,19 @@ class RoastPlan:
         return self.num_slots * self.slot_size
 
     @property
+    def with_basis(self) -> list[TensorPlan]:
+        """The shared tensors whose kernels are combinations of basis kernels."""
+        return [tensor for tensor in self.tensors if tensor.basis]
+
+    @property
+    def basis_numel(self) -> int:
+        """Parameters of all basis kernels."""
+        return sum(math.prod(tensor.basis_shape) for tensor in self.with_basis)
+
+    @property
     def stored_numel(self) -> int:
-        """Parameters that the converted model stores: the pool and everything kept."""
-        return self.pool_numel + self.kept_numel
+        """Parameters that the converted model stores: the pool, basis kernels and everything kept."""
+        return self.pool_numel + self.basis_numel + self.kept_numel
 
     @property
     def achieved_ratio(self) -> float:
@@ -172,7 +195,7 @@ class RoastPlan:
     def stored_nbytes(self) -> int:
         """Bytes of the converted model's parameters."""
         kept = sum(tensor.nbytes for tensor in self.kept)
-        return self.pool_numel * getattr(torch, self.dtype).itemsize + kept
+        return (self.pool_numel + self.basis_numel) * getattr(torch, self.dtype).itemsize + kept
 
     @property
     def no_sharing(self) -> bool:
@@ -222,6 +245,7 @@ class RoastPlan:
             "total_parameters": self.total_numel,
             "stored_parameters": self.stored_numel,
             "pool_parameters": self.pool_numel,
+            "basis_parameters": self.basis_numel,
             "kept_parameters": self.kept_numel,
             "shared_parameters": self.total_numel - self.kept_numel,
             "total_bytes": self.total_nbytes,

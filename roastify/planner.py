@@ -37,6 +37,13 @@ _FEW_SLOTS = 64
 # CIFAR-10, its vectors dense and in the pool: 70.7 and 62.6 % at ratio 300, where they are a fifth of the budget, 62.7
 # and 54.7 at 500, 45.0 and 43.6 at 1,000, where they are two thirds (docs/accuracy.md).
 _KEPT_OF_BUDGET, _KEPT_OF_MODEL, _MOST_KEPT_OF_BUDGET = Fraction(1, 5), Fraction(1, 50), Fraction(3, 4)
+# ResNet-9 on CIFAR-10, its 3×3 kernels made of 6 basis kernels against none: half a point to the good at ratio 10, one
+# at 30, three at 100; between 4 and 9 basis kernels differ by less than the noise (docs/accuracy.md). Along one
+# dimension, in smaller kernels, and at ratios under 2, where whole kernels cost little, nothing was measured.
+_LEAST_KERNEL_DIMS, _LEAST_POSITIONS, _LEAST_RATIO_OF_BASIS = 2, 9, 2
+_BASIS_OF_POSITIONS = Fraction(2, 3)
+# Of what a tensor has of the pool by its size, its basis kernels take at most this.
+_BASIS_OF_TENSOR = Fraction(1, 8)
 
 
 def make_plan(
@@ -84,24 +91,26 @@ def _most_kept(budget: Fraction, total: int) -> Fraction:
 def _make_plan(
     model: torch.nn.Module, forest: Forest, config: RoastConfig, held: Mapping[str, str], everything: bool
 ) -> RoastPlan:
-    verdicts, trainable = _verdicts(model, forest, config, held, everything)
-    eligible = [info for info in forest.parameters if verdicts[info.name].shared]
     ratio = check_ratio(config.ratio)
+    verdicts, trainable = _verdicts(model, forest, config, held, everything, ratio)
+    eligible = [info for info in forest.parameters if verdicts[info.name].shared]
     if not eligible:
         raise PlanError(_nothing_eligible(verdicts.values()))
     total = sum(tensor.numel for tensor in verdicts.values())
     kept = sum(tensor.numel for tensor in verdicts.values() if not tensor.shared)
     shared = [verdicts[info.name] for info in eligible]
     least_slots = len(shared) if config.sharing == "local" else 1
-    budget = total if ratio == 1 else int(total / ratio)
-    tile = _choose_tile(shared, budget - kept, config, ratio)
+    bases = sum(math.prod(tensor.basis_shape) for tensor in shared if tensor.basis)
+    room = (total if ratio == 1 else int(total / ratio)) - kept - bases
+    tile = _choose_tile(shared, room, config, ratio)
     size = tile[0] * tile[1]
-    num_slots = (budget - kept) // size
     placed, region_tiles = _place(shared, tile, local=config.sharing == "local")
-    if ratio == 1:
-        num_slots = sum(region_tiles)
+    # Coefficients of few basis kernels may be fewer than what may be stored.
+    num_slots = sum(region_tiles) if ratio == 1 else min(room // size, sum(region_tiles))
+    if num_slots < least_slots and bases and config.kernel_basis == "auto":
+        return _make_plan(model, forest, config.replace(kernel_basis="none"), held, everything)
     if num_slots < least_slots:
-        raise _unreachable(total, kept, least_slots * size, ratio, verdicts.values())
+        raise _unreachable(total, kept + bases, least_slots * size, ratio, verdicts.values())
     regions = _regions(region_tiles, num_slots, tile, config)
     by_name = {tensor.name: tensor for tensor in placed}
     return RoastPlan(
@@ -125,7 +134,12 @@ def _make_plan(
 
 
 def _verdicts(
-    model: torch.nn.Module, forest: Forest, config: RoastConfig, held: Mapping[str, str], everything: bool
+    model: torch.nn.Module,
+    forest: Forest,
+    config: RoastConfig,
+    held: Mapping[str, str],
+    everything: bool,
+    ratio: Fraction,
 ) -> tuple[dict[str, TensorPlan], bool]:
     """Return the verdict on every tensor, and whether the pool is trained."""
     included = _match("include", config.include, model, forest)
@@ -155,7 +169,7 @@ def _verdicts(
             op=_op(info.uses),
             shared=reason is None,
             reason=reason or ("tied: " + ", ".join(info.aliases[1:]) if len(info.aliases) > 1 else "eligible"),
-            **(_matrix(model, info) if reason is None else {}),
+            **(_matrix(model, info, config, ratio) if reason is None else {}),
         )
     return verdicts, trainable
 
@@ -199,7 +213,7 @@ def _op(uses: Sequence[WeightUse]) -> str:
     return ", ".join(dict.fromkeys(use.op for use in uses))
 
 
-def _matrix(model: torch.nn.Module, info: ParameterInfo) -> dict[str, Any]:
+def _matrix(model: torch.nn.Module, info: ParameterInfo, config: RoastConfig, ratio: Fraction) -> dict[str, Any]:
     """Return how a tensor becomes a matrix of tiles, or strips where every consumer wants it whole."""
     kinds, ways = [], []
     for alias in info.aliases:
@@ -220,6 +234,11 @@ def _matrix(model: torch.nn.Module, info: ParameterInfo) -> dict[str, Any]:
         rows, cols = cols, rows
     elif info.parameter.dim() <= 1:
         rows, cols = 1, rows
+    basis = 0
+    if all(kind is not None and kind.kernels for kind in kinds):
+        basis = _basis_count(tuple(info.parameter.shape), config, ratio)
+    if basis:
+        cols = info.parameter.shape[1] * basis
     return {
         "rows": rows,
         "cols": cols,
@@ -227,7 +246,22 @@ def _matrix(model: torch.nn.Module, info: ParameterInfo) -> dict[str, Any]:
         "strips": not any(way.tiles for way in ways),
         "through": ", ".join(dict.fromkeys(way.through for way in ways)),
         "whole": next((way.whole for way in ways if way.whole), ""),
+        "basis": basis,
     }
+
+
+def _basis_count(shape: tuple[int, ...], config: RoastConfig, ratio: Fraction) -> int:
+    """Return how many basis kernels a convolution's weight is made of; 0 for none."""
+    kernel, positions = shape[2:], math.prod(shape[2:])
+    if config.kernel_basis == "none" or ratio == 1:
+        return 0
+    if isinstance(config.kernel_basis, int):
+        saves = config.kernel_basis * (math.prod(shape[:2]) + positions) < math.prod(shape)
+        return config.kernel_basis if saves else 0
+    if len(kernel) < _LEAST_KERNEL_DIMS or positions < _LEAST_POSITIONS or ratio < _LEAST_RATIO_OF_BASIS:
+        return 0
+    count = round(_BASIS_OF_POSITIONS * positions)
+    return count if count * positions <= _BASIS_OF_TENSOR * math.prod(shape) / ratio else 0
 
 
 def _match(setting: str, patterns: tuple[str, ...], model: torch.nn.Module, forest: Forest) -> dict[str, str]:
@@ -264,7 +298,7 @@ def _choose_tile(shared: Sequence[TensorPlan], room: int, config: RoastConfig, r
     asked = config.tile_shape()
     if asked is not None:
         return asked
-    numel = sum(tensor.numel for tensor in shared)
+    numel = sum(tensor.matrix_numel for tensor in shared)
     enough = _ENOUGH_SLOTS * (len(shared) if config.sharing == "local" else 1)
     for tile in _TILES:
         size = tile[0] * tile[1]
@@ -297,7 +331,7 @@ def _place(shared: Sequence[TensorPlan], tile: tuple[int, int], local: bool) -> 
             region_ends.append(0)
         base = region_ends[-1]
         if tensor.strips:
-            end = base + tensor.numel
+            end = base + tensor.matrix_numel
             num_tiles = -(-end // size) - base // size
         else:
             num_tiles = -(-tensor.rows // tile[0]) * -(-tensor.cols // tile[1])

@@ -33,16 +33,20 @@ class RoastPool(nn.Module):
     Shrivastava, ICLR 2024, section 4.1, with λ added). Weight decay is not divided: the dense decay projects to the
     pool's.
 
+    Beside it are the basis kernels of convolutions (`basis`), each layer's a Parameter `basis_…` of `[count,
+    positions]`. A step on one moves as many weights as the layer has kernels, so its gradient is divided likewise.
+
     Args:
         num_slots: slots in the pool.
         tile: `(rows, cols)` of a tile.
         maps: the mappings of its regions; one, or one for each tensor.
         shared: view and λ of every shared tensor; tied tensors once.
         unread_rows: view, λ and row of every row that is zero instead of read (an embedding's padding row).
-        dtype: of the Parameter.
-        device: of the Parameter.
-        trainable: whether the Parameter requires a gradient.
-        precondition: whether `read` divides the gradient by Γ.
+        bases: shape of every basis, and what its gradient is divided by.
+        dtype: of the Parameters.
+        device: of the Parameters.
+        trainable: whether the Parameters require a gradient.
+        precondition: whether `read` divides the gradient by Γ, and `basis` that of basis kernels.
     """
 
     table: Tensor
@@ -58,6 +62,7 @@ class RoastPool(nn.Module):
         shared: Sequence[tuple[TileView, float]],
         *,
         unread_rows: Sequence[tuple[TileView, float, int]] = (),
+        bases: Sequence[tuple[tuple[int, int], float]] = (),
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         trainable: bool = True,
@@ -76,6 +81,11 @@ class RoastPool(nn.Module):
         self.stored_dtype = dtype
         shape = (num_slots * tile[0], tile[1])
         self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=trainable)
+        # Not in a ParameterList, which `nn.DataParallel` leaves empty in its replicas.
+        for index, (basis_shape, _) in enumerate(bases):
+            basis = nn.Parameter(torch.empty(basis_shape, dtype=dtype, device=device), requires_grad=trainable)
+            self.register_parameter(_basis_name(index), basis)
+        self._basis_energy = tuple(energy for _, energy in bases)
         # Derived from the plan, so never part of a state dict. The masters stay on the CPU whatever the default device
         # is: `_apply` copies from them, which keeps the buffers right through `to_empty` and exact through `half`.
         with torch.device("cpu"):
@@ -126,6 +136,18 @@ class RoastPool(nn.Module):
             with unseen(self):
                 return made_of(self).dense(weight, dtype)
         return made_of(self).dense(weight, dtype)
+
+    def bases(self) -> list[nn.Parameter]:
+        """Return the Parameters of all basis kernels."""
+        return [getattr(self, _basis_name(index)) for index in range(len(self._basis_energy))]
+
+    def basis(self, index: int, dtype: torch.dtype) -> Tensor:
+        """Return a layer's basis kernels for use in a forward pass, in a dtype; see the class for their gradient."""
+        basis: Tensor = getattr(self, _basis_name(index))
+        if self.precondition and basis.requires_grad and torch.is_grad_enabled():
+            # Its own value, to the last bit, and a part of its gradient.
+            basis = torch.lerp(basis.detach(), basis, 1 / self._basis_energy[index])
+        return basis.to(dtype)
 
     def group_of(self, weight: Weight) -> WeightGroup:
         """Return the weights that a pass gathers with this one."""
@@ -199,6 +221,10 @@ class RoastPool(nn.Module):
         """Describe the pool's size."""
         rows, cols = self.tile
         return f"{self.weight.numel():,} parameters, {self.num_slots} slots of {rows}×{cols}"
+
+
+def _basis_name(index: int) -> str:
+    return f"basis_{index}"
 
 
 # Of every pool, what `nn.DataParallel` made of it for each device; it makes them anew for every forward.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -101,7 +102,8 @@ def _row(plan: RoastPlan, group: list[TensorPlan]) -> list[str | Text]:
     stored: float = sum(tensor.numel for tensor in group)
     if first.shared:
         # A shared tensor's part of the pool, in proportion to what it asks of it.
-        stored *= plan.pool_numel / (plan.total_numel - plan.kept_numel)
+        asked = sum(tensor.matrix_numel for tensor in group) / sum(tensor.matrix_numel for tensor in plan.shared)
+        stored = plan.pool_numel * asked + sum(math.prod(tensor.basis_shape) for tensor in group if tensor.basis)
     return [
         Text(_label(group)),
         "×".join(map(str, first.shape)) or "1" if len(shapes) == 1 else "various",
@@ -125,11 +127,12 @@ def summary(plan: RoastPlan) -> RenderableType:
     """Return a plan's sums: what the dense model holds, what will be stored, and how the budget is spent."""
     rows, cols = plan.tile
     shared = plan.total_numel - plan.kept_numel
+    basis = f"basis kernels {plan.basis_numel:,} + " if plan.basis_numel else ""
     lines = [
         (
             "parameters",
             f"{plan.total_numel:,} → [bold]{plan.stored_numel:,}[/bold] stored "
-            f"(pool {plan.pool_numel:,} + kept {plan.kept_numel:,})",
+            f"(pool {plan.pool_numel:,} + {basis}kept {plan.kept_numel:,})",
         ),
         ("bytes", f"{human_bytes(plan.total_nbytes)} → {human_bytes(plan.stored_nbytes)}"),
         ("ratio", f"[bold]{plan.achieved_ratio:.2f}[/bold] (asked {plan.ratio:g})"),
@@ -137,6 +140,10 @@ def summary(plan: RoastPlan) -> RenderableType:
         ("read by", _read_by(plan)),
         ("pool", f"{plan.num_slots:,} slots of {rows}×{cols}, {plan.mapping} mapping, sign per {plan.sign}"),
     ]
+    if plan.with_basis:
+        counts = sorted({tensor.basis_shape for tensor in plan.with_basis})
+        some = ", ".join(f"{count} for kernels of {positions}" for count, positions in counts)
+        lines.append(("kernels", f"of {len(plan.with_basis)} tensors made of basis kernels: {some} elements"))
     if plan.share == "all":
         lines.append(("vectors", "shared too, with constant and small tensors (share = all, or auto at this ratio)"))
     if plan.stored_numel > plan.total_numel:

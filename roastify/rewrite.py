@@ -100,6 +100,7 @@ def build_pool(plan: RoastPlan, device: torch.device | str) -> RoastPool:
             for tensor in plan.shared
             if tensor.zero_row is not None
         ],
+        bases=[(tensor.basis_shape, _basis_energy(plan, tensor)) for tensor in plan.with_basis],
         dtype=getattr(torch, plan.dtype),
         device=device,
         trainable=plan.trainable,
@@ -112,6 +113,15 @@ def build_pool(plan: RoastPlan, device: torch.device | str) -> RoastPool:
 def _scale(tensor: TensorPlan) -> float:
     assert tensor.scale is not None, f"{tensor.name} has no scale yet"
     return tensor.scale
+
+
+def _basis_energy(plan: RoastPlan, tensor: TensorPlan) -> float:
+    """Return the sum of the squared coefficients of a basis kernel, as a random pool has them.
+
+    Divided by that, a step of SGD on the basis is the dense one, projected.
+    """
+    assert plan.pool_std is not None, "the plan was not measured"
+    return max(tensor.matrix_numel / tensor.basis * (_scale(tensor) * plan.pool_std) ** 2, 1e-12)
 
 
 def owners(model: nn.Module, tensor: TensorPlan) -> Iterator[tuple[nn.Module, str]]:
@@ -129,10 +139,10 @@ def owners(model: nn.Module, tensor: TensorPlan) -> Iterator[tuple[nn.Module, st
 
 
 def matrix(tensor: TensorPlan, dense: torch.Tensor) -> torch.Tensor:
-    """Return a dense tensor as the matrix that the pool holds."""
+    """Return a dense tensor as a matrix: the one that the pool holds, or would without a basis."""
     if tensor.transposed:
         return dense.reshape(tensor.cols, tensor.rows).t()
-    return dense.reshape(tensor.rows, tensor.cols)
+    return dense.reshape(tensor.rows, -1)
 
 
 def shared_tensor(pool: RoastPool, tensor: TensorPlan) -> SharedTensor:
@@ -146,7 +156,19 @@ def shared_tensor(pool: RoastPool, tensor: TensorPlan) -> SharedTensor:
         getattr(torch, tensor.dtype),
         tensor.zero_row,
         tensor.center,
+        _basis_index(pool.plan, tensor),
     )
+
+
+def basis_of(pool: RoastPool, tensor: TensorPlan) -> nn.Parameter | None:
+    """Return the basis kernels of a shared tensor, or None."""
+    index = _basis_index(pool.plan, tensor)
+    return None if index is None else pool.bases()[index]
+
+
+def _basis_index(plan: RoastPlan, tensor: TensorPlan) -> int | None:
+    names = [other.name for other in plan.with_basis]
+    return names.index(tensor.name) if tensor.basis else None
 
 
 def apply(model: nn.Module, plan: RoastPlan, pool: RoastPool) -> Callable[[], None]:
@@ -262,7 +284,8 @@ def current_plan(model: nn.Module) -> RoastPlan:
                 f"model; go back with roastify.densify(model) and convert again"
             )
         tensors.append(dataclasses.replace(tensor, dtype=_dtype_name(dtype)))
-    extra = [name for name, parameter in found.items() if parameter is not pool.weight]
+    pools = {id(pool.weight), *map(id, pool.bases())}
+    extra = [name for name, parameter in found.items() if id(parameter) not in pools]
     if extra:
         raise ConversionError(
             f"{extra[0]} was added since the conversion, so the plan does not describe it; go back with "

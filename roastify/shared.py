@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from roastify.basis import combine
 from roastify.kernels import ops
 from roastify.kernels.view import TileView, Weight
 from roastify.pool import RoastPool
@@ -33,6 +34,8 @@ class SharedTensor:
         dtype: of the dense tensor.
         zero_row: a row that is zero and stays so (an embedding's padding row), or None.
         center: what is added to every element: the ones that a norm's weights start from.
+        basis: which of the pool's bases its kernels are combinations of (`basis`), or None; the matrix then holds
+            their coefficients.
     """
 
     pool: RoastPool
@@ -43,9 +46,13 @@ class SharedTensor:
     dtype: torch.dtype
     zero_row: int | None = None
     center: float = 0.0
+    basis: int | None = None
 
     def __post_init__(self) -> None:
-        self.weight = Weight(self.view, self.scale, tuple(self.shape), self.transposed)
+        shape = tuple(self.shape)
+        if self.basis is not None:
+            shape = (*shape[:2], self.view.numel // math.prod(shape[:2]))
+        self.weight = Weight(self.view, self.scale, shape, self.transposed)
         # Looked up in every call, where a property would cost as much as what it tells.
         self.numel = self.view.numel
         self.is_small = self.numel < _SMALL_ELEMENTS
@@ -121,11 +128,16 @@ class SharedTensor:
         dtype = ops.autocast_dtype(x) or self.current_dtype
         if torch.compiler.is_compiling():
             return self._gathered(dtype)
-        return self.pool.read_weight(self.weight, dtype)
+        return self._combined(self.pool.read_weight(self.weight, dtype))
 
     def _gathered(self, dtype: torch.dtype) -> Tensor:
         matrix = ops.gather(self.pool.read(dtype), self.pool.table, self.view, self.scale)
-        return (matrix.t() if self.transposed else matrix).reshape(self.shape)
+        return self._combined((matrix.t() if self.transposed else matrix).reshape(self.weight.shape))
+
+    def _combined(self, gathered: Tensor) -> Tensor:
+        if self.basis is None:
+            return gathered
+        return combine(gathered, self.pool.basis(self.basis, gathered.dtype)).view(self.shape)
 
     def whole(self, x: Tensor) -> Tensor:
         """Return the dense tensor for an operation on `x` that wants all of it, in the dtype that it runs in."""
