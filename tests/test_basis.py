@@ -235,7 +235,7 @@ def seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def full_precision(request: pytest.FixtureRequest) -> Iterator[None]:
-    """On a GPU, no TensorFloat32: nothing would agree. What is compiled asks for flags that this would leave unequal."""
+    """On a GPU, no TensorFloat32, in which nothing agrees; compilers ask for flags that this would leave unequal."""
     if not request.node.get_closest_marker("gpu") or request.node.get_closest_marker("compiled"):
         yield
         return
