@@ -55,6 +55,15 @@ class Net(nn.Module):
         return self.head(self.again(self.body, self.first(x)).mean((2, 3)))
 
 
+class Chain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(16, 24, 3), nn.Conv2d(24, 24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.one(x).relu())
+
+
 class SuperConv(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input) * 3 + 1
@@ -190,7 +199,7 @@ def pair(
 ) -> tuple[Any, nn.Module]:
     """Return a converted model, which has basis kernels, and the dense one."""
     dense = build()
-    dense = (dense if isinstance(dense, Net | Tied | ReadsTheWeight) else Wrap(dense)).to(device, dtype)
+    dense = (dense if isinstance(dense, Net | Tied | ReadsTheWeight | Chain) else Wrap(dense)).to(device, dtype)
     model = roastify.convert(dense, config=config(**changes))
     assert pool_of(model).plan.with_basis, "no kernels are made of basis kernels"
     return model, dense
@@ -512,7 +521,7 @@ def test_every_mapping_serves_coefficients(mapping: str, sign: str) -> None:
 
 
 # Of the largest value.
-_TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+_TOLERANCES = {torch.float32: 5e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["cast before", "cast after"])
@@ -663,6 +672,21 @@ def test_checkpointed_layers(device: str) -> None:
     loss(model(x)).backward()
     loss(hand(x)).backward()
     assert_gradients(model, hand, True)
+
+
+def test_gradients_of_gradients() -> None:
+    model, dense = pair(Chain, precondition=False)
+    hand = ByHand(model, dense)
+    pool = pool_of(model)
+    found = []
+    for run, parameters in ((model, [pool.weight, *pool.bases()]), (hand, [hand.pool, *hand.bases.values()])):
+        x = normal(2, 16, 9, 9).requires_grad_()
+        gradients = torch.autograd.grad(run(x).square().sum(), [x, *parameters], create_graph=True)
+        penalty = sum(gradient.square().sum() for gradient in gradients)
+        found.append([*gradients, *torch.autograd.grad(penalty, [x, *parameters])])
+    for one, other in zip(*found, strict=True):
+        assert other.any()
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-11 * float(other.detach().abs().max()))
 
 
 @pytest.mark.parametrize("frozen", ["pool", "bases"])
@@ -911,6 +935,33 @@ def test_a_conversion_in_place() -> None:
     assert torch.equal(model(x), expected(x))
 
 
+@pytest.mark.parametrize("init", ["match", "project"])
+def test_the_default_device_makes_no_difference(init: str) -> None:
+    dense = Net()
+    expected = roastify.convert(dense, config=config(init=init))
+    with torch.device("meta"):
+        model = roastify.convert(dense, config=config(init=init))
+    assert named_bases(model)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, expected.state_dict()[name]), name
+
+
+def test_an_emitted_graph_computes_what_the_model_computes() -> None:
+    dense = Chain().double()
+    model, graph = (roastify.convert(dense, config=config(), emit=emit) for emit in ("model", "graph"))
+    assert len(named_bases(model)) == 2
+    x = normal(2, 16, 9, 9)
+    out = graph(x)
+    assert torch.equal(out, model(x))
+    loss(out).backward()
+    loss(model(x)).backward()
+    for (name, one), (other_name, other) in zip(
+        sorted(graph.named_parameters()), sorted(model.named_parameters()), strict=True
+    ):
+        assert name == other_name
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-11, atol=1e-12, msg=name)
+
+
 def test_verification_and_behaviour_pass_with_bases() -> None:
     dense = Net()
     model = roastify.convert(dense, config=config(), example_inputs=normal(2, 4, 12, 12, dtype=torch.float32))
@@ -1040,21 +1091,20 @@ def step(run: Callable[[Tensor], Tensor], model: nn.Module, x: Tensor, autocast:
 def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
     for name, other in expected.items():
         assert found[name].dtype == other.dtype
-        # A bias before a norm has the gradient 0, and what rounding makes of it.
-        scale = max(float(other.abs().max()), 1e-6)
-        torch.testing.assert_close(found[name], other, rtol=tolerance, atol=tolerance * scale + 1e-6, msg=name)
+        assert other.any(), name
+        torch.testing.assert_close(
+            found[name], other, rtol=tolerance, atol=tolerance * float(other.abs().max()), msg=name
+        )
 
 
 @marked(*compiles)
 @pytest.mark.parametrize("precondition", [True, False])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_compiled_step_is_the_eager_one(autocast: bool, precondition: bool) -> None:
-    model, _ = pair(dtype=torch.float32, precondition=precondition)
-    # A running mean that moved would be another input.
-    model.norm.track_running_stats = False
+    model, _ = pair(Chain, torch.float32, precondition=precondition)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for seed in range(2):
-        x = normal(2, 4, 12, 12, dtype=torch.float32, seed=seed)
+        x = normal(2, 16, 9, 9, dtype=torch.float32, seed=seed)
         assert_near(step(compiled, model, x, autocast), step(model, model, x, autocast), 2e-2 if autocast else 1e-5)
     # What training writes is seen.
     with torch.no_grad():
@@ -1081,11 +1131,11 @@ def test_an_exported_program_runs() -> None:
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("autocast", [False, True])
 def test_inductor_computes_the_eager_step(autocast: bool) -> None:
-    model, _ = pair(dtype=torch.float32, device="cuda")
-    model.norm.track_running_stats = False
+    model, _ = pair(Chain, torch.float32, "cuda")
     compiled = torch.compile(model, fullgraph=True)
-    x = normal(8, 4, 12, 12, dtype=torch.float32).to("cuda")
-    assert_near(step(compiled, model, x, autocast), step(model, model, x, autocast), 3e-2 if autocast else 1e-4)
+    x = normal(8, 16, 9, 9, dtype=torch.float32).to("cuda")
+    # Convolutions are in TensorFloat32 here.
+    assert_near(step(compiled, model, x, autocast), step(model, model, x, autocast), 5e-2 if autocast else 1e-2)
 
 
 # On a GPU alone.
@@ -1105,6 +1155,8 @@ def test_channels_last(autocast: bool) -> None:
     assert float((out - expected).abs().max()) < tolerance * float(expected.abs().max())
     loss(out).backward()
     loss(expected).backward()
+    # Rounding turns some of the ReLUs on or off.
+    tolerance = 0.15 if autocast else 1e-3
     pool = pool_of(model).weight
     assert float((pool.grad - hand.pool.grad).norm()) < tolerance * float(hand.pool.grad.norm())
     for name, basis in named_bases(model).items():
