@@ -25,7 +25,8 @@ from roastify.kernels import ops, reference
 def cosine_basis(kernel: Sequence[int], count: int) -> Tensor:
     """Return the `count` lowest frequencies of the kernel's discrete cosine transform, `[count, positions]`.
 
-    Rows are orthonormal, so coefficients of spread `s` make kernels of spread `s · sqrt(count / positions)`.
+    Rows are orthonormal, so coefficients of spread `s` make kernels of spread `s · sqrt(count / positions)`. They are
+    made on the CPU whatever the default device is.
     """
     waves = [_cosines(size) for size in kernel]
     # By their sum, then the largest: a frequency along one axis goes after as much along two.
@@ -38,7 +39,7 @@ def cosine_basis(kernel: Sequence[int], count: int) -> Tensor:
     )
     basis = []
     for each in frequencies[:count]:
-        product = torch.ones(1, dtype=torch.float64)
+        product = torch.ones(1, dtype=torch.float64, device="cpu")
         for wave, table in zip(each, waves, strict=True):
             product = torch.outer(product, table[wave]).flatten()
         basis.append(product)
@@ -46,8 +47,8 @@ def cosine_basis(kernel: Sequence[int], count: int) -> Tensor:
 
 
 def _cosines(size: int) -> Tensor:
-    position = torch.arange(size, dtype=torch.float64) + 0.5
-    waves = torch.cos(math.pi / size * position * torch.arange(size, dtype=torch.float64)[:, None])
+    wave = torch.arange(size, dtype=torch.float64, device="cpu")
+    waves = torch.cos(math.pi / size * (wave + 0.5) * wave[:, None])
     return waves / waves.norm(dim=1, keepdim=True)
 
 

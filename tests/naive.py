@@ -91,13 +91,17 @@ MODELS: dict[str, type[nn.Module]] = {
 
 
 class Naive:
-    """The dense model, each of its shared weights made from a pool by torch's indexing, the gradient divided by Γ."""
+    """The dense model, each of its shared weights made from a pool by torch's indexing, the gradient divided by Γ.
+
+    Basis kernels stay as they are.
+    """
 
     def __init__(self, model: nn.Module, dense: nn.Module) -> None:
         self.dense = dense
         pool = pool_of(model).weight
         self.pool = pool.detach().clone().requires_grad_()
         self.made: list[tuple[list[tuple[nn.Module, str]], Tensor, Tensor]] = []
+        self.bases: list[tuple[Tensor, torch.Size] | None] = []
         tensors: dict[Any, list[tuple[str, Any]]] = {}
         for path, module in model.named_modules():
             for name, shared in module._roast.items() if isinstance(module, RoastModule) else ():
@@ -105,7 +109,9 @@ class Naive:
         gamma = torch.zeros_like(pool).flatten()
         for readers in tensors.values():
             # Which element each weight reads, and times what: the weights of pools that are such numbers.
-            shared = dataclasses.replace(readers[0][1], dtype=torch.float64)
+            first = readers[0][1]
+            coefficients = {"basis": None, "shape": torch.Size(first.weight.shape)}
+            shared = dataclasses.replace(first, dtype=torch.float64, **coefficients)
             numbers = torch.arange(pool.numel(), dtype=torch.float64, device=pool.device).view(pool.shape)
             seen = {"table": pool_of(model).table, "parameter": lambda: pool, "stored_dtype": pool.dtype}
             plain = dataclasses.replace(shared, view=shared.view._replace(sign=0), scale=1.0)
@@ -118,19 +124,25 @@ class Naive:
                 path, attribute = name.rsplit(".", 1)
                 owners.append((dense.get_submodule(path), attribute))
             self.made.append((owners, places.long(), factors))
+            basis = None if first.basis is None else pool_of(model).bases()[first.basis].detach().clone()
+            self.bases.append(None if basis is None else (basis, first.shape))
         self.gamma = gamma = torch.where(gamma == 0, 1, gamma).view(pool.shape)
         self.pool.register_hook(lambda grad: grad / gamma)
 
     def __call__(self, x: Tensor) -> Tensor:
-        for owners, places, factors in self.made:
+        for (owners, places, factors), basis in zip(self.made, self.bases, strict=True):
             weight = self.pool.flatten()[places] * factors
+            if basis is not None:
+                kernels, shape = basis
+                weight = torch.einsum("oij,jk->oik", weight, kernels).reshape(shape)
             for module, name in owners:
                 module._parameters.pop(name, None)
                 setattr(module, name, weight)
         return self.dense(x)
 
     def projected(self) -> Tensor:
-        """Return the pool that is nearest to the dense model's own weights."""
+        """Return the pool that is nearest to the dense model's own weights; of no model with basis kernels."""
+        assert not any(self.bases)
         total = torch.zeros_like(self.pool).flatten()
         for owners, places, factors in self.made:
             module, name = owners[0]
@@ -138,7 +150,8 @@ class Naive:
         return total.view_as(self.pool) / self.gamma
 
     def write(self, pool: Tensor) -> None:
-        """Set the dense model's own weights to what a pool stands for."""
+        """Set the dense model's own weights to what a pool stands for; of no model with basis kernels."""
+        assert not any(self.bases)
         with torch.no_grad():
             for owners, places, factors in self.made:
                 module, name = owners[0]

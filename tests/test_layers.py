@@ -154,7 +154,9 @@ def assert_equals_dense(
 ) -> nn.Module:
     """Convert a float64 model and hold outputs, weights and every gradient to those of its densified twin."""
     kwargs = kwargs or {}
-    converted = roastify.convert(model, config=RoastConfig(**{"ratio": 3, "min_numel": 64, "seed": 7} | settings))
+    # The pool holds the weights themselves; for basis kernels see `test_basis.py`.
+    defaults = {"ratio": 3, "min_numel": 64, "seed": 7, "kernel_basis": "none"}
+    converted = roastify.convert(model, config=RoastConfig(**defaults | settings))
     pool = pool_of(converted)
     plan = pool.plan
     assert plan.num_slots < sum(region.num_tiles for region in plan.regions), "nothing is shared"
