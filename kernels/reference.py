@@ -432,22 +432,3 @@ def embedding_reduce_(total: Tensor, grad: Tensor, index: Tensor, table: Tensor,
     pad = view.grid_cols * view.tile_cols - view.cols
     values = (F.pad(grad, (0, pad)) if pad else grad).reshape(*tiles.shape, view.tile_cols)
     _add_segments(total.view(-1), table, view, scale, tiles, tile_rows, values)
-
-
-def summed_in(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which products of tensors of a dtype are summed."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def combine(coefficients: Tensor, basis: Tensor) -> Tensor:
-    """Return `coefficients · basis`, of the coefficients' dtype."""
-    wide = summed_in(coefficients.dtype)
-    with torch.autocast(coefficients.device.type, enabled=False):
-        return (coefficients.to(wide) @ basis.to(wide)).to(coefficients.dtype)
-
-
-def combine_reduce(coefficients: Tensor, grad: Tensor) -> Tensor:
-    """Return `coefficientsᵀ · grad`, in the dtype that it is summed in."""
-    wide = summed_in(coefficients.dtype)
-    with torch.autocast(coefficients.device.type, enabled=False):
-        return coefficients.to(wide).t() @ grad.to(wide)

@@ -19,8 +19,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from roastify.kernels import ops, reference
-
 
 def cosine_basis(kernel: Sequence[int], count: int) -> Tensor:
     """Return the `count` lowest frequencies of the kernel's discrete cosine transform, `[count, positions]`.
@@ -62,16 +60,12 @@ def principal_basis(dense: Tensor, count: int) -> Tensor:
 
 
 def combine(coefficients: Tensor, basis: Tensor) -> Tensor:
-    """Return `coefficients · basis`, `[…, positions]`, in their dtype, whatever autocast is set to."""
-    rows = coefficients.flatten(0, -2)
-    if torch.compiler.is_compiling():
-        # Torch's own operators, which a compiler looks into.
-        wide = reference.summed_in(rows.dtype)
-        with torch.autocast(rows.device.type, enabled=False):
-            out = (rows.to(wide) @ basis.to(wide)).to(rows.dtype)
-    else:
-        out = ops.combine(rows, basis)
-    return out.unflatten(0, coefficients.shape[:-1])
+    """Return `coefficients · basis`, `[…, positions]`, in their dtype, under autocast too."""
+    device = coefficients.device.type
+    if torch.is_autocast_enabled(device) and coefficients.dtype != torch.get_autocast_dtype(device):
+        with torch.autocast(device, enabled=False):
+            return coefficients @ basis
+    return coefficients @ basis
 
 
 def combined_matrix(matrix: Tensor, basis: Tensor) -> Tensor:

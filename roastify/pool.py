@@ -141,13 +141,13 @@ class RoastPool(nn.Module):
         """Return the Parameters of all basis kernels."""
         return [getattr(self, _basis_name(index)) for index in range(len(self._basis_energy))]
 
-    def basis(self, index: int) -> Tensor:
-        """Return a layer's basis kernels for use in a forward pass; see the class for their gradient."""
+    def basis(self, index: int, dtype: torch.dtype) -> Tensor:
+        """Return a layer's basis kernels for use in a forward pass, in a dtype; see the class for their gradient."""
         basis: Tensor = getattr(self, _basis_name(index))
         if self.precondition and basis.requires_grad and torch.is_grad_enabled():
             # Its own value, to the last bit, and a part of its gradient.
             basis = torch.lerp(basis.detach(), basis, 1 / self._basis_energy[index])
-        return basis
+        return basis.to(dtype)
 
     def group_of(self, weight: Weight) -> WeightGroup:
         """Return the weights that a pass gathers with this one."""
