@@ -37,13 +37,14 @@ the last epoch.
 *Stored* counts every parameter: biases, norms, whatever is kept. A pruned model stores the weights that it keeps; its
 mask is not counted, in its favour, although a bitmap of it takes a 32nd of the dense model's bytes, three times what is
 left at ratio 100. roastify never stores more than asked and leaves up to one slot unused, so it may store a little less
-than the others. Rivals that hash are given what their papers do not have: roastify's λ and its preconditioner.
+than the others. Rivals that hash are given what their papers do not have: roastify's λ and its preconditioner. They
+have whole kernels, as in their papers; "kernels without a basis" is roastify so.
 """
 
 SHARING = """
-One pool for all tensors against a region of it for each (`sharing="local"`), and the preconditioner on against off,
-with as many stored parameters and each with a step size of its own choice. Percentage points; p of a paired t-test for
-a line, of the exact sign-flip test for all lines.
+One pool for all tensors against a region of it for each (`sharing="local"`), the preconditioner on against off, and
+kernels made of a basis against whole ones, with as many stored parameters and each with a step size of its own choice.
+Percentage points; p of a paired t-test for a line, of the sign-flip test for all lines (exact for up to 20 pairs).
 """
 
 DISTILLED = """
@@ -159,7 +160,7 @@ def experiments(table: Table) -> Iterator[str]:
     if rows or held_out:
         yield "## The recipe"
         yield ""
-        yield "One seed each, so a difference of less than half a point says nothing."
+        yield "One seed each, so a difference of less than half a point says nothing. Most have kernels without a basis."
         yield ""
     head = [*NAMED, "stored", "accuracy", "difference"]
     if rows:
@@ -314,9 +315,10 @@ def markdown(rows: Sequence[Row]) -> str:
     lines += [*table_lines(["aim", "found", ""], found), ""]
     for task in table.tasks():
         lines += comparison(table, task)
-    pairs = [*against(table, "local", 10.0), *against(table, "plain", 1.0)]
+    pairs = [*against(table, "local", 10.0), *against(table, "plain", 1.0), *against(table, "whole", 1.0)]
     if pairs:
-        lines += ["## One pool or many; the preconditioner", "", *SHARING.strip().splitlines(), "", *pairs]
+        title = "## One pool or many; the preconditioner; kernels from a basis"
+        lines += [title, "", *SHARING.strip().splitlines(), "", *pairs]
     lines += ["## When not to use roastify", "", *WHEN_NOT.strip().splitlines(), ""]
     lost = list(losses(table))
     if lost:

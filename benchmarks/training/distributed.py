@@ -131,7 +131,9 @@ class _Measurement:
         if side not in self.models:
             model = self.task.model(self.several.device)
             if side != DENSE:
-                model = roastify.convert(model, int(side.removeprefix("ratio=")), inplace=True)
+                model = roastify.convert(
+                    model, int(side.removeprefix("ratio=")), config=self.task.settings, inplace=True
+                )
             self.models[side] = model
             free()
         return copy.deepcopy(self.models[side])

@@ -24,12 +24,16 @@ Times are medians, with quartiles. `graphed` replays the whole step as one CUDA 
 own; its memory is that of the steps before the capture. `compiled` is `torch.compile` as it is, `reduce-overhead` its
 mode of that name. In `eager` steps, which is also how the rows for several GPUs train, Python launches every kernel,
 and a converted layer asks more of Python than a dense one: where a model's kernels are short, that sets the time, and
-it is longer than the dense model's. So it is in `compiled` steps, whose operators on the pool are Python's. The rows of
-`compiled` steps and those of several GPUs are from before training passes kept the weights of small layers, which
-spares the host most of what a converted layer asked of it beside a dense one; the others from before a group's kernel
-summed gradients of which a few are missing, as that of BERT's pooler is. Only BERT-base was measured with
-`reduce-overhead`, and GPT-2 medium and the deep stack were not compiled. Such times move with the host by a fifth from
-run to run, and efficiencies that are made of them with them. Activations are what the forward pass leaves for the
+it is longer than the dense model's. So it is in `compiled` steps, whose operators on the pool are Python's. Such times
+move with the host by a fifth from run to run (the dense ResNet-50's eager step once took 16.8 ms and once 31.5), and
+efficiencies that are made of them with them.
+
+Not all rows are of one state of the code. ResNet-50's `compiled` steps and several GPUs are from before training passes
+kept the weights of small layers, which spares the host most of what a converted layer asked of it beside a dense one.
+All other rows but BERT-base's `eager` and `compiled` ones, and those of ResNet-50 with a basis, are from before a
+group's kernel summed gradients of which a few are missing, as that of BERT's pooler is. Only BERT-base was measured
+with `reduce-overhead`, and GPT-2 medium and the deep stack were not compiled. "resnet-50" has kernels made of a basis,
+the default; "resnet-50, whole kernels" has not. Activations are what the forward pass leaves for the
 backward pass; the peak is the allocator's, over one step. An aim is what this project set itself before measuring, and
 aims that are missed stay in the tables.
 """

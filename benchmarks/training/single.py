@@ -127,7 +127,7 @@ class _Side:
 
 
 def _converted(task: Task, ratio: int, device: torch.device) -> nn.Module:
-    return roastify.convert(task.model(device), ratio, inplace=True)
+    return roastify.convert(task.model(device), ratio, config=task.settings, inplace=True)
 
 
 def _check(task: Task, converted: nn.Module, batch: Batch, device: torch.device) -> float:

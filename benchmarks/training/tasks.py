@@ -12,6 +12,7 @@ import transformers
 from torch import Tensor, nn
 
 from benchmarks.models import llama
+from roastify import RoastConfig
 
 Batch = dict[str, Tensor]
 MASKED_SHARE = 0.15
@@ -31,6 +32,7 @@ class Task:
         time_aim: converted step time ÷ dense step time that the project set itself, or None.
         blocks: the path of the list of blocks that FSDP2 shards one by one.
         channels_last: whether the model is laid out so.
+        settings: of the conversion.
     """
 
     build: Callable[[], nn.Module]
@@ -41,6 +43,7 @@ class Task:
     time_aim: float | None = None
     blocks: str = ""
     channels_last: bool = False
+    settings: RoastConfig = RoastConfig()
 
     def model(self, device: torch.device) -> nn.Module:
         """Build the model on the device, with the same weights every time."""
@@ -184,6 +187,14 @@ TASKS = {
         "8 sequences of 512 words",
     ),
     "resnet-50": Task(ResNet, _images(64, 224, 1000), 64, "64 images of 224×224", channels_last=True),
+    "resnet-50, whole kernels": Task(
+        ResNet,
+        _images(64, 224, 1000),
+        64,
+        "64 images of 224×224",
+        channels_last=True,
+        settings=RoastConfig(kernel_basis="none"),
+    ),
 }
 # Without dropout: the losses of several GPUs must be those of one.
 DISTRIBUTED_TASKS = {
