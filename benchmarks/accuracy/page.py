@@ -160,7 +160,7 @@ def experiments(table: Table) -> Iterator[str]:
     if rows or held_out:
         yield "## The recipe"
         yield ""
-        yield "One seed each, so a difference of less than half a point says nothing. Most have kernels without a basis."
+        yield "One seed each: less than half a point says nothing. Most were made without a basis for kernels."
         yield ""
     head = [*NAMED, "stored", "accuracy", "difference"]
     if rows:

@@ -32,7 +32,7 @@ class Task:
         time_aim: converted step time ÷ dense step time that the project set itself, or None.
         blocks: the path of the list of blocks that FSDP2 shards one by one.
         channels_last: whether the model is laid out so.
-        settings: of the conversion.
+        settings: of the conversion; default: convert's.
     """
 
     build: Callable[[], nn.Module]
@@ -43,7 +43,7 @@ class Task:
     time_aim: float | None = None
     blocks: str = ""
     channels_last: bool = False
-    settings: RoastConfig = RoastConfig()
+    settings: RoastConfig | None = None
 
     def model(self, device: torch.device) -> nn.Module:
         """Build the model on the device, with the same weights every time."""
