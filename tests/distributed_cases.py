@@ -86,6 +86,22 @@ class Experts(nn.Module):
         return x if skip else x + self.layer(x)
 
 
+class Convolutions(nn.Module):
+    """Words as the pixels of an image, through two convolutions whose kernels have a basis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(WORDS, WIDTH)
+        self.blocks = nn.ModuleList(nn.Conv2d(WIDTH, WIDTH, 3, padding=1) for _ in range(2))
+        self.head = nn.Linear(WIDTH, WORDS, bias=False)
+
+    def forward(self, words: Tensor, skip: bool = False) -> Tensor:
+        x = self.words(words).transpose(1, 2).unflatten(2, (2, LENGTH // 2))
+        for block in self.blocks[: 1 if skip else 2]:
+            x = x + F.gelu(block(x))
+        return self.head(x.flatten(2).transpose(1, 2))
+
+
 def sequential() -> nn.Module:
     return nn.Sequential(nn.Embedding(WORDS, WIDTH), Block(), Block(), nn.Linear(WIDTH, WORDS))
 
@@ -93,6 +109,7 @@ def sequential() -> nn.Module:
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "net": Net,
     "sequential": sequential,
+    "convolutions": Convolutions,
     "checkpointed": lambda: Checkpointed(False),
     "reentrant": lambda: Checkpointed(True),
     "experts": Experts,

@@ -39,8 +39,8 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], atol: flo
         )
 
 
-def moved(values: dict[str, Tensor]) -> bool:
-    start = cases.converted().state_dict()
+def moved(values: dict[str, Tensor], name: str = "net") -> bool:
+    start = cases.converted(name).state_dict()
     return all((values[name] - start[name]).abs().max() > 1e-3 for name in start)
 
 
@@ -49,10 +49,11 @@ def moved(values: dict[str, Tensor]) -> bool:
     [{}, {"find_unused_parameters": True}, {"static_graph": True}, {"gradient_as_bucket_view": True}],
     ids=lambda settings: next(iter(settings), "plain"),
 )
-def test_ddp(two: Processes, settings: dict[str, Any]) -> None:
-    for alone, together, (pools, share) in two.run(cases.ddp, settings, "net", ((), ()), 1):
+@pytest.mark.parametrize("name", ["net", "convolutions"])
+def test_ddp(two: Processes, name: str, settings: dict[str, Any]) -> None:
+    for alone, together, (pools, share) in two.run(cases.ddp, settings, name, ((), ()), 1):
         assert_same(together, alone)
-        assert moved(together)
+        assert moved(together, name)
         # The pool travels once a step, and nothing but the parameters does.
         assert pools == STEPS and share == STEPS
 
@@ -82,7 +83,7 @@ def test_ddp_refuses_reentrant_checkpointing_of_a_graph_that_it_does_not_know(tw
 
 
 @pytest.mark.parametrize("skips", [((True,), (True,)), ((True,), (False,))], ids=["both", "one"])
-@pytest.mark.parametrize("name", ["net", "experts"])
+@pytest.mark.parametrize("name", ["net", "convolutions", "experts"])
 def test_ddp_of_layers_that_a_process_does_not_use(two: Processes, name: str, skips: tuple[Any, ...]) -> None:
     for alone, together, _ in two.run(cases.ddp, {"find_unused_parameters": True}, name, skips, 1):
         assert_same(together, alone)
@@ -97,7 +98,7 @@ def test_ddp_in_float16(two: Processes) -> None:
 
 @pytest.mark.parametrize("settings", [{}, {"reshard_after_forward": True}], ids=["gathered", "resharded"])
 @pytest.mark.parametrize("by_block", [False, True], ids=["root", "blocks"])
-@pytest.mark.parametrize("name", ["net", "sequential"])
+@pytest.mark.parametrize("name", ["net", "sequential", "convolutions"])
 def test_fsdp(two: Processes, name: str, by_block: bool, settings: dict[str, Any]) -> None:
     found = two.run(cases.fsdp, name, by_block, settings)
     # Every process takes part in gathering; the first is given what was gathered.
