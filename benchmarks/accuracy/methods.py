@@ -53,10 +53,11 @@ METHODS = {
     "local": _hash("roastify, a pool for each tensor", sharing="local"),
     # A gradient that is not divided by Γ is about as many times larger as a pool element has readers.
     "plain": Method("roastify, no preconditioner", "hash", (("precondition", False),), (1.0, 0.25, 0.05)),
-    "elementwise": _hash("element-wise hashing, global", mapping="hashednet"),
-    "hashednet": _hash("HashedNet (element-wise, local)", mapping="hashednet", sharing="local"),
-    "roast": _hash("ROAST's unaligned tiles", mapping="roast", tile="16x16", sign="tile"),
-    "cyclic": _hash("STABLE-RPS's rotations", mapping="cyclic"),
+    "whole": _hash("roastify, kernels without a basis", kernel_basis="none"),
+    "elementwise": _hash("element-wise hashing, global", mapping="hashednet", kernel_basis="none"),
+    "hashednet": _hash("HashedNet (element-wise, local)", mapping="hashednet", sharing="local", kernel_basis="none"),
+    "roast": _hash("ROAST's unaligned tiles", mapping="roast", tile="16x16", sign="tile", kernel_basis="none"),
+    "cyclic": _hash("STABLE-RPS's rotations", mapping="cyclic", kernel_basis="none"),
 }
 
 
