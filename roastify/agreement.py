@@ -117,17 +117,28 @@ def _error(what: str, expected: Tensor, found: Tensor) -> float:
 
 
 def _gradient_error(dense: nn.Module, converted: nn.Module) -> float | None:
-    """Return the error of the pool's gradient against the dense gradients, summed over the readers of each element."""
+    """Return the error of the pool's gradient against the dense gradients, summed over the readers of each element.
+
+    That of basis kernels counts as well: the largest is returned.
+    """
     pool = pool_of(converted)
     if not pool.weight.requires_grad:
         return None
-    found, pool.weight.grad = pool.weight.grad, None
+    parameters = [pool.weight, *pool.bases()]
+    found = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
     for tensor in pool.plan.shared:
         gradient = dense.get_parameter(tensor.name).grad
         if gradient is not None:
             shared_tensor(pool, tensor).dense().backward(gradient)
-    nothing = torch.zeros_like(pool.weight)
-    expected = (nothing if pool.weight.grad is None else pool.weight.grad).double()
+    return max(_distance(grad, parameter) for grad, parameter in zip(found, parameters, strict=True))
+
+
+def _distance(found: Tensor | None, parameter: Tensor) -> float:
+    """Return how far a gradient is from the parameter's own, over the size of that; None stands for zeros."""
+    nothing = torch.zeros_like(parameter)
+    expected = (nothing if parameter.grad is None else parameter.grad).double()
     difference = float(((nothing if found is None else found).double() - expected).norm())
     norm = float(expected.norm())
     return difference / norm if norm else (math.inf if difference else 0.0)

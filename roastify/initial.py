@@ -29,7 +29,8 @@ def measure(model: nn.Module, plan: RoastPlan, init: str) -> RoastPlan:
     :math:`\lambda_j = std_j / \sigma` with σ the parameter-weighted root mean square of all shared tensors' standard
     deviations: every layer starts with the spread its author gave it, and λ is near 1, so that Adam's step keeps its
     meaning. Vectors and constant tensors (norms, biases) spread around their mean, their center. Where nothing is
-    shared and values are projected, λ is 1, there are no centers, and the weights come back bit for bit.
+    shared and values are projected, λ is 1, there are no centers, and the weights come back bit for bit (those of
+    coefficients and basis kernels are approximated).
 
     Raises:
         ConversionError: a tensor holds NaN or infinite values.
@@ -52,7 +53,9 @@ def measure(model: nn.Module, plan: RoastPlan, init: str) -> RoastPlan:
     spread = _pool_deviation(plan, deviations)
     scales = {name: deviation / spread for name, deviation in deviations.items()}
     if init == "project" and plan.no_sharing:
-        scales, centers = dict.fromkeys(deviations, 1.0), {}
+        # But for coefficients of basis kernels, which do not bring all of a weight back anyway.
+        whole = {tensor.name for tensor in plan.shared if not tensor.basis}
+        scales, centers = {name: 1.0 if name in whole else scale for name, scale in scales.items()}, {}
     return plan.with_values(scales, centers, zero_rows, spread)
 
 

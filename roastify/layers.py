@@ -113,7 +113,7 @@ def describe_shared(module: RoastModule) -> str:
         what = "strips" if view.strips else "tiles"
         parts.append(
             f"{name}: {view.num_tiles} {what} of {view.tile_rows}×{view.tile_cols} in {view.num_slots} shared slots, "
-            f"scale={shared.scale:.4g}"
+            f"scale={shared.scale:.4g}" + ("" if shared.basis is None else f", kernels of basis_{shared.basis}")
         )
     return ", ".join(parts)
 

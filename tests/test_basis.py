@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import roastify
-from roastify import ConfigError, PlanError, RoastConfig, RoastPlan
+from roastify import ConfigError, PlanError, RoastConfig, RoastPlan, agreement
 from roastify import checkpoint as artifacts
 from roastify.align import _curvature, _Place, _Term, align
 from roastify.basis import coefficient_matrix, combine, combined_matrix, cosine_basis, principal_basis
@@ -1209,3 +1209,37 @@ def test_a_whole_step_in_a_cuda_graph(autocast: bool) -> None:
     torch.testing.assert_close(found, expected, rtol=5e-2 if autocast else 1e-3, atol=0)
     for one, other in zip(pool_of(model).bases(), pool_of(twin).bases(), strict=True):
         torch.testing.assert_close(one, other, rtol=5e-2 if autocast else 1e-3, atol=1e-2 if autocast else 1e-4)
+
+
+def test_a_layer_says_that_its_kernels_have_a_basis() -> None:
+    model = roastify.convert(nn.Sequential(nn.Conv2d(64, 64, 3), nn.Conv2d(64, 64, 1)), 10)
+    assert "kernels of basis_0" in repr(model[0]) and "basis" not in repr(model[1])
+
+
+def test_a_wrong_gradient_of_a_basis_is_told() -> None:
+    dense = nn.Sequential(nn.Conv2d(64, 64, 3))
+    converted = roastify.convert(dense, 10)
+    copy_weights(converted, dense)
+    x = torch.randn(2, 64, 8, 8)
+    for model in (dense, converted):
+        model(x).square().sum().backward()
+    (basis,) = pool_of(converted).bases()
+    right = basis.grad.clone()
+    assert agreement._gradient_error(dense, converted) < 1e-4
+    basis.grad = right * 1.5
+    assert agreement._gradient_error(dense, converted) == pytest.approx(0.5, abs=1e-3)
+    with torch.no_grad():
+        torch.testing.assert_close(basis.grad, right, rtol=1e-4, atol=1e-6)
+
+
+def test_with_nothing_shared_scales_of_coefficients_are_their_own() -> None:
+    """Of a whole tensor λ is 1 then, which says nothing of the coefficients that a basis's gradient is divided by."""
+    model = nn.Sequential(nn.Conv2d(64, 64, 3, bias=False), nn.Linear(64, 64, bias=False))
+    with torch.no_grad():
+        model[0].weight.mul_(100)
+    plan = roastify.plan(model, 1.2, config=RoastConfig(kernel_basis=2), init="project")
+    assert plan.no_sharing
+    kernels, linear = plan.shared
+    assert linear.scale == 1.0 and kernels.scale * plan.pool_std == pytest.approx(
+        float(model[0].weight.std()) * 4.5**0.5, rel=1e-3
+    )
