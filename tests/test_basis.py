@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from captured import losses_of_replays_and_of_steps
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -1185,26 +1186,7 @@ def test_a_whole_step_in_a_cuda_graph(autocast: bool) -> None:
 
         return step
 
-    run, eager = stepper(model), stepper(twin)
-    static = xs[0].clone()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run(static)
-    torch.cuda.current_stream().wait_stream(side)
-    for _ in range(3):
-        eager(xs[0])
-    model.zero_grad(set_to_none=True)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = run(static)
-    found, expected = [], []
-    for x in xs:
-        static.copy_(x)
-        graph.replay()
-        found.append(out.item())
-        expected.append(eager(x).item())
+    found, expected = losses_of_replays_and_of_steps(stepper, model, twin, xs)
     assert len(set(found)) == 5
     torch.testing.assert_close(found, expected, rtol=5e-2 if autocast else 1e-3, atol=0)
     for one, other in zip(pool_of(model).bases(), pool_of(twin).bases(), strict=True):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from captured import losses_of_replays_and_of_steps
 from naive import MODELS, Naive
 from torch import Tensor, nn
 from torch._dynamo import compiled_autograd
@@ -462,25 +463,6 @@ def test_a_whole_step_in_a_cuda_graph(way: str, autocast: bool) -> None:
 
         return step
 
-    step, eager = stepper(model), stepper(twin)
-    static = xs[0].clone()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step(static)
-    torch.cuda.current_stream().wait_stream(side)
-    for _ in range(3):
-        eager(xs[0])
-    model.zero_grad(set_to_none=True)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = step(static)
-    found, expected = [], []
-    for x in xs:
-        static.copy_(x)
-        graph.replay()
-        found.append(out.item())
-        expected.append(eager(x).item())
+    found, expected = losses_of_replays_and_of_steps(stepper, model, twin, xs)
     assert len(set(found)) == 6
     torch.testing.assert_close(found, expected, rtol=3e-2 if autocast else 1e-3, atol=0)
