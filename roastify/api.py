@@ -45,7 +45,8 @@ def convert(
 ) -> nn.Module:
     r"""Return the model with its large weights replaced by views into one small trainable pool.
 
-    A shared tensor becomes :math:`W = \lambda \cdot sign \cdot pool[slot(t)]`, tile `t` by tile. The class, the forward
+    A shared tensor becomes :math:`W = \lambda \cdot sign \cdot pool[slot(t)]`, tile `t` by tile; of a large convolution
+    these are the coefficients of a few learned kernels of its own (`RoastConfig.kernel_basis`). The class, the forward
     signature, hooks, modes and attributes stay. Compression is trained, not free: with `init="match"` the pool starts
     at random; with `init="project"` it starts as the least-squares fit of the model's weights, which at high ratios is
     still far from them.
