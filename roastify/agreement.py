@@ -136,9 +136,14 @@ def _gradient_error(dense: nn.Module, converted: nn.Module) -> float | None:
 
 
 def _distance(found: Tensor | None, parameter: Tensor) -> float:
-    """Return how far a gradient is from the parameter's own, over the size of that; None stands for zeros."""
+    """Return how far a gradient is from the parameter's own, over the size of that; None stands for zeros.
+
+    Infinite instead of NaN, which `max` may pass over.
+    """
     nothing = torch.zeros_like(parameter)
     expected = (nothing if parameter.grad is None else parameter.grad).double()
     difference = float(((nothing if found is None else found).double() - expected).norm())
     norm = float(expected.norm())
+    if not math.isfinite(difference):
+        return math.inf
     return difference / norm if norm else (math.inf if difference else 0.0)

@@ -19,6 +19,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from roastify.kernels import ops
+
 
 def cosine_basis(kernel: Sequence[int], count: int) -> Tensor:
     """Return the `count` lowest frequencies of the kernel's discrete cosine transform, `[count, positions]`.
@@ -61,11 +63,10 @@ def principal_basis(dense: Tensor, count: int) -> Tensor:
 
 def combine(coefficients: Tensor, basis: Tensor) -> Tensor:
     """Return `coefficients · basis`, `[…, positions]`, in their dtype, under autocast too."""
-    device = coefficients.device.type
-    if torch.is_autocast_enabled(device) and coefficients.dtype != torch.get_autocast_dtype(device):
-        with torch.autocast(device, enabled=False):
-            return coefficients @ basis
-    return coefficients @ basis
+    if ops.autocast_dtype(coefficients) in (None, coefficients.dtype):
+        return coefficients @ basis
+    with torch.autocast(coefficients.device.type, enabled=False):
+        return coefficients @ basis
 
 
 def combined_matrix(matrix: Tensor, basis: Tensor) -> Tensor:

@@ -316,6 +316,15 @@ def test_combining_keeps_the_dtype_under_autocast(dtype: torch.dtype, device: st
     assert torch.equal(found, plain)
 
 
+def test_a_model_on_the_meta_device_runs() -> None:
+    """Which tells shapes; autocast does not know that device, and says so with an error."""
+    model = roastify.convert(nn.Sequential(nn.Conv2d(64, 64, 3)), 10).to("meta")
+    for x in (torch.empty(2, 64, 8, 8, device="meta"), torch.empty(64, 8, 8, device="meta")):
+        assert model(x).shape == (*x.shape[:-2], 6, 6)
+        with torch.no_grad():
+            assert model(x).is_meta
+
+
 # The plan.
 
 
@@ -1212,6 +1221,8 @@ def test_a_wrong_gradient_of_a_basis_is_told() -> None:
     assert agreement._gradient_error(dense, converted) == pytest.approx(0.5, abs=1e-3)
     with torch.no_grad():
         torch.testing.assert_close(basis.grad, right, rtol=1e-4, atol=1e-6)
+    basis.grad = right * math.nan
+    assert agreement._gradient_error(dense, converted) == math.inf
 
 
 def test_with_nothing_shared_scales_of_coefficients_are_their_own() -> None:
