@@ -111,7 +111,7 @@ def _make_plan(
     if num_slots < least_slots and bases and config.kernel_basis == "auto":
         return _make_plan(model, forest, config.replace(kernel_basis="none"), held, everything)
     if num_slots < least_slots:
-        raise _unreachable(total, kept + bases, least_slots * size, ratio, verdicts.values())
+        raise _unreachable(total, kept, bases, least_slots * size, ratio, verdicts.values())
     regions = _regions(region_tiles, num_slots, tile, config)
     by_name = {tensor.name: tensor for tensor in placed}
     return RoastPlan(
@@ -394,12 +394,16 @@ def _nothing_eligible(tensors: Iterable[TensorPlan]) -> str:
     )
 
 
-def _unreachable(total: int, kept: int, least: int, ratio: Fraction, tensors: Iterable[TensorPlan]) -> PlanError:
+def _unreachable(
+    total: int, kept: int, bases: int, least: int, ratio: Fraction, tensors: Iterable[TensorPlan]
+) -> PlanError:
     # Rounded down, so that it can be reached; ratio 1, which shares nothing, always can.
-    largest = max(1.0, math.floor(100 * total / (kept + least)) / 100)
+    largest = max(1.0, math.floor(100 * total / (kept + bases + least)) / 100)
+    # Only those of a number that was asked for; by themselves they would have given way.
+    of_bases = f", the basis kernels that kernel_basis asks for ({bases:,})" if bases else ""
     message = (
         f"ratio {float(ratio):g} is unreachable: it allows {int(total / ratio):,} stored parameters of {total:,}, and "
-        f"what must stay dense ({kept:,}) and the smallest pool ({least:,}) take more. The largest reachable ratio is "
-        f"{largest:.2f}. The biggest kept: {_biggest_kept(tensors) or 'none'}"
+        f"what must stay dense ({kept:,}){of_bases} and the smallest pool ({least:,}) take more. The largest reachable "
+        f"ratio is {largest:.2f}. The biggest kept: {_biggest_kept(tensors) or 'none'}"
     )
     return PlanError(message, largest)

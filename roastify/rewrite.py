@@ -167,8 +167,9 @@ def basis_of(pool: RoastPool, tensor: TensorPlan) -> nn.Parameter | None:
 
 
 def _basis_index(plan: RoastPlan, tensor: TensorPlan) -> int | None:
-    names = [other.name for other in plan.with_basis]
-    return names.index(tensor.name) if tensor.basis else None
+    if not tensor.basis:
+        return None
+    return [other.name for other in plan.with_basis].index(tensor.name)
 
 
 def apply(model: nn.Module, plan: RoastPlan, pool: RoastPool) -> Callable[[], None]:

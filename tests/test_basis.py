@@ -445,6 +445,7 @@ def test_bases_give_way_to_a_ratio_that_they_would_put_out_of_reach() -> None:
     assert counts(model, 20, share="weights") == {"0": 0}
     with pytest.raises(PlanError, match="ratio 20 is unreachable") as error:
         counts(model, 20, share="weights", kernel_basis=6)
+    assert "must stay dense (384), the basis kernels that kernel_basis asks for (54) and the" in str(error.value)
     # The ratio that it names can be reached, with the bases asked for.
     largest = error.value.largest_ratio
     assert counts(model, largest, share="weights", kernel_basis=6) == {"0": 6}
@@ -639,6 +640,19 @@ def test_a_basis_gradient_is_divided_by_the_squares_of_what_it_is_multiplied_wit
         coefficients = (hand.pool.detach().flatten()[places] * factors).view(-1, tensor.basis)
         # In the mean over its kernels, as a random pool has them.
         assert float(coefficients.square().sum(0).mean()) == pytest.approx(hand.energy(tensor.name), rel=0.15)
+
+
+def test_decoupled_decay_shrinks_coefficients_and_basis() -> None:
+    """So kernels shrink by its square, or as dense ones where bases do not decay."""
+    for basis_decay, shrunk in ((1.0, 0.81), (0.0, 0.9)):
+        model = roastify.convert(nn.Sequential(nn.Conv2d(64, 64, 3)), 10)
+        pool = pool_of(model)
+        before = model[0].weight.detach().clone()
+        groups = [{"params": [pool.weight]}, {"params": pool.bases(), "weight_decay": basis_decay}]
+        for parameter in pool.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        torch.optim.AdamW(groups, lr=0.1, weight_decay=1.0).step()
+        torch.testing.assert_close(model[0].weight.detach(), shrunk * before)
 
 
 def test_gradients_accumulate() -> None:
