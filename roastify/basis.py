@@ -53,12 +53,18 @@ def _cosines(size: int) -> Tensor:
 
 
 def principal_basis(dense: Tensor, count: int) -> Tensor:
-    """Return the orthonormal basis, `[count, positions]`, in which a weight's kernels lose least."""
+    """Return the orthonormal basis, `[count, positions]`, in which a weight's kernels lose least.
+
+    Of all bases of that space it is the one nearest to `cosine_basis` (orthogonal Procrustes), which does not hang on
+    the signs and the order of eigenvectors, and finds the coefficients of a densified model about as they were.
+    """
     kernels = dense.flatten(2).flatten(0, 1)
     kernels = kernels if kernels.dtype == torch.float64 else kernels.float()
     # In ascending order of what they carry.
     _, directions = torch.linalg.eigh((kernels.t() @ kernels).double())
-    return directions.flip(1)[:, :count].t()
+    space = directions.flip(1)[:, :count].t()
+    left, _, right = torch.linalg.svd(cosine_basis(dense.shape[2:], count).to(space.device) @ space.t())
+    return left @ right @ space
 
 
 def combine(coefficients: Tensor, basis: Tensor) -> Tensor:

@@ -296,6 +296,14 @@ def test_a_weight_of_few_kernels_is_their_principal_basis(kernel: tuple[int, ...
     torch.testing.assert_close(found, matrix, rtol=0, atol=atol)
 
 
+def test_a_principal_basis_is_nearest_to_frequencies() -> None:
+    frequencies = cosine_basis((3, 3), 6)
+    weight = (normal(32, 16, 6, dtype=torch.float64) @ frequencies).view(32, 16, 3, 3)
+    torch.testing.assert_close(principal_basis(weight, 6), frequencies)
+    # However many of them a weight's space leaves open.
+    torch.testing.assert_close(principal_basis(torch.zeros(32, 16, 3, 3), 9), cosine_basis((3, 3), 9))
+
+
 def test_coefficient_matrix_is_the_adjoint_of_combined_matrix() -> None:
     # Of any basis, orthonormal or not.
     basis, matrix, weight = normal(4, 9), normal(6, 5 * 4, seed=1), normal(6, 5 * 9, seed=2)
@@ -618,6 +626,15 @@ def test_where_nothing_is_shared_projection_loses_what_the_basis_cannot_hold(cou
             values[count:] = 0
             expected = (left * values @ right).view_as(expected)
         torch.testing.assert_close(twin.get_parameter(tensor.name).detach(), expected, rtol=0, atol=1e-9)
+
+
+def test_a_densified_model_finds_its_pool_again() -> None:
+    """Other bases of the same kernels would have other coefficients, and no small pool holds those."""
+    model = roastify.densify(roastify.convert(Net(), config=config(ratio=8)))
+    again = roastify.densify(roastify.convert(model, config=config(ratio=8), init="project"))
+    for name in ("second", "third"):
+        found, weight = (each.get_parameter(f"{name}.weight").detach() for each in (again, model))
+        assert float((found - weight).norm()) < 0.02 * float(weight.norm())
 
 
 def test_projection_is_the_nearest_pool_for_its_basis() -> None:
