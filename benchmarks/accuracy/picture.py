@@ -17,6 +17,8 @@ from benchmarks.stats import mean_and_error
 
 # Ours in front, in the first colour; the others by their kind.
 _LINES = {"ours": "-", "hash": "--", "other": "-."}
+# Points below our lowest that the picture still shows: a rival that learned nothing would press all others together.
+_BELOW = 10
 
 
 def compare(table: Table, task: str) -> Figure:
@@ -31,6 +33,10 @@ def compare(table: Table, task: str) -> Figure:
     axes.set_xscale("log")
     axes.set_xlabel("stored parameters")
     axes.set_ylabel("test accuracy, %")
+    ours = [mean for ratio in table.ratios(task) if (mean := table.mean(task, "ours", ratio)) is not None]
+    if ours and axes.get_ylim()[0] < min(ours) - _BELOW:
+        axes.set_ylim(bottom=min(ours) - _BELOW)
+        axes.set_xlabel("stored parameters (what lies below the picture is in the table)")
     axes.set_title(TASKS[task].title, loc="left")
     figure.legend(frameon=False, fontsize=9, loc="outside right upper")
     return figure
