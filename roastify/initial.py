@@ -43,7 +43,7 @@ def measure(model: nn.Module, plan: RoastPlan, init: str) -> RoastPlan:
             centers[tensor.name] = mean
         if deviations[tensor.name] == 0:
             deviations[tensor.name] = _CONSTANT_SPREAD * max(1.0, abs(mean))
-        if tensor.basis:
+        if tensor.basis_count:
             # Of the coefficients: the basis is orthonormal.
             count, positions = tensor.basis_shape
             deviations[tensor.name] *= math.sqrt(positions / count)
@@ -54,7 +54,7 @@ def measure(model: nn.Module, plan: RoastPlan, init: str) -> RoastPlan:
     scales = {name: deviation / spread for name, deviation in deviations.items()}
     if init == "project" and plan.no_sharing:
         # But for coefficients of basis kernels, which do not bring all of a weight back anyway.
-        whole = {tensor.name for tensor in plan.shared if not tensor.basis}
+        whole = {tensor.name for tensor in plan.shared if not tensor.basis_count}
         scales, centers = {name: 1.0 if name in whole else scale for name, scale in scales.items()}, {}
     return plan.with_values(scales, centers, zero_rows, spread)
 
@@ -67,9 +67,9 @@ def fill(pool: RoastPool, model: nn.Module, plan: RoastPlan, init: str) -> None:
     with torch.no_grad():
         for tensor, basis in zip(plan.with_basis, pool.bases(), strict=True):
             if init == "project":
-                basis.copy_(principal_basis(model.get_parameter(tensor.name), tensor.basis))
+                basis.copy_(principal_basis(model.get_parameter(tensor.name), tensor.basis_count))
             else:
-                basis.copy_(cosine_basis(tensor.shape[2:], tensor.basis))
+                basis.copy_(cosine_basis(tensor.shape[2:], tensor.basis_count))
     if init == "project":
         pool.initialise_projection(
             (plan.view(tensor), tensor.scale or 0.0, _asked_of(pool, tensor, model.get_parameter(tensor.name).detach()))

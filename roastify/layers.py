@@ -111,9 +111,10 @@ def describe_shared(module: RoastModule) -> str:
     for name, shared in module.__dict__.get("_roast", {}).items():
         view = shared.view
         what = "strips" if view.strips else "tiles"
+        kernels = "" if shared.basis_index is None else f", kernels of basis_{shared.basis_index}"
         parts.append(
             f"{name}: {view.num_tiles} {what} of {view.tile_rows}×{view.tile_cols} in {view.num_slots} shared slots, "
-            f"scale={shared.scale:.4g}" + ("" if shared.basis is None else f", kernels of basis_{shared.basis}")
+            f"scale={shared.scale:.4g}{kernels}"
         )
     return ", ".join(parts)
 

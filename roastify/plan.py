@@ -38,8 +38,8 @@ class TensorPlan:
         zero_row: its row that is zero and stays so (an embedding's padding row), if any.
         center: what is added to every element read from the pool.
         whole: why it is materialised, where it is.
-        basis: basis kernels that its kernels are combinations of (`basis`); the matrix then holds their coefficients.
-            0: the matrix holds the tensor.
+        basis_count: basis kernels that its kernels are combinations of; the matrix then holds the coefficients. 0: it
+            holds the tensor.
     """
 
     name: str
@@ -61,7 +61,7 @@ class TensorPlan:
     zero_row: int | None = None
     center: float = 0.0
     whole: str = ""
-    basis: int = 0
+    basis_count: int = 0
 
     @property
     def numel(self) -> int:
@@ -76,7 +76,7 @@ class TensorPlan:
     @property
     def basis_shape(self) -> tuple[int, int]:
         """`(basis kernels, positions of a kernel)`."""
-        return self.basis, math.prod(self.shape[2:])
+        return self.basis_count, math.prod(self.shape[2:])
 
     @property
     def nbytes(self) -> int:
@@ -169,7 +169,7 @@ class RoastPlan:
     @property
     def with_basis(self) -> list[TensorPlan]:
         """The shared tensors whose kernels are combinations of basis kernels."""
-        return [tensor for tensor in self.tensors if tensor.basis]
+        return [tensor for tensor in self.tensors if tensor.basis_count]
 
     @property
     def basis_numel(self) -> int:

@@ -38,9 +38,10 @@ _FEW_SLOTS = 64
 # and 54.7 at 500, 45.0 and 43.6 at 1,000, where they are two thirds; a transformer on IMDB: 84.1 and 84.6 at 300, and
 # 75.8 and 82.6 at 1,000, where they would leave the pool a tenth of the budget and are shared (docs/accuracy.md).
 _KEPT_OF_BUDGET, _KEPT_OF_MODEL, _MOST_KEPT_OF_BUDGET = Fraction(1, 5), Fraction(1, 50), Fraction(3, 4)
-# ResNet-9 on CIFAR-10, its 3×3 kernels made of 6 basis kernels against whole: 0.1 points to the good at ratio 10, 1.0
-# at 30, 1.6 at 100, 2.5 at 300; 3 to 8 basis kernels differ by less than the noise (docs/accuracy.md). Along one
-# dimension, in smaller kernels, and at ratios under 2, where whole kernels cost little, nothing was measured.
+# ResNet-9 on CIFAR-10, its 3×3 kernels made of 6 basis kernels against whole: 0.3 points to the good at ratio 3 (one
+# seed), 0.15 at 10, 1.0 at 30, 1.6 at 100, 2.5 at 300; of 3, 4, 5, 6 and 8 basis kernels none is best at all ratios
+# (one seed each; docs/accuracy.md). Other kernels were not measured: larger ones, which have more frequencies to leave
+# out, get a basis, those along one dimension and smaller ones do not. Nor were ratios under 3.
 _LEAST_KERNEL_DIMS, _LEAST_POSITIONS, _LEAST_RATIO_OF_BASIS = 2, 9, 2
 _BASIS_OF_POSITIONS = Fraction(2, 3)
 # Of what a tensor has of the pool by its size, its basis kernels take at most this.
@@ -92,16 +93,16 @@ def _most_kept(budget: Fraction, total: int) -> Fraction:
 def _make_plan(
     model: torch.nn.Module, forest: Forest, config: RoastConfig, held: Mapping[str, str], everything: bool
 ) -> RoastPlan:
-    ratio = check_ratio(config.ratio)
-    verdicts, trainable = _verdicts(model, forest, config, held, everything, ratio)
+    verdicts, trainable = _verdicts(model, forest, config, held, everything)
     eligible = [info for info in forest.parameters if verdicts[info.name].shared]
+    ratio = check_ratio(config.ratio)
     if not eligible:
         raise PlanError(_nothing_eligible(verdicts.values()))
     total = sum(tensor.numel for tensor in verdicts.values())
     kept = sum(tensor.numel for tensor in verdicts.values() if not tensor.shared)
     shared = [verdicts[info.name] for info in eligible]
     least_slots = len(shared) if config.sharing == "local" else 1
-    bases = sum(math.prod(tensor.basis_shape) for tensor in shared if tensor.basis)
+    bases = sum(math.prod(tensor.basis_shape) for tensor in shared if tensor.basis_count)
     room = (total if ratio == 1 else int(total / ratio)) - kept - bases
     tile = _choose_tile(shared, room, config, ratio)
     size = tile[0] * tile[1]
@@ -135,12 +136,7 @@ def _make_plan(
 
 
 def _verdicts(
-    model: torch.nn.Module,
-    forest: Forest,
-    config: RoastConfig,
-    held: Mapping[str, str],
-    everything: bool,
-    ratio: Fraction,
+    model: torch.nn.Module, forest: Forest, config: RoastConfig, held: Mapping[str, str], everything: bool
 ) -> tuple[dict[str, TensorPlan], bool]:
     """Return the verdict on every tensor, and whether the pool is trained."""
     included = _match("include", config.include, model, forest)
@@ -170,7 +166,7 @@ def _verdicts(
             op=_op(info.uses),
             shared=reason is None,
             reason=reason or ("tied: " + ", ".join(info.aliases[1:]) if len(info.aliases) > 1 else "eligible"),
-            **(_matrix(model, info, config, ratio) if reason is None else {}),
+            **(_matrix(model, info, config) if reason is None else {}),
         )
     return verdicts, trainable
 
@@ -214,7 +210,7 @@ def _op(uses: Sequence[WeightUse]) -> str:
     return ", ".join(dict.fromkeys(use.op for use in uses))
 
 
-def _matrix(model: torch.nn.Module, info: ParameterInfo, config: RoastConfig, ratio: Fraction) -> dict[str, Any]:
+def _matrix(model: torch.nn.Module, info: ParameterInfo, config: RoastConfig) -> dict[str, Any]:
     """Return how a tensor becomes a matrix of tiles, or strips where every consumer wants it whole."""
     kinds, ways = [], []
     for alias in info.aliases:
@@ -235,11 +231,11 @@ def _matrix(model: torch.nn.Module, info: ParameterInfo, config: RoastConfig, ra
         rows, cols = cols, rows
     elif info.parameter.dim() <= 1:
         rows, cols = 1, rows
-    basis = 0
+    basis_count = 0
     if all(kind is not None and kind.kernels for kind in kinds):
-        basis = _basis_count(tuple(info.parameter.shape), config, ratio)
-    if basis:
-        cols = info.parameter.shape[1] * basis
+        basis_count = _basis_count(info.parameter.shape, config)
+    if basis_count:
+        cols = info.parameter.shape[1] * basis_count
     return {
         "rows": rows,
         "cols": cols,
@@ -247,13 +243,13 @@ def _matrix(model: torch.nn.Module, info: ParameterInfo, config: RoastConfig, ra
         "strips": not any(way.tiles for way in ways),
         "through": ", ".join(dict.fromkeys(way.through for way in ways)),
         "whole": next((way.whole for way in ways if way.whole), ""),
-        "basis": basis,
+        "basis_count": basis_count,
     }
 
 
-def _basis_count(shape: tuple[int, ...], config: RoastConfig, ratio: Fraction) -> int:
+def _basis_count(shape: Sequence[int], config: RoastConfig) -> int:
     """Return how many basis kernels a convolution's weight is made of; 0 for none."""
-    kernel, positions = shape[2:], math.prod(shape[2:])
+    kernel, positions, ratio = shape[2:], math.prod(shape[2:]), check_ratio(config.ratio)
     if config.kernel_basis == "none" or ratio == 1:
         return 0
     if isinstance(config.kernel_basis, int):

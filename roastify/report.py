@@ -103,7 +103,7 @@ def _row(plan: RoastPlan, group: list[TensorPlan]) -> list[str | Text]:
     if first.shared:
         # A shared tensor's part of the pool, in proportion to what it asks of it.
         asked = sum(tensor.matrix_numel for tensor in group) / sum(tensor.matrix_numel for tensor in plan.shared)
-        stored = plan.pool_numel * asked + sum(math.prod(tensor.basis_shape) for tensor in group if tensor.basis)
+        stored = plan.pool_numel * asked + sum(math.prod(tensor.basis_shape) for tensor in group if tensor.basis_count)
     return [
         Text(_label(group)),
         "×".join(map(str, first.shape)) or "1" if len(shapes) == 1 else "various",

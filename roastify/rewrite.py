@@ -121,7 +121,7 @@ def _basis_energy(plan: RoastPlan, tensor: TensorPlan) -> float:
     Divided by that, a step of SGD on the basis is the dense one, projected.
     """
     assert plan.pool_std is not None, "the plan was not measured"
-    return max(tensor.matrix_numel / tensor.basis * (_scale(tensor) * plan.pool_std) ** 2, 1e-12)
+    return max(tensor.matrix_numel / tensor.basis_count * (_scale(tensor) * plan.pool_std) ** 2, 1e-12)
 
 
 def owners(model: nn.Module, tensor: TensorPlan) -> Iterator[tuple[nn.Module, str]]:
@@ -167,7 +167,7 @@ def basis_of(pool: RoastPool, tensor: TensorPlan) -> nn.Parameter | None:
 
 
 def _basis_index(plan: RoastPlan, tensor: TensorPlan) -> int | None:
-    if not tensor.basis:
+    if not tensor.basis_count:
         return None
     return [other.name for other in plan.with_basis].index(tensor.name)
 

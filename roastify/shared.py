@@ -34,7 +34,7 @@ class SharedTensor:
         dtype: of the dense tensor.
         zero_row: a row that is zero and stays so (an embedding's padding row), or None.
         center: what is added to every element: the ones that a norm's weights start from.
-        basis: which of the pool's bases its kernels are combinations of (`basis`), or None; the matrix then holds
+        basis_index: which of the pool's bases its kernels are combinations of (`basis`), or None; the matrix then holds
             their coefficients.
     """
 
@@ -46,11 +46,11 @@ class SharedTensor:
     dtype: torch.dtype
     zero_row: int | None = None
     center: float = 0.0
-    basis: int | None = None
+    basis_index: int | None = None
 
     def __post_init__(self) -> None:
         shape = tuple(self.shape)
-        if self.basis is not None:
+        if self.basis_index is not None:
             shape = (*shape[:2], self.view.numel // math.prod(shape[:2]))
         self.weight = Weight(self.view, self.scale, shape, self.transposed)
         # Looked up in every call, where a property would cost as much as what it tells.
@@ -135,9 +135,9 @@ class SharedTensor:
         return self._combined((matrix.t() if self.transposed else matrix).reshape(self.weight.shape))
 
     def _combined(self, gathered: Tensor) -> Tensor:
-        if self.basis is None:
+        if self.basis_index is None:
             return gathered
-        return combine(gathered, self.pool.basis(self.basis, gathered.dtype)).view(self.shape)
+        return combine(gathered, self.pool.basis(self.basis_index, gathered.dtype)).view(self.shape)
 
     def whole(self, x: Tensor) -> Tensor:
         """Return the dense tensor for an operation on `x` that wants all of it, in the dtype that it runs in."""

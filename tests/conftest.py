@@ -81,6 +81,18 @@ def poisoned_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.fixture
+def full_precision() -> Iterator[None]:
+    """Keep cuDNN from TensorFloat32, in which a weight's last bit may decide another's tenth."""
+    kinds: list[Any] = [torch.backends.cudnn.conv, torch.backends.cudnn.rnn]
+    before = [kind.fp32_precision for kind in kinds]
+    for kind in kinds:
+        kind.fp32_precision = "ieee"
+    yield
+    for kind, precision in zip(kinds, before, strict=True):
+        kind.fp32_precision = precision
+
+
+@pytest.fixture
 def shipped_algorithms(poisoned_memory: None) -> None:
     """Leave torch's deterministic mode, for tests that ask whether results repeat without it."""
     _set_deterministic(False)

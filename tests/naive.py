@@ -110,7 +110,7 @@ class Naive:
         for readers in tensors.values():
             # Which element each weight reads, and times what: the weights of pools that are such numbers.
             first = readers[0][1]
-            coefficients = {"basis": None, "shape": torch.Size(first.weight.shape)}
+            coefficients = {"basis_index": None, "shape": torch.Size(first.weight.shape)}
             shared = dataclasses.replace(first, dtype=torch.float64, **coefficients)
             numbers = torch.arange(pool.numel(), dtype=torch.float64, device=pool.device).view(pool.shape)
             seen = {"table": pool_of(model).table, "parameter": lambda: pool, "stored_dtype": pool.dtype}
@@ -124,7 +124,7 @@ class Naive:
                 path, attribute = name.rsplit(".", 1)
                 owners.append((dense.get_submodule(path), attribute))
             self.made.append((owners, places.long(), factors))
-            basis = None if first.basis is None else pool_of(model).bases()[first.basis].detach().clone()
+            basis = None if first.basis_index is None else pool_of(model).bases()[first.basis_index].detach().clone()
             self.bases.append(None if basis is None else (basis, first.shape))
         self.gamma = gamma = torch.where(gamma == 0, 1, gamma).view(pool.shape)
         self.pool.register_hook(lambda grad: grad / gamma)

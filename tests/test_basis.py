@@ -161,8 +161,8 @@ class ByHand:
         for tensor in self.plan.shared:
             places, factors = self.reads[tensor.name]
             weight = self.pool.flatten()[places] * factors
-            if tensor.basis:
-                coefficients = weight.view(*tensor.shape[:2], tensor.basis, 1)
+            if tensor.basis_count:
+                coefficients = weight.view(*tensor.shape[:2], tensor.basis_count, 1)
                 weight = sum(coefficients[:, :, j] * kernel for j, kernel in enumerate(self.bases[tensor.name]))
             made |= dict.fromkeys(tensor.aliases, weight.view(tensor.shape))
         return made
@@ -244,18 +244,10 @@ def seeded() -> None:
 
 
 @pytest.fixture(autouse=True)
-def full_precision(request: pytest.FixtureRequest) -> Iterator[None]:
-    """On a GPU, no TensorFloat32, in which nothing agrees; compilers ask for flags that this would leave unequal."""
-    if not request.node.get_closest_marker("gpu") or request.node.get_closest_marker("compiled"):
-        yield
-        return
-    kinds: list[Any] = [torch.backends.cudnn.conv, torch.backends.cudnn.rnn]
-    before = [kind.fp32_precision for kind in kinds]
-    for kind in kinds:
-        kind.fp32_precision = "ieee"
-    yield
-    for kind, precision in zip(kinds, before, strict=True):
-        kind.fp32_precision = precision
+def precise(request: pytest.FixtureRequest) -> None:
+    """In full precision on a GPU, but for compilers, which ask for flags that this would leave unequal."""
+    if request.node.get_closest_marker("gpu") and not request.node.get_closest_marker("compiled"):
+        request.getfixturevalue("full_precision")
 
 
 # The formulas.
@@ -338,8 +330,8 @@ def test_a_model_on_the_meta_device_runs() -> None:
 
 def counts(model: nn.Module, ratio: float = 4, **changes: Any) -> dict[str, int]:
     plan = roastify.plan(model, config=config(ratio=ratio, **changes))
-    assert all(tensor.shared or not tensor.basis for tensor in plan.tensors)
-    return {tensor.name.removesuffix(".weight"): tensor.basis for tensor in plan.shared}
+    assert all(tensor.shared or not tensor.basis_count for tensor in plan.tensors)
+    return {tensor.name.removesuffix(".weight"): tensor.basis_count for tensor in plan.shared}
 
 
 @pytest.mark.parametrize(
@@ -621,7 +613,7 @@ def test_where_nothing_is_shared_projection_loses_what_the_basis_cannot_hold(cou
     twin = roastify.densify(model)
     for tensor in plan.shared:
         expected = dense.get_parameter(tensor.name).detach()
-        if tensor.basis:
+        if tensor.basis_count:
             left, values, right = torch.linalg.svd(expected.flatten(2).flatten(0, 1), full_matrices=False)
             values[count:] = 0
             expected = (left * values @ right).view_as(expected)
@@ -654,7 +646,7 @@ def test_a_basis_gradient_is_divided_by_the_squares_of_what_it_is_multiplied_wit
     hand = ByHand(model, dense)
     for tensor in hand.plan.with_basis:
         places, factors = hand.reads[tensor.name]
-        coefficients = (hand.pool.detach().flatten()[places] * factors).view(-1, tensor.basis)
+        coefficients = (hand.pool.detach().flatten()[places] * factors).view(-1, tensor.basis_count)
         # In the mean over its kernels, as a random pool has them.
         assert float(coefficients.square().sum(0).mean()) == pytest.approx(hand.energy(tensor.name), rel=0.15)
 
@@ -893,7 +885,7 @@ def test_an_artifact_of_before_there_were_bases_loads(tmp_path: Path) -> None:
     path = tmp_path / "a" / artifacts.MANIFEST
     manifest = json.loads(path.read_text(encoding="utf-8"))
     for tensor in manifest["plan"]["tensors"]:
-        assert tensor.pop("basis") == 0
+        assert tensor.pop("basis_count") == 0
     del manifest["plan"]["summary"]["basis_parameters"]
     del manifest["sha256"]
     manifest["format_version"] = 3

@@ -68,7 +68,7 @@ def reference_pool_gradient(converted: nn.Module, dense: nn.Module) -> np.ndarra
 
     for tensor in plan.shared:
         gradient = dense.get_parameter(tensor.name).grad.double().numpy().reshape(tensor.shape)
-        if tensor.basis:
+        if tensor.basis_count:
             # Of its kernels' coefficients.
             kernels = bases[tensor.name].detach().double().numpy()
             gradient = gradient.reshape(-1, kernels.shape[1]) @ kernels.T

@@ -26,7 +26,10 @@ from roastify.passes import _passes
 from roastify.rewrite import pool_of
 
 # cuDNN would rather have a recurrent layer's weights in one piece of memory.
-pytestmark = pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous:UserWarning"),
+    pytest.mark.usefixtures("full_precision"),
+]
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5}
 
@@ -56,18 +59,6 @@ def assert_same(found: Sequence[Tensor | None], expected: Sequence[Tensor | None
             continue
         assert one.dtype == other.dtype and other.any()
         torch.testing.assert_close(one, other, rtol=0, atol=tolerance * float(other.abs().max()))
-
-
-@pytest.fixture(autouse=True)
-def full_precision() -> Iterator[None]:
-    """In TensorFloat32 a weight's last bit may decide another's tenth."""
-    kinds: list[Any] = [torch.backends.cudnn.conv, torch.backends.cudnn.rnn]
-    before = [kind.fp32_precision for kind in kinds]
-    for kind in kinds:
-        kind.fp32_precision = "ieee"
-    yield
-    for kind, precision in zip(kinds, before, strict=True):
-        kind.fp32_precision = precision
 
 
 @pytest.fixture(autouse=True)

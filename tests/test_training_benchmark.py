@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -10,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 pytest.importorskip("transformers")
-from benchmarks.training import page
+from benchmarks.training import page, single, tasks
 from benchmarks.training.__main__ import main
+from roastify.rewrite import pool_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -107,3 +110,12 @@ def test_page_is_the_committed_results() -> None:
     if not page.RESULTS.is_file():
         pytest.skip("no training rows are committed yet; python -m benchmarks.training on a GPU writes them")
     assert page.markdown(page.load(page.RESULTS)) == page.DOCUMENT.read_text()
+
+
+def test_a_tasks_settings_are_those_of_its_conversion() -> None:
+    plans = {}
+    for name in ("resnet-50", "resnet-50, whole kernels"):
+        task = dataclasses.replace(tasks.SMOKE_TASKS["resnet-50"], settings=tasks.TASKS[name].settings)
+        task = dataclasses.replace(task, build=lambda: tasks.ResNet((1, 1), 64, 10))
+        plans[name] = pool_of(single._converted(task, 4, torch.device("cpu"))).plan
+    assert plans["resnet-50"].with_basis and not plans["resnet-50, whole kernels"].with_basis

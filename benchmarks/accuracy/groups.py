@@ -145,7 +145,7 @@ def kept() -> Iterator[Run]:
 
 def data() -> Iterator[Run]:
     """Augmentation and smoothed labels, dense and ours."""
-    for method, ratios in ((None, (100.0, 10.0)), ("dense", (1.0,))):
+    for method, ratios in ((CHOSEN_WITH["resnet9"], (100.0, 10.0)), ("dense", (1.0,))):
         yield from _vary("resnet9", ratios, {"cutout": 8}, {"smoothing": 0.1}, method=method)
 
 
