@@ -150,10 +150,13 @@ def data() -> Iterator[Run]:
 
 
 def basis() -> Iterator[Run]:
-    """How many basis kernels a 3×3 convolution's kernels are made of."""
+    """How many basis kernels a 3×3 convolution's kernels are made of, and the tile that goes with few."""
     rate, epochs = HELD_OUT["resnet9", "ours"]
-    counts = [(("kernel_basis", count),) for count in ("none", 4, 8, 3, 5)]
-    for seed, changes, ratio in itertools.product(range(2), [(), *counts], (100.0, 10.0, 30.0)):
+    counts = [(("kernel_basis", count),) for count in ("none", 3, 4, 2, 5, 8)]
+    small = [(*count, ("tile", "16x16")) for count in ((), counts[1])]
+    for seed, changes, ratio in itertools.product(SEEDS, [(), *counts], (100.0, 10.0, 300.0, 30.0)):
+        yield Run("resnet9", "ours", ratio, seed, rate, epochs, True, changes)
+    for seed, changes, ratio in itertools.product(SEEDS, small, (100.0, 300.0)):
         yield Run("resnet9", "ours", ratio, seed, rate, epochs, True, changes)
 
 
