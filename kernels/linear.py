@@ -20,6 +20,7 @@ from roastify.kernels.gather import gather
 from roastify.kernels.hash import effective_sign, supported
 from roastify.kernels.launch import precision, shared_memory
 from roastify.kernels.reduce import reduce, reduce_
+from roastify.kernels.reference import summed_in
 from roastify.kernels.view import SignKind, TileView
 
 
@@ -95,8 +96,7 @@ def linear_t(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: 
             out = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
         elif out is None:
             # Panels are partial sums, so a narrow dtype accumulates in float32.
-            wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-            out = (flat[:, start:stop] @ weight).to(wide)
+            out = (flat[:, start:stop] @ weight).to(summed_in(x.dtype))
             out = out if bias is None else out + bias
         else:
             out += flat[:, start:stop] @ weight
@@ -113,8 +113,7 @@ def linear_reduce(
     if len(_panels(view, tuning.SCRATCH_ELEMENTS)) == 1:
         return reduce(grad.t() @ x, table, view, scale, pool_shape)
     # A narrow dtype accumulates in float32.
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    total = torch.zeros(pool_shape, dtype=wide, device=x.device)
+    total = torch.zeros(pool_shape, dtype=summed_in(x.dtype), device=x.device)
     linear_reduce_(total, grad, x, table, view, scale)
     return total.to(x.dtype)
 

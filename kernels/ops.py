@@ -2,7 +2,8 @@ r"""The operators `torch.ops.roastify.*`: schemas, fakes, autograd and registrat
 
 Each takes the pool, the chunk table, a `TileView` as ``int[]`` and the tensor's scale λ, and stands for the dense
 operation on :math:`W = \lambda \cdot sign \cdot pool[slot]`. The family is closed under differentiation (the gradient
-of every operator is another of them), so second derivatives work as well.
+of every operator is another of them), so second derivatives work as well. `combine` and `combine_reduce` have no part
+in the pool: they make kernels of coefficients and a basis.
 
 The three that make a gradient of the pool have twins (`reduce_`, `linear_reduce_`, `embedding_reduce_`) that add it to
 a tensor of the pool's shape, and touch no more of that than their tensor reads. A backward pass takes them wherever the
@@ -37,6 +38,8 @@ _SCHEMAS = {
     "linear_reduce": f"(Tensor grad, Tensor x, {_VIEW}, int[] pool_shape) -> Tensor",
     "embedding": f"(Tensor index, Tensor pool, {_VIEW}) -> Tensor",
     "embedding_reduce": f"(Tensor grad, Tensor index, {_VIEW}, int[] pool_shape) -> Tensor",
+    "combine": "(Tensor coefficients, Tensor basis, float grad_scale) -> Tensor",
+    "combine_reduce": "(Tensor coefficients, Tensor grad, float grad_scale) -> Tensor",
     "reduce_": f"(Tensor(a!) total, Tensor grad_weight, {_VIEW}) -> ()",
     "linear_reduce_": f"(Tensor(a!) total, Tensor grad, Tensor x, {_VIEW}) -> ()",
     "embedding_reduce_": f"(Tensor(a!) total, Tensor grad, Tensor index, {_VIEW}) -> ()",
@@ -51,6 +54,8 @@ _CUDA_HOMES = {
     "linear_reduce": "linear",
     "embedding": "embedding",
     "embedding_reduce": "embedding",
+    "combine": "combine",
+    "combine_reduce": "combine",
     "reduce_": "reduce",
     "linear_reduce_": "linear",
     "embedding_reduce_": "embedding",
@@ -94,8 +99,10 @@ def _implementation(name: str) -> Any:
     return call
 
 
-def _with_view(function: Any, view_position: int) -> Any:
-    """Return `function` taking its `TileView` as the plain list of integers that the schema has."""
+def _with_view(function: Any, view_position: int | None) -> Any:
+    """Return `function` taking its `TileView`, if it has one, as the plain list of integers that the schema has."""
+    if view_position is None:
+        return function
 
     def call(*args: Any) -> Tensor | None:
         return function(*args[:view_position], TileView(*args[view_position]), *args[view_position + 1 :])
@@ -104,11 +111,12 @@ def _with_view(function: Any, view_position: int) -> Any:
 
 
 _implementations: dict[str, Any] = {}
-_view_positions: dict[str, int] = {}
+_view_positions: dict[str, int | None] = {}
 for _name, _schema in _SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     _implementations[_name] = _implementation(_name)
-    _view_positions[_name] = _schema.split("->")[0].split(",").index(" int[] view")
+    _arguments = _schema.split("->")[0].split(",")
+    _view_positions[_name] = _arguments.index(" int[] view") if " int[] view" in _arguments else None
     _library.impl(_name, _with_view(_implementations[_name], _view_positions[_name]), "CompositeExplicitAutograd")
 
 _ops = torch.ops.roastify
@@ -150,6 +158,18 @@ def _(
     grad: Tensor, index: Tensor, table: Tensor, view: Sequence[int], scale: float, pool_shape: Sequence[int]
 ) -> Tensor:
     return grad.new_empty(pool_shape)
+
+
+@torch.library.register_fake("roastify::combine", lib=_library)
+def _(coefficients: Tensor, basis: Tensor, grad_scale: float) -> Tensor:
+    torch._check(coefficients.shape[1] == basis.shape[0], lambda: f"no product of {coefficients.shape}, {basis.shape}")
+    return coefficients.new_empty(coefficients.shape[0], basis.shape[1])
+
+
+@torch.library.register_fake("roastify::combine_reduce", lib=_library)
+def _(coefficients: Tensor, grad: Tensor, grad_scale: float) -> Tensor:
+    torch._check(coefficients.shape[0] == grad.shape[0], lambda: f"no sum over {coefficients.shape}, {grad.shape}")
+    return grad.new_empty(coefficients.shape[1], grad.shape[1], dtype=reference.summed_in(coefficients.dtype))
 
 
 def _adds_in_place(*args: Any) -> None:
@@ -328,6 +348,37 @@ def _backward_embedding_reduce(ctx: Any, grad: Tensor) -> tuple[Tensor | None, .
     return _call("embedding", index, grad, table, ctx.view, ctx.scale), None, None, None, None, None
 
 
+def _save_combine(ctx: Any, coefficients: Tensor, basis: Tensor, grad_scale: float) -> None:
+    need_coefficients, need_basis = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(coefficients if need_basis else None, basis if need_coefficients else None)
+    ctx.dtype, ctx.grad_scale = basis.dtype, grad_scale
+
+
+def _backward_combine(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    coefficients, basis = ctx.saved_tensors
+    return (
+        None if basis is None else _call("combine", grad, basis.t(), ctx.grad_scale),
+        None if coefficients is None else _call("combine_reduce", coefficients, grad, ctx.grad_scale).to(ctx.dtype),
+        None,
+    )
+
+
+def _save_combine_reduce(ctx: Any, coefficients: Tensor, grad: Tensor, grad_scale: float) -> None:
+    need_coefficients, need_grad = ctx.needs_input_grad[:2]
+    ctx.grad_scale = grad_scale
+    ctx.save_for_backward(coefficients if need_grad else None, grad if need_coefficients else None)
+
+
+def _backward_combine_reduce(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+    coefficients, grad = ctx.saved_tensors
+    outer = outer * ctx.grad_scale
+    return (
+        None if grad is None else _call("combine", grad, outer.t(), 1.0),
+        None if coefficients is None else _call("combine", coefficients, outer, 1.0),
+        None,
+    )
+
+
 def _node(name: str, save: Any, differentiate: Any) -> Any:
     """Return an operator's node of autograd, which `save` fills and `differentiate` reads.
 
@@ -390,6 +441,8 @@ for _name, _save, _differentiate in (
     ("linear_reduce", _save_linear_reduce, _backward_linear_reduce),
     ("embedding", _save_embedding, _backward_embedding),
     ("embedding_reduce", _save_embedding_reduce, _backward_embedding_reduce),
+    ("combine", _save_combine, _backward_combine),
+    ("combine_reduce", _save_combine_reduce, _backward_combine_reduce),
 ):
     _nodes[_name] = _node(_name, _save, _differentiate)
     _library.impl(_name, _with_view(_for_autograd(_name), _view_positions[_name]), "Autograd")
@@ -475,6 +528,20 @@ def embedding(index: Tensor, pool: Tensor, table: Tensor, view: TileView, scale:
     if index.dtype not in (torch.int64, torch.int32):
         raise RuntimeError(f"embedding indices must be int64 or int32, not {index.dtype}")
     return _call("embedding", index, pool, table, view, scale)
+
+
+def combine(coefficients: Tensor, basis: Tensor, grad_scale: float = 1.0) -> Tensor:
+    """Return `coefficients · basis`, computed in float32 (float64 for float64), whatever autocast is set to.
+
+    Args:
+        coefficients: `[rows, count]`.
+        basis: `[count, size]`, of any floating dtype.
+        grad_scale: what the basis's gradient is multiplied by.
+
+    Returns:
+        `[rows, size]`, of the coefficients' dtype.
+    """
+    return _call("combine", coefficients, basis, float(grad_scale))
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

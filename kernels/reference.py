@@ -39,6 +39,11 @@ _FEW_ROWS = 64
 _MAX_ROWS_BY_SLOT = 16
 
 
+def summed_in(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which products of numbers of a dtype are summed, and gradients of a pool of it."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def _shift_right(word: Tensor, bits: int) -> Tensor:
     """Logical shift of a 64-bit word held in int64."""
     return (word >> bits) & ((1 << (64 - bits)) - 1)
@@ -175,8 +180,7 @@ def _add_segments(
 
 def _accumulator(like: Tensor, shape: list[int]) -> Tensor:
     """Return a zeroed buffer in which sums over `like` are kept: float32, or float64 for float64."""
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return torch.zeros(shape, dtype=dtype, device=like.device)
+    return torch.zeros(shape, dtype=summed_in(like.dtype), device=like.device)
 
 
 class _Panels:
@@ -329,7 +333,7 @@ def _linear_by_slot(x: Tensor, pool: Tensor, table: Tensor, view: TileView, scal
     region = pool.reshape(-1, view.tile_rows, view.tile_cols)[view.first_slot : view.first_slot + view.num_slots]
     products = torch.bmm(meet, region.transpose(1, 2))
 
-    accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+    accumulate = summed_in(dtype)
     out = torch.zeros(view.grid_rows + 1, num_rows * view.tile_rows, dtype=accumulate, device=x.device)
     # Places of the first and last chunk that are not this tensor's go to a row of their own, which nobody reads.
     rows = torch.where(inside, place // view.grid_cols, view.grid_rows)
@@ -347,7 +351,7 @@ def linear_t(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: 
         out = out if bias is None else out.add_(bias)
     else:
         # Panels are partial sums here, so a narrow dtype accumulates in float32.
-        accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
+        accumulate = summed_in(x.dtype)
         out = torch.zeros(flat.shape[0], view.cols, dtype=accumulate, device=x.device)
         if bias is not None:
             out += bias
@@ -432,3 +436,17 @@ def embedding_reduce_(total: Tensor, grad: Tensor, index: Tensor, table: Tensor,
     pad = view.grid_cols * view.tile_cols - view.cols
     values = (F.pad(grad, (0, pad)) if pad else grad).reshape(*tiles.shape, view.tile_cols)
     _add_segments(total.view(-1), table, view, scale, tiles, tile_rows, values)
+
+
+def combine(coefficients: Tensor, basis: Tensor, grad_scale: float = 1.0) -> Tensor:
+    """Return `coefficients · basis`, of the coefficients' dtype; `grad_scale` counts in its gradient alone."""
+    wide = summed_in(coefficients.dtype)
+    with torch.autocast(coefficients.device.type, enabled=False):
+        return (coefficients.to(wide) @ basis.to(wide)).to(coefficients.dtype)
+
+
+def combine_reduce(coefficients: Tensor, grad: Tensor, grad_scale: float = 1.0) -> Tensor:
+    """Return `grad_scale · coefficientsᵀ · grad`, in the dtype that it is summed in."""
+    wide = summed_in(coefficients.dtype)
+    with torch.autocast(coefficients.device.type, enabled=False):
+        return (coefficients.to(wide).t() @ grad.to(wide)).mul_(grad_scale)

@@ -20,6 +20,9 @@ EMBEDDING_ELEMENTS, EMBEDDING_WARPS = 2048, 4
 # Lookups of a program that finds their places; elements and warps of one that adds runs, and its fewest steps.
 PLACE_LOOKUPS = 256
 RUN_ELEMENTS, RUN_WARPS, RUN_STEPS = 1024, 4, 16
+# Elements of the wider side and warps of a program that multiplies kernels by their basis, the most parts that its
+# gradient is summed in, and the largest side that it takes.
+COMBINE_ELEMENTS, COMBINE_WARPS, COMBINE_PARTS, COMBINE_SIZE = 2048, 4, 256, 64
 # Partial sums: numbers that a program holds at a time, and the most parts among them.
 SUM_ELEMENTS, SUM_PARTS, SUM_WARPS = 2048, 64, 4
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from roastify.basis import coefficient_matrix, combined_matrix
 from roastify.kernels import ops
+from roastify.kernels.reference import summed_in
 from roastify.kernels.view import SignKind, TileView
 from roastify.kinds import kind_of
 from roastify.plan import TensorPlan
@@ -281,7 +282,7 @@ def _basis(pool: RoastPool, term: _Term, dtype: torch.dtype) -> Tensor | None:
 
 def _solve(pool: RoastPool, terms: Sequence[_Term], steps: int) -> tuple[float, float]:
     """Minimise the mean of the terms over the pool by conjugate gradients; return it before and after."""
-    wide = torch.float64 if pool.weight.dtype == torch.float64 else torch.float32
+    wide = summed_in(pool.weight.dtype)
     x = pool.weight.detach().to(wide, copy=True)
     places = [
         _Place(pool.table, pool.plan.view(term.tensor), term.tensor.scale or 0.0, _basis(pool, term, wide))

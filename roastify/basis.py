@@ -67,12 +67,12 @@ def principal_basis(dense: Tensor, count: int) -> Tensor:
     return left @ right @ space
 
 
-def combine(coefficients: Tensor, basis: Tensor) -> Tensor:
-    """Return `coefficients · basis`, `[…, positions]`, in their dtype, under autocast too."""
-    if ops.autocast_dtype(coefficients) in (None, coefficients.dtype):
-        return coefficients @ basis
-    with torch.autocast(coefficients.device.type, enabled=False):
-        return coefficients @ basis
+def combine(coefficients: Tensor, basis: Tensor, grad_scale: float = 1.0) -> Tensor:
+    """Return `coefficients · basis`, `[…, positions]`, in their dtype, whatever autocast is set to.
+
+    The basis's gradient is multiplied by `grad_scale`.
+    """
+    return ops.combine(coefficients.flatten(0, -2), basis, grad_scale).unflatten(0, coefficients.shape[:-1])
 
 
 def combined_matrix(matrix: Tensor, basis: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch.utils import _python_dispatch as dispatch
 from torch.utils import checkpoint
 
 from roastify.errors import RoastError
+from roastify.kernels.reference import summed_in
 from roastify.kernels.sink import Sink
 from roastify.kernels.view import Weight
 from roastify.kernels.weights import WeightGroup, again, gather_weights
@@ -56,7 +57,7 @@ class _Gate(torch.autograd.Function):
         uneven_slots: Tensor | None,
         uneven: Tensor | None,
     ) -> Tensor:
-        return weight.new_empty((), dtype=wide(weight)).expand(weight.shape)
+        return weight.new_empty((), dtype=summed_in(weight.dtype)).expand(weight.shape)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -81,11 +82,6 @@ class _Gate(torch.autograd.Function):
             else:
                 grad = _divided(grad, per_slot, uneven_slots, uneven)
         return grad.to(ctx.dtype), None, None, None, None
-
-
-def wide(weight: Tensor) -> torch.dtype:
-    """Return the dtype in which gradients of a pool are summed and divided by Γ."""
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
 def _divided(grad: Tensor, per_slot: Tensor, uneven_slots: Tensor, uneven: Tensor) -> Tensor:
@@ -143,7 +139,7 @@ class _Door:
     def __init__(self, pool: Pool, plain: bool) -> None:
         # Held: while this exists, no other tensor can take the Parameter's identity or memory.
         self.weight = weight = pool.weight
-        self.sink = Sink(weight.shape, wide(weight), weight.device) if plain else None
+        self.sink = Sink(weight.shape, summed_in(weight.dtype), weight.device) if plain else None
         gamma = (pool.per_slot, pool.uneven_slots, pool.uneven) if pool.precondition else (None, None, None)
         self.token: Tensor = _Gate.apply(weight, self.sink, *gamma)
 

@@ -13,10 +13,11 @@ from roastify import traced
 from roastify.errors import RoastError
 from roastify.gamma import inverse_gamma
 from roastify.kernels import reference
+from roastify.kernels.reference import summed_in
 from roastify.kernels.view import TileView, Weight
 from roastify.kernels.weights import WeightGroup, grouped
 from roastify.mapping import TileMap
-from roastify.passes import divide_, is_watched_by_modes, made_of, unseen, wide
+from roastify.passes import divide_, is_watched_by_modes, made_of, unseen
 
 
 class RoastPool(nn.Module):
@@ -141,13 +142,9 @@ class RoastPool(nn.Module):
         """Return the Parameters of all basis kernels."""
         return [getattr(self, _basis_name(index)) for index in range(len(self._basis_energy))]
 
-    def basis(self, index: int, dtype: torch.dtype) -> Tensor:
-        """Return a layer's basis kernels for use in a forward pass, in a dtype; see the class for their gradient."""
-        basis: Tensor = getattr(self, _basis_name(index))
-        if self.precondition and basis.requires_grad and torch.is_grad_enabled():
-            # Its own value, to the last bit, and a part of its gradient.
-            basis = torch.lerp(basis.detach(), basis, 1 / self._basis_energy[index])
-        return basis.to(dtype)
+    def basis(self, index: int) -> tuple[Tensor, float]:
+        """Return a layer's basis kernels, and what their gradient is to be multiplied by; see the class."""
+        return getattr(self, _basis_name(index)), 1 / self._basis_energy[index] if self.precondition else 1.0
 
     def group_of(self, weight: Weight) -> WeightGroup:
         """Return the weights that a pass gathers with this one."""
@@ -190,7 +187,7 @@ class RoastPool(nn.Module):
         Args:
             tensors: view, λ and dense matrix `[rows, cols]` of every shared tensor; tied tensors once.
         """
-        dtype = wide(self.weight)
+        dtype = summed_in(self.weight.dtype)
         with torch.no_grad():
             direct = self.weight.dtype == dtype
             total = self.weight.data.zero_() if direct else torch.zeros_like(self.weight, dtype=dtype)
@@ -214,7 +211,7 @@ class RoastPool(nn.Module):
 
     def _from_master(self, master: Tensor) -> Tensor:
         """Return a master for use: where the pool is, and 1/Γ in the dtype that gradients are summed in."""
-        dtype = wide(self.weight) if master.is_floating_point() else master.dtype
+        dtype = summed_in(self.weight.dtype) if master.is_floating_point() else master.dtype
         return master.to(self.weight.device, dtype)
 
     def extra_repr(self) -> str:

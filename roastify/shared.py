@@ -137,7 +137,7 @@ class SharedTensor:
     def _combined(self, gathered: Tensor) -> Tensor:
         if self.basis_index is None:
             return gathered
-        return combine(gathered, self.pool.basis(self.basis_index, gathered.dtype)).view(self.shape)
+        return combine(gathered, *self.pool.basis(self.basis_index)).view(self.shape)
 
     def whole(self, x: Tensor) -> Tensor:
         """Return the dense tensor for an operation on `x` that wants all of it, in the dtype that it runs in."""

@@ -541,10 +541,15 @@ def _differentiable(case: Case) -> dict[str, tuple[Callable[..., Tensor], tuple[
         "linear_reduce": (lambda grad, x: operations.linear_reduce(grad, x, table, view, scale, shape), (grad, x)),
         "embedding": (lambda pool: operations.embedding(index, pool, table, view, scale), (pool,)),
         "embedding_reduce": (lambda rows: operations.embedding_reduce(rows, index, table, view, scale, shape), (rows,)),
+        "combine": (lambda x, basis: operations.combine(x, basis, 1.0), (grad, weight)),
+        "combine_reduce": (lambda x, grad: operations.combine_reduce(x, grad, 0.3), (grad, x)),
     }
 
 
-OPERATIONS = ("gather", "reduce", "linear", "linear_t", "linear_reduce", "embedding", "embedding_reduce")
+OPERATIONS = (
+    "gather", "reduce", "linear", "linear_t", "linear_reduce", "embedding", "embedding_reduce", "combine",
+    "combine_reduce",
+)  # fmt: skip
 each_operation = pytest.mark.parametrize("name", OPERATIONS)
 
 
@@ -566,6 +571,34 @@ def test_numerical_derivatives_by_slot() -> None:
     assert gradgradcheck(operation, inputs, fast_mode=True)
 
 
+def test_what_scales_the_gradient_of_a_basis_scales_every_derivative_by_it() -> None:
+    """As if the basis were `b.detach() + 0.3 · (b - b.detach())`."""
+    coefficients = randn(20, 4, dtype=torch.float64).requires_grad_()
+    basis = randn(4, 9, dtype=torch.float64, seed=1).requires_grad_()
+    found = []
+    for run in (
+        lambda: ops.combine(coefficients, basis, 0.3),
+        lambda: coefficients @ torch.lerp(basis.detach(), basis, 0.3),
+    ):
+        first = torch.autograd.grad(run().pow(3).sum(), [coefficients, basis], create_graph=True)
+        second = [
+            torch.autograd.grad(gradient.pow(2).sum(), [coefficients, basis], create_graph=True) for gradient in first
+        ]
+        third = torch.autograd.grad(sum(each.pow(2).sum() for pair in second for each in pair), [coefficients, basis])
+        found.append([*first, *second[0], *second[1], *third])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12 * float(other.detach().abs().max()))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_sizes_without_a_product_are_refused(device: str) -> None:
+    three, five = torch.zeros(10, 3, device=device), torch.zeros(5, 9, device=device)
+    with pytest.raises(RuntimeError, match=r"product|cannot be multiplied"):
+        ops.combine(three, five)
+    with pytest.raises(RuntimeError, match=r"sum over|cannot be multiplied"):
+        torch.ops.roastify.combine_reduce(three, five, 1.0)
+
+
 # The operators as torch sees them.
 
 
@@ -584,6 +617,8 @@ def _operator_arguments(case: Case, dtype: torch.dtype) -> dict[str, tuple[Any, 
         "linear_reduce": (grad, x, table, view, scale, shape),
         "embedding": (index, pool, table, view, scale),
         "embedding_reduce": (x, index, table, view, scale, shape),
+        "combine": (grad.detach().flatten(0, 1).requires_grad_(), randn(case.rows, 9).requires_grad_(), 0.3),
+        "combine_reduce": (*(side.detach().flatten(0, 1).requires_grad_() for side in (grad, x)), 0.3),
     }
 
 

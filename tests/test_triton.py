@@ -25,7 +25,7 @@ if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
 
 triton = pytest.importorskip("triton")
 
-from roastify.kernels import embedding, few_rows, gather, group, linear, many_rows, reduce, tuning  # noqa: E402
+from roastify.kernels import combine, embedding, few_rows, gather, group, linear, many_rows, reduce, tuning  # noqa: E402
 
 # The interpreter computes with NumPy, whose integers warn where a hash wraps on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
@@ -607,3 +607,64 @@ def test_weights_of_a_group_are_alike() -> None:
     views = [Case(64, 64, (16, 16), slots).build()[0] for slots in (5, 6)]
     with pytest.raises(AssertionError, match="differ in more than"):
         group.Group([Weight(view, 1.0, (64, 64), False) for view in views])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("rows", "count", "size"), [(1, 1, 2), (5, 6, 9), (300, 6, 9), (1000, 17, 25), (130, 33, 49), (70, 64, 64)]
+)
+def test_combine(rows: int, count: int, size: int, dtype: torch.dtype) -> None:
+    coefficients, basis = randn(rows, count, dtype=dtype), randn(count, size, seed=1)
+    expected = in_float64(reference.combine, coefficients, basis)
+    assert_near(combine.combine(coefficients, basis), expected, dtype)
+    # As it is multiplied by in the backward pass.
+    grad = randn(rows, size, dtype=dtype, seed=2)
+    assert_near(combine.combine(grad, basis.t()), in_float64(reference.combine, grad, basis.t()), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("parts", [1, 3, 256])
+@pytest.mark.parametrize(("rows", "count", "size"), [(1, 1, 2), (300, 6, 9), (1000, 17, 25), (130, 64, 64)])
+def test_combine_reduce(
+    rows: int, count: int, size: int, parts: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "COMBINE_PARTS", parts)
+    combine._reduce_launch.cache_clear()
+    coefficients, grad = randn(rows, count, dtype=dtype), randn(rows, size, dtype=dtype, seed=1)
+    found = combine.combine_reduce(coefficients, grad)
+    combine._reduce_launch.cache_clear()
+    assert_near(found, in_float64(reference.combine_reduce, coefficients, grad), torch.float32)
+
+
+def test_combine_reduce_of_two_dtypes() -> None:
+    # A gradient that the coefficients' dtype does not hold.
+    coefficients, grad = randn(300, 6, dtype=torch.float16), 1e5 * randn(300, 9, seed=1)
+    expected = in_float64(reference.combine_reduce, coefficients, grad)
+    assert_near(combine.combine_reduce(coefficients, grad), expected, torch.float32)
+
+
+def test_sizes_without_a_product_are_refused() -> None:
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        combine.combine(randn(10, 4), randn(6, 9))
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        combine.combine_reduce(randn(10, 4), randn(9, 9))
+
+
+@pytest.mark.parametrize("name", ["combine", "combine_reduce"])
+def test_combining_reads_no_row_beyond_the_last(name: str) -> None:
+    around = torch.full((64, 6), torch.nan, device=DEVICE)
+    around[:50] = randn(50, 6)
+    other = randn(6, 9) if name == "combine" else randn(50, 9)
+    found, expected = (getattr(home, name)(around[:50], other) for home in (combine, reference))
+    assert_near(found, expected, torch.float32)
+
+
+@pytest.mark.parametrize("size", [65, 121])
+def test_large_bases_and_float64_go_through_the_reference(size: int) -> None:
+    coefficients, basis = randn(40, 5), randn(5, size)
+    assert torch.equal(combine.combine(coefficients, basis), reference.combine(coefficients, basis))
+    wide = coefficients.double(), basis.double()
+    assert combine.combine(*wide).dtype == torch.float64
+    assert combine.combine_reduce(wide[0], wide[0]).dtype == torch.float64
+    assert torch.equal(combine.combine(coefficients[:0], basis[:, :9]), coefficients.new_empty(0, 9))
+    assert torch.equal(combine.combine_reduce(coefficients[:0], coefficients[:0]), coefficients.new_zeros(5, 5))
