@@ -738,9 +738,19 @@ def test_the_page_shows_losses_experiments_and_what_is_not_reachable() -> None:
     slower = {**rows[3], "scale": 0.5, "epochs": 12, "accuracy": [0.10]}
     text = page.markdown([*rows, unreachable, changed, trial, slower])
     assert "pruned by SNIP is 2.00 points above roastify" in text
-    assert "| roastify | 100 | sign none | 0.4 | 24 | 1 | 80.00 | -2.80 |" in text
+    assert "| roastify | 100 | sign none | 0.4 | 24 | 1 | 80.00 (1) | -2.80 |" in text
     assert "| low rank | not reachable |" in text and "**85.00 ± 0.4" in text
     assert "0.4, 8 epochs: 70.00" in text and "3.12" not in text
+
+
+def test_an_experiment_of_several_seeds_is_one_line_and_without_its_like_has_no_difference() -> None:
+    rows = comparison_rows({("resnet9", "ours", 100.0): 3})
+    changed = [{**row, "changes": {"sign": "none"}, "accuracy": [row["accuracy"][0] - 0.02]} for row in rows]
+    alone = [{**row, "changes": {"decay": 0.1}, "trial": True, "rate": 7.0, "accuracy": [0.6]} for row in rows]
+    text = page.markdown([*rows, *changed, *alone])
+    assert "| roastify | 100 | sign none | 0.4 | 24 | 1 | 81.00 ± 0.12 | -2.00 ± 0.00 (p < 0.001) |" in text
+    assert "| roastify | 100 | decay 0.1 | 7 | 24 | 1 | 60.00 ± 0.00 | – |" in text
+    assert text.count("sign none") == text.count("decay 0.1") == 1
 
 
 def test_the_page_has_kernels_from_a_basis_beside_whole_ones() -> None:
@@ -775,7 +785,7 @@ def test_the_page_has_distilled_runs_beside_the_same_on_labels_alone() -> None:
     name = "| ResNet-9 on CIFAR-10 | roastify | 100 | distilled 0.9 at temperature 4 | 0.4 |"
     assert f"{name} 24 | 85.00 ± 0.12 | 83.00 ± 0.12 | 91.00 ± 0.00 | +2.00 ± 0.00 (p < 0.001) |" in text
     assert f"{name} 96 | 90.00 ± 0.00 (2) | 88.00 (1) | 91.00 ± 0.00 (2) | +2.00 |" in text
-    assert "| roastify | 100 | distilled 0.5 at temperature 2 | 0.4 | 12 | 1 | 71.00 | +1.00 |" in text
+    assert "| roastify | 100 | distilled 0.5 at temperature 2 | 0.4 | 12 | 1 | 71.00 (1) | +1.00 |" in text
     assert text.count("distilled 0.9") == 2
     # The comparison is what it was.
     start = plain.index("## ResNet-9")

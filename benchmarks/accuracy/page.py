@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import click
@@ -53,6 +53,12 @@ The loss is (1 − a) times the cross entropy of labels and a·T² times the div
 from the teacher's; "distilled a at temperature T" names the two, which were chosen by trials of roastify alone and are
 the same for its rivals. Beside it is the same run on labels alone; the difference is over the seeds that both have.
 Epochs do not count the teacher's.
+"""
+
+RECIPE = """
+Means over seeds, their number in brackets where it is not three; of one seed, less than half a point says nothing.
+"Kernels without a basis" is what roastify was before kernels had one, and `kernel_basis two thirds, sign element` what
+it was from ratio 30 on before a basis had a third as many kernels as a kernel has positions: not a setting's name.
 """
 
 WHEN_NOT = """
@@ -151,20 +157,19 @@ def against(table: Table, other: str, least_ratio: float) -> Iterator[str]:
 
 def experiments(table: Table) -> Iterator[str]:
     """Yield the recipe's experiments, each beside the comparison's run of the same seed."""
-    rows = []
+    beside = []
     for row in sorted(table.experiments(), key=_order):
-        same = table.accuracies(row["task"], row["method"], float(row["ratio"])).get(row["seed"])
         what = _changes(row) or ("its own epochs" if row["tuned"] else "its own rate")
-        rows.append(_experiment(row, what, same))
-    held_out = list(_held_out(table))
+        beside.append((row, what, table.accuracies(row["task"], row["method"], float(row["ratio"])).get(row["seed"])))
+    rows, held_out = _lines(beside), _lines(_held_out(table))
     if rows or held_out:
         yield "## The recipe"
         yield ""
-        yield "One seed each: less than half a point says nothing. Most were made without a basis for kernels."
+        yield from RECIPE.strip().splitlines()
         yield ""
     head = [*NAMED, "stored", "accuracy", "difference"]
     if rows:
-        yield "The last column is the accuracy less that of the same seed in the comparison above."
+        yield "The last column is the accuracy less that of the same seeds in the comparison above."
         yield ""
         yield from table_lines(head, rows)
         yield ""
@@ -187,14 +192,15 @@ def _rates(table: Table) -> Iterator[list[str]]:
     """Yield what learning rates beyond those that every method chooses from give."""
     found: dict[tuple[str, str, float, int, str], list[Row]] = {}
     for run, row in table.trials().items():
-        if "accuracy" in row and not set(row["changes"]) - {"share"}:
+        if "accuracy" in row and not set(row["changes"]) - {"share", "kernel_basis", "sign"}:
             found.setdefault((*run.cell, row["epochs"], _changes(row)), []).append(row)
     for (task, method, ratio, epochs, changes), rows in sorted(found.items()):
         candidates = trials.trials(dataclasses.replace(of_row(rows[0]), rate=None), TASKS[task])
         if len({row["rate"] for row in rows}) > 2 and not all(of_row(row) in candidates for row in rows):
-            tried = "; ".join(
-                f"{rate:g}: {value:.2f}" for rate, value in sorted((row["rate"], final(row)) for row in rows)
-            )
+            by_rate: dict[float, list[float]] = {}
+            for row in sorted(rows, key=lambda row: row["rate"]):
+                by_rate.setdefault(row["rate"], []).append(final(row))
+            tried = "; ".join(f"{rate:g}: {sum(values) / len(values):.2f}" for rate, values in by_rate.items())
             yield [TASKS[task].title, METHODS[method].title, f"{ratio:g}", changes, str(epochs), tried]
 
 
@@ -220,20 +226,25 @@ def _first(by_seed: Mapping[int, Row]) -> Row:
     return next(iter(by_seed.values()))
 
 
-def _held_out(table: Table) -> Iterator[list[str]]:
+def _held_out(table: Table) -> Iterator[tuple[Row, str, float | None]]:
     found = table.trials()
     for run, row in sorted(found.items(), key=lambda item: _order(item[1])):
         unchanged = found.get(dataclasses.replace(run, changes=()))
-        if run.changes and unchanged and "accuracy" in row:
-            yield _experiment(row, _changes(row), final(unchanged))
+        if run.changes and "accuracy" in row:
+            yield row, _changes(row), None if unchanged is None else final(unchanged)
 
 
-def _experiment(row: Row, what: str, same: float | None) -> list[str]:
+def _lines(experiments: Iterable[tuple[Row, str, float | None]]) -> list[list[str]]:
+    """Return a line for each experiment, its seeds together; of each run what it is called and its like's accuracy."""
+    found: dict[tuple[str, ...], tuple[Row, dict[int, float], dict[int, float]]] = {}
+    for row, what, same in experiments:
+        _, accuracies, unchanged = found.setdefault(tuple(_named(row, what)), (row, {}, {}))
+        accuracies[row["seed"]] = final(row)
+        if same is not None:
+            unchanged[row["seed"]] = same
     return [
-        *_named(row, what),
-        f"{row['stored']:,}",
-        f"{final(row):.2f}",
-        "–" if same is None else f"{final(row) - same:+.2f}",
+        [*named, f"{row['stored']:,}", seeds_text(list(accuracies.values())), str(paired(accuracies, unchanged) or "–")]
+        for named, (row, accuracies, unchanged) in found.items()
     ]
 
 
