@@ -42,8 +42,8 @@ class RoastConfig:
         sharing: `global` (one pool for all), or for comparison `local` (a region of the pool for each tensor).
         precondition: divide the pool's gradient by Γ, so that dense learning rates carry over.
         kernel_basis: make the kernels of convolutions combinations of a few learned ones (`basis`): how many, `none`,
-            or `auto`: two thirds of a kernel's positions, for kernels of two dimensions or more with nine positions or
-            more in tensors large enough for that to cost little.
+            or `auto`: two thirds of a kernel's positions, from ratio 30 on a third, for kernels of two dimensions or
+            more with nine positions or more in tensors large enough for that to cost little.
 
     Raises:
         ConfigError: a value is of the wrong type or out of range.

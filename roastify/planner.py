@@ -31,19 +31,24 @@ _LITTLE_PADDING = Fraction(1, 10)
 # With fewer slots than this, a sign for each tile leaves too many tiles as copies of each other (a prototype on IMDB at
 # ratio 100, one slot: 71.9 % with a sign a tile, 84.1 % with a sign an element). Where the line lies is not measured.
 # With more, signs make no difference to accuracy, and a sign for each row of tiles costs a product nothing.
-_FEW_SLOTS = 64
+# Coefficients of small bases are the other way in few slots too: their rows are many tiles long, a word's are four.
+# ResNet-9 on CIFAR-10, three basis kernels, a sign a row and an element: 84.0 and 83.8 at ratio 100, 78.6 and 77.5 at
+# 300; VGG-11 at 100: 82.1 and 81.7. With larger bases, ResNet-20: 84.5 and 84.5 at ratio 10, 86.8 and 87.7 (one seed)
+# at 3 (docs/accuracy.md). How large their share must be is not measured.
+_FEW_SLOTS, _MOSTLY = 64, Fraction(3, 4)
 # Vectors stay dense up to a fifth of the budget, and beyond that up to three quarters of it as long as they are not
 # over 2 % of the model (98 % of a model's parameters are shared at ratio 10, as they are by the fifth). ResNet-9 on
 # CIFAR-10, its vectors dense and in the pool: 70.7 and 62.6 % at ratio 300, where they are a fifth of the budget, 62.7
 # and 54.7 at 500, 45.0 and 43.6 at 1,000, where they are two thirds; a transformer on IMDB: 84.1 and 84.6 at 300, and
 # 75.8 and 82.6 at 1,000, where they would leave the pool a tenth of the budget and are shared (docs/accuracy.md).
 _KEPT_OF_BUDGET, _KEPT_OF_MODEL, _MOST_KEPT_OF_BUDGET = Fraction(1, 5), Fraction(1, 50), Fraction(3, 4)
-# ResNet-9 on CIFAR-10, its 3×3 kernels made of 6 basis kernels against whole: 0.3 points to the good at ratio 3 (one
-# seed), 0.15 at 10, 1.0 at 30, 1.6 at 100, 2.5 at 300; of 3, 4, 5, 6 and 8 basis kernels none is best at all ratios
-# (one seed each; docs/accuracy.md). Other kernels were not measured: larger ones, which have more frequencies to leave
-# out, get a basis, those along one dimension and smaller ones do not. Nor were ratios under 3.
+# Kernels made of a basis: ResNet-9 on CIFAR-10, 12 epochs, held out, means of three seeds (docs/accuracy.md). At ratio
+# 10 4 to 8 basis kernels of nine positions are alike (88.2 to 88.7; whole kernels 87.8). Above, few are best: 3, 5 and
+# 8 give 87.0, 86.7 and 86.2 at 30 (whole: 85.6), 83.8, 83.6 and 83.1 at 100 (81.1), 77.5, 76.6 and 76.0 at 300 (70.6),
+# and 2 are too few everywhere. Other kernels were not measured: larger ones, which have more frequencies to leave out,
+# get a basis, those along one dimension and smaller ones do not. Nor were ratios under 3.
 _LEAST_KERNEL_DIMS, _LEAST_POSITIONS, _LEAST_RATIO_OF_BASIS = 2, 9, 2
-_BASIS_OF_POSITIONS = Fraction(2, 3)
+_BASIS_OF_POSITIONS, _SMALL_BASIS_OF_POSITIONS, _LEAST_RATIO_OF_SMALL_BASIS = Fraction(2, 3), Fraction(1, 3), 30
 # Of what a tensor has of the pool by its size, its basis kernels take at most this.
 _BASIS_OF_TENSOR = Fraction(1, 8)
 
@@ -120,7 +125,7 @@ def _make_plan(
         ratio=float(ratio),
         seed=config.seed,
         tile=tile,
-        sign=_choose_sign(config, num_slots),
+        sign=_choose_sign(config, num_slots, shared),
         mapping=config.mapping,
         mapping_version=MAPPING_VERSION,
         sharing=config.sharing,
@@ -257,7 +262,8 @@ def _basis_count(shape: Sequence[int], config: RoastConfig) -> int:
         return config.kernel_basis if saves else 0
     if len(kernel) < _LEAST_KERNEL_DIMS or positions < _LEAST_POSITIONS or ratio < _LEAST_RATIO_OF_BASIS:
         return 0
-    count = round(_BASIS_OF_POSITIONS * positions)
+    share = _BASIS_OF_POSITIONS if ratio < _LEAST_RATIO_OF_SMALL_BASIS else _SMALL_BASIS_OF_POSITIONS
+    count = round(share * positions)
     return count if count * positions <= _BASIS_OF_TENSOR * math.prod(shape) / ratio else 0
 
 
@@ -306,12 +312,16 @@ def _choose_tile(shared: Sequence[TensorPlan], room: int, config: RoastConfig, r
     return _TILES[-1]
 
 
-def _choose_sign(config: RoastConfig, num_slots: int) -> str:
+def _choose_sign(config: RoastConfig, num_slots: int, shared: Sequence[TensorPlan]) -> str:
     if config.sign != "auto":
         return config.sign
     if config.mapping == "hashednet":
         return "tile"
-    return "element" if num_slots < _FEW_SLOTS else "row"
+    if num_slots >= _FEW_SLOTS:
+        return "row"
+    of_bases = sum(tensor.matrix_numel for tensor in shared if tensor.basis_count)
+    mostly = of_bases >= _MOSTLY * sum(tensor.matrix_numel for tensor in shared)
+    return "row" if mostly and check_ratio(config.ratio) >= _LEAST_RATIO_OF_SMALL_BASIS else "element"
 
 
 def _place(shared: Sequence[TensorPlan], tile: tuple[int, int], local: bool) -> tuple[list[TensorPlan], list[int]]:

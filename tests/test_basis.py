@@ -325,6 +325,18 @@ def test_a_model_on_the_meta_device_runs() -> None:
             assert model(x).is_meta
 
 
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_on_the_meta_device_is_exported_and_compiled() -> None:
+    model, x = roastify.convert(nn.Sequential(nn.Conv2d(64, 64, 3)), 10).to("meta"), torch.empty(2, 64, 8, 8)
+    exported = torch.export.export(model, (x.to("meta"),)).graph
+    assert torch.compile(model, backend="eager", fullgraph=True)(x.to("meta")).shape == (2, 64, 6, 6)
+    # One operator makes the kernels, and nothing stands about it that another compiler would have to know.
+    called = [str(node.target) for node in exported.nodes if node.op == "call_function"]
+    assert [name for name in called if "roastify" in name] == ["roastify.gather.default", "roastify.combine.default"]
+    assert not any("autocast" in name or "lerp" in name for name in called)
+
+
 # The plan.
 
 
@@ -369,6 +381,28 @@ def test_at_ratios_under_two_there_are_none_and_with_the_ratio_the_least_size_gr
     model = nn.Sequential(nn.Conv2d(16, 16, 3), nn.Conv2d(64, 64, 3))
     found = {ratio: tuple(counts(model, ratio).values()) for ratio in (1, 1.5, 2, 5.3, 5.4, 20)}
     assert found == {1: (0, 0), 1.5: (0, 0), 2: (6, 6), 5.3: (6, 6), 5.4: (0, 6), 20: (0, 6)}
+
+
+@pytest.mark.parametrize(("kernel", "more", "fewer"), [(3, 6, 3), (5, 17, 8), ((3, 4), 8, 4)])
+def test_from_ratio_30_a_basis_has_half_as_many(kernel: int | tuple[int, int], more: int, fewer: int) -> None:
+    model = nn.Sequential(nn.Conv2d(128, 160, kernel))
+    found = {ratio: counts(model, ratio)["0"] for ratio in (29.9, 30, 100)}
+    assert found == {29.9: more, 30: fewer, 100: fewer}
+    # Fewer take less of a tensor, so that smaller ones can have some.
+    assert counts(nn.Sequential(nn.Conv2d(32, 32, 3), nn.Conv2d(128, 128, 3)), 30) == {"0": 3, "1": 3}
+
+
+@pytest.mark.parametrize(
+    ("others", "ratio", "sign"), [(128, 30, "row"), (129, 30, "element"), (128, 29.9, "element"), (10, 29.9, "element")]
+)
+def test_few_slots_take_a_sign_for_each_row_where_they_are_mostly_coefficients_of_small_bases(
+    others: int, ratio: float, sign: str
+) -> None:
+    model = nn.Sequential(nn.Conv2d(128, 128, 3), nn.Linear(128, others))
+    plan = roastify.plan(model, config=config(ratio=ratio, tile="16x16"))
+    assert plan.num_slots < 64 and plan.sign == sign
+    assert roastify.plan(model, config=config(ratio=ratio, tile="16x16", sign="tile")).sign == "tile"
+    assert roastify.plan(model, config=config(ratio=ratio, tile="8x8")).sign == "row"
 
 
 @pytest.mark.parametrize(
@@ -708,6 +742,7 @@ def test_checkpointed_layers(device: str) -> None:
 
 
 def test_gradients_of_gradients() -> None:
+    """Without the preconditioner: what divides a gradient counts in its derivatives, test_kernels.py holds how."""
     model, dense = pair(Chain, precondition=False)
     hand = ByHand(model, dense)
     pool = pool_of(model)
@@ -1143,6 +1178,23 @@ def test_a_compiled_step_is_the_eager_one(autocast: bool, precondition: bool) ->
         for basis in pool_of(model).bases():
             basis.mul_(1.5)
     assert_near(step(compiled, model, x, autocast), step(model, model, x, autocast), 2e-2 if autocast else 1e-5)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_kernels_are_made_in_float32_under_autocast() -> None:
+    """The weight is read in float32 here, so that autocast's rounding is not theirs."""
+    coefficients = normal(50, 4, 6, dtype=torch.float32).requires_grad_()
+    basis = normal(6, 9, dtype=torch.float32).requires_grad_()
+    compiled = torch.compile(combine, backend="aot_eager", fullgraph=True)
+    found = []
+    for run in (combine, compiled):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = run(coefficients, basis, 0.3)
+        assert out.dtype == torch.float32
+        found.append([out, *torch.autograd.grad(out.square().sum(), [coefficients, basis])])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.usefixtures("fresh_compiler")

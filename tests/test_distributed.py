@@ -31,7 +31,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
     processes.end()
 
 
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], atol: float = 2e-6) -> None:
+# AdamW's first steps, of 1e-2 each, turn the rounding of a gradient that nearly cancels into 3e-4 of a step.
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], atol: float = 4e-6) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(

@@ -150,14 +150,41 @@ def data() -> Iterator[Run]:
 
 
 def basis() -> Iterator[Run]:
-    """How many basis kernels a 3×3 convolution's kernels are made of, and the tile that goes with few."""
+    """How many basis kernels a 3×3 convolution's kernels are made of, and the sign and the tile that go with few."""
     rate, epochs = HELD_OUT["resnet9", "ours"]
-    counts = [(("kernel_basis", count),) for count in ("none", 3, 4, 2, 5, 8)]
-    small = [(*count, ("tile", "16x16")) for count in ((), counts[1])]
-    for seed, changes, ratio in itertools.product(SEEDS, [(), *counts], (100.0, 10.0, 300.0, 30.0)):
-        yield Run("resnet9", "ours", ratio, seed, rate, epochs, True, changes)
-    for seed, changes, ratio in itertools.product(SEEDS, small, (100.0, 300.0)):
-        yield Run("resnet9", "ours", ratio, seed, rate, epochs, True, changes)
+    counts = [{"kernel_basis": count} for count in (6, 3, 4, 2, 5, 8)]
+    # With few slots, counts were compared with the sign that such pools had.
+    few = [{**count, "sign": "element"} for count in counts]
+    signs = [{"kernel_basis": 3, "sign": "row"}, {"kernel_basis": 3, "tile": "16x16"}]
+    cells = [
+        *((ratio, changes) for changes in ({}, *few) for ratio in (100.0, 300.0, 30.0)),
+        *((10.0, changes) for changes in ({}, *counts[1:])),
+        *((ratio, {"kernel_basis": "none"}) for ratio in (100.0, 300.0, 30.0, 10.0)),
+        *((ratio, changes) for changes in signs for ratio in (100.0, 300.0)),
+    ]
+    for seed, (ratio, changes) in itertools.product(SEEDS, cells):
+        yield Run("resnet9", "ours", ratio, seed, rate, epochs, True, tuple(sorted(changes.items())))
+
+
+def few() -> Iterator[Run]:
+    """What else there is to choose where basis kernels are few: decay, rate, a dense head; other nets' sign."""
+    element, row = ({"kernel_basis": 3, "sign": sign} for sign in ("element", "row"))
+    head, ends = {"exclude": "head"}, {"exclude": ("prepare", "head")}
+    high, low = (100.0, 300.0), (10.0,)
+    cells: list[tuple[str, dict[str, Any], float, Sequence[float]]] = [
+        *(("resnet9", {**element, "decay": decay}, 1.0, high) for decay in (2e-4, 1e-3)),
+        *(("resnet9", element, rate, high) for rate in (0.5, 2.0)),
+        ("resnet9", {**element, **head}, 1.0, high),
+        *(("resnet9", {**row, **kept}, 1.0, (*high, 30.0)) for kept in (head, ends)),
+        ("resnet9", {**row, **head}, 2.0, high),
+        *(("resnet9", kept, 1.0, low) for kept in (head, ends)),
+        *(("vgg11", changes, 1.0, high[:1]) for changes in ({}, element, row, {**row, **head})),
+    ]
+    for seed, (task, changes, rate, ratios) in itertools.product(SEEDS, cells):
+        for ratio in ratios:
+            yield Run(task, "ours", ratio, seed, rate, 12, True, tuple(sorted(changes.items())))
+    for seed, ratio in itertools.product(SEEDS, (10.0, 3.0)):
+        yield Run("resnet20", "ours", ratio, seed, changes=(("sign", "row"),))
 
 
 def distillation() -> Iterator[Run]:
@@ -185,6 +212,6 @@ def widths() -> Iterator[Run]:
 
 _ALL: tuple[Callable[[], Iterator[Run]], ...] = (
     main, sharing, grid, text, nets, rates, epochs, pool, decay, signs, tiles, kept, data, widths, distillation, warm,
-    basis,
+    basis, few,
 )  # fmt: skip
 GROUPS = {function.__name__: function for function in _ALL}
