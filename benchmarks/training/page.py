@@ -35,8 +35,8 @@ group's kernel summed gradients of which a few are missing, as that of BERT's po
 with `reduce-overhead`, and GPT-2 medium and the deep stack were not compiled. "resnet-50" has kernels made of a basis,
 the default, but at ratio 50 one of six kernels where it has three now; "resnet-50, whole kernels" has none. The eager
 steps of "resnet-50" were timed while other GPUs' work kept the host busy: the dense one took 29 ms, where the GPU alone
-needs 17.8. Activations are what the forward pass leaves for the backward pass; the peak is the allocator's, over one step. An aim is what this project set itself before measuring, and
-aims that are missed stay in the tables.
+needs 17.8. Activations are what the forward pass leaves for the backward pass; the peak is the allocator's, over one
+step. An aim is what this project set itself before measuring, and aims that are missed stay in the tables.
 """
 SEVERAL = """
 Each GPU has a batch of its own, so the work grows with the GPUs; efficiency is a GPU's throughput among several over
