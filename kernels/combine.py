@@ -108,7 +108,7 @@ def _reduce_launch(rows: int, count: int, size: int, alike: bool) -> tuple[int, 
         (programs,),
         num_rows=rows,
         steps=steps,
-        # Triton's interpreter would multiply the integers that hold its bfloat16 numbers.
+        # A product takes one dtype, and Triton's interpreter would multiply the integers that hold bfloat16 numbers.
         WIDEN=interpreted() or not alike,
         num_warps=tuning.COMBINE_WARPS,
         **blocks,

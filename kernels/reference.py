@@ -439,7 +439,7 @@ def embedding_reduce_(total: Tensor, grad: Tensor, index: Tensor, table: Tensor,
 
 
 def combine(coefficients: Tensor, basis: Tensor, grad_scale: float = 1.0) -> Tensor:
-    """Return `coefficients · basis`, of the coefficients' dtype; `grad_scale` counts in its gradient alone."""
+    """Return `coefficients · basis`, of the coefficients' dtype; `grad_scale` counts in the basis's gradient alone."""
     wide = summed_in(coefficients.dtype)
     with torch.autocast(coefficients.device.type, enabled=False):
         return (coefficients.to(wide) @ basis.to(wide)).to(coefficients.dtype)

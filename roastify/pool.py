@@ -47,7 +47,7 @@ class RoastPool(nn.Module):
         dtype: of the Parameters.
         device: of the Parameters.
         trainable: whether the Parameters require a gradient.
-        precondition: whether `read` divides the gradient by Γ, and `basis` that of basis kernels.
+        precondition: whether `read` divides the gradient by Γ, and `basis` has that of basis kernels divided.
     """
 
     table: Tensor

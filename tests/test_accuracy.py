@@ -723,6 +723,12 @@ def test_verdicts_follow_the_numbers() -> None:
     assert "+2.50" in rival.found and "smaller dense model" in rival.found
     sharing = next(verdict for aim, verdict in found.items() if "one pool" in aim)
     assert "p = 0.031 over 6 pairs" in sharing.found
+    # Of longer training that was begun, what is missing is shown; of what was not, nothing.
+    assert not any("epochs" in aim for aim in found)
+    rows = comparison_rows({("resnet9", "dense", 1.0): 10, ("resnet9", "ours", 10.0): 9.5})
+    longer = [{**row, "epochs": 96} for row in rows]
+    begun = {each.aim: each.met for each in verdicts.verdicts(table.Table([*rows, *longer])) if "epochs" in each.aim}
+    assert len(begun) == 3 and sorted(begun.values(), key=str) == [None, None, True]
     worse = verdicts.verdicts(table.Table(comparison_rows({**gains, ("resnet9", "local", 100.0): 4.6})))
     assert worse[-2].met is False and "not above: ResNet-9 on CIFAR-10 at ratio 100" in worse[-2].found
 

@@ -757,6 +757,15 @@ def test_gradients_of_gradients() -> None:
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-11 * float(other.detach().abs().max()))
 
 
+def test_a_basis_written_to_before_the_backward_pass_is_an_error_as_a_dense_weight_is() -> None:
+    model, _ = pair()
+    out = loss(model(normal(2, 4, 12, 12)))
+    with torch.no_grad():
+        pool_of(model).bases()[0].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()
+
+
 @pytest.mark.parametrize("frozen", ["pool", "bases"])
 def test_of_pool_and_bases_either_may_be_frozen(frozen: str) -> None:
     model, dense = pair()

@@ -166,7 +166,7 @@ def basis() -> Iterator[Run]:
         yield Run("resnet9", "ours", ratio, seed, rate, epochs, True, tuple(sorted(changes.items())))
 
 
-def few() -> Iterator[Run]:
+def small_bases() -> Iterator[Run]:
     """What else there is to choose where basis kernels are few: decay, rate, a dense head; other nets' sign."""
     element, row = ({"kernel_basis": 3, "sign": sign} for sign in ("element", "row"))
     head, ends = {"exclude": "head"}, {"exclude": ("prepare", "head")}
@@ -212,6 +212,6 @@ def widths() -> Iterator[Run]:
 
 _ALL: tuple[Callable[[], Iterator[Run]], ...] = (
     main, sharing, grid, text, nets, rates, epochs, pool, decay, signs, tiles, kept, data, widths, distillation, warm,
-    basis, few,
+    basis, small_bases,
 )  # fmt: skip
 GROUPS = {function.__name__: function for function in _ALL}
