@@ -20,7 +20,8 @@ _LEAST = 16
 
 
 @triton.jit
-def _load_rows(p_rows, row, num_rows, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+def load_rows(p_rows, row, num_rows, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Return rows of `SIZE` numbers, zero beyond the last row and number."""
     col = tl.arange(0, BLOCK)
     inside = (row < num_rows)[:, None] & (col < SIZE)[None, :]
     return tl.load(p_rows + row[:, None] * SIZE + col[None, :], mask=inside, other=0.0)
@@ -32,8 +33,8 @@ def _combine_kernel(
     BS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
-    rows = _load_rows(p_rows, row, num_rows, COUNT, BC).to(tl.float32)
-    basis = _load_rows(p_basis, tl.arange(0, BC), COUNT, SIZE, BS).to(tl.float32)
+    rows = load_rows(p_rows, row, num_rows, COUNT, BC).to(tl.float32)
+    basis = load_rows(p_basis, tl.arange(0, BC), COUNT, SIZE, BS).to(tl.float32)
     out = tl.dot(rows, basis, input_precision="ieee")
     col = tl.arange(0, BS)
     inside = (row < num_rows)[:, None] & (col < SIZE)[None, :]
@@ -49,8 +50,8 @@ def _combine_reduce_kernel(
     total = tl.zeros([BC, BS], dtype=tl.float32)
     for step in range(0, steps):
         row = (program * steps + step) * BR + tl.arange(0, BR)
-        rows = _load_rows(p_rows, row, num_rows, COUNT, BC)
-        grad = _load_rows(p_grad, row, num_rows, SIZE, BS)
+        rows = load_rows(p_rows, row, num_rows, COUNT, BC)
+        grad = load_rows(p_grad, row, num_rows, SIZE, BS)
         if WIDEN:
             rows, grad = rows.to(tl.float32), grad.to(tl.float32)
         total += tl.dot(tl.trans(rows), grad, input_precision="ieee")
@@ -81,11 +82,17 @@ def combine_reduce(coefficients: Tensor, grad: Tensor, grad_scale: float = 1.0) 
     return parts[0] if programs == 1 else add_parts(parts, None, torch.float32)
 
 
+def is_small(count: int, size: int) -> bool:
+    """Whether a basis is small enough for a program to hold."""
+    return max(count, size) <= tuning.COMBINE_SIZE
+
+
 def _fits(coefficients: Tensor, count: int, size: int) -> bool:
-    return supported(coefficients) and coefficients.shape[0] > 0 and max(count, size) <= tuning.COMBINE_SIZE
+    return supported(coefficients) and coefficients.shape[0] > 0 and is_small(count, size)
 
 
-def _blocks(count: int, size: int) -> dict[str, int]:
+def blocks_of(count: int, size: int) -> dict[str, int]:
+    """Return a program's constants for rows of `count` numbers times a basis of that many of `size` positions."""
     block_count, block_size = max(_LEAST, power_of_2(count)), max(_LEAST, power_of_2(size))
     rows = tuning.COMBINE_ELEMENTS // max(block_count, block_size)
     return {"COUNT": count, "SIZE": size, "BR": rows, "BC": block_count, "BS": block_size}
@@ -93,14 +100,14 @@ def _blocks(count: int, size: int) -> dict[str, int]:
 
 @functools.lru_cache(maxsize=1 << 12)
 def _launch(rows: int, count: int, size: int) -> Launch:
-    blocks = _blocks(count, size)
+    blocks = blocks_of(count, size)
     programs = cdiv(rows, blocks["BR"])
     return Launch(_combine_kernel, (programs,), num_rows=rows, num_warps=tuning.COMBINE_WARPS, **blocks)
 
 
 @functools.lru_cache(maxsize=1 << 12)
 def _reduce_launch(rows: int, count: int, size: int, alike: bool) -> tuple[int, Launch]:
-    blocks = _blocks(count, size)
+    blocks = blocks_of(count, size)
     steps = cdiv(rows, blocks["BR"] * tuning.COMBINE_PARTS)
     programs = cdiv(rows, blocks["BR"] * steps)
     launch = Launch(

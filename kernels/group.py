@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -16,12 +17,17 @@ import triton.language as tl
 from torch import Tensor
 
 from roastify.kernels import tuning
+from roastify.kernels.combine import is_small
 from roastify.kernels.gather import gather_tiles
+from roastify.kernels.group_combine import GroupCombine
 from roastify.kernels.hash import effective_sign, supported
 from roastify.kernels.launch import PLAIN_ARGUMENTS, Launch
 from roastify.kernels.reduce import sum_chunks
 from roastify.kernels.tuning import cdiv, power_of_2
-from roastify.kernels.view import MappingKind, SignKind, TileView, Weight, alike
+from roastify.kernels.view import MappingKind, SignKind, Weight, alike
+
+if TYPE_CHECKING:
+    from roastify.kernels.weights import Bases
 
 # Where each gathered weight begins is a multiple of this: cuBLAS and wide loads want aligned addresses.
 _ALIGNED = 64
@@ -94,7 +100,7 @@ class Group:
     """Weights that are alike, and the kernels that gather them and sum their gradients.
 
     Args:
-        weights: whose views are `alike`.
+        weights: whose views are `alike`, and whose bases are of one size if they have any.
     """
 
     def __init__(self, weights: Sequence[Weight]) -> None:
@@ -104,11 +110,19 @@ class Group:
         view = self._view = views[0]
         assert len({alike(other) for other in views}) == 1, "the weights of a group differ in more than their sizes"
         sizes = [other.numel for other in views]
-        self._offsets = _offsets(cdiv(size, _ALIGNED) * _ALIGNED for size in sizes)
-        self._begins = _offsets(sizes)
+        self._offsets, self._begins = _aligned_offsets(sizes), _offsets(sizes)
         # Whether their matrices lie one under the other in memory without being made flat.
         self._stackable = len({other.cols for other in views}) == 1 and all(len(w.shape) == 2 for w in self.weights)
         self._strides = [_stride(weight) for weight in self.weights]
+        self._combine: GroupCombine | None = None
+        # Where the dense tensors begin, and their gradients.
+        self._dense_offsets, self._dense_begins = self._offsets, self._begins
+        if (basis := self.weights[0].basis_shape) is not None:
+            dense_sizes = [math.prod(weight.shape) for weight in self.weights]
+            self._dense_offsets, self._dense_begins = _aligned_offsets(dense_sizes), _offsets(dense_sizes)
+            places = zip(self._offsets, self._begins, self._dense_offsets, self._dense_begins, strict=True)
+            rows = [size // basis[0] for size in sizes]
+            self._combine = GroupCombine(rows, *basis, list(places)[:-1])
         signs = {effective_sign(other) for other in views}
         fixed = {
             "key": view.key,
@@ -148,8 +162,19 @@ class Group:
             **fixed,
         )
 
-    def gather(self, pool: Tensor, table: Tensor) -> list[Tensor]:
-        """Return the dense tensors; they share one piece of memory."""
+    def gather(self, pool: Tensor, table: Tensor, bases: Sequence[Tensor] = ()) -> list[Tensor]:
+        """Return the dense tensors, made of `bases` if they have any; they share one piece of memory."""
+        out = self._gathered(pool, table)
+        if self._combine is not None:
+            coefficients, out = out, out.new_empty(self._dense_offsets[-1])
+            self._combine.combine(coefficients, bases, out)
+        return [
+            out.as_strided(weight.shape, stride, offset)
+            for weight, stride, offset in zip(self.weights, self._strides, self._dense_offsets, strict=False)
+        ]
+
+    def _gathered(self, pool: Tensor, table: Tensor) -> Tensor:
+        """Return what the pool holds of them, each from its offset on."""
         tables = self._on(pool.device)
         out = torch.empty(self._offsets[-1], dtype=pool.dtype, device=pool.device)
         self._gather(
@@ -160,36 +185,59 @@ class Group:
             p_scales=tables.scales,
             p_blocks=tables.blocks,
         )
-        return [
-            out.as_strided(weight.shape, stride, offset)
-            for weight, stride, offset in zip(self.weights, self._strides, self._offsets, strict=False)
-        ]
+        return out
 
-    def reduce_(self, total: Tensor, grads: Sequence[Tensor], table: Tensor) -> None:
-        """Add the pool's gradient of all to `total`, contiguous and float32.
+    def reduce_(
+        self,
+        total: Tensor,
+        grads: Sequence[Tensor],
+        table: Tensor,
+        bases: Bases | None = None,
+        bases_wanted: bool = False,
+    ) -> Tensor | None:
+        """Add the pool's gradient of all to `total`, contiguous and float32; return that of the bases, if it is wanted.
 
         Args:
             total: of the pool's shape.
             grads: of the dense tensors, of one dtype.
             table: the pool's chunk table.
+            bases: theirs, if they have any.
+            bases_wanted: whether their gradients are.
+
+        Returns:
+            float32 `[weights, basis kernels, positions]`, or None.
         """
+        joined, basis_grads = self._joined(grads), None
+        if self._combine is not None:
+            assert bases is not None, "the weights have bases"
+            if bases_wanted:
+                basis_grads = self._combine.basis_grads(self._gathered(bases.pool, table), joined, bases.scales)
+            joined, dense = joined.new_empty(self._begins[-1]), joined
+            self._combine.coefficient_grads(dense, bases.values, joined)
         tables = self._on(total.device)
         self._reduce(
-            p_grads=self._joined(grads),
+            p_grads=joined,
             p_table=table,
             p_total=total,
             p_tensors=tables.tensors,
             p_scales=tables.scales,
         )
+        return basis_grads
 
     def _joined(self, grads: Sequence[Tensor]) -> Tensor:
         """Return the elements of the gradients one after the other, each in the order of its matrix in the pool."""
         matrices = [grad.t() if weight.transposed else grad for grad, weight in zip(grads, self.weights, strict=True)]
         return torch.cat(matrices if self._stackable else [matrix.reshape(-1) for matrix in matrices])
 
-    def is_ready(self, device: torch.device) -> bool:
-        """Whether the tables are on a device, or may be brought there: a CUDA graph cannot capture that."""
-        return device in self._tables or device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+    def is_ready(self, device: torch.device, scales: tuple[float, ...] = ()) -> bool:
+        """Whether all tables are on a device, or may be brought there: a CUDA graph cannot capture that.
+
+        Args:
+            device: the pool's.
+            scales: what the gradients of bases are multiplied by.
+        """
+        ready = device in self._tables and (self._combine is None or self._combine.is_prepared(device, scales))
+        return ready or device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
     def _on(self, device: torch.device) -> _Tables:
         tables = self._tables.get(device)
@@ -208,9 +256,10 @@ class Group:
         return tables
 
 
-def fits(pool: Tensor, view: TileView) -> bool:
-    """Whether these kernels take a pool's dtype and mapping."""
-    return supported(pool) and view.mapping == MappingKind.PERMUTATION
+def fits(pool: Tensor, weight: Weight) -> bool:
+    """Whether these kernels take a pool's dtype, and a weight's mapping and basis."""
+    basis = weight.basis_shape
+    return supported(pool) and weight.view.mapping == MappingKind.PERMUTATION and (basis is None or is_small(*basis))
 
 
 def _stride(weight: Weight) -> tuple[int, ...]:
@@ -218,6 +267,11 @@ def _stride(weight: Weight) -> tuple[int, ...]:
     if weight.transposed:
         return 1, weight.view.cols
     return tuple(math.prod(weight.shape[axis + 1 :]) for axis in range(len(weight.shape)))
+
+
+def _aligned_offsets(sizes: Iterable[int]) -> list[int]:
+    """Return `_offsets` of sizes that are rounded up, so that wide loads can begin at each."""
+    return _offsets(cdiv(size, _ALIGNED) * _ALIGNED for size in sizes)
 
 
 def _offsets(sizes: Iterable[int]) -> list[int]:

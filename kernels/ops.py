@@ -357,10 +357,20 @@ def _save_combine(ctx: Any, coefficients: Tensor, basis: Tensor, grad_scale: flo
 def _backward_combine(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     coefficients, basis = ctx.saved_tensors
     return (
-        None if basis is None else _call("combine", grad, basis.t(), ctx.grad_scale),
-        None if coefficients is None else _call("combine_reduce", coefficients, grad, ctx.grad_scale).to(ctx.dtype),
+        None if basis is None else coefficient_grad(grad, basis, ctx.grad_scale),
+        None if coefficients is None else basis_grad(coefficients, grad, ctx.grad_scale).to(ctx.dtype),
         None,
     )
+
+
+def coefficient_grad(grad: Tensor, basis: Tensor, grad_scale: float) -> Tensor:
+    """Return the coefficients' gradient behind `combine`, `grad · basisᵀ`."""
+    return _call("combine", grad, basis.t(), grad_scale)
+
+
+def basis_grad(coefficients: Tensor, grad: Tensor, grad_scale: float) -> Tensor:
+    """Return the basis's gradient behind `combine`, `grad_scale · coefficientsᵀ · grad`, in the dtype of sums."""
+    return _call("combine_reduce", coefficients, grad, grad_scale)
 
 
 def _save_combine_reduce(ctx: Any, coefficients: Tensor, grad: Tensor, grad_scale: float) -> None:

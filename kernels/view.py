@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -137,12 +138,28 @@ class Weight:
         scale: λ.
         shape: of the dense tensor.
         transposed: whether the matrix in the pool is its transpose.
+        basis_index: which of the pool's bases its kernels are combinations of; the matrix then holds their
+            coefficients. None: it holds the tensor.
     """
 
     view: TileView
     scale: float
     shape: tuple[int, ...]
     transposed: bool
+    basis_index: int | None = None
+    gathered_shape: tuple[int, ...] = field(init=False)
+    """Shape of what the pool holds of it: its own, or `(out, in, basis kernels)`."""
+
+    def __post_init__(self) -> None:
+        shape = self.shape
+        if self.basis_index is not None:
+            shape = (*shape[:2], self.view.numel // math.prod(shape[:2]))
+        object.__setattr__(self, "gathered_shape", shape)
+
+    @property
+    def basis_shape(self) -> tuple[int, int] | None:
+        """`(basis kernels, positions of a kernel)`, or None."""
+        return None if self.basis_index is None else (self.gathered_shape[2], math.prod(self.shape[2:]))
 
 
 def to_signed64(value: int) -> int:

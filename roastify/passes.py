@@ -6,7 +6,7 @@ import contextlib
 import threading
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -36,6 +36,9 @@ class Pool(Protocol):
 
     def group_of(self, weight: Weight) -> WeightGroup:
         """Return the weights that are gathered with this one."""
+
+    def basis(self, index: int) -> tuple[Tensor, float]:
+        """Return basis kernels, and what their gradient is to be multiplied by."""
 
 
 class _Gate(torch.autograd.Function):
@@ -144,6 +147,10 @@ class _Door:
         self.token: Tensor = _Gate.apply(weight, self.sink, *gamma)
 
 
+# A weight, the dtype it is read in, and its basis as it is.
+_Key = tuple[Weight, torch.dtype, tuple[int, int | None] | None]
+
+
 class _Made:
     """What was made of the pool's present content: a copy for each compute dtype, and the door they were read by."""
 
@@ -159,8 +166,8 @@ class _Made:
         # takes to find this one.
         self.reads: dict[torch.dtype, Tensor] = {}
         # Dense weights, which graphs hold (what a checkpoint lets go of must go), and those that nothing has read yet.
-        self.dense_values: dict[tuple[Weight, torch.dtype], weakref.ref[Tensor]] = {}
-        self.fresh: dict[tuple[Weight, torch.dtype], Tensor] = {}
+        self.dense_values: dict[_Key, weakref.ref[Tensor]] = {}
+        self.fresh: dict[_Key, Tensor] = {}
         self.door: _Door | None = None
         self.runs = 0
 
@@ -197,24 +204,36 @@ class _Made:
 
     def dense(self, weight: Weight, dtype: torch.dtype) -> Tensor:
         """Return a dense weight, in a graph; in a whole forward pass its group is gathered with it."""
-        key = weight, dtype
+        key = self._key(weight, dtype)
         fresh = self.fresh.pop(key, None)
         if fresh is not None:
             return fresh
         pool = self.read(dtype, True)
         if (held := self.dense_values.get(key)) is not None and (values := held()) is not None:
-            return again(pool, self.pool.table, weight, values)
+            return again(pool, self.pool.table, weight, values, self._bases_of([weight]))
         group = self._group_of(weight, dtype)
-        for other, tensor in zip(group.weights, gather_weights(pool, self.pool.table, group), strict=True):
-            self.dense_values[other, dtype] = weakref.ref(tensor)
-            self.fresh[other, dtype] = tensor
+        found = gather_weights(pool, self.pool.table, group, self._bases_of(group.weights))
+        for other, tensor in zip(group.weights, found, strict=True):
+            made = self._key(other, dtype)
+            self.dense_values[made] = weakref.ref(tensor)
+            self.fresh[made] = tensor
         return self.fresh.pop(key)
+
+    def _bases_of(self, weights: Sequence[Weight]) -> list[tuple[Tensor, float]]:
+        return [self.pool.basis(weight.basis_index) for weight in weights if weight.basis_index is not None]
+
+    def _key(self, weight: Weight, dtype: torch.dtype) -> _Key:
+        """Return by what a dense weight is known: of a basis too, it must be the present content that it is made of."""
+        if weight.basis_index is None:
+            return weight, dtype, None
+        basis, _ = self.pool.basis(weight.basis_index)
+        return weight, dtype, (id(basis), None if basis.is_inference() else basis._version)
 
     def _group_of(self, weight: Weight, dtype: torch.dtype) -> WeightGroup:
         # Modes that count operators see each where it is asked for.
         if self.whole and not torch._C._len_torch_dispatch_stack():
             group = self.pool.group_of(weight)
-            if not any((other, dtype) in self.dense_values for other in group.weights):
+            if not any(self._key(other, dtype) in self.dense_values for other in group.weights):
                 return group
         return WeightGroup([weight])
 

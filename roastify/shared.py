@@ -49,10 +49,7 @@ class SharedTensor:
     basis_index: int | None = None
 
     def __post_init__(self) -> None:
-        shape = tuple(self.shape)
-        if self.basis_index is not None:
-            shape = (*shape[:2], self.view.numel // math.prod(shape[:2]))
-        self.weight = Weight(self.view, self.scale, shape, self.transposed)
+        self.weight = Weight(self.view, self.scale, tuple(self.shape), self.transposed, self.basis_index)
         # Looked up in every call, where a property would cost as much as what it tells.
         self.numel = self.view.numel
         self.is_small = self.numel < _SMALL_ELEMENTS
@@ -128,13 +125,11 @@ class SharedTensor:
         dtype = ops.autocast_dtype(x) or self.current_dtype
         if torch.compiler.is_compiling():
             return self._gathered(dtype)
-        return self._combined(self.pool.read_weight(self.weight, dtype))
+        return self.pool.read_weight(self.weight, dtype)
 
     def _gathered(self, dtype: torch.dtype) -> Tensor:
         matrix = ops.gather(self.pool.read(dtype), self.pool.table, self.view, self.scale)
-        return self._combined((matrix.t() if self.transposed else matrix).reshape(self.weight.shape))
-
-    def _combined(self, gathered: Tensor) -> Tensor:
+        gathered = (matrix.t() if self.transposed else matrix).reshape(self.weight.gathered_shape)
         if self.basis_index is None:
             return gathered
         return combine(gathered, *self.pool.basis(self.basis_index)).view(self.shape)

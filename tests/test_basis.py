@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import roastify
-from roastify import ConfigError, PlanError, RoastConfig, RoastPlan, agreement
+from roastify import ConfigError, PlanError, RoastConfig, RoastPlan, agreement, passes
 from roastify import checkpoint as artifacts
 from roastify.align import _curvature, _Place, _Term, align
 from roastify.basis import coefficient_matrix, combine, combined_matrix, cosine_basis, principal_basis
 from roastify.errors import ConversionError, OutputMismatch
 from roastify.kernels import reference
+from roastify.kernels.weights import WeightGroup
 from roastify.layers import RoastModule
 from roastify.report import plan_table
 from roastify.rewrite import copy_weights, current_plan, pool_of, shared_tensor
@@ -764,6 +765,95 @@ def test_a_basis_written_to_before_the_backward_pass_is_an_error_as_a_dense_weig
         pool_of(model).bases()[0].mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.backward()
+
+
+def test_a_pool_written_to_before_the_backward_pass_is_an_error_as_well() -> None:
+    """The backward pass gathers coefficients again, and must not do so from other values."""
+    model, _ = pair(Chain)
+    x = normal(2, 16, 9, 9).requires_grad_()
+    out = loss(model(x))
+    (expected,) = torch.autograd.grad(out, x, retain_graph=True)
+    with torch.no_grad():
+        pool_of(model).weight.mul_(2)
+    # Which does not take them.
+    assert torch.equal(torch.autograd.grad(out, x, retain_graph=True)[0], expected)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()
+
+
+def test_layers_with_bases_are_read_together_and_keep_no_coefficients(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = pair()
+    groups, gather_weights = [], passes.gather_weights
+
+    def watched(pool: Tensor, table: Tensor, group: WeightGroup, *rest: Any) -> Any:
+        groups.append([weight.shape for weight in group.weights])
+        return gather_weights(pool, table, group, *rest)
+
+    monkeypatch.setattr(passes, "gather_weights", watched)
+    saved: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tuple(tensor.shape)) or tensor, id):
+        model(normal(2, 4, 12, 12))
+    assert [(48, 32, 3, 3), (48, 24, 3, 3)] in groups
+    assert (48, 32, 3, 3) in saved
+    coefficients = {(48, 32 * 6), (48 * 32, 6), (48, 32, 6), (48, 24 * 6), (48 * 24, 6), (48, 24, 6)}
+    assert not coefficients & set(saved)
+
+
+def test_a_basis_written_to_within_a_forward_pass_is_read_as_it_is_then() -> None:
+    model, dense = pair(Chain)
+    x = normal(2, 16, 9, 9)
+    basis = named_bases(model)["two.weight"]
+
+    def double(*_: Any) -> None:
+        with torch.no_grad():
+            basis.mul_(2)
+
+    expected = model(x)
+    model.two.register_forward_pre_hook(double)
+    bias = model.two.bias.detach()[:, None, None]
+    found = model(x)
+    torch.testing.assert_close(found - bias, 2 * (expected - bias), rtol=1e-11, atol=1e-12)
+    # Both weights were gathered before; the graph has the one that the layer used.
+    hand = ByHand(model, dense)
+    loss(found).backward()
+    loss(hand(x)).backward()
+    assert_gradients(model, hand, True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_kernels_for_groups_give_the_gradients_of_the_cpu(memory_format: torch.memory_format) -> None:
+    """By one kernel for all weights, then as one that is captured before the kernels' tables are on the GPU."""
+    model, dense = pair(dtype=torch.float32)
+    hand = ByHand(model.double(), dense.double())
+    x = normal(2, 4, 12, 12)
+    loss(hand(x)).backward()
+    for captured in (False, True):
+        twin = copy.deepcopy(model).float().cuda().to(memory_format=memory_format)
+        there = x.float().cuda().to(memory_format=memory_format)
+        if captured:
+            # Compiled, and the libraries' workspaces there, but by another model.
+            side = torch.cuda.Stream()
+            with torch.cuda.stream(side):
+                loss(copy.deepcopy(twin)(there)).backward()
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                loss(twin(there)).backward()
+            graph.replay()
+        else:
+            loss(twin(there)).backward()
+            groups = pool_of(twin)._groups
+            assert groups is not None
+            assert any(group._kernels is not None and len(group.weights) == 2 for group in groups.values())
+        pool, bases = hand.gradients(True)
+        found = pool_of(twin).weight.grad.double().cpu()
+        torch.testing.assert_close(found, pool, rtol=1e-4, atol=1e-4 * float(pool.abs().max()))
+        for name, basis in named_bases(twin).items():
+            expected = bases[name]
+            torch.testing.assert_close(
+                basis.grad.double().cpu(), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()), msg=name
+            )
 
 
 @pytest.mark.parametrize("frozen", ["pool", "bases"])

@@ -590,7 +590,7 @@ def test_most_gradients_of_a_group_go_by_its_kernel(run: int, together: bool, mo
     reduce_ = group.Group.reduce_
     monkeypatch.setattr(group.Group, "reduce_", lambda *args: calls.append("") or reduce_(*args))
     if DEVICE == "cpu":
-        monkeypatch.setattr(weights.WeightGroup, "kernels", lambda chosen, pool: group.Group(chosen.weights))
+        monkeypatch.setattr(weights.WeightGroup, "kernels", lambda chosen, *_: group.Group(chosen.weights))
         monkeypatch.setattr(ops, "on_device_of", lambda tensor: contextlib.nullcontext())
     config = roastify.RoastConfig(ratio=3.0, min_numel=1, tile="8x8", sign="row")
     torch.manual_seed(0)
@@ -601,6 +601,137 @@ def test_most_gradients_of_a_group_go_by_its_kernel(run: int, together: bool, mo
     monkeypatch.undo()
     dense(x.double()).square().sum().backward()
     assert_near(next(model.parameters()).grad, next(dense.parameters()).grad, torch.float32)
+
+
+# Convolutions of a group whose kernels have bases: `(basis kernels, kernel)`, then each one's channels, first tile,
+# where in it, and λ.
+WITH_BASES = {
+    "of nine positions": (
+        Case(0, 0, (16, 16), 5, strips=True, sign="row"), (3, (3, 3)),
+        [((16, 24), 0, 0, 0.7), ((40, 33), 5, 13, -1.3), ((1, 2), 30, 2, 1.0)],
+    ),
+    "more of them": (
+        Case(0, 0, (8, 8), 7, strips=True, sign="element"), (17, (5, 5)), [((5, 7), 2, 3, 0.7), ((12, 9), 20, 50, 0.4)],
+    ),
+    "large, and as many as positions": (
+        Case(0, 0, (32, 32), 3, strips=True, sign="tile"), (49, (7, 7)), [((30, 3), 1, 0, 0.7), ((3, 30), 9, 1, 2.0)],
+    ),
+    "one": (Case(0, 0, (8, 8), 9, strips=True, sign="row"), (1, (3, 3)), [((33, 9), 0, 5, 0.5)]),
+}  # fmt: skip
+
+
+def build_with_bases(name: str) -> tuple[group.Group, Tensor, tuple[int, int], list[Tensor]]:
+    case, (count, kernel), parts = WITH_BASES[name]
+    made, bases = [], []
+    for index, ((out, channels), first_tile, offset, scale) in enumerate(parts):
+        view, table, shape = dataclasses.replace(
+            case, rows=out, cols=channels * count, first_tile=first_tile, offset=offset
+        ).build()
+        made.append(Weight(view, scale, (out, channels, *kernel), False, index))
+        bases.append(randn(count, kernel[0] * kernel[1], seed=20 + index))
+    return group.Group(made), table, shape, bases
+
+
+def coefficients_of(weight: Weight, pool: Tensor, table: Tensor) -> Tensor:
+    return gather.gather(pool, table, weight.view, weight.scale).reshape(-1, weight.basis_shape[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", WITH_BASES)
+def test_gather_of_a_group_with_bases(name: str, dtype: torch.dtype) -> None:
+    made, table, shape, bases = build_with_bases(name)
+    pool = randn(*shape, dtype=dtype)
+    # As for one weight by itself, to the bit: what is gathered again must be what was gathered before.
+    for found, weight, basis in zip(made.gather(pool, table, bases), made.weights, bases, strict=True):
+        assert found.shape == weight.shape and found.data_ptr() % 16 == 0 and found.is_contiguous()
+        coefficients = coefficients_of(weight, pool, table)
+        assert torch.equal(found.view(-1, basis.shape[1]), combine.combine(coefficients, basis))
+        expected = in_float64(reference.combine, coefficients, basis)
+        assert_near(found, expected.view(weight.shape), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("parts", [1, 3, 256])
+@pytest.mark.parametrize("name", WITH_BASES)
+def test_reduce_of_a_group_with_bases(
+    name: str, parts: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "COMBINE_PARTS", parts)
+    made, table, shape, bases = build_with_bases(name)
+    pool, scales = randn(*shape, dtype=dtype), tuple(0.3 * (1 + index) for index in range(len(bases)))
+    grads = [randn(*weight.shape, dtype=dtype, seed=seed) for seed, weight in enumerate(made.weights)]
+    # As cuDNN gives them for images whose channels are last, and as a sum does.
+    grads[0] = grads[0].to(memory_format=torch.channels_last)
+    grads[-1] = randn(1, dtype=dtype, seed=8).expand(made.weights[-1].shape) if len(grads) > 1 else grads[-1]
+    before = randn(*shape, seed=9)
+    expected, expected_bases = before.double(), []
+    for grad, weight, basis, scale in zip(grads, made.weights, bases, scales, strict=True):
+        rows = grad.double().reshape(-1, basis.shape[1])
+        matrix = (rows @ basis.double().t()).view(weight.view.rows, weight.view.cols)
+        reference.reduce_(expected, matrix, table, weight.view, weight.scale)
+        expected_bases.append(scale * coefficients_of(weight, pool, table).double().t() @ rows)
+    described = weights.Bases(tuple(bases), scales, pool)
+    for wanted in (True, False):
+        total = before.clone()
+        found = made.reduce_(total, grads, table, described, wanted)
+        # Gradients of coefficients are rounded to their dtype, as those of one weight by itself.
+        assert_near(total.to(dtype), expected, dtype)
+        if not wanted:
+            assert found is None
+            continue
+        assert found is not None and found.dtype == torch.float32
+        for one, other in zip(found, expected_bases, strict=True):
+            assert_near(one, other, torch.float32)
+        assert torch.equal(found, made.reduce_(before.clone(), grads, table, described, True))
+
+
+def test_large_bases_have_no_kernel_for_a_group() -> None:
+    case = Case(12, 9 * 5, (8, 8), 5, strips=True)
+    weight = Weight(case.build()[0], 1.0, (12, 5, 11, 11), False, 0)
+    assert weight.basis_shape == (9, 121) and not group.fits(randn(8, 8), weight)
+    assert group.fits(randn(8, 8), dataclasses.replace(weight, shape=(12, 5, 3, 3)))
+
+
+@pytest.mark.parametrize(("run", "frozen"), [(3, False), (2, False), (3, True)])
+def test_gradients_of_a_group_with_bases_are_those_by_float64(
+    run: int, frozen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Conv2d(24, 24, 3, bias=False) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers[:run]:
+                x = layer(x).tanh()
+            return x
+
+    calls = []
+    reduce_ = group.Group.reduce_
+    monkeypatch.setattr(group.Group, "reduce_", lambda *args: calls.append("") or reduce_(*args))
+    if DEVICE == "cpu":
+        monkeypatch.setattr(weights.WeightGroup, "kernels", lambda chosen, *_: group.Group(chosen.weights))
+        monkeypatch.setattr(ops, "on_device_of", lambda tensor: contextlib.nullcontext())
+    torch.manual_seed(0)
+    model = roastify.convert(Net().to(DEVICE), config=roastify.RoastConfig(ratio=3.0, min_numel=1, tile="8x8"))
+    pool = next(module for module in model.modules() if hasattr(module, "bases"))
+    assert len(pool.bases()) == 3
+    for basis in pool.bases()[1:] if frozen else ():
+        basis.requires_grad_(False)
+    dense, x = copy.deepcopy(model).double(), randn(2, 24, 9, 9)
+    out = model(x)
+    out.square().sum().backward()
+    assert calls
+    monkeypatch.undo()
+    expected = dense(x.double())
+    assert_near(out.detach(), expected.detach(), torch.float32)
+    expected.square().sum().backward()
+    for (name, found), other in zip(model.named_parameters(), dense.parameters(), strict=True):
+        assert (found.grad is None) == (other.grad is None), name
+        if found.grad is not None:
+            assert_near(found.grad, other.grad, torch.float32)
+    # The last layer's basis where the last layer did not run.
+    assert (pool.bases()[2].grad is None) == (run == 2 or frozen)
 
 
 def test_weights_of_a_group_are_alike() -> None:
