@@ -694,7 +694,7 @@ def test_large_bases_have_no_kernel_for_a_group() -> None:
 
 @pytest.mark.parametrize(("run", "frozen"), [(3, False), (2, False), (3, True)])
 def test_gradients_of_a_group_with_bases_are_those_by_float64(
-    run: int, frozen: bool, monkeypatch: pytest.MonkeyPatch
+    run: int, frozen: bool, monkeypatch: pytest.MonkeyPatch, full_precision: None
 ) -> None:
     class Net(nn.Module):
         def __init__(self) -> None:

@@ -65,6 +65,8 @@ WHEN_NOT = """
 - **Where a smaller model will do.** It is faster as well as smaller; roastify saves parameters, not arithmetic.
 - **Where there is no time to train.** Compression is trained, not free, and a compressed model wants longer training
   and at high ratios a larger step.
+- **Where a trained model is at hand and a mask costs nothing.** Pruned by magnitude and trained on, it is as good as
+  roastify begun from it, or a little better ("from the trained dense model", above).
 - **Where the model is small already.** What a ResNet-20 loses at ratio 10 is a multiple of what larger nets lose.
 - **Where the last point of accuracy counts** and the dense model fits: see what each ratio costs above.
 """

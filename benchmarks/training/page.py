@@ -28,15 +28,15 @@ it is longer than the dense model's. So it is in `compiled` steps, whose operato
 move with the host by a fifth from run to run (the dense ResNet-50's eager step once took 16.8 ms and once 31.5), and
 efficiencies that are made of them with them.
 
-Not all rows are of one state of the code. ResNet-50's `compiled` steps and several GPUs are from before training passes
-kept the weights of small layers, which spares the host most of what a converted layer asked of it beside a dense one.
-All other rows but BERT-base's `eager` and `compiled` ones, and those of ResNet-50 with a basis, are from before a
-group's kernel summed gradients of which a few are missing, as that of BERT's pooler is. Only BERT-base was measured
-with `reduce-overhead`, and GPT-2 medium and the deep stack were not compiled. "resnet-50" has kernels made of a basis,
-the default, but at ratio 50 one of six kernels where it has three now; "resnet-50, whole kernels" has none. The eager
-steps of "resnet-50" were timed while other GPUs' work kept the host busy: the dense one took 29 ms, where the GPU alone
-needs 17.8. Activations are what the forward pass leaves for the backward pass; the peak is the allocator's, over one
-step. An aim is what this project set itself before measuring, and aims that are missed stay in the tables.
+Not all rows are of one state of the code. The `compiled` steps of "resnet-50, whole kernels" and several GPUs are from
+before training passes kept the weights of small layers, which spares the host most of what a converted layer asked of
+it beside a dense one. All other rows but BERT-base's `eager` and `compiled` ones, and ResNet-50's others, are from
+before a group's kernel summed gradients of which a few are missing, as that of BERT's pooler is. Only BERT-base was
+measured with `reduce-overhead`, and GPT-2 medium and the deep stack were not compiled. "resnet-50" has kernels made of
+a basis, the default; "resnet-50, whole kernels" has none. The eager steps of both were timed one after the other on a
+slow host: the dense one took 29 and 33 ms, where the GPU alone needs 17.8. Activations are what the
+forward pass leaves for the backward pass; the peak is the allocator's, over one step. An aim is what this project set
+itself before measuring, and aims that are missed stay in the tables.
 """
 SEVERAL = """
 Each GPU has a batch of its own, so the work grows with the GPUs; efficiency is a GPU's throughput among several over
