@@ -9,7 +9,6 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -25,9 +24,6 @@ from roastify.kernels.launch import PLAIN_ARGUMENTS, Launch
 from roastify.kernels.reduce import sum_chunks
 from roastify.kernels.tuning import cdiv, power_of_2
 from roastify.kernels.view import MappingKind, SignKind, Weight, alike
-
-if TYPE_CHECKING:
-    from roastify.kernels.weights import Bases
 
 # Where each gathered weight begins is a multiple of this: cuBLAS and wide loads want aligned addresses.
 _ALIGNED = 64
@@ -120,9 +116,10 @@ class Group:
         if (basis := self.weights[0].basis_shape) is not None:
             dense_sizes = [math.prod(weight.shape) for weight in self.weights]
             self._dense_offsets, self._dense_begins = _aligned_offsets(dense_sizes), _offsets(dense_sizes)
-            places = zip(self._offsets, self._begins, self._dense_offsets, self._dense_begins, strict=True)
-            rows = [size // basis[0] for size in sizes]
-            self._combine = GroupCombine(rows, *basis, list(places)[:-1])
+            offsets = self._offsets, self._begins, self._dense_offsets, self._dense_begins
+            # The last of each is where the last weight ends.
+            places = zip(*(each[:-1] for each in offsets), strict=True)
+            self._combine = GroupCombine([size // basis[0] for size in sizes], *basis, list(places))
         signs = {effective_sign(other) for other in views}
         fixed = {
             "key": view.key,
@@ -162,19 +159,8 @@ class Group:
             **fixed,
         )
 
-    def gather(self, pool: Tensor, table: Tensor, bases: Sequence[Tensor] = ()) -> list[Tensor]:
-        """Return the dense tensors, made of `bases` if they have any; they share one piece of memory."""
-        out = self._gathered(pool, table)
-        if self._combine is not None:
-            coefficients, out = out, out.new_empty(self._dense_offsets[-1])
-            self._combine.combine(coefficients, bases, out)
-        return [
-            out.as_strided(weight.shape, stride, offset)
-            for weight, stride, offset in zip(self.weights, self._strides, self._dense_offsets, strict=False)
-        ]
-
-    def _gathered(self, pool: Tensor, table: Tensor) -> Tensor:
-        """Return what the pool holds of them, each from its offset on."""
+    def gather(self, pool: Tensor, table: Tensor) -> list[Tensor]:
+        """Return what the pool holds of them, the dense tensors or their coefficients; they share a piece of memory."""
         tables = self._on(pool.device)
         out = torch.empty(self._offsets[-1], dtype=pool.dtype, device=pool.device)
         self._gather(
@@ -185,35 +171,41 @@ class Group:
             p_scales=tables.scales,
             p_blocks=tables.blocks,
         )
-        return out
+        return [
+            out.as_strided(weight.gathered_shape, stride, offset)
+            for weight, stride, offset in zip(self.weights, self._strides, self._offsets, strict=False)
+        ]
 
-    def reduce_(
-        self,
-        total: Tensor,
-        grads: Sequence[Tensor],
-        table: Tensor,
-        bases: Bases | None = None,
-        bases_wanted: bool = False,
-    ) -> Tensor | None:
-        """Add the pool's gradient of all to `total`, contiguous and float32; return that of the bases, if it is wanted.
+    def combine(self, coefficients: Sequence[Tensor], bases: Sequence[Tensor]) -> list[Tensor]:
+        """Return the dense tensors of weights with bases; they share one piece of memory.
+
+        Args:
+            coefficients: what `gather` returned.
+            bases: each weight's.
+        """
+        assert self._combine is not None, "the weights have no bases"
+        first = coefficients[0]
+        out = first.new_empty(self._dense_offsets[-1])
+        # The others lie behind it.
+        self._combine.combine(first, bases, out)
+        return [
+            out[offset : offset + math.prod(weight.shape)].view(weight.shape)
+            for weight, offset in zip(self.weights, self._dense_offsets, strict=False)
+        ]
+
+    def reduce_(self, total: Tensor, grads: Sequence[Tensor], table: Tensor, bases: Sequence[Tensor] = ()) -> None:
+        """Add the pool's gradient of all to `total`, contiguous and float32.
 
         Args:
             total: of the pool's shape.
             grads: of the dense tensors, of one dtype.
             table: the pool's chunk table.
-            bases: theirs, if they have any.
-            bases_wanted: whether their gradients are.
-
-        Returns:
-            float32 `[weights, basis kernels, positions]`, or None.
+            bases: each weight's, if they have any.
         """
-        joined, basis_grads = self._joined(grads), None
+        joined = self._joined(grads)
         if self._combine is not None:
-            assert bases is not None, "the weights have bases"
-            if bases_wanted:
-                basis_grads = self._combine.basis_grads(self._gathered(bases.pool, table), joined, bases.scales)
             joined, dense = joined.new_empty(self._begins[-1]), joined
-            self._combine.coefficient_grads(dense, bases.values, joined)
+            self._combine.coefficient_grads(dense, bases, joined)
         tables = self._on(total.device)
         self._reduce(
             p_grads=joined,
@@ -222,21 +214,15 @@ class Group:
             p_tensors=tables.tensors,
             p_scales=tables.scales,
         )
-        return basis_grads
 
     def _joined(self, grads: Sequence[Tensor]) -> Tensor:
         """Return the elements of the gradients one after the other, each in the order of its matrix in the pool."""
         matrices = [grad.t() if weight.transposed else grad for grad, weight in zip(grads, self.weights, strict=True)]
         return torch.cat(matrices if self._stackable else [matrix.reshape(-1) for matrix in matrices])
 
-    def is_ready(self, device: torch.device, scales: tuple[float, ...] = ()) -> bool:
-        """Whether all tables are on a device, or may be brought there: a CUDA graph cannot capture that.
-
-        Args:
-            device: the pool's.
-            scales: what the gradients of bases are multiplied by.
-        """
-        ready = device in self._tables and (self._combine is None or self._combine.is_prepared(device, scales))
+    def is_ready(self, device: torch.device) -> bool:
+        """Whether the tables are on a device, or may be brought there: a CUDA graph cannot capture that."""
+        ready = device in self._tables and (self._combine is None or self._combine.is_on(device))
         return ready or device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
     def _on(self, device: torch.device) -> _Tables:
@@ -263,10 +249,11 @@ def fits(pool: Tensor, weight: Weight) -> bool:
 
 
 def _stride(weight: Weight) -> tuple[int, ...]:
-    """Return the strides of a dense tensor whose matrix is in order."""
+    """Return the strides of what the pool holds of a weight, its matrix being in order."""
     if weight.transposed:
         return 1, weight.view.cols
-    return tuple(math.prod(weight.shape[axis + 1 :]) for axis in range(len(weight.shape)))
+    shape = weight.gathered_shape
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def _aligned_offsets(sizes: Iterable[int]) -> list[int]:

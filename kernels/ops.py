@@ -348,7 +348,8 @@ def _backward_embedding_reduce(ctx: Any, grad: Tensor) -> tuple[Tensor | None, .
     return _call("embedding", index, grad, table, ctx.view, ctx.scale), None, None, None, None, None
 
 
-def _save_combine(ctx: Any, coefficients: Tensor, basis: Tensor, grad_scale: float) -> None:
+def save_combine(ctx: Any, coefficients: Tensor, basis: Tensor, grad_scale: float) -> None:
+    """Save what the derivatives of `combine` need in its node, or in one for several."""
     need_coefficients, need_basis = ctx.needs_input_grad[:2]
     ctx.save_for_backward(coefficients if need_basis else None, basis if need_coefficients else None)
     ctx.dtype, ctx.grad_scale = basis.dtype, grad_scale
@@ -363,8 +364,8 @@ def _backward_combine(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-def coefficient_grad(grad: Tensor, basis: Tensor, grad_scale: float) -> Tensor:
-    """Return the coefficients' gradient behind `combine`, `grad · basisᵀ`."""
+def coefficient_grad(grad: Tensor, basis: Tensor, grad_scale: float = 1.0) -> Tensor:
+    """Return the coefficients' gradient behind `combine`, `grad · basisᵀ`; `grad_scale` counts in its derivatives."""
     return _call("combine", grad, basis.t(), grad_scale)
 
 
@@ -451,7 +452,7 @@ for _name, _save, _differentiate in (
     ("linear_reduce", _save_linear_reduce, _backward_linear_reduce),
     ("embedding", _save_embedding, _backward_embedding),
     ("embedding_reduce", _save_embedding_reduce, _backward_embedding_reduce),
-    ("combine", _save_combine, _backward_combine),
+    ("combine", save_combine, _backward_combine),
     ("combine_reduce", _save_combine_reduce, _backward_combine_reduce),
 ):
     _nodes[_name] = _node(_name, _save, _differentiate)

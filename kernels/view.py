@@ -148,18 +148,19 @@ class Weight:
     transposed: bool
     basis_index: int | None = None
     gathered_shape: tuple[int, ...] = field(init=False)
-    """Shape of what the pool holds of it: its own, or `(out, in, basis kernels)`."""
+    """Shape of what the pool holds of it: its own, or `(kernels, basis kernels)`."""
 
     def __post_init__(self) -> None:
         shape = self.shape
         if self.basis_index is not None:
-            shape = (*shape[:2], self.view.numel // math.prod(shape[:2]))
+            kernels = math.prod(shape[:2])
+            shape = (kernels, self.view.numel // kernels)
         object.__setattr__(self, "gathered_shape", shape)
 
     @property
     def basis_shape(self) -> tuple[int, int] | None:
         """`(basis kernels, positions of a kernel)`, or None."""
-        return None if self.basis_index is None else (self.gathered_shape[2], math.prod(self.shape[2:]))
+        return None if self.basis_index is None else (self.gathered_shape[1], math.prod(self.shape[2:]))
 
 
 def to_signed64(value: int) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,48 +25,6 @@ if TYPE_CHECKING:
 _GROUP_ELEMENTS = 1 << 24
 
 
-@dataclass(frozen=True)
-class Bases:
-    """The bases of a group's weights, and what the backward pass makes their gradients of.
-
-    It gathers the coefficients again from the pool, which is small, instead of holding them. Tensors are attributes of
-    the node for the same reason as the gate's are (`passes`), so it is for the node to see whether they have changed.
-
-    Args:
-        values: each weight's basis.
-        scales: what each one's gradient is multiplied by.
-        pool: as the pass reads it.
-    """
-
-    values: tuple[Tensor, ...]
-    scales: tuple[float, ...]
-    pool: Tensor
-
-    def versions(self) -> list[int]:
-        """Return how often each basis, and then the pool, has been written to in sight of autograd."""
-        return [tensor._version for tensor in (*self.values, self.pool)]
-
-    def check(self, versions: list[int], used: Sequence[bool], wanted: Sequence[bool]) -> None:
-        """Refuse to compute with other values than the forward pass did, as autograd refuses it of what it saved.
-
-        Args:
-            versions: of the forward pass.
-            used: whether a weight's gradient is there, which goes through its basis.
-            wanted: whether the gradient of its basis is, which takes coefficients from the pool.
-
-        Raises:
-            RuntimeError: what is needed was written to since.
-        """
-        needed = [*used, any(wanted)]
-        now = self.versions()
-        if any(need and before != after for need, before, after in zip(needed, versions, now, strict=True)):
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace operation: a "
-                "basis of kernels, or the pool that their coefficients are in. Take the optimizer's step, and write to "
-                "them, after the backward pass"
-            )
-
-
 class WeightGroup:
     """Weights that a pass gathers together, and sums the gradients of together."""
 
@@ -75,7 +32,7 @@ class WeightGroup:
         self.weights = tuple(weights)
         self._kernels: Group | None = None
 
-    def kernels(self, pool: Tensor, scales: tuple[float, ...] = ()) -> Group | None:
+    def kernels(self, pool: Tensor) -> Group | None:
         """Return the kernels for the group, if there are any for this pool's device and dtype and they can run now."""
         if not pool.is_cuda or len(self.weights) == 1 or ops.is_watched(pool):
             return None
@@ -86,7 +43,7 @@ class WeightGroup:
             return None
         if self._kernels is None:
             self._kernels = group.Group(self.weights)
-        return self._kernels if self._kernels.is_ready(pool.device, scales) else None
+        return self._kernels if self._kernels.is_ready(pool.device) else None
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies and pickles make their kernels' tables where they are used.
@@ -115,96 +72,78 @@ def grouped(weights: Iterable[Weight]) -> dict[Weight, WeightGroup]:
     return {weight: group for group in made for weight in group.weights}
 
 
+class _Left:
+    """What `_Combined` nodes leave for the `_Dense` node that they lead to, instead of gradients of coefficients.
+
+    Autograd runs that node after them, whether or not they returned something.
+    """
+
+    def __init__(self) -> None:
+        # By the engine's number of the backward pass: of each weight, the dense one's gradient and its basis.
+        self._passes: dict[int, dict[int, tuple[Tensor, Tensor]]] = {}
+
+    def leave(self, node: Any, index: int, grad: Tensor, basis: Tensor) -> bool:
+        """Leave a weight's gradient and basis for a node; return whether it may be, as to a sink (`Sink.total`)."""
+        sink = sink_of(node.next_functions[0][0])
+        if sink is None or not is_wanted(node) or sink.total() is None:
+            return False
+        self._passes.setdefault(torch._C._current_graph_task_id(), {})[index] = grad, basis
+        return True
+
+    def take(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Return what was left in this backward pass."""
+        return self._passes.pop(torch._C._current_graph_task_id(), {})
+
+
 class _Dense(torch.autograd.Function):
-    """The node behind dense weights.
+    """The node behind dense weights, or behind the coefficients of those that have bases.
 
     It keeps the table as an attribute: like the gate it may then run in a checkpointed region that reads fewer or other
     weights when it is run again.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        pool: Tensor,
-        table: Tensor,
-        group: WeightGroup,
-        values: Tensor | None,
-        scales: tuple[float, ...],
-        *bases: Tensor,
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, pool: Tensor, table: Tensor, group: WeightGroup, values: Tensor | None) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.table, ctx.group, ctx.pool_shape = table, group, pool.shape
-        ctx.bases = None
-        if bases:
-            ctx.bases = Bases(bases, scales, pool)
-            ctx.versions = ctx.bases.versions()
+        ctx.left = None if group.weights[0].basis_index is None else _Left()
         # As in `ops`: a result must not count as a view made in here.
         with torch._C._ExcludeDispatchKeyGuard(ops.VIEW_TRACKING):
             if values is not None:
                 return (values.view_as(values),)
-            if (kernels := group.kernels(pool, scales)) is not None:
+            if (kernels := group.kernels(pool)) is not None:
                 with ops.on_device_of(pool):
-                    return tuple(kernels.gather(pool, table, bases))
+                    return tuple(kernels.gather(pool, table))
         # Outside: an operator looks for tangents, which takes the tracking of views.
         matrices = [ops.gather(pool, table, weight.view, weight.scale) for weight in group.weights]
-        if bases:
-            matrices = [
-                ops.combine(matrix.reshape(-1, basis.shape[0]), basis)
-                for matrix, basis in zip(matrices, bases, strict=True)
-            ]
         with torch._C._ExcludeDispatchKeyGuard(ops.VIEW_TRACKING):
             return tuple(
-                (matrix.t() if weight.transposed else matrix).reshape(weight.shape)
+                (matrix.t() if weight.transposed else matrix).reshape(weight.gathered_shape)
                 for matrix, weight in zip(matrices, group.weights, strict=True)
             )
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        bases: Bases | None = ctx.bases
-        used = [grad is not None for grad in grads]
-        # Of each weight, whether its basis's gradient is wanted; nothing where there are no bases.
-        wanted = [needed and there for needed, there in zip(ctx.needs_input_grad[_BASES:], used, strict=False)]
-        if bases is not None:
-            bases.check(ctx.versions, used, wanted)
-        basis_grads: list[Tensor | None] = [None] * len(wanted)
-        if _reduced_together(ctx, grads, wanted, basis_grads):
-            return None, *_NO_OTHERS, *basis_grads
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+        if ctx.left is None:
+            if _reduced_together(ctx, grads):
+                return None, None, None, None
+        elif left := ctx.left.take():
+            _reduce_left(ctx, left)
         total: Tensor | None = None
-        for index, (weight, grad) in enumerate(zip(ctx.group.weights, grads, strict=True)):
+        for weight, grad in zip(ctx.group.weights, grads, strict=True):
             if grad is None:
                 continue
             view = weight.view
-            if bases is not None:
-                grad, basis_grads[index] = _through_basis(ctx, bases, index, grad, wanted[index])
             matrix = grad.t() if weight.transposed else grad.reshape(view.rows, view.cols)
             part = ops.pool_gradient(ctx, 0, "reduce", matrix, ctx.table, view, weight.scale, pool_shape=ctx.pool_shape)
             total = part if total is None else total if part is None else total + part
-        return total, *_NO_OTHERS, *basis_grads
+        return total, None, None, None
 
 
-# What a node has besides the pool, which comes first, and the bases, which come last.
-_NO_OTHERS = (None,) * 4
-_BASES = 1 + len(_NO_OTHERS)
-
-
-def _through_basis(ctx: Any, bases: Bases, index: int, grad: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
-    """Return the gradients of a weight's coefficients, and of its basis if it is wanted."""
-    basis, scale, weight = bases.values[index], bases.scales[index], ctx.group.weights[index]
-    rows = grad.reshape(-1, basis.shape[1])
-    of_coefficients = ops.coefficient_grad(rows, basis, scale)
-    if not wanted:
-        return of_coefficients, None
-    coefficients = ops.gather(bases.pool, ctx.table, weight.view, weight.scale).reshape(-1, basis.shape[0])
-    return of_coefficients, ops.basis_grad(coefficients, rows, scale).to(basis.dtype)
-
-
-def _reduced_together(
-    ctx: Any, grads: Sequence[Tensor | None], wanted: Sequence[bool], basis_grads: list[Tensor | None]
-) -> bool:
+def _reduced_together(ctx: Any, grads: Sequence[Tensor | None], bases: Sequence[Tensor] = ()) -> bool:
     """Add the gradients to the buffer of the backward pass by one kernel, if there is one and most of them are there.
 
-    Some never are: a group's other weights may be kept for nothing, as that of a pooler that few rows go through. Those
-    of the bases, as far as they are wanted, go to `basis_grads`.
+    Some never are: a group's other weights may be kept for nothing, as that of a pooler that few rows go through.
     """
     if torch.compiler.is_compiling():
         return False
@@ -212,8 +151,7 @@ def _reduced_together(
     read = ctx.next_functions[0][0]
     if 2 * len(present) <= len(grads) or len({grad.dtype for grad in present}) != 1 or not is_wanted(read):
         return False
-    bases: Bases | None = ctx.bases
-    kernels = ctx.group.kernels(present[0], () if bases is None else bases.scales)
+    kernels = ctx.group.kernels(present[0])
     sink = sink_of(read)
     if kernels is None or sink is None or (total := sink.total()) is None:
         return False
@@ -222,17 +160,87 @@ def _reduced_together(
             zero = present[0].new_zeros(())
             pairs = zip(ctx.group.weights, grads, strict=True)
             present = [zero.expand(weight.shape) if grad is None else grad for weight, grad in pairs]
-        found = kernels.reduce_(total, present, ctx.table, bases, any(wanted))
-    if bases is not None and found is not None:
-        parts = zip(wanted, found.unbind(), bases.values, strict=True)
-        basis_grads[:] = [part.to(basis.dtype) if needed else None for needed, part, basis in parts]
+        kernels.reduce_(total, present, ctx.table, bases)
     return True
 
 
-def gather_weights(
-    pool: Tensor, table: Tensor, group: WeightGroup, bases: Sequence[tuple[Tensor, float]] = ()
-) -> tuple[Tensor, ...]:
-    """Return a group's dense weights, of the pool's dtype, whose gradients go to the pool through one node.
+def _reduce_left(ctx: Any, left: dict[int, tuple[Tensor, Tensor]]) -> None:
+    """Add to the buffer of the backward pass what was left, by one kernel if that is most of the group's."""
+    grads = [left[index][0] if index in left else None for index in range(len(ctx.group.weights))]
+    # Where there is no gradient, any basis will do.
+    some = next(iter(left.values()))[1]
+    bases = [left[index][1] if index in left else some for index in range(len(grads))]
+    if _reduced_together(ctx, grads, bases):
+        return
+    for index, (grad, basis) in left.items():
+        weight = ctx.group.weights[index]
+        view = weight.view
+        matrix = ops.coefficient_grad(grad.reshape(-1, basis.shape[1]), basis).view(view.rows, view.cols)
+        ops.pool_gradient(ctx, 0, "reduce", matrix, ctx.table, view, weight.scale, pool_shape=ctx.pool_shape)
+
+
+class _Combined(torch.autograd.Function):
+    """The node behind a dense weight that was made of its basis together with others.
+
+    It is `ops.combine`'s, and saves what that does, as a checkpoint may run that again. Only the coefficients' gradient
+    is left to `_Dense`, which makes that of all weights by one kernel.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, coefficients: Tensor, basis: Tensor, grad_scale: float, values: Tensor, index: int) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ops.save_combine(ctx, coefficients, basis, grad_scale)
+        ctx.index = index
+        with torch._C._ExcludeDispatchKeyGuard(ops.VIEW_TRACKING):
+            return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        if grad is None:
+            return None, None, None, None, None
+        coefficients, basis = ctx.saved_tensors
+        rows = None if coefficients is None else grad.reshape(-1, math.prod(grad.shape[2:]))
+        of_basis = None if rows is None else ops.basis_grad(coefficients, rows, ctx.grad_scale).to(ctx.dtype)
+        if basis is None:
+            return None, of_basis, None, None, None
+        node = ctx.next_functions[0][0]
+        if node.left.leave(node, ctx.index, grad, basis):
+            return None, of_basis, None, None, None
+        rows = grad.reshape(-1, basis.shape[1])
+        return ops.coefficient_grad(rows, basis, ctx.grad_scale), of_basis, None, None, None
+
+
+def combine_ahead(group: WeightGroup, coefficients: Sequence[Tensor], bases: Sequence[Tensor]) -> list[Tensor] | None:
+    """Return a group's dense weights for `combined`, made by one kernel; None where there is no such kernel.
+
+    Args:
+        group: which.
+        coefficients: what `gather_weights` returned.
+        bases: each weight's.
+    """
+    kernels = group.kernels(coefficients[0])
+    if kernels is None:
+        return None
+    with torch.no_grad(), ops.on_device_of(coefficients[0]):
+        return kernels.combine(coefficients, bases)
+
+
+def combined(coefficients: Tensor, basis: Tensor, grad_scale: float, values: Tensor, index: int) -> Tensor:
+    """Return a weight that `combine_ahead` made, with the derivatives of `ops.combine(coefficients, basis, …)`.
+
+    Args:
+        coefficients: what `gather_weights` returned of it.
+        basis: its basis.
+        grad_scale: what the basis's gradient is multiplied by.
+        values: the weight.
+        index: its number in the group.
+    """
+    return _Combined.apply(coefficients, basis, grad_scale, values, index)
+
+
+def gather_weights(pool: Tensor, table: Tensor, group: WeightGroup) -> tuple[Tensor, ...]:
+    """Return a group's dense weights, or the coefficients of those with bases, whose gradients go through one node.
 
     The node runs when the gradients of all of them are there.
 
@@ -240,21 +248,13 @@ def gather_weights(
         pool: the pool as a pass reads it.
         table: its chunk table.
         group: which.
-        bases: each weight's basis, and what its gradient is multiplied by, if they have any.
     """
-    return _Dense.apply(pool, table, group, None, *_taken_apart(bases))
+    return _Dense.apply(pool, table, group, None)
 
 
-def again(
-    pool: Tensor, table: Tensor, weight: Weight, values: Tensor, bases: Sequence[tuple[Tensor, float]] = ()
-) -> Tensor:
-    """Return a dense weight that was gathered already, through a node of its own.
+def again(pool: Tensor, table: Tensor, weight: Weight, values: Tensor) -> Tensor:
+    """Return what was gathered of a weight already, through a node of its own.
 
     So the gradients of its readers meet in the pool's, in float32, not in the weight's own dtype.
     """
-    return _Dense.apply(pool, table, WeightGroup([weight]), values.detach(), *_taken_apart(bases))[0]
-
-
-def _taken_apart(bases: Sequence[tuple[Tensor, float]]) -> tuple[Any, ...]:
-    """Return the scales and then each basis: nodes find tensors only among their own arguments."""
-    return (tuple(scale for _, scale in bases), *(basis for basis, _ in bases))
+    return _Dense.apply(pool, table, WeightGroup([weight]), values.detach())[0]

@@ -19,8 +19,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from roastify.kernels import ops
-
 
 def cosine_basis(kernel: Sequence[int], count: int) -> Tensor:
     """Return the `count` lowest frequencies of the kernel's discrete cosine transform, `[count, positions]`.
@@ -65,14 +63,6 @@ def principal_basis(dense: Tensor, count: int) -> Tensor:
     space = directions.flip(1)[:, :count].t()
     left, _, right = torch.linalg.svd(cosine_basis(dense.shape[2:], count).to(space.device) @ space.t())
     return left @ right @ space
-
-
-def combine(coefficients: Tensor, basis: Tensor, grad_scale: float = 1.0) -> Tensor:
-    """Return `coefficients · basis`, `[…, positions]`, in their dtype, whatever autocast is set to.
-
-    The basis's gradient is multiplied by `grad_scale`.
-    """
-    return ops.combine(coefficients.flatten(0, -2), basis, grad_scale).unflatten(0, coefficients.shape[:-1])
 
 
 def combined_matrix(matrix: Tensor, basis: Tensor) -> Tensor:

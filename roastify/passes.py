@@ -7,7 +7,7 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,11 @@ from torch.utils import _python_dispatch as dispatch
 from torch.utils import checkpoint
 
 from roastify.errors import RoastError
+from roastify.kernels import ops
 from roastify.kernels.reference import summed_in
 from roastify.kernels.sink import Sink
 from roastify.kernels.view import Weight
-from roastify.kernels.weights import WeightGroup, again, gather_weights
+from roastify.kernels.weights import WeightGroup, again, combine_ahead, combined, gather_weights
 
 
 class Pool(Protocol):
@@ -147,8 +148,18 @@ class _Door:
         self.token: Tensor = _Gate.apply(weight, self.sink, *gamma)
 
 
-# A weight, the dtype it is read in, and its basis as it is.
-_Key = tuple[Weight, torch.dtype, tuple[int, int | None] | None]
+class _Ahead(NamedTuple):
+    """A dense weight that was made of its basis together with others: its number among them, and how the basis was."""
+
+    values: Tensor
+    number: int
+    basis: Tensor
+    version: int
+    address: int
+
+    def is_of(self, basis: Tensor) -> bool:
+        """Whether a basis is the one that the weight was made of, unchanged."""
+        return basis is self.basis and basis._version == self.version and basis.data_ptr() == self.address
 
 
 class _Made:
@@ -165,9 +176,11 @@ class _Made:
         # Copies as layers read them, in a graph. One for all of a pass: a node a layer costs the host more than it
         # takes to find this one.
         self.reads: dict[torch.dtype, Tensor] = {}
-        # Dense weights, which graphs hold (what a checkpoint lets go of must go), and those that nothing has read yet.
-        self.dense_values: dict[_Key, weakref.ref[Tensor]] = {}
-        self.fresh: dict[_Key, Tensor] = {}
+        # Dense weights or coefficients, which graphs hold (what a checkpoint lets go of must go), and those that
+        # nothing has read yet; of coefficients also what they make.
+        self.dense_values: dict[tuple[Weight, torch.dtype], weakref.ref[Tensor]] = {}
+        self.fresh: dict[tuple[Weight, torch.dtype], Tensor] = {}
+        self.ahead: dict[tuple[Weight, torch.dtype], _Ahead] = {}
         self.door: _Door | None = None
         self.runs = 0
 
@@ -203,37 +216,49 @@ class _Made:
         return read
 
     def dense(self, weight: Weight, dtype: torch.dtype) -> Tensor:
-        """Return a dense weight, in a graph; in a whole forward pass its group is gathered with it."""
-        key = self._key(weight, dtype)
+        """Return a dense weight, in a graph; in a whole forward pass its group is made with it."""
+        gathered = self._gathered(weight, dtype)
+        if weight.basis_index is None:
+            return gathered
+        basis, grad_scale = self.pool.basis(weight.basis_index)
+        ahead = self.ahead.pop((weight, dtype), None)
+        if ahead is not None and ahead.is_of(basis):
+            return combined(gathered, basis, grad_scale, ahead.values, ahead.number)
+        return ops.combine(gathered, basis, grad_scale).view(weight.shape)
+
+    def _gathered(self, weight: Weight, dtype: torch.dtype) -> Tensor:
+        """Return what the pool holds of a weight, which may be its coefficients."""
+        key = weight, dtype
         fresh = self.fresh.pop(key, None)
         if fresh is not None:
             return fresh
         pool = self.read(dtype, True)
         if (held := self.dense_values.get(key)) is not None and (values := held()) is not None:
-            return again(pool, self.pool.table, weight, values, self._bases_of([weight]))
+            return again(pool, self.pool.table, weight, values)
         group = self._group_of(weight, dtype)
-        found = gather_weights(pool, self.pool.table, group, self._bases_of(group.weights))
+        found = gather_weights(pool, self.pool.table, group)
         for other, tensor in zip(group.weights, found, strict=True):
-            made = self._key(other, dtype)
-            self.dense_values[made] = weakref.ref(tensor)
-            self.fresh[made] = tensor
+            self.dense_values[other, dtype] = weakref.ref(tensor)
+            self.fresh[other, dtype] = tensor
+        self._combine_ahead(group, found, dtype)
         return self.fresh.pop(key)
 
-    def _bases_of(self, weights: Sequence[Weight]) -> list[tuple[Tensor, float]]:
-        return [self.pool.basis(weight.basis_index) for weight in weights if weight.basis_index is not None]
-
-    def _key(self, weight: Weight, dtype: torch.dtype) -> _Key:
-        """Return by what a dense weight is known: of a basis too, it must be the present content that it is made of."""
-        if weight.basis_index is None:
-            return weight, dtype, None
-        basis, _ = self.pool.basis(weight.basis_index)
-        return weight, dtype, (id(basis), None if basis.is_inference() else basis._version)
+    def _combine_ahead(self, group: WeightGroup, coefficients: Sequence[Tensor], dtype: torch.dtype) -> None:
+        """Make the dense weights of a group with bases, if they are such as it can be told of that they change."""
+        indices = [weight.basis_index for weight in group.weights if weight.basis_index is not None]
+        bases = [self.pool.basis(index)[0] for index in indices]
+        if not bases or not all(type(basis) is nn.Parameter and _is_plain(basis) for basis in bases):
+            return
+        made = combine_ahead(group, coefficients, bases)
+        for index, (weight, basis) in enumerate(zip(group.weights, bases, strict=True)):
+            if made is not None:
+                self.ahead[weight, dtype] = _Ahead(made[index], index, basis, basis._version, basis.data_ptr())
 
     def _group_of(self, weight: Weight, dtype: torch.dtype) -> WeightGroup:
         # Modes that count operators see each where it is asked for.
         if self.whole and not torch._C._len_torch_dispatch_stack():
             group = self.pool.group_of(weight)
-            if not any(self._key(other, dtype) in self.dense_values for other in group.weights):
+            if not any((other, dtype) in self.dense_values for other in group.weights):
                 return group
         return WeightGroup([weight])
 

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from roastify.basis import combine
 from roastify.kernels import ops
 from roastify.kernels.view import TileView, Weight
 from roastify.pool import RoastPool
@@ -132,7 +131,7 @@ class SharedTensor:
         gathered = (matrix.t() if self.transposed else matrix).reshape(self.weight.gathered_shape)
         if self.basis_index is None:
             return gathered
-        return combine(gathered, *self.pool.basis(self.basis_index)).view(self.shape)
+        return ops.combine(gathered, *self.pool.basis(self.basis_index)).view(self.shape)
 
     def whole(self, x: Tensor) -> Tensor:
         """Return the dense tensor for an operation on `x` that wants all of it, in the dtype that it runs in."""

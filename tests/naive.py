@@ -134,7 +134,7 @@ class Naive:
             weight = self.pool.flatten()[places] * factors
             if basis is not None:
                 kernels, shape = basis
-                weight = torch.einsum("oij,jk->oik", weight, kernels).reshape(shape)
+                weight = torch.einsum("ij,jk->ik", weight, kernels).reshape(shape)
             for module, name in owners:
                 module._parameters.pop(name, None)
                 setattr(module, name, weight)

@@ -24,9 +24,9 @@ import roastify
 from roastify import ConfigError, PlanError, RoastConfig, RoastPlan, agreement, passes
 from roastify import checkpoint as artifacts
 from roastify.align import _curvature, _Place, _Term, align
-from roastify.basis import coefficient_matrix, combine, combined_matrix, cosine_basis, principal_basis
+from roastify.basis import coefficient_matrix, combined_matrix, cosine_basis, principal_basis
 from roastify.errors import ConversionError, OutputMismatch
-from roastify.kernels import reference
+from roastify.kernels import ops, reference
 from roastify.kernels.weights import WeightGroup
 from roastify.layers import RoastModule
 from roastify.report import plan_table
@@ -309,10 +309,10 @@ def test_coefficient_matrix_is_the_adjoint_of_combined_matrix() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("device", DEVICES)
 def test_combining_keeps_the_dtype_under_autocast(dtype: torch.dtype, device: str) -> None:
-    coefficients, basis = normal(6, 5, 4).to(device, dtype), normal(4, 9).to(device, dtype)
-    plain = combine(coefficients, basis)
+    coefficients, basis = normal(30, 4).to(device, dtype), normal(4, 9).to(device, dtype)
+    plain = ops.combine(coefficients, basis)
     with torch.autocast(device, torch.bfloat16):
-        found = combine(coefficients, basis)
+        found = ops.combine(coefficients, basis)
     assert found.dtype == dtype
     assert torch.equal(found, plain)
 
@@ -767,36 +767,17 @@ def test_a_basis_written_to_before_the_backward_pass_is_an_error_as_a_dense_weig
         out.backward()
 
 
-def test_a_pool_written_to_before_the_backward_pass_is_an_error_as_well() -> None:
-    """The backward pass gathers coefficients again, and must not do so from other values."""
-    model, _ = pair(Chain)
-    x = normal(2, 16, 9, 9).requires_grad_()
-    out = loss(model(x))
-    (expected,) = torch.autograd.grad(out, x, retain_graph=True)
-    with torch.no_grad():
-        pool_of(model).weight.mul_(2)
-    # Which does not take them.
-    assert torch.equal(torch.autograd.grad(out, x, retain_graph=True)[0], expected)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        out.backward()
-
-
-def test_layers_with_bases_are_read_together_and_keep_no_coefficients(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_with_bases_are_read_together(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = pair()
     groups, gather_weights = [], passes.gather_weights
 
-    def watched(pool: Tensor, table: Tensor, group: WeightGroup, *rest: Any) -> Any:
+    def watched(pool: Tensor, table: Tensor, group: WeightGroup) -> Any:
         groups.append([weight.shape for weight in group.weights])
-        return gather_weights(pool, table, group, *rest)
+        return gather_weights(pool, table, group)
 
     monkeypatch.setattr(passes, "gather_weights", watched)
-    saved: list[tuple[int, ...]] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tuple(tensor.shape)) or tensor, id):
-        model(normal(2, 4, 12, 12))
+    model(normal(2, 4, 12, 12))
     assert [(48, 32, 3, 3), (48, 24, 3, 3)] in groups
-    assert (48, 32, 3, 3) in saved
-    coefficients = {(48, 32 * 6), (48 * 32, 6), (48, 32, 6), (48, 24 * 6), (48 * 24, 6), (48, 24, 6)}
-    assert not coefficients & set(saved)
 
 
 def test_a_basis_written_to_within_a_forward_pass_is_read_as_it_is_then() -> None:
@@ -1283,11 +1264,11 @@ def test_a_compiled_step_is_the_eager_one(autocast: bool, precondition: bool) ->
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_kernels_are_made_in_float32_under_autocast() -> None:
     """The weight is read in float32 here, so that autocast's rounding is not theirs."""
-    coefficients = normal(50, 4, 6, dtype=torch.float32).requires_grad_()
+    coefficients = normal(200, 6, dtype=torch.float32).requires_grad_()
     basis = normal(6, 9, dtype=torch.float32).requires_grad_()
-    compiled = torch.compile(combine, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(ops.combine, backend="aot_eager", fullgraph=True)
     found = []
-    for run in (combine, compiled):
+    for run in (ops.combine, compiled):
         with torch.autocast("cpu", torch.bfloat16):
             out = run(coefficients, basis, 0.3)
         assert out.dtype == torch.float32

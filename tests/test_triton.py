@@ -5,18 +5,23 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
 
 import roastify
 from roastify.kernels import ops, reference, weights
 from roastify.kernels.view import TileView, Weight
 from roastify.mapping import TileMap
+from roastify.rewrite import pool_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -632,57 +637,44 @@ def build_with_bases(name: str) -> tuple[group.Group, Tensor, tuple[int, int], l
     return group.Group(made), table, shape, bases
 
 
-def coefficients_of(weight: Weight, pool: Tensor, table: Tensor) -> Tensor:
-    return gather.gather(pool, table, weight.view, weight.scale).reshape(-1, weight.basis_shape[0])
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", WITH_BASES)
-def test_gather_of_a_group_with_bases(name: str, dtype: torch.dtype) -> None:
+def test_combine_of_a_group(name: str, dtype: torch.dtype) -> None:
     made, table, shape, bases = build_with_bases(name)
     pool = randn(*shape, dtype=dtype)
-    # As for one weight by itself, to the bit: what is gathered again must be what was gathered before.
-    for found, weight, basis in zip(made.gather(pool, table, bases), made.weights, bases, strict=True):
+    gathered = made.gather(pool, table)
+    parts = zip(made.combine(gathered, bases), gathered, made.weights, bases, strict=True)
+    for found, coefficients, weight, basis in parts:
+        assert torch.equal(coefficients.view(weight.view[:2]), gather.gather(pool, table, weight.view, weight.scale))
+        assert coefficients.shape == weight.gathered_shape and weight.basis_shape == basis.shape
         assert found.shape == weight.shape and found.data_ptr() % 16 == 0 and found.is_contiguous()
-        coefficients = coefficients_of(weight, pool, table)
+        # As for one weight by itself, to the bit: a checkpoint may make it so.
         assert torch.equal(found.view(-1, basis.shape[1]), combine.combine(coefficients, basis))
         expected = in_float64(reference.combine, coefficients, basis)
         assert_near(found, expected.view(weight.shape), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("parts", [1, 3, 256])
 @pytest.mark.parametrize("name", WITH_BASES)
-def test_reduce_of_a_group_with_bases(
-    name: str, parts: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tuning, "COMBINE_PARTS", parts)
+def test_reduce_of_a_group_with_bases(name: str, dtype: torch.dtype) -> None:
     made, table, shape, bases = build_with_bases(name)
-    pool, scales = randn(*shape, dtype=dtype), tuple(0.3 * (1 + index) for index in range(len(bases)))
     grads = [randn(*weight.shape, dtype=dtype, seed=seed) for seed, weight in enumerate(made.weights)]
     # As cuDNN gives them for images whose channels are last, and as a sum does.
     grads[0] = grads[0].to(memory_format=torch.channels_last)
     grads[-1] = randn(1, dtype=dtype, seed=8).expand(made.weights[-1].shape) if len(grads) > 1 else grads[-1]
     before = randn(*shape, seed=9)
-    expected, expected_bases = before.double(), []
-    for grad, weight, basis, scale in zip(grads, made.weights, bases, scales, strict=True):
-        rows = grad.double().reshape(-1, basis.shape[1])
-        matrix = (rows @ basis.double().t()).view(weight.view.rows, weight.view.cols)
+    expected = before.double()
+    for grad, weight, basis in zip(grads, made.weights, bases, strict=True):
+        matrix = (grad.double().reshape(-1, basis.shape[1]) @ basis.double().t()).view(weight.view[:2])
         reference.reduce_(expected, matrix, table, weight.view, weight.scale)
-        expected_bases.append(scale * coefficients_of(weight, pool, table).double().t() @ rows)
-    described = weights.Bases(tuple(bases), scales, pool)
-    for wanted in (True, False):
+    found = []
+    for _ in range(2):
         total = before.clone()
-        found = made.reduce_(total, grads, table, described, wanted)
-        # Gradients of coefficients are rounded to their dtype, as those of one weight by itself.
-        assert_near(total.to(dtype), expected, dtype)
-        if not wanted:
-            assert found is None
-            continue
-        assert found is not None and found.dtype == torch.float32
-        for one, other in zip(found, expected_bases, strict=True):
-            assert_near(one, other, torch.float32)
-        assert torch.equal(found, made.reduce_(before.clone(), grads, table, described, True))
+        made.reduce_(total, grads, table, bases)
+        found.append(total)
+    # Gradients of coefficients are rounded to their dtype, as those of one weight by itself.
+    assert_near(found[0].to(dtype), expected, dtype)
+    assert torch.equal(*found)
 
 
 def test_large_bases_have_no_kernel_for_a_group() -> None:
@@ -692,46 +684,199 @@ def test_large_bases_have_no_kernel_for_a_group() -> None:
     assert group.fits(randn(8, 8), dataclasses.replace(weight, shape=(12, 5, 3, 3)))
 
 
-@pytest.mark.parametrize(("run", "frozen"), [(3, False), (2, False), (3, True)])
-def test_gradients_of_a_group_with_bases_are_those_by_float64(
-    run: int, frozen: bool, monkeypatch: pytest.MonkeyPatch, full_precision: None
-) -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.ModuleList(nn.Conv2d(24, 24, 3, bias=False) for _ in range(3))
+class Convolutions(nn.Module):
+    """Three alike, of which some are run."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            for layer in self.layers[:run]:
-                x = layer(x).tanh()
-            return x
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(24, 24, 3, bias=False) for _ in range(3))
+        self.run = 3
+        self.again: Any = lambda function, x: function(x)
 
-    calls = []
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[: self.run]:
+            x = self.again(layer, x).tanh()
+        return x
+
+
+@pytest.fixture
+def convolutions(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any, list[int]]:
+    """A model on the group's kernels, its copy in float64, which has none, and how many bases each kernel was given."""
+    calls: list[int] = []
     reduce_ = group.Group.reduce_
-    monkeypatch.setattr(group.Group, "reduce_", lambda *args: calls.append("") or reduce_(*args))
+
+    def watched(*args: Any) -> None:
+        calls.append(len(args[-1]))
+        reduce_(*args)
+
+    def forced(chosen: weights.WeightGroup, pool: Tensor) -> Any:
+        return None if pool.dtype == torch.float64 or len(chosen.weights) == 1 else group.Group(chosen.weights)
+
+    monkeypatch.setattr(group.Group, "reduce_", watched)
     if DEVICE == "cpu":
-        monkeypatch.setattr(weights.WeightGroup, "kernels", lambda chosen, *_: group.Group(chosen.weights))
+        monkeypatch.setattr(weights.WeightGroup, "kernels", forced)
         monkeypatch.setattr(ops, "on_device_of", lambda tensor: contextlib.nullcontext())
     torch.manual_seed(0)
-    model = roastify.convert(Net().to(DEVICE), config=roastify.RoastConfig(ratio=3.0, min_numel=1, tile="8x8"))
-    pool = next(module for module in model.modules() if hasattr(module, "bases"))
-    assert len(pool.bases()) == 3
-    for basis in pool.bases()[1:] if frozen else ():
-        basis.requires_grad_(False)
-    dense, x = copy.deepcopy(model).double(), randn(2, 24, 9, 9)
+    config = roastify.RoastConfig(ratio=3.0, min_numel=1, tile="8x8")
+    model = roastify.convert(Convolutions().to(DEVICE), config=config)
+    assert len(pool_of(model).bases()) == 3
+    return model, copy.deepcopy(model).double(), calls
+
+
+def assert_steps_alike(model: Any, dense: Any, step: Any) -> None:
+    for each in (model, dense):
+        each.zero_grad()
+    found, expected = step(model, randn(2, 24, 9, 9)), step(dense, randn(2, 24, 9, 9).double())
+    for one, other in zip(found, expected, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert_near(one.detach(), other.detach(), torch.float32)
+
+
+def loss_and_gradients(model: Any, x: Tensor) -> list[Tensor | None]:
     out = model(x)
     out.square().sum().backward()
+    return [out, *(parameter.grad for parameter in model.parameters())]
+
+
+@pytest.mark.parametrize(("run", "frozen"), [(3, ()), (2, ()), (1, ()), (3, (1, 2)), (3, (0, 1, 2))])
+def test_gradients_of_a_group_with_bases_are_those_in_float64(
+    run: int, frozen: tuple[int, ...], convolutions: tuple[Any, Any, list[int]], full_precision: None
+) -> None:
+    model, dense, calls = convolutions
+    for each in (model, dense):
+        each.run = run
+        for index in frozen:
+            pool_of(each).bases()[index].requires_grad_(False)
+    assert_steps_alike(model, dense, loss_and_gradients)
+    # By the group's kernel where most of it runs; where it is one layer, by that layer's.
+    assert calls == ([3] if run > 1 else [])
+    bases = pool_of(model).bases()
+    assert [basis.grad is None for basis in bases] == [index >= run or index in frozen for index in range(3)]
+
+
+def of_gradients(model: Any, x: Tensor) -> list[Tensor | None]:
+    parameters = list(model.parameters())
+    found = torch.autograd.grad(model(x).square().sum(), parameters, create_graph=True)
+    sum(each.square().sum() for each in found).backward()
+    return [parameter.grad for parameter in parameters]
+
+
+def only_bases(model: Any, x: Tensor) -> list[Tensor | None]:
+    return list(torch.autograd.grad(model(x).square().sum(), pool_of(model).bases()))
+
+
+def only_pool(model: Any, x: Tensor) -> list[Tensor | None]:
+    return list(torch.autograd.grad(model(x).square().sum(), pool_of(model).weight))
+
+
+def twice(model: Any, x: Tensor) -> list[Tensor | None]:
+    out = model(x).square().sum()
+    out.backward(retain_graph=True)
+    out.backward()
+    return [parameter.grad for parameter in model.parameters()]
+
+
+def a_layer_twice(model: Any, x: Tensor) -> list[Tensor | None]:
+    layers = model.layers
+    model.layers = nn.ModuleList([layers[0], layers[1], layers[0]])
+    found = loss_and_gradients(model, x)
+    model.layers = layers
+    return found
+
+
+def checkpointed(model: Any, x: Tensor) -> list[Tensor | None]:
+    """Within a pass weights are made together; those that are made again in backward are made one by one."""
+    model.again = functools.partial(checkpoint, use_reentrant=False)
+    return loss_and_gradients(model, x)
+
+
+def written_between_layers(model: Any, x: Tensor) -> list[Tensor | None]:
+    basis = pool_of(model).bases()[2]
+
+    def assign(*_: Any) -> None:
+        basis.data = basis.data * 2
+
+    hook = model.layers[2].register_forward_pre_hook(assign)
+    found = loss_and_gradients(model, x)
+    hook.remove()
+    return found
+
+
+def parametrized(model: Any, x: Tensor) -> list[Tensor | None]:
+    for index in range(3):
+        nn.utils.parametrizations.weight_norm(pool_of(model), f"basis_{index}", dim=None)
+    return loss_and_gradients(model, x)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True:UserWarning")
+@pytest.mark.parametrize(
+    "step",
+    [of_gradients, only_bases, only_pool, twice, a_layer_twice, checkpointed, written_between_layers, parametrized],
+)
+def test_a_group_with_bases_in_training_loops(
+    step: Any, convolutions: tuple[Any, Any, list[int]], full_precision: None
+) -> None:
+    model, dense, _ = convolutions
+    assert_steps_alike(model, dense, step)
+
+
+def test_a_basis_that_is_not_read_gets_no_gradient_and_calls_no_hook(
+    convolutions: tuple[Any, Any, list[int]],
+) -> None:
+    model, _, calls = convolutions
+    model.run = 2
+    called = []
+    for index, basis in enumerate(pool_of(model).bases()):
+        basis.register_hook(lambda grad, index=index: called.append((index, grad is None)))
+    model(randn(2, 24, 9, 9)).square().sum().backward()
+    assert calls and sorted(called) == [(0, False), (1, False)]
+
+
+def test_a_basis_written_to_before_the_backward_pass_raises(convolutions: tuple[Any, Any, list[int]]) -> None:
+    model, dense, _ = convolutions
+    for each, x in ((model, randn(2, 24, 9, 9)), (dense, randn(2, 24, 9, 9).double())):
+        out = each(x).square().sum()
+        with torch.no_grad():
+            pool_of(each).bases()[1].mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.backward()
+
+
+def test_a_pool_may_be_written_to_before_the_backward_pass(
+    convolutions: tuple[Any, Any, list[int]], full_precision: None
+) -> None:
+    """Coefficients are kept, as weights without a basis are."""
+
+    def step(model: Any, x: Tensor) -> list[Tensor | None]:
+        out = model(x).square().sum()
+        with torch.no_grad():
+            pool_of(model).weight.mul_(2)
+        out.backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    model, dense, calls = convolutions
+    assert_steps_alike(model, dense, step)
     assert calls
-    monkeypatch.undo()
-    expected = dense(x.double())
-    assert_near(out.detach(), expected.detach(), torch.float32)
-    expected.square().sum().backward()
-    for (name, found), other in zip(model.named_parameters(), dense.parameters(), strict=True):
-        assert (found.grad is None) == (other.grad is None), name
-        if found.grad is not None:
-            assert_near(found.grad, other.grad, torch.float32)
-    # The last layer's basis where the last layer did not run.
-    assert (pool.bases()[2].grad is None) == (run == 2 or frozen)
+
+
+def test_nothing_of_a_group_with_bases_outlives_the_graph(convolutions: tuple[Any, Any, list[int]]) -> None:
+    model, _, _ = convolutions
+    made = []
+    combined = group.Group.combine
+
+    def watched(*args: Any) -> list[Tensor]:
+        found = combined(*args)
+        made.extend(map(StorageWeakRef, (each.untyped_storage() for each in (*found, *args[1]))))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(group.Group, "combine", watched)
+        loss = model(randn(2, 24, 9, 9)).square().sum()
+    assert len(made) == 6 and not any(reference.expired() for reference in made)
+    loss.backward()
+    # The graph is there, what it saved is not.
+    assert all(reference.expired() for reference in made)
 
 
 def test_weights_of_a_group_are_alike() -> None:
