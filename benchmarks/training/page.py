@@ -34,7 +34,7 @@ it beside a dense one. All other rows but BERT-base's `eager` and `compiled` one
 before a group's kernel summed gradients of which a few are missing, as that of BERT's pooler is. Only BERT-base was
 measured with `reduce-overhead`, and GPT-2 medium and the deep stack were not compiled. "resnet-50" has kernels made of
 a basis, the default; "resnet-50, whole kernels" has none. The eager steps of both were timed one after the other on a
-slow host: the dense one took 29 and 33 ms, where the GPU alone needs 17.8. Activations are what the
+slow host: the dense one took 27 and 31 ms, where the GPU alone needs 17.8. Activations are what the
 forward pass leaves for the backward pass; the peak is the allocator's, over one step. An aim is what this project set
 itself before measuring, and aims that are missed stay in the tables.
 """
