@@ -176,15 +176,22 @@ class Group:
             for weight, stride, offset in zip(self.weights, self._strides, self._offsets, strict=False)
         ]
 
+    def are_together(self, gathered: Sequence[Tensor]) -> bool:
+        """Whether tensors are what `gather` returned, not gathered one by one: each where it must lie."""
+        first = gathered[0].data_ptr()
+        begins = (first + offset * gathered[0].element_size() for offset in self._offsets)
+        return all(tensor.data_ptr() == begin for tensor, begin in zip(gathered, begins, strict=False))
+
     def combine(self, coefficients: Sequence[Tensor], bases: Sequence[Tensor]) -> list[Tensor]:
         """Return the dense tensors of weights with bases; they share one piece of memory.
 
         Args:
-            coefficients: what `gather` returned.
+            coefficients: what `gather` returned (`are_together`).
             bases: each weight's.
         """
         assert self._combine is not None, "the weights have no bases"
         first = coefficients[0]
+        self._on(first.device)
         out = first.new_empty(self._dense_offsets[-1])
         # The others lie behind it.
         self._combine.combine(first, bases, out)
@@ -198,15 +205,17 @@ class Group:
 
         Args:
             total: of the pool's shape.
-            grads: of the dense tensors, of one dtype.
+            grads: of the dense tensors, of one dtype; without `bases`, of what `gather` returned.
             table: the pool's chunk table.
-            bases: each weight's, if they have any.
+            bases: each weight's.
         """
-        joined = self._joined(grads)
-        if self._combine is not None:
-            joined, dense = joined.new_empty(self._begins[-1]), joined
-            self._combine.coefficient_grads(dense, bases, joined)
         tables = self._on(total.device)
+        joined = self._joined(grads)
+        if bases:
+            assert self._combine is not None, "the weights have no bases"
+            dense, joined = joined, joined.new_empty(self._begins[-1])
+            self._combine.coefficient_grads(dense, bases, joined)
+            del dense
         self._reduce(
             p_grads=joined,
             p_table=table,
@@ -222,8 +231,7 @@ class Group:
 
     def is_ready(self, device: torch.device) -> bool:
         """Whether the tables are on a device, or may be brought there: a CUDA graph cannot capture that."""
-        ready = device in self._tables and (self._combine is None or self._combine.is_on(device))
-        return ready or device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+        return device in self._tables or device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
     def _on(self, device: torch.device) -> _Tables:
         tables = self._tables.get(device)
@@ -239,6 +247,8 @@ class Group:
                 torch.tensor([weight.scale for weight in self.weights], dtype=torch.float32, device=device),
                 torch.tensor(self._blocks, dtype=torch.int32, device=device),
             )
+            if self._combine is not None:
+                self._combine.bring_to(device)
         return tables
 
 

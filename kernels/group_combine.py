@@ -98,20 +98,14 @@ class GroupCombine:
         self._launch(self._backward, grads, bases, out)
 
     def _launch(self, launch: Launch, rows: Tensor, bases: Sequence[Tensor], out: Tensor) -> None:
-        tables = self._on(out.device)
+        tables = self._tables[out.device]
         # One under the other, as the kernel reads them.
         stacked = torch.cat(list(bases))
         launch(p_rows=rows, p_bases=stacked, p_out=out, p_weights=tables.weights, p_blocks=tables.blocks)
 
-    def is_on(self, device: torch.device) -> bool:
-        """Whether a device has what the kernels read there."""
-        return device in self._tables
-
-    def _on(self, device: torch.device) -> _Tables:
-        tables = self._tables.get(device)
-        if tables is None:
-            tables = self._tables[device] = _Tables(
-                torch.tensor(self._numbers, dtype=torch.int64, device=device),
-                torch.tensor(self._blocks, dtype=torch.int64, device=device),
-            )
-        return tables
+    def bring_to(self, device: torch.device) -> None:
+        """Bring to a device what the kernels read there."""
+        self._tables[device] = _Tables(
+            torch.tensor(self._numbers, dtype=torch.int64, device=device),
+            torch.tensor(self._blocks, dtype=torch.int64, device=device),
+        )

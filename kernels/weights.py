@@ -8,6 +8,7 @@ with small layers waits for.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from roastify.kernels.view import Weight, alike
 if TYPE_CHECKING:
     from roastify.kernels.group import Group
 
-# Elements of the weights of a group. The gradients of all of it are there before any of them goes.
+# Elements of the dense weights of a group. The gradients of all of it are there before any of them goes.
 _GROUP_ELEMENTS = 1 << 24
 
 
@@ -79,20 +80,37 @@ class _Left:
     """
 
     def __init__(self) -> None:
-        # By the engine's number of the backward pass: of each weight, the dense one's gradient and its basis.
-        self._passes: dict[int, dict[int, tuple[Tensor, Tensor]]] = {}
+        # By the engine's number of the backward pass, which alone holds it, as it does a sink's buffer.
+        self._passes: weakref.WeakValueDictionary[int, _LeftInPass] = weakref.WeakValueDictionary()
 
     def leave(self, node: Any, index: int, grad: Tensor, basis: Tensor) -> bool:
         """Leave a weight's gradient and basis for a node; return whether it may be, as to a sink (`Sink.total`)."""
         sink = sink_of(node.next_functions[0][0])
-        if sink is None or not is_wanted(node) or sink.total() is None:
+        if sink is None or sink.total() is None:
             return False
-        self._passes.setdefault(torch._C._current_graph_task_id(), {})[index] = grad, basis
+        task = torch._C._current_graph_task_id()
+        here = self._passes.get(task)
+        if here is None:
+            here = self._passes[task] = _LeftInPass()
+            torch.autograd.Variable._execution_engine.queue_callback(here.close)
+        here.weights[index] = grad, basis
         return True
 
     def take(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """Return what was left in this backward pass."""
-        return self._passes.pop(torch._C._current_graph_task_id(), {})
+        """Return what was left in this backward pass, by the weight's number, in their order."""
+        here = self._passes.pop(torch._C._current_graph_task_id(), None)
+        return {} if here is None else dict(sorted(here.weights.items()))
+
+
+class _LeftInPass:
+    """Of each weight, the dense one's gradient and its basis."""
+
+    def __init__(self) -> None:
+        self.weights: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def close(self) -> None:
+        """Let go of them."""
+        self.weights.clear()
 
 
 class _Dense(torch.autograd.Function):
@@ -124,11 +142,10 @@ class _Dense(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None]:
-        if ctx.left is None:
-            if _reduced_together(ctx, grads):
-                return None, None, None, None
-        elif left := ctx.left.take():
+        if ctx.left is not None and not torch.compiler.is_compiling() and (left := ctx.left.take()):
             _reduce_left(ctx, left)
+        if _reduced_together(ctx, grads):
+            return None, None, None, None
         total: Tensor | None = None
         for weight, grad in zip(ctx.group.weights, grads, strict=True):
             if grad is None:
@@ -159,7 +176,8 @@ def _reduced_together(ctx: Any, grads: Sequence[Tensor | None], bases: Sequence[
         if len(present) < len(grads):
             zero = present[0].new_zeros(())
             pairs = zip(ctx.group.weights, grads, strict=True)
-            present = [zero.expand(weight.shape) if grad is None else grad for weight, grad in pairs]
+            shapes = ((weight.shape if bases else weight.gathered_shape, grad) for weight, grad in pairs)
+            present = [zero.expand(shape) if grad is None else grad for shape, grad in shapes]
         kernels.reduce_(total, present, ctx.table, bases)
     return True
 
@@ -176,7 +194,8 @@ def _reduce_left(ctx: Any, left: dict[int, tuple[Tensor, Tensor]]) -> None:
         weight = ctx.group.weights[index]
         view = weight.view
         matrix = ops.coefficient_grad(grad.reshape(-1, basis.shape[1]), basis).view(view.rows, view.cols)
-        ops.pool_gradient(ctx, 0, "reduce", matrix, ctx.table, view, weight.scale, pool_shape=ctx.pool_shape)
+        part = ops.pool_gradient(ctx, 0, "reduce", matrix, ctx.table, view, weight.scale, pool_shape=ctx.pool_shape)
+        assert part is None, "there was a buffer to add to when it was left"
 
 
 class _Combined(torch.autograd.Function):
@@ -199,15 +218,14 @@ class _Combined(torch.autograd.Function):
         (grad,) = grads
         if grad is None:
             return None, None, None, None, None
+        # Its coefficients require a gradient, or it would not have been gathered for a graph.
         coefficients, basis = ctx.saved_tensors
-        rows = None if coefficients is None else grad.reshape(-1, math.prod(grad.shape[2:]))
-        of_basis = None if rows is None else ops.basis_grad(coefficients, rows, ctx.grad_scale).to(ctx.dtype)
-        if basis is None:
-            return None, of_basis, None, None, None
-        node = ctx.next_functions[0][0]
-        if node.left.leave(node, ctx.index, grad, basis):
-            return None, of_basis, None, None, None
         rows = grad.reshape(-1, basis.shape[1])
+        of_basis = None if coefficients is None else ops.basis_grad(coefficients, rows, ctx.grad_scale).to(ctx.dtype)
+        if not torch.compiler.is_compiling():
+            node = ctx.next_functions[0][0]
+            if not is_wanted(node) or node.left.leave(node, ctx.index, grad, basis):
+                return None, of_basis, None, None, None
         return ops.coefficient_grad(rows, basis, ctx.grad_scale), of_basis, None, None, None
 
 
@@ -220,7 +238,7 @@ def combine_ahead(group: WeightGroup, coefficients: Sequence[Tensor], bases: Seq
         bases: each weight's.
     """
     kernels = group.kernels(coefficients[0])
-    if kernels is None:
+    if kernels is None or not kernels.are_together(coefficients):
         return None
     with torch.no_grad(), ops.on_device_of(coefficients[0]):
         return kernels.combine(coefficients, bases)

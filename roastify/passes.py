@@ -41,6 +41,9 @@ class Pool(Protocol):
     def basis(self, index: int) -> tuple[Tensor, float]:
         """Return basis kernels, and what their gradient is to be multiplied by."""
 
+    def plain_basis(self, index: int) -> nn.Parameter | None:
+        """Return the Parameter that basis kernels are, or None if they are made of something, and do not make them."""
+
 
 class _Gate(torch.autograd.Function):
     """The one door from the layers to the pool's Parameter: autograd runs its backward once, after every layer's.
@@ -245,14 +248,17 @@ class _Made:
 
     def _combine_ahead(self, group: WeightGroup, coefficients: Sequence[Tensor], dtype: torch.dtype) -> None:
         """Make the dense weights of a group with bases, if they are such as it can be told of that they change."""
-        indices = [weight.basis_index for weight in group.weights if weight.basis_index is not None]
-        bases = [self.pool.basis(index)[0] for index in indices]
-        if not bases or not all(type(basis) is nn.Parameter and _is_plain(basis) for basis in bases):
-            return
+        bases = []
+        for weight in group.weights:
+            basis = None if weight.basis_index is None else self.pool.plain_basis(weight.basis_index)
+            if basis is None or not _is_plain(basis) or basis.shape != weight.basis_shape:
+                return
+            bases.append(basis)
         made = combine_ahead(group, coefficients, bases)
-        for index, (weight, basis) in enumerate(zip(group.weights, bases, strict=True)):
-            if made is not None:
-                self.ahead[weight, dtype] = _Ahead(made[index], index, basis, basis._version, basis.data_ptr())
+        if made is None:
+            return
+        for number, (weight, basis, values) in enumerate(zip(group.weights, bases, made, strict=True)):
+            self.ahead[weight, dtype] = _Ahead(values, number, basis, basis._version, basis.data_ptr())
 
     def _group_of(self, weight: Weight, dtype: torch.dtype) -> WeightGroup:
         # Modes that count operators see each where it is asked for.
@@ -398,12 +404,12 @@ def made_of(pool: Pool) -> _Made:
 class RootForward:
     """The `forward` of a converted model: within it, the pool is cast once and has one gate.
 
-    A copy of the pool is only right for as long as the pool is unchanged, and nothing tells for certain that it is:
-    fused optimizers and writes through `.data` count no version, and a replayed CUDA graph writes without Python. So no
-    copy outlives the call in which it was made, and writes within it are seen but for one kind: one that leaves no
-    trace, made by the model's own forward between two of its layers. (Torch's autocast assumes as much of its whole
-    context.) Layers that are called outside (by themselves, by another thread, or again in backward by checkpointing)
-    make copies of their own.
+    A copy of the pool is only right for as long as the pool is unchanged (and what is made of bases, for as long as
+    these are), and nothing tells for certain that it is: fused optimizers and writes through `.data` count no version,
+    and a replayed CUDA graph writes without Python. So no copy outlives the call in which it was made, and writes
+    within it are seen but for one kind: one that leaves no trace, made by the model's own forward between two of its
+    layers. (Torch's autocast assumes as much of its whole context.) Layers that are called outside (by themselves, by
+    another thread, or again in backward by checkpointing) make copies of their own.
 
     It stands in the instance's `forward`, where a `finally` always ends what it began. Hooks do not run when the user
     interrupts, can be cleared one without the other, and keep torch from its fused transformer layers and from

@@ -146,6 +146,11 @@ class RoastPool(nn.Module):
         """Return a layer's basis kernels, and what their gradient is to be multiplied by; see the class."""
         return getattr(self, _basis_name(index)), 1 / self._basis_energy[index] if self.precondition else 1.0
 
+    def plain_basis(self, index: int) -> nn.Parameter | None:
+        """Return the Parameter that a basis is, or None if it is made of something; nothing is made for this."""
+        found = self.__dict__["_parameters"].get(_basis_name(index))
+        return found if type(found) is nn.Parameter else None
+
     def group_of(self, weight: Weight) -> WeightGroup:
         """Return the weights that a pass gathers with this one."""
         if self._groups is None:

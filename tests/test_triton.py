@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import gc
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo import compiled_autograd
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
@@ -809,16 +811,105 @@ def parametrized(model: Any, x: Tensor) -> list[Tensor | None]:
     return loss_and_gradients(model, x)
 
 
+def parametrized_and_checkpointed(model: Any, x: Tensor) -> list[Tensor | None]:
+    """Reading a basis then runs code, which must run as often when a region is run again."""
+    model.again = functools.partial(checkpoint, use_reentrant=False)
+    return parametrized(model, x)
+
+
+def with_other_bases(model: Any, x: Tensor) -> list[Tensor | None]:
+    others = {
+        name: (0.5 * parameter.detach()).requires_grad_()
+        for name, parameter in model.named_parameters()
+        if "basis" in name
+    }
+    out = torch.func.functional_call(model, others, (x,))
+    out.square().sum().backward()
+    return [out, pool_of(model).weight.grad, *(other.grad for other in others.values())]
+
+
 @pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True:UserWarning")
 @pytest.mark.parametrize(
     "step",
-    [of_gradients, only_bases, only_pool, twice, a_layer_twice, checkpointed, written_between_layers, parametrized],
-)
+    [
+        of_gradients, only_bases, only_pool, twice, a_layer_twice, checkpointed, written_between_layers, parametrized,
+        parametrized_and_checkpointed, with_other_bases,
+    ],
+)  # fmt: skip
 def test_a_group_with_bases_in_training_loops(
     step: Any, convolutions: tuple[Any, Any, list[int]], full_precision: None
 ) -> None:
     model, dense, _ = convolutions
     assert_steps_alike(model, dense, step)
+
+
+@pytest.mark.compiled
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_backward_pass_of_an_eager_group_with_bases(
+    convolutions: tuple[Any, Any, list[int]], full_precision: None
+) -> None:
+    model, dense, _ = convolutions
+    torch.compiler.reset()
+    # The dense model's is not compiled.
+    expected = loss_and_gradients(dense, randn(2, 24, 9, 9).double())
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        found = loss_and_gradients(model, randn(2, 24, 9, 9))
+    torch.compiler.reset()
+    for one, other in zip(found, expected, strict=True):
+        assert_near(one.detach(), other.detach(), torch.float32)
+
+
+def test_a_parametrized_basis_is_made_once_a_layer(convolutions: tuple[Any, Any, list[int]]) -> None:
+    model, _, calls = convolutions
+    made = []
+
+    class Watched(nn.Module):
+        def forward(self, basis: Tensor) -> Tensor:
+            made.append(basis)
+            return basis.abs()
+
+    for index in range(3):
+        nn.utils.parametrize.register_parametrization(pool_of(model), f"basis_{index}", Watched())
+    made.clear()
+    model(randn(2, 24, 9, 9)).square().sum().backward()
+    # Its coefficients go by the group's kernel all the same.
+    assert len(made) == 3 and calls == [0]
+
+
+def test_a_basis_of_another_shape_is_refused(convolutions: tuple[Any, Any, list[int]]) -> None:
+    model, _, _ = convolutions
+    pool_of(model).basis_1 = nn.Parameter(randn(9, 9))
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        model(randn(2, 24, 9, 9))
+
+
+def test_a_failed_backward_pass_leaves_nothing(convolutions: tuple[Any, Any, list[int]]) -> None:
+    model, _, _ = convolutions
+    left = []
+    leave = weights._Left.leave
+
+    def watched(self: Any, node: Any, index: int, grad: Tensor, basis: Tensor) -> bool:
+        left.append(StorageWeakRef(grad.untyped_storage()))
+        return leave(self, node, index, grad, basis)
+
+    def fail(grad: Tensor) -> None:
+        raise ValueError("on purpose")
+
+    out = model(randn(2, 24, 9, 9)).square().sum()
+    hook = pool_of(model).bases()[0].register_hook(fail)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(weights._Left, "leave", watched)
+        with pytest.raises(ValueError, match="on purpose"):
+            out.backward(retain_graph=True)
+    hook.remove()
+    gc.collect()
+    assert len(left) == 3 and all(reference.expired() for reference in left)
+    model.zero_grad()
+    out.backward()
+    found = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    loss_and_gradients(model, randn(2, 24, 9, 9))
+    assert all(map(torch.equal, found, [parameter.grad for parameter in model.parameters()]))
 
 
 def test_a_basis_that_is_not_read_gets_no_gradient_and_calls_no_hook(
