@@ -84,7 +84,10 @@ class _Left:
         self._passes: weakref.WeakValueDictionary[int, _LeftInPass] = weakref.WeakValueDictionary()
 
     def leave(self, node: Any, index: int, grad: Tensor, basis: Tensor) -> bool:
-        """Leave a weight's gradient and basis for a node; return whether it may be, as to a sink (`Sink.total`)."""
+        """Leave a dense weight's gradient, `[kernels, positions]`, and its basis for a node, if it may be.
+
+        It may where a gradient may be added to a sink (`Sink.total`).
+        """
         sink = sink_of(node.next_functions[0][0])
         if sink is None or sink.total() is None:
             return False
@@ -103,7 +106,7 @@ class _Left:
 
 
 class _LeftInPass:
-    """Of each weight, the dense one's gradient and its basis."""
+    """Of each weight, the dense one's gradient, `[kernels, positions]`, and its basis."""
 
     def __init__(self) -> None:
         self.weights: dict[int, tuple[Tensor, Tensor]] = {}
@@ -193,7 +196,7 @@ def _reduce_left(ctx: Any, left: dict[int, tuple[Tensor, Tensor]]) -> None:
     for index, (grad, basis) in left.items():
         weight = ctx.group.weights[index]
         view = weight.view
-        matrix = ops.coefficient_grad(grad.reshape(-1, basis.shape[1]), basis).view(view.rows, view.cols)
+        matrix = ops.coefficient_grad(grad, basis).view(view.rows, view.cols)
         part = ops.pool_gradient(ctx, 0, "reduce", matrix, ctx.table, view, weight.scale, pool_shape=ctx.pool_shape)
         assert part is None, "there was a buffer to add to when it was left"
 
@@ -224,7 +227,7 @@ class _Combined(torch.autograd.Function):
         of_basis = None if coefficients is None else ops.basis_grad(coefficients, rows, ctx.grad_scale).to(ctx.dtype)
         if not torch.compiler.is_compiling():
             node = ctx.next_functions[0][0]
-            if not is_wanted(node) or node.left.leave(node, ctx.index, grad, basis):
+            if not is_wanted(node) or node.left.leave(node, ctx.index, rows, basis):
                 return None, of_basis, None, None, None
         return ops.coefficient_grad(rows, basis, ctx.grad_scale), of_basis, None, None, None
 
