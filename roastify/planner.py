@@ -43,7 +43,7 @@ _FEW_SLOTS, _MOSTLY = 64, Fraction(3, 4)
 # 75.8 and 82.6 at 1,000, where they would leave the pool a tenth of the budget and are shared (docs/accuracy.md).
 _KEPT_OF_BUDGET, _KEPT_OF_MODEL, _MOST_KEPT_OF_BUDGET = Fraction(1, 5), Fraction(1, 50), Fraction(3, 4)
 # Kernels made of a basis: ResNet-9 on CIFAR-10, 12 epochs, held out, means of three seeds (docs/accuracy.md). At ratio
-# 10 4 to 8 basis kernels of nine positions are alike (88.2 to 88.7; whole kernels 87.8). At 30 3 to 5 are alike, above
+# 10 4 to 8 basis kernels of nine positions are alike (88.2 to 88.7; whole kernels 87.8). At 30 3 to 6 are alike, above
 # few are best: 3, 5 and 8 give 87.0, 86.7 and 86.2 at 30 (whole: 85.6), 83.8, 83.6 and 83.1 at 100 (81.1), 77.5, 76.6
 # and 76.0 at 300 (70.6), and 2 are too few everywhere. Other kernels were not measured: larger ones, which have more
 # frequencies to leave out, get a basis, those along one dimension and smaller ones do not. Nor were ratios under 3.
