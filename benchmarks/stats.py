@@ -53,8 +53,12 @@ class Difference(NamedTuple):
     def __str__(self) -> str:
         if math.isnan(self.p):
             return f"{self.mean:+.2f}"
-        p = f"p = {self.p:.2g}" if self.p >= 0.001 else "p < 0.001"
-        return f"{self.mean:+.2f} ± {self.error:.2f} ({p})"
+        return f"{self.mean:+.2f} ± {self.error:.2f} ({p_text(self.p)})"
+
+
+def p_text(p: float) -> str:
+    """Return a p-value as the tables have it."""
+    return f"p = {p:.2g}" if p >= 0.001 else "p < 0.001"
 
 
 def paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Difference | None:

@@ -735,7 +735,7 @@ def test_verdicts_follow_the_numbers() -> None:
 
 def test_the_page_shows_losses_experiments_and_what_is_not_reachable() -> None:
     rows = comparison_rows(
-        {("resnet9", "dense", 1.0): 10, ("resnet9", "ours", 100.0): 3, ("resnet9", "snip", 100.0): 5}
+        {("resnet9", "dense", 1.0): 10, ("resnet9", "ours", 100.0): 3, ("resnet9", "snip", 100.0): 15}
     )
     unreachable = {**rows[0], **runs.as_row(Run("resnet9", "lowrank", 100.0, 0, 0.4, 24)), "unreachable": "why"}
     del unreachable["accuracy"]
@@ -743,9 +743,9 @@ def test_the_page_shows_losses_experiments_and_what_is_not_reachable() -> None:
     trial = {**rows[3], "trial": True, "epochs": 8, "accuracy": [0.70]}
     slower = {**rows[3], "scale": 0.5, "epochs": 12, "accuracy": [0.10]}
     text = page.markdown([*rows, unreachable, changed, trial, slower])
-    assert "pruned by SNIP is 2.00 points above roastify" in text
+    assert "pruned by SNIP is 12.00 points above roastify, p < 0.001." in text
     assert "| roastify | 100 | sign none | 0.4 | 24 | 1 | 80.00 (1) | -2.80 |" in text
-    assert "| low rank | not reachable |" in text and "**85.00 ± 0.4" in text
+    assert "| low rank | not reachable |" in text and "**95.00 ± 0.4" in text
     assert "0.4, 8 epochs: 70.00" in text and "3.12" not in text
 
 
@@ -760,9 +760,12 @@ def test_an_experiment_of_several_seeds_is_one_line_and_without_its_like_has_no_
 
 
 def test_the_page_has_kernels_from_a_basis_beside_whole_ones() -> None:
-    rows = comparison_rows({("resnet9", "ours", 100.0): 4, ("resnet9", "whole", 100.0): 2.5})
+    at_one = {("resnet9", "ours", 1.0): 9, ("resnet9", "whole", 1.0): 6.75}
+    rows = comparison_rows({("resnet9", "ours", 100.0): 4, ("resnet9", "whole", 100.0): 2.5, **at_one})
     text = page.markdown(rows)
     assert "| task | ratio | seeds | roastify − roastify, kernels without a basis |" in text and "| +1.50 " in text
+    # At ratio 1 both are the same model, trained twice.
+    assert "+2.25" not in text
 
 
 def test_what_learned_nothing_does_not_press_a_plot_together() -> None:
