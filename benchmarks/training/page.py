@@ -31,12 +31,11 @@ efficiencies that are made of them with them.
 Not all rows are of one state of the code. The `compiled` steps of "resnet-50, whole kernels" and several GPUs are from
 before training passes kept the weights of small layers, which spares the host most of what a converted layer asked of
 it beside a dense one. All other rows but BERT-base's `eager` and `compiled` ones, and ResNet-50's others, are from
-before a group's kernel summed gradients of which a few are missing, as that of BERT's pooler is. ResNet-50's `eager`
-and `graphed` rows with a basis are from before a gradient was copied into order once instead of twice, and its
-`compiled` ones from before eager passes made its kernels together, which compiled ones do not. Only BERT-base was
+before a group's kernel summed gradients of which a few are missing, as that of BERT's pooler is. ResNet-50's `compiled`
+rows with a basis are from before eager passes made its kernels together, which compiled ones do not. Only BERT-base was
 measured with `reduce-overhead`, and GPT-2 medium and the deep stack were not compiled. "resnet-50" has kernels made of
 a basis, the default; "resnet-50, whole kernels" has none. The eager steps of both were timed one after the other on a
-slow host: the dense one took 27 and 31 ms, where the GPU alone needs 17.8. Activations are what the forward pass leaves
+slow host: the dense one took 23 and 27 ms, where the GPU alone needs 17.8. Activations are what the forward pass leaves
 for the backward pass; the peak is the allocator's, over one step. An aim is what this project set itself before
 measuring, and aims that are missed stay in the tables.
 """
