@@ -182,12 +182,12 @@ class Group:
         begins = (first + offset * gathered[0].element_size() for offset in self._offsets)
         return all(tensor.data_ptr() == begin for tensor, begin in zip(gathered, begins, strict=False))
 
-    def combine(self, coefficients: Sequence[Tensor], bases: Sequence[Tensor]) -> list[Tensor]:
+    def combine(self, coefficients: Sequence[Tensor], bases: Tensor) -> list[Tensor]:
         """Return the dense tensors of weights with bases; they share one piece of memory.
 
         Args:
             coefficients: what `gather` returned (`are_together`).
-            bases: each weight's.
+            bases: each weight's, one under the other.
         """
         assert self._combine is not None, "the weights have no bases"
         first = coefficients[0]
@@ -200,18 +200,18 @@ class Group:
             for weight, offset in zip(self.weights, self._dense_offsets, strict=False)
         ]
 
-    def reduce_(self, total: Tensor, grads: Sequence[Tensor], table: Tensor, bases: Sequence[Tensor] = ()) -> None:
+    def reduce_(self, total: Tensor, grads: Sequence[Tensor], table: Tensor, bases: Tensor | None = None) -> None:
         """Add the pool's gradient of all to `total`, contiguous and float32.
 
         Args:
             total: of the pool's shape.
             grads: of the dense tensors, of one dtype; without `bases`, of what `gather` returned.
             table: the pool's chunk table.
-            bases: each weight's.
+            bases: each weight's, one under the other.
         """
         tables = self._on(total.device)
         joined = self._joined(grads)
-        if bases:
+        if bases is not None:
             assert self._combine is not None, "the weights have no bases"
             dense, joined = joined, joined.new_empty(self._begins[-1])
             self._combine.coefficient_grads(dense, bases, joined)
@@ -242,13 +242,14 @@ class Group:
                  begin)
                 for view, offset, begin in zip(views, self._offsets, self._begins, strict=False)
             ]  # fmt: skip
+            if self._combine is not None:
+                self._combine.bring_to(device)
+            # Last: another thread that finds it finds everything.
             tables = self._tables[device] = _Tables(
                 torch.tensor(rows, dtype=torch.int64, device=device),
                 torch.tensor([weight.scale for weight in self.weights], dtype=torch.float32, device=device),
                 torch.tensor(self._blocks, dtype=torch.int32, device=device),
             )
-            if self._combine is not None:
-                self._combine.bring_to(device)
         return tables
 
 

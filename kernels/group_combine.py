@@ -89,19 +89,17 @@ class GroupCombine:
         )
         self._tables: dict[torch.device, _Tables] = {}
 
-    def combine(self, coefficients: Tensor, bases: Sequence[Tensor], out: Tensor) -> None:
-        """Write the dense weights, `coefficients · basis` of each, to `out`."""
+    def combine(self, coefficients: Tensor, bases: Tensor, out: Tensor) -> None:
+        """Write the dense weights, `coefficients · basis` of each, to `out`; the bases lie one under the other."""
         self._launch(self._forward, coefficients, bases, out)
 
-    def coefficient_grads(self, grads: Tensor, bases: Sequence[Tensor], out: Tensor) -> None:
+    def coefficient_grads(self, grads: Tensor, bases: Tensor, out: Tensor) -> None:
         """Write the gradients of the coefficients, `grad · basisᵀ` of each, to `out`."""
         self._launch(self._backward, grads, bases, out)
 
-    def _launch(self, launch: Launch, rows: Tensor, bases: Sequence[Tensor], out: Tensor) -> None:
+    def _launch(self, launch: Launch, rows: Tensor, bases: Tensor, out: Tensor) -> None:
         tables = self._tables[out.device]
-        # One under the other, as the kernel reads them.
-        stacked = torch.cat(list(bases))
-        launch(p_rows=rows, p_bases=stacked, p_out=out, p_weights=tables.weights, p_blocks=tables.blocks)
+        launch(p_rows=rows, p_bases=bases, p_out=out, p_weights=tables.weights, p_blocks=tables.blocks)
 
     def bring_to(self, device: torch.device) -> None:
         """Bring to a device what the kernels read there."""

@@ -76,15 +76,18 @@ def grouped(weights: Iterable[Weight]) -> dict[Weight, WeightGroup]:
 class _Left:
     """What `_Combined` nodes leave for the `_Dense` node that they lead to, instead of gradients of coefficients.
 
-    Autograd runs that node after them, whether or not they returned something.
+    Autograd runs that node after them, whether or not they returned something. In between an optimizer may step in a
+    hook of a basis, so the bases are here as they were when `combine_ahead` read them, one under the other.
     """
+
+    bases: Tensor | None = None
 
     def __init__(self) -> None:
         # By the engine's number of the backward pass, which alone holds it, as it does a sink's buffer.
         self._passes: weakref.WeakValueDictionary[int, _LeftInPass] = weakref.WeakValueDictionary()
 
-    def leave(self, node: Any, index: int, grad: Tensor, basis: Tensor) -> bool:
-        """Leave a dense weight's gradient, `[kernels, positions]`, and its basis for a node, if it may be.
+    def leave(self, node: Any, index: int, grad: Tensor) -> bool:
+        """Leave a dense weight's gradient, `[kernels, positions]`, for a node, if it may be.
 
         It may where a gradient may be added to a sink (`Sink.total`).
         """
@@ -96,24 +99,24 @@ class _Left:
         if here is None:
             here = self._passes[task] = _LeftInPass()
             torch.autograd.Variable._execution_engine.queue_callback(here.close)
-        here.weights[index] = grad, basis
+        here.grads[index] = grad
         return True
 
-    def take(self) -> dict[int, tuple[Tensor, Tensor]]:
+    def take(self) -> dict[int, Tensor]:
         """Return what was left in this backward pass, by the weight's number, in their order."""
         here = self._passes.pop(torch._C._current_graph_task_id(), None)
-        return {} if here is None else dict(sorted(here.weights.items()))
+        return {} if here is None else dict(sorted(here.grads.items()))
 
 
 class _LeftInPass:
-    """Of each weight, the dense one's gradient, `[kernels, positions]`, and its basis."""
+    """The gradients of dense weights, `[kernels, positions]`, by the weight's number."""
 
     def __init__(self) -> None:
-        self.weights: dict[int, tuple[Tensor, Tensor]] = {}
+        self.grads: dict[int, Tensor] = {}
 
     def close(self) -> None:
         """Let go of them."""
-        self.weights.clear()
+        self.grads.clear()
 
 
 class _Dense(torch.autograd.Function):
@@ -160,7 +163,7 @@ class _Dense(torch.autograd.Function):
         return total, None, None, None
 
 
-def _reduced_together(ctx: Any, grads: Sequence[Tensor | None], bases: Sequence[Tensor] = ()) -> bool:
+def _reduced_together(ctx: Any, grads: Sequence[Tensor | None], bases: Tensor | None = None) -> bool:
     """Add the gradients to the buffer of the backward pass by one kernel, if there is one and most of them are there.
 
     Some never are: a group's other weights may be kept for nothing, as that of a pooler that few rows go through.
@@ -179,23 +182,20 @@ def _reduced_together(ctx: Any, grads: Sequence[Tensor | None], bases: Sequence[
         if len(present) < len(grads):
             zero = present[0].new_zeros(())
             pairs = zip(ctx.group.weights, grads, strict=True)
-            shapes = ((weight.shape if bases else weight.gathered_shape, grad) for weight, grad in pairs)
+            shapes = ((weight.gathered_shape if bases is None else weight.shape, grad) for weight, grad in pairs)
             present = [zero.expand(shape) if grad is None else grad for shape, grad in shapes]
         kernels.reduce_(total, present, ctx.table, bases)
     return True
 
 
-def _reduce_left(ctx: Any, left: dict[int, tuple[Tensor, Tensor]]) -> None:
+def _reduce_left(ctx: Any, left: dict[int, Tensor]) -> None:
     """Add to the buffer of the backward pass what was left, by one kernel if that is most of the group's."""
-    grads = [left[index][0] if index in left else None for index in range(len(ctx.group.weights))]
-    # Where there is no gradient, any basis will do.
-    some = next(iter(left.values()))[1]
-    bases = [left[index][1] if index in left else some for index in range(len(grads))]
-    if _reduced_together(ctx, grads, bases):
+    bases = ctx.left.bases
+    if _reduced_together(ctx, [left.get(index) for index in range(len(ctx.group.weights))], bases):
         return
-    for index, (grad, basis) in left.items():
+    for index, grad in left.items():
         weight = ctx.group.weights[index]
-        view = weight.view
+        view, basis = weight.view, bases.tensor_split(len(ctx.group.weights))[index]
         matrix = ops.coefficient_grad(grad, basis).view(view.rows, view.cols)
         part = ops.pool_gradient(ctx, 0, "reduce", matrix, ctx.table, view, weight.scale, pool_shape=ctx.pool_shape)
         assert part is None, "there was a buffer to add to when it was left"
@@ -227,7 +227,7 @@ class _Combined(torch.autograd.Function):
         of_basis = None if coefficients is None else ops.basis_grad(coefficients, rows, ctx.grad_scale).to(ctx.dtype)
         if not torch.compiler.is_compiling():
             node = ctx.next_functions[0][0]
-            if not is_wanted(node) or node.left.leave(node, ctx.index, rows, basis):
+            if not is_wanted(node) or node.left.leave(node, ctx.index, rows):
                 return None, of_basis, None, None, None
         return ops.coefficient_grad(rows, basis, ctx.grad_scale), of_basis, None, None, None
 
@@ -244,7 +244,12 @@ def combine_ahead(group: WeightGroup, coefficients: Sequence[Tensor], bases: Seq
     if kernels is None or not kernels.are_together(coefficients):
         return None
     with torch.no_grad(), ops.on_device_of(coefficients[0]):
-        return kernels.combine(coefficients, bases)
+        stacked = torch.cat(list(bases))
+        made = kernels.combine(coefficients, stacked)
+    node: Any = coefficients[0].grad_fn
+    if node is not None:
+        node.left.bases = stacked
+    return made
 
 
 def combined(coefficients: Tensor, basis: Tensor, grad_scale: float, values: Tensor, index: int) -> Tensor:

@@ -645,7 +645,7 @@ def test_combine_of_a_group(name: str, dtype: torch.dtype) -> None:
     made, table, shape, bases = build_with_bases(name)
     pool = randn(*shape, dtype=dtype)
     gathered = made.gather(pool, table)
-    parts = zip(made.combine(gathered, bases), gathered, made.weights, bases, strict=True)
+    parts = zip(made.combine(gathered, torch.cat(bases)), gathered, made.weights, bases, strict=True)
     for found, coefficients, weight, basis in parts:
         assert torch.equal(coefficients.view(weight.view[:2]), gather.gather(pool, table, weight.view, weight.scale))
         assert coefficients.shape == weight.gathered_shape and weight.basis_shape == basis.shape
@@ -672,11 +672,27 @@ def test_reduce_of_a_group_with_bases(name: str, dtype: torch.dtype) -> None:
     found = []
     for _ in range(2):
         total = before.clone()
-        made.reduce_(total, grads, table, bases)
+        made.reduce_(total, grads, table, torch.cat(bases))
         found.append(total)
     # Gradients of coefficients are rounded to their dtype, as those of one weight by itself.
     assert_near(found[0].to(dtype), expected, dtype)
     assert torch.equal(*found)
+
+
+def test_a_group_is_not_found_before_all_of_it_is_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread may look for it then."""
+    made, table, shape, _ = build_with_bases("of nine positions")
+    seen = []
+    bring_to = group.GroupCombine.bring_to
+
+    def watched(self: group.GroupCombine, device: torch.device) -> None:
+        seen.append(device in made._tables)
+        bring_to(self, device)
+
+    monkeypatch.setattr(group.GroupCombine, "bring_to", watched)
+    for _ in range(2):
+        made.gather(randn(*shape), table)
+    assert seen == [False]
 
 
 def test_large_bases_have_no_kernel_for_a_group() -> None:
@@ -708,7 +724,7 @@ def convolutions(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any, list[int]]:
     reduce_ = group.Group.reduce_
 
     def watched(*args: Any) -> None:
-        calls.append(len(args[-1]))
+        calls.append(0 if args[-1] is None else len(args[-1]) // args[0].weights[0].basis_shape[0])
         reduce_(*args)
 
     def forced(chosen: weights.WeightGroup, pool: Tensor) -> Any:
@@ -805,6 +821,19 @@ def written_between_layers(model: Any, x: Tensor) -> list[Tensor | None]:
     return found
 
 
+def stepped_in_hooks(model: Any, x: Tensor, **options: Any) -> list[Tensor | None]:
+    """A basis may change as soon as it has its gradient, before the pool has its own."""
+    for basis in pool_of(model).bases():
+        optimizer = torch.optim.SGD([basis], lr=0.01, **options)
+        basis.register_post_accumulate_grad_hook(lambda _, optimizer=optimizer: optimizer.step())
+    found = loss_and_gradients(model, x)
+    return [*found, *pool_of(model).bases()]
+
+
+def stepped_in_hooks_unseen(model: Any, x: Tensor) -> list[Tensor | None]:
+    return stepped_in_hooks(model, x, fused=True)
+
+
 def parametrized(model: Any, x: Tensor) -> list[Tensor | None]:
     for index in range(3):
         nn.utils.parametrizations.weight_norm(pool_of(model), f"basis_{index}", dim=None)
@@ -832,8 +861,8 @@ def with_other_bases(model: Any, x: Tensor) -> list[Tensor | None]:
 @pytest.mark.parametrize(
     "step",
     [
-        of_gradients, only_bases, only_pool, twice, a_layer_twice, checkpointed, written_between_layers, parametrized,
-        parametrized_and_checkpointed, with_other_bases,
+        of_gradients, only_bases, only_pool, twice, a_layer_twice, checkpointed, written_between_layers,
+        stepped_in_hooks, stepped_in_hooks_unseen, parametrized, parametrized_and_checkpointed, with_other_bases,
     ],
 )  # fmt: skip
 def test_a_group_with_bases_in_training_loops(
@@ -888,9 +917,9 @@ def test_a_failed_backward_pass_leaves_nothing(convolutions: tuple[Any, Any, lis
     left = []
     leave = weights._Left.leave
 
-    def watched(self: Any, node: Any, index: int, grad: Tensor, basis: Tensor) -> bool:
+    def watched(self: Any, node: Any, index: int, grad: Tensor) -> bool:
         left.append(StorageWeakRef(grad.untyped_storage()))
-        return leave(self, node, index, grad, basis)
+        return leave(self, node, index, grad)
 
     def fail(grad: Tensor) -> None:
         raise ValueError("on purpose")
