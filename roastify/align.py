@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from roastify.basis import coefficient_matrix, combined_matrix
+from roastify.errors import RecoveryError
 from roastify.kernels import ops
 from roastify.kernels.reference import summed_in
 from roastify.kernels.view import SignKind, TileView
@@ -36,6 +37,8 @@ _RIDGE = 1e-2
 _UNFOLDED = 1 << 25
 # A step that gains less than this part of the first one's is rounding.
 _CONVERGED = 1e-10
+# A target of under this part of the squares that its tensor's spread makes is none.
+_NOTHING = 1e-2
 
 
 class _Moments:
@@ -102,6 +105,15 @@ class _Reader:
             else:
                 count = torch.bincount(x.reshape(-1), minlength=self.tensor.rows).float()
                 self.lookups = count if self.lookups is None else self.lookups + count
+
+    def check(self) -> None:
+        """Raise `RecoveryError` if an input was not finite: nothing could be aligned by its moments."""
+        second = self.moments.second
+        if second is not None and not bool(second.isfinite().all()):
+            raise RecoveryError(
+                f"the inputs of the teacher's layer {self.name} are not finite on the first batches; look for NaN and "
+                f"infinite values in the data, or for a teacher that overflows; the student is as it was"
+            )
 
 
 @dataclass
@@ -174,7 +186,10 @@ def align(
         for hook in hooks:
             hook.remove()
     with torch.no_grad():
-        terms = [term for tensor in pool.plan.shared for term in _terms(tensor, teacher, readers)]
+        for reader in readers:
+            reader.check()
+        std = pool.plan.pool_std or 0.0
+        terms = [term for tensor in pool.plan.shared for term in _terms(tensor, teacher, readers, std)]
         before, after = _solve(pool, terms, steps)
         for reader in readers:
             if reader.has_bias and reader.moments.count:
@@ -225,7 +240,7 @@ def _unfolded(layer: nn.modules.conv._ConvNd, x: Tensor) -> Iterator[Tensor]:
         yield rows.reshape(layer.groups, -1, part.shape[2] * math.prod(layer.kernel_size))
 
 
-def _terms(tensor: TensorPlan, teacher: nn.Module, readers: Sequence[_Reader]) -> Iterator[_Term]:
+def _terms(tensor: TensorPlan, teacher: nn.Module, readers: Sequence[_Reader], pool_std: float) -> Iterator[_Term]:
     """Yield a tensor's parts of the error; where its readers are unknown or idle, all its elements count alike."""
     dense = teacher.get_parameter(tensor.name).detach()
     target = matrix(tensor, dense - tensor.center if tensor.center else dense)
@@ -240,7 +255,10 @@ def _terms(tensor: TensorPlan, teacher: nn.Module, readers: Sequence[_Reader]) -
             counts = reader.lookups.to(target)
             terms.append(_Term(tensor, target, weight=counts + _RIDGE * counts.mean()))
     for term in terms or [_Term(tensor, target, weight=target.new_ones(tensor.rows))]:
-        size = term.error(target).clamp(min=torch.finfo(target.dtype).tiny)
+        # Of a constant tensor (a bias of zeros, a fresh norm) the target is zero, and no error is small next to it.
+        # Its errors count next to the spread that the conversion gave it.
+        size, usual = term.error(target), ((tensor.scale or 0.0) * pool_std) ** 2 * term.curvature().sum()
+        size = torch.where(size > _NOTHING * usual, size, usual).clamp(min=torch.finfo(target.dtype).tiny)
         if term.second is not None:
             term.second = term.second / size
         if term.weight is not None:

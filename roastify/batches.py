@@ -243,10 +243,10 @@ def _generators(data: Any) -> list[torch.Generator]:
     return list({id(each): each for each in found if isinstance(each, torch.Generator)}.values())
 
 
-def digest_of(batch: Any) -> str:
-    """Return a digest of a batch's tensors, by which a resumed run knows its data again."""
+def digest_of(batches: Sequence[Any]) -> str:
+    """Return a digest of batches' tensors, by which a resumed run knows its data again."""
     digest = hashlib.sha256()
-    for leaf in pytree.tree_leaves(on_device(batch, torch.device("cpu"))):
+    for leaf in pytree.tree_leaves([on_device(batch, torch.device("cpu")) for batch in batches]):
         if isinstance(leaf, Tensor):
             digest.update(f"{leaf.dtype}{list(leaf.shape)}".encode())
             digest.update(leaf.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())

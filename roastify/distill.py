@@ -66,7 +66,10 @@ def _selected(setting: str, patterns: Sequence[str], names: Sequence[str], what:
     chosen: set[str] = set()
     for pattern in patterns:
         if pattern.startswith("re:"):
-            hits = [name for name in names if re.fullmatch(pattern[3:], name)]
+            try:
+                hits = [name for name in names if re.fullmatch(pattern[3:], name)]
+            except re.error as error:
+                raise ConfigError(f"{setting} pattern {pattern!r} is no regular expression: {error}") from error
         else:
             hits = [name for name in names if name == pattern or fnmatch.fnmatchcase(name, pattern)]
         if not hits:

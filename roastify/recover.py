@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -12,8 +13,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from roastify import training_state
 from roastify import verify as verification
@@ -38,16 +41,28 @@ from roastify.rewrite import current_plan, pool_of
 
 # Batches by which the report tells how alike the two models are.
 _LIKENESS_BATCHES = 4
+# Elements, about, of each of the teacher's parameters that a checkpoint knows it by.
+_DIGESTED = 256
+
+
+class _NotFinite(RecoveryError):
+    """Training left nothing of the student worth keeping."""
 
 
 def recover(student: nn.Module, teacher: nn.Module, data: Any, options: RecoverOptions) -> RecoveryReport:
     """Recover a student in place; see `roastify.recover`."""
     _check_models(student, teacher)
     with _left_as_found(student, teacher):
-        run = _Run(student, teacher, data, options)
-        run.start()
-        run.train()
-        return run.finish()
+        given = copy.deepcopy(student.state_dict())
+        try:
+            run = _Run(student, teacher, data, options)
+            with run.rates_put_back():
+                run.start()
+                run.train()
+            return run.finish()
+        except _NotFinite:
+            student.load_state_dict(given)
+            raise
 
 
 def _check_models(student: nn.Module, teacher: nn.Module) -> None:
@@ -115,10 +130,10 @@ class _Run:
         self.logits = self._check_outputs(self.held[0])
         wanted = options.feature_weight > 0
         self.features = find_features(student, teacher, options.features) if wanted else ()
-        digest = digest_of(self.held[0])
+        digest = digest_of(self.held)
         if stored is not None and stored["data"] != digest:
             raise CheckpointError(
-                f"the checkpoint {options.folder} was made with other data: its first batch differs; resume with the "
+                f"the checkpoint {options.folder} was made with other data: its first batches differ; resume with the "
                 f"same data, or give another folder"
             )
         self.made_by = made_by
@@ -160,29 +175,39 @@ class _Run:
         recorders = Recorder(self.student, self.features), Recorder(self.teacher, self.features)
         begun = self._now()
         with recorders[0].recording(), recorders[1].recording():
+            if self.resumed_at:
+                self._evaluate()
             for _ in track(range(self.step, options.steps), "recovering"):
                 with self.stream.active():
                     self._take_step(*recorders)
                 self.step += 1
                 if self.step % options.every() == 0 or self.step == options.steps:
                     self._log()
-                evaluating = options.evaluate_every and self.step % options.evaluate_every == 0
-                saving = options.folder is not None and self.step % options.save_every == 0
-                if self.step == options.steps or evaluating or saving:
+                saving = self.step == options.steps or self.step % options.save_every == 0
+                if saving or self._evaluates():
                     self.seconds += self._now() - begun
-                    if evaluating or self.step == options.steps:
-                        self._evaluate()
+                    # First: an evaluation is code of the user's, which may fail.
+                    if saving:
+                        self._save()
+                    if self._evaluate():
                         for recorder in recorders:
                             recorder.take()
                         self.student.train()
-                    if saving or self.step == options.steps:
-                        self._save()
+                        if saving:
+                            self._save()
                     begun = self._now()
+
+    @contextlib.contextmanager
+    def rates_put_back(self) -> Iterator[None]:
+        """Put the optimizer's learning rates back at the end: it may be the user's."""
+        try:
+            yield
+        finally:
+            for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+                _set_rate(group, rate)
 
     def finish(self) -> RecoveryReport:
         """Return the report."""
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            _set_rate(group, rate)
         assert self.before is not None
         return RecoveryReport(
             steps=self.step,
@@ -239,29 +264,53 @@ class _Run:
         self.optimizer.step()
 
     def _log(self) -> None:
-        """Close a stretch of the curve.
-
-        Raises:
-            RecoveryError: the loss is not finite.
-        """
-        means = {name: float(total) / self.summed for name, total in self.sums.items()}
-        if not math.isfinite(means["loss"]):
-            kept = f"; the checkpoint in {self.options.folder} is from before" if self.options.folder else ""
-            parts = ", ".join(f"{name} {value:g}" for name, value in means.items())
-            raise RecoveryError(
-                f"the loss is not finite by step {self.step} ({parts}); lower the learning rate or clip gradients{kept}"
-            )
+        """Close a stretch of the curve."""
+        self._check_finite()
+        means = self._means()
         rate = self.rates[0] * self.options.rate(self.step - 1)
         self.losses.append(LossPoint(self.step, means.pop("loss"), means, rate))
         self.sums, self.summed = {}, 0
 
-    def _evaluate(self) -> None:
-        if self.options.evaluate is None:
+    def _means(self) -> dict[str, float]:
+        """Return the mean losses since the last point of the curve."""
+        return {name: float(total) / self.summed for name, total in self.sums.items()}
+
+    def _check_finite(self) -> None:
+        """Raise `RecoveryError` if a loss since the last point of the curve, or a parameter, is not finite."""
+        means = self._means()
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        if not math.isfinite(means.get("loss", 0.0)):
+            what = "the loss"
+        elif not bool(torch.stack([parameter.isfinite().all() for parameter in parameters]).all()):
+            what = "a parameter"
+        else:
             return
+        folder = self.options.folder
+        kept = f"; the checkpoint in {folder} is from before" if folder and training_state.exists(folder) else ""
+        parts = ", ".join(f"{name} {value:g}" for name, value in means.items())
+        raise _NotFinite(
+            f"{what} is not finite by step {self.step}{f' ({parts})' if parts else ''}; lower the learning rate, clip "
+            f"gradients, or look for NaN and infinite values in the data; the student is as it was{kept}"
+        )
+
+    def _evaluates(self) -> bool:
+        """Whether the model is to be evaluated at this step, and was not yet."""
+        options = self.options
+        if options.evaluate is None or (self.evaluations and self.evaluations[-1][0] == self.step):
+            return False
+        return self.step == options.steps or bool(options.evaluate_every and self.step % options.evaluate_every == 0)
+
+    def _evaluate(self) -> bool:
+        """Evaluate the model if it is to be; return whether it was."""
+        if not self._evaluates():
+            return False
+        assert self.options.evaluate is not None
         self.student.eval()
         # Always the same random numbers, and none of the run's.
         with Stream(self.options.seed, self.device).active(), torch.no_grad():
-            self.evaluations.append((self.step, self.options.evaluate(self.student)))
+            found = self.options.evaluate(self.student)
+        self.evaluations.append((self.step, pytree.tree_map(_number, found)))
+        return True
 
     def _likeness(self) -> Likeness:
         """Compare the two models in eval mode on the held batches."""
@@ -272,6 +321,7 @@ class _Run:
         with Stream(self.options.seed, self.device).active(), torch.no_grad(), self._autocast():
             for batch in self.held[:_LIKENESS_BATCHES]:
                 expected, found = floats_of(self._call(self.teacher, batch)), floats_of(self._call(self.student, batch))
+                _check_teacher(expected)
                 each = [relative_error(*finite(found[path], output)) for path, output in expected.items()]
                 errors.append(float(torch.stack(each).mean()))
                 for path in self.logits:
@@ -324,7 +374,7 @@ class _Run:
         return {
             "student": type(self.student).__name__,
             "conversion": hashlib.sha256(plan).hexdigest()[:16],
-            "teacher": f"{type(self.teacher).__name__} of {sum(p.numel() for p in self.teacher.parameters()):,}",
+            "teacher": f"{type(self.teacher).__name__} {_digest_of_model(self.teacher)}",
             "optimizer": type(self.optimizer).__name__,
             "learning rates": self.rates,
             **json.loads(json.dumps({**options, "autocast": str(options["autocast"]), "loss_fn": _named(task)})),
@@ -343,6 +393,7 @@ class _Run:
         folder = self.options.folder
         if folder is None:
             return
+        self._check_finite()
         state = {
             "step": self.step,
             "seconds": self.seconds,
@@ -431,6 +482,32 @@ def _task_loss(loss_fn: Callable[[Any, Any], Tensor] | str, outputs: Any, batch:
 
 def _named(loss_fn: Any) -> str | None:
     return loss_fn if loss_fn is None or isinstance(loss_fn, str) else getattr(loss_fn, "__qualname__", "a function")
+
+
+def _number(value: Any) -> Any:
+    """Return a Python number for one of numpy's or torch's, which JSON cannot hold; anything else as it is."""
+    if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.numel() == 1):
+        return value.item()
+    return value
+
+
+def _check_teacher(outputs: dict[str, Tensor]) -> None:
+    for path, output in outputs.items():
+        if bool(output.isnan().any()):
+            raise RecoveryError(
+                f"the teacher's output {path} holds NaN on the first batches, and nothing can be learnt from that; "
+                f"look for NaN and infinite values in the data; the student is as it was"
+            )
+
+
+def _digest_of_model(model: nn.Module) -> str:
+    """Return a digest by which a model's weights are known again: of some elements of each, the same on any device."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        some = flat[:: max(1, flat.numel() // _DIGESTED)].double().cpu().contiguous()
+        digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode() + some.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _plain(value: Any) -> dict[str, Any] | None:

@@ -63,6 +63,8 @@ class RecoverOptions:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
                 raise ConfigError(f"{name} must be an integer of at least {smallest}; found {value!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ConfigError(f"seed must be an integer; found {self.seed!r}")
         for name in ("lr", "temperature"):
             self._check_number(name, above=True)
         for name in ("output_weight", "feature_weight", "task_weight"):

@@ -291,6 +291,23 @@ def test_alignment_of_transformers(build: Callable[[], Any]) -> None:
     assert again == pytest.approx(after, rel=1e-4)
 
 
+def test_constant_tensors_do_not_spoil_the_alignment() -> None:
+    """Biases of zeros and fresh norms are all error where the pool shares them, next to themselves."""
+    torch.manual_seed(0)
+    layers = (nn.Linear(32, 128), nn.LayerNorm(128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
+    model = nn.Sequential(*layers).eval()
+    nn.init.zeros_(model[3].bias)
+    config = roastify.RoastConfig(share="all", init="project", ratio=10)
+    student: Any = roastify.convert(model, config=config)
+    assert any(tensor.center == 1 for tensor in pool_of(student).plan.shared)
+    data = [torch.randn(64, 32) for _ in range(8)]
+    report = roastify.recover(student, model, data, 0)
+    assert report.align_error is not None and report.aligned is not None
+    before, after = report.align_error
+    assert before < 2 and after < 0.5 * before
+    assert report.aligned.error < report.before.error
+
+
 def test_nothing_is_left_to_align_at_ratio_1(teacher: nn.Module) -> None:
     student = roastify.convert(teacher, 1, init="project")
     weights = {name: value.clone() for name, value in roastify.densify(student).state_dict().items()}
@@ -819,7 +836,9 @@ def test_a_checkpoint_gives_back_what_it_was_given(tmp_path: Path) -> None:
         ({"lr": 5e-4}, r"learning rates was \[0\.001\], now \[0\.0005\]"),
         ({"optimizer": lambda p: torch.optim.SGD(p, lr=1e-3)}, r"optimizer was 'AdamW', now 'SGD'"),
         ({"ratio": 5}, r"conversion was '\w+', now '\w+'"),
-        ({"data": [torch.ones(4, 16)]}, r"was made with other data: its first batch differs"),
+        ({"data": [torch.ones(4, 16)]}, r"was made with other data: its first batches differ"),
+        ({"data": [*batches()[:7], *batches()[8:]]}, r"was made with other data: its first batches differ"),
+        ({"teacher": 1.01}, r"teacher was 'Net \w+', now 'Net \w+'"),
         ({"resume": False}, r"holds a checkpoint of a recovery; resume it, or give another folder"),
     ],
 )
@@ -829,6 +848,8 @@ def test_a_checkpoint_of_another_run_is_refused(
     roastify.recover(converted(teacher), teacher, batches(), 4, folder=tmp_path)
     settings = {"steps": 4, "ratio": 8, "data": batches(), "resume": True, **change}
     student = converted(teacher, settings.pop("ratio"))
+    with torch.no_grad():
+        teacher.head.weight.mul_(settings.pop("teacher", 1.0))
     with pytest.raises((CheckpointError, ConfigError), match=message):
         roastify.recover(student, teacher, settings.pop("data"), folder=tmp_path, **settings)
 
@@ -963,6 +984,8 @@ def test_data_that_does_not_do(teacher: nn.Module) -> None:
         ({"lr": 0}, "lr must be a number above 0; found 0"),
         ({"lr": "fast"}, "lr must be a number above 0; found 'fast'"),
         ({"feature_weight": -1}, "feature_weight must be a number of at least 0; found -1"),
+        ({"seed": "x"}, "seed must be an integer; found 'x'"),
+        ({"features": "re:["}, r"features pattern 're:\[' is no regular expression: unterminated"),
         ({"clip": 0}, "clip must be a number above 0"),
         ({"warmup": 1.0}, "warmup is a part of the steps and must be below 1"),
         ({"schedule": "cosin"}, "schedule must be one of cosine, constant; found 'cosin'; closest: 'cosine'"),
@@ -995,12 +1018,91 @@ def test_a_loss_that_is_not_finite_ends_the_run(teacher: nn.Module, tmp_path: Pa
         seen += 1
         return outputs.sum() * (torch.nan if seen == 4 else 0)
 
-    with pytest.raises(
-        RecoveryError, match=r"the loss is not finite by step 4 \(.*task nan\); lower the learning rate"
-    ):
-        roastify.recover(converted(teacher), teacher, batches(), 6, loss_fn=explode, folder=tmp_path, save_every=2)
+    student = converted(teacher)
+    before = state_of(student)
+    message = (
+        r"the loss is not finite by step 4 \(.*task nan\); lower the learning rate.*checkpoint in .* is from before"
+    )
+    # Whether the curve has a point there or not.
+    for every in (1, 50):
+        seen = 0
+        folder = tmp_path / str(every)
+        settings: dict[str, Any] = {"loss_fn": explode, "folder": folder, "save_every": 2, "log_every": every}
+        with pytest.raises(RecoveryError, match=message):
+            roastify.recover(student, teacher, batches(), 6, **settings)
+        found = json.loads((folder / training_state.MANIFEST).read_text())
+        assert ["step", 2] in found["state"]["dict"]
+        assert_same(state_of(student), dict(before))
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run(teacher: nn.Module, tmp_path: Path) -> None:
+    """The loss of that step is finite, and a checkpoint of its parameters would be of no use."""
+    seen = 0
+
+    def explode(outputs: Tensor, batch: Tensor) -> Tensor:
+        nonlocal seen
+        seen += 1
+        total = outputs.sum() * 0
+        return total.abs().sqrt() if seen == 4 else total
+
+    student = converted(teacher)
+    before = state_of(student)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.01)
+    with pytest.raises(RecoveryError, match=r"a parameter is not finite by step 4 \(.*task 0\).*is from before"):
+        roastify.recover(
+            student, teacher, batches(), 8, loss_fn=explode, folder=tmp_path, save_every=2, log_every=50,
+            optimizer=optimizer,
+        )  # fmt: skip
     found = json.loads((tmp_path / training_state.MANIFEST).read_text())
     assert ["step", 2] in found["state"]["dict"]
+    assert_same(state_of(student), before)
+    assert optimizer.param_groups[0]["lr"] == 0.01
+
+
+@pytest.mark.parametrize("steps", [0, 4])
+@pytest.mark.parametrize("align", [0, 30])
+def test_data_that_is_not_finite_is_refused(teacher: nn.Module, tmp_path: Path, steps: int, align: int) -> None:
+    data = batches()
+    data[1][3, 2] = torch.nan
+    student = converted(teacher)
+    before = state_of(student)
+    with pytest.raises(RecoveryError, match="the teacher's output output holds NaN on the first batches"):
+        roastify.recover(student, teacher, data, steps, align=align, folder=tmp_path)
+    # An infinite value may leave no trace in the outputs.
+    data[1][3, 2] = torch.inf
+    with pytest.raises(RecoveryError, match="NaN" if align == 0 else "NaN|inputs of the teacher's layer .* not finite"):
+        roastify.recover(student, teacher, data, steps, align=align, folder=tmp_path)
+    assert_same(state_of(student), before)
+    assert not training_state.exists(tmp_path)
+
+
+def test_alignment_looks_at_inputs_that_likeness_does_not(teacher: nn.Module) -> None:
+    data = batches()
+    data[6][3, 2] = torch.nan
+    student = converted(teacher)
+    before = state_of(student)
+    with pytest.raises(RecoveryError, match=r"inputs of the teacher's layer embed are not finite"):
+        roastify.recover(student, teacher, data, 4)
+    assert_same(state_of(student), before)
+
+
+def test_an_evaluation_that_fails_loses_nothing(teacher: nn.Module, tmp_path: Path) -> None:
+    def evaluate(model: nn.Module) -> Any:
+        if failing:
+            raise ValueError("on purpose")
+        return {"accuracy": np.float32(0.5), "loss": torch.tensor(2.0)}
+
+    failing = True
+    first, second = converted(teacher), converted(teacher)
+    with pytest.raises(ValueError, match="on purpose"):
+        roastify.recover(first, teacher, batches(), 4, evaluate=evaluate, folder=tmp_path)
+    failing = False
+    for _ in range(2):
+        report = roastify.recover(second, teacher, batches(), 4, evaluate=evaluate, folder=tmp_path, resume=True)
+        assert report.resumed_at == 4
+        # Evaluated once, in numbers that JSON has.
+        assert json.loads(json.dumps(report.to_dict()))["evaluations"] == [[4, {"accuracy": 0.5, "loss": 2.0}]]
+    assert torch.equal(pool_of(first).weight, pool_of(second).weight)
 
 
 @pytest.mark.gpu
