@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ RESULTS = Path(__file__).parent / "results" / "recovery.json"
 DOCUMENT = Path(__file__).parents[1] / "docs" / "recovery.md"
 BEGIN = "<!-- results: written by `python -m benchmarks.recovery` -->"
 END = "<!-- end -->"
+# A difference of a larger p is none.
+_UNCLEAR = 0.05
 
 
 def best_rate(rows: list[dict[str, Any]], task: str, ratio: float, arm: str) -> float | None:
@@ -58,11 +61,12 @@ def markdown(result: dict[str, Any] | None) -> str:
     )
     versions = f"torch {made['torch']}" + (f", Triton {made['triton']}" if made["triton"] else "")
     lines = [
-        f"Test accuracy in %, mean ± standard error over seeds, after {settings['seconds']:g} s of training for each "
-        f"side (alignment included), from [the raw rows](../benchmarks/results/{RESULTS.name}): {made['device']}, "
-        f"{versions}, {made['date']}. `projected` is the recovered side before anything is done.",
+        f"Test accuracy in %, mean ± standard error over seeds, from [the raw rows](../benchmarks/results/"
+        f"{RESULTS.name}): {made['device']}, {versions}, {made['date']}. Each side takes as many steps as "
+        f"{settings['seconds']:g} s allow by a timing of it beforehand (alignment included); in brackets are steps, the "
+        f"seconds that they then took, and the learning rate. `projected` is the recovered side before anything is done.",
         "",
-        "| task | ratio | dense (s) | projected | recovered (steps, lr) | from scratch (steps, lr) | difference |",
+        "| task | ratio | dense (s) | projected | recovered | from scratch | difference |",
         "|---|---|---|---|---|---|---|",
     ]
     verdicts = []
@@ -80,8 +84,9 @@ def markdown(result: dict[str, Any] | None) -> str:
             f"{_side(ours)} | {_side(theirs)} | {difference or '–'} |"
         )
         if difference is not None:
-            what = "above" if difference.mean > 0 else "not above"
-            verdicts.append(f"- {title}, ratio {ratio:g}: recovered is {what} from scratch.")
+            unclear = math.isnan(difference.p) or difference.p > _UNCLEAR
+            what = "not to be told apart from" if unclear else "above" if difference.mean > 0 else "below"
+            verdicts.append(f"- {title}, ratio {ratio:g}: recovered is {what} trained from scratch.")
     return "\n".join([*lines, "", *verdicts, ""])
 
 
@@ -93,4 +98,4 @@ def _side(rows: dict[int, dict[str, Any]]) -> str:
     if not rows:
         return "–"
     first = next(iter(rows.values()))
-    return f"{_cell(rows)} ({first['steps']}, {first['lr']:g})"
+    return f"{_cell(rows)} ({first['steps']}, {_mean(rows, 'seconds'):.1f}, {first['lr']:g})"

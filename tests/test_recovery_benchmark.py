@@ -99,9 +99,16 @@ def test_the_page_takes_the_rate_chosen_on_held_out_examples() -> None:
         {"rows": rows, "machine": machine, "settings": {"seconds": 3.0, "imdb": {"title": "IMDB"}}}
     )
     assert (
-        "| IMDB | 10 | 90.00 ± 0.00 (1.0) | 50.00 ± 0.00 | 82.00 ± 1.00 (7, 0.001) | 72.00 ± 1.00 (7, 0.002) |" in text
+        "| IMDB | 10 | 90.00 ± 0.00 (1.0) | 50.00 ± 0.00 | 82.00 ± 1.00 (7, 1.0, 0.001) | 72.00 ± 1.00 (7, 1.0, 0.002) |"
+        in text
     )
-    assert "- IMDB, ratio 10: recovered is above from scratch." in text
+    assert "- IMDB, ratio 10: recovered is above trained from scratch." in text
+    near = [{**each, "accuracy": 0.72 + 0.001 * each["seed"]} for each in rows if each["arm"] == "recovered"]
+    others = [each for each in rows if each["arm"] != "recovered"]
+    text = recovery_page.markdown(
+        {"rows": [*others, *near], "machine": machine, "settings": {"seconds": 3.0, "imdb": {"title": "IMDB"}}}
+    )
+    assert "- IMDB, ratio 10: recovered is not to be told apart from trained from scratch." in text
 
 
 def test_the_page_is_the_committed_results() -> None:

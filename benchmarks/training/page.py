@@ -25,8 +25,8 @@ own; its memory is that of the steps before the capture. `compiled` is `torch.co
 mode of that name. In `eager` steps, which is also how the rows for several GPUs train, Python launches every kernel,
 and a converted layer asks more of Python than a dense one: where a model's kernels are short, that sets the time, and
 it is longer than the dense model's. So it is in `compiled` steps, whose operators on the pool are Python's. Such times
-move with the host by a fifth from run to run (the dense ResNet-50's eager step once took 16.8 ms and once 31.5), and
-efficiencies that are made of them with them.
+move with the host by a fifth from run to run (the dense ResNet-50's eager step took 22.7 ms beside one model and 26.6
+beside the next), and efficiencies that are made of them with them.
 
 Not all rows are of one state of the code. The `compiled` steps of "resnet-50, whole kernels" and several GPUs are from
 before training passes kept the weights of small layers, which spares the host most of what a converted layer asked of
