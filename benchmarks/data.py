@@ -8,11 +8,13 @@ download) and `train/CLASS/*.png|jpg` beside `test/` or `val/`. Reviews are `imd
 from __future__ import annotations
 
 import codecs
+import hashlib
 import io
 import json
 import lzma
 import pickle
 import re
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -91,9 +93,32 @@ def source(data: Path, what: str) -> Path:
     return found
 
 
+def digest(data: Path, what: str) -> str:
+    """Return what tells the data that `source` names from other data, or from itself before a change.
+
+    Of a file it is the content's, so that it stays when the file is copied; of a folder that of all files' names, sizes
+    and times of change.
+    """
+    path = source(data, what)
+    if path.is_file():
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    # Images for tests lie beside those for training.
+    folders = [path, data / "test", data / "val"] if path.name == "train" else [path]
+    files = sorted(file for folder in folders for file in folder.rglob("*") if file.is_file())
+    seen = [[str(file.relative_to(data)), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    return hashlib.sha256(json.dumps(seen).encode()).hexdigest()
+
+
 def _read(what: str, data: Path, readers: Mapping[str, Callable[..., Any]], *arguments: Any) -> Any:
     path = source(data, what)
-    return readers[path.name](path, *arguments)
+    try:
+        return readers[path.name](path, *arguments)
+    except (OSError, EOFError, ValueError, LookupError, TypeError, lzma.LZMAError, pickle.UnpicklingError,
+            zipfile.BadZipFile) as error:  # fmt: skip
+        raise click.ClickException(
+            f"{path} cannot be read as {what} ({type(error).__name__}: {error}); it may be cut off or damaged: fetch "
+            f"it again"
+        ) from error
 
 
 def _packed_reviews(path: Path) -> Reviews:
@@ -112,8 +137,10 @@ def _review_folders(path: Path) -> Reviews:
     for split in SPLITS:
         files = [(file, label) for label, name in enumerate(("neg", "pos"))
                  for file in sorted((path / split / name).glob("*.txt"))]  # fmt: skip
-        if not files:
-            raise click.ClickException(f"no reviews in {path / split}: expected pos/*.txt and neg/*.txt")
+        if len({label for _, label in files}) < 2:
+            raise click.ClickException(
+                f"{len(files)} reviews of one kind or none in {path / split}: expected pos/*.txt and neg/*.txt"
+            )
         texts = [file.read_text(encoding="utf-8") for file, _ in files]
         found[split] = (texts, np.array([label for _, label in files], dtype=np.int64))
     return found
@@ -135,7 +162,8 @@ def _decode_all(files: Sequence[bytes]) -> np.ndarray:
 
 def _packed_images(path: Path, counts: Mapping[str, int]) -> Images:
     found = {}
-    with np.load(path) as stored:
+    # Opened here: numpy leaves a damaged file open.
+    with path.open("rb") as file, np.load(file) as stored:
         for split in SPLITS:
             content, offset, label = (stored[f"{split}_{part}"] for part in ("jpeg", "offset", "label"))
             chosen = shuffled(len(label), counts.get(split))
@@ -180,6 +208,11 @@ def _image_folders(path: Path, counts: Mapping[str, int]) -> Images:
     classes = sorted(folder.name for folder in (path / "train").iterdir() if folder.is_dir())
     test = "test" if (path / "test").is_dir() else "val"
     found = {}
+    beside = {folder.name for folder in (path / test).iterdir() if folder.is_dir()} if (path / test).is_dir() else set()
+    if not beside <= set(classes):
+        raise click.ClickException(
+            f"{path / test} has the classes {', '.join(sorted(beside - set(classes)))}, which {path / 'train'} has not"
+        )
     for split, name in zip(SPLITS, ("train", test), strict=True):
         files = [(file, label) for label, kind in enumerate(classes)
                  for file in sorted((path / name / kind).glob("*")) if file.suffix.lower() in _SUFFIXES]  # fmt: skip

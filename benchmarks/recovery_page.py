@@ -63,8 +63,9 @@ def markdown(result: dict[str, Any] | None) -> str:
     lines = [
         f"Test accuracy in %, mean ± standard error over seeds, from [the raw rows](../benchmarks/results/"
         f"{RESULTS.name}): {made['device']}, {versions}, {made['date']}. Each side takes as many steps as "
-        f"{settings['seconds']:g} s allow by a timing of it beforehand (alignment included); in brackets are steps, the "
-        f"seconds that they then took, and the learning rate. `projected` is the recovered side before anything is done.",
+        f"{settings['seconds']:g} s allow by a timing of it beforehand (alignment included); in brackets are steps, "
+        f"the seconds that they then took, and the learning rate. `projected` is the recovered side before anything is "
+        f"done.",
         "",
         "| task | ratio | dense (s) | projected | recovered | from scratch | difference |",
         "|---|---|---|---|---|---|---|",

@@ -6,6 +6,8 @@ import dataclasses
 import itertools
 import json
 import math
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -15,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 import torch
@@ -512,7 +515,7 @@ def test_smoke_run_chooses_trains_records_and_resumes(data: Path, cache: Path, t
     assert sum("accuracy" in row for row in trained) >= 6
 
     again = smoke(data, cache, out, *cells, "--seeds", "1")
-    assert again.exit_code == 0 and "0 of 0 runs done" in again.output
+    assert again.exit_code == 0 and "nothing to do: every run asked for has a row in" in again.output
     more = smoke(data, cache, out, *cells, "--seeds", "2", "--minutes", "0")
     assert more.exit_code == 0 and f"{len(trained)} did not fit in the time" in more.output
     assert table.read_rows(out)[: len(rows)] == rows
@@ -549,7 +552,7 @@ def test_distilled_runs_take_the_methods_choice_and_their_teachers_accuracy(
         assert row["rate"] == max(of_task, key=lambda trial: trial["accuracy"][-1])["rate"]
     assert [trained[task]["epochs"] for task in ("resnet9", "imdb")] == [2, 1]
     again = smoke(data, cache, out, "--group", "distillation")
-    assert again.exit_code == 0 and "0 of 0 runs done" in again.output
+    assert again.exit_code == 0 and "nothing to do: every run asked for has a row in" in again.output
 
 
 def test_worker_processes_do_the_same(data: Path, cache: Path, tmp_path: Path) -> None:
@@ -640,6 +643,77 @@ def test_a_step_that_cannot_be_captured_runs_again_without_a_graph(
     }
     # A fresh process after each failure: the first, one for the capture, two for the failed runs.
     assert len(threads) == 4
+
+
+@pytest.mark.parametrize(("in_time", "failed"), [(True, 1), (False, 0)])
+def test_a_run_without_a_trial_has_no_rate(
+    data: Path, tmp_path: Path, threads: list, monkeypatch: pytest.MonkeyPatch, in_time: bool, failed: int
+) -> None:
+    monkeypatch.setattr(campaign, "attempt", lambda run, *_: campaign.Failure("on purpose"))
+    found = a_campaign(data, tmp_path, workers=1, deadline=math.inf if in_time else 0.0)
+    asked = Run("resnet9", "ours", 10.0)
+    came = dict(found.outcomes(found.missing([asked])))
+    assert (asked in came) == in_time and not found.rows
+    assert [outcome.text for run, outcome in came.items() if not run.trial] == (
+        ["None of its trials gave a row, so it has no learning rate."] * failed
+    )
+    assert (asked in found.skipped) != in_time
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--workers", "-1"), "'--workers': -1 is not in the range"),
+        (("--minutes", "-1"), "'--minutes': -1.0 is not in the range"),
+        (("--seeds", "0"), "'--seeds': 0 is not in the range"),
+        (("--ratio", "0"), "'--ratio': 0.0 is not in the range"),
+        (("--ratio", "nan"), "'--ratio': nan is not a number"),
+        (("--rate", "inf"), "'--rate': inf is not in the range"),
+        (("--epochs-scale", "-2"), "'--epochs-scale': -2.0 is not in the range"),
+        (("--group", "main", "--rate", "1"), "--rate is for the cells that --task and --method name"),
+    ],
+)
+def test_arguments_that_do_not_do(
+    data: Path, cache: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    out = tmp_path / "rows.json"
+    found = smoke(data, cache, out, "--task", "resnet9", "--method", "ours", *arguments)
+    assert found.exit_code == 2 and message in found.output and not out.exists()
+
+
+def test_two_campaigns_do_not_write_the_same_rows(data: Path, cache: Path, tmp_path: Path) -> None:
+    out = tmp_path / "rows.json"
+    arguments = "--task", "resnet9", "--method", "dense", "--rate", "0.4", "--seeds", "1"
+    with command.alone(out):
+        found = smoke(data, cache, out, *arguments)
+        assert found.exit_code == 1 and "another campaign is writing" in found.output and not out.exists()
+    assert smoke(data, cache, out, *arguments).exit_code == 0 and out.exists()
+
+
+def test_a_changed_picture_is_read_again(data: Path, cache: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "data"
+    shutil.copytree(data, copied)
+    before = inputs.cache_folder(IMAGES, copied, cache)
+    for split in ("train", "test"):
+        path = copied / split / "class3" / "1.png"
+        path.write_bytes((copied / split / "class4" / "1.png").read_bytes())
+        os.utime(path, ns=(1, 1))
+        inputs.cache_folder.cache_clear()
+        after = inputs.cache_folder(IMAGES, copied, cache)
+        assert after != before
+        before = after
+
+
+def test_data_that_does_not_fit_the_task(data: Path, cache: Path, tmp_path: Path) -> None:
+    few = dataclasses.replace(IMAGES, held_out=64)
+    with pytest.raises(click.ClickException, match="64 training examples, and 64 are held out to choose step sizes"):
+        inputs.prepare(few, data, cache)
+    copied = tmp_path / "data"
+    shutil.copytree(data, copied)
+    for split in ("train", "test"):
+        shutil.copytree(copied / split / "class3", copied / split / "more")
+    with pytest.raises(click.ClickException, match="has 11 classes, and the task ResNet-9 on CIFAR-10 10"):
+        inputs.prepare(dataclasses.replace(IMAGES, train=88), copied, cache)
 
 
 def test_no_run_starts_that_cannot_end_in_time(

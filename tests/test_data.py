@@ -95,7 +95,7 @@ def test_a_batch_with_anything_but_arrays_is_refused(tmp_path: Path) -> None:
     write_batches(tmp_path)
     path = tmp_path / "cifar-10-batches-py" / "data_batch_1"
     path.write_bytes(pickle.dumps({b"data": Attack()}, protocol=2))
-    with pytest.raises(pickle.UnpicklingError, match=r"holds arrays, and this one names posix.mkdir: refused"):
+    with pytest.raises(click.ClickException, match=r"holds arrays, and this one names posix.mkdir: refused"):
         data.read_images(tmp_path)
     assert not (tmp_path / "attacked").exists()
 
@@ -127,6 +127,45 @@ def test_reviews_in_both_formats(tmp_path: Path) -> None:
                 f"{n} “{i}”" for n in ("neg", "pos") for i in range(count)
             }
             assert [text.startswith("pos") for text in texts] == [label == 1 for label in labels]
+
+
+@pytest.mark.parametrize("write", [write_packed, write_batches], ids=lambda write: write.__name__)
+def test_damaged_images_are_named(tmp_path: Path, write) -> None:
+    write(tmp_path)
+    path = data.source(tmp_path, "images")
+    path = path / "data_batch_2" if path.is_dir() else path
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(click.ClickException, match=r"cannot be read as images \(.*may be cut off or damaged"):
+        data.read_images(tmp_path)
+    if write is write_batches:
+        path.unlink()
+        with pytest.raises(click.ClickException, match=r"cannot be read as images \(FileNotFoundError: .*data_batch_2"):
+            data.read_images(tmp_path)
+
+
+def test_damaged_reviews_are_named(tmp_path: Path) -> None:
+    with lzma.open(tmp_path / "imdb.jsonl.xz", "wt", encoding="utf-8") as lines:
+        lines.writelines(json.dumps({"split": "train", "label": 1, "text": str(n)}) + "\n" for n in range(1000))
+    path = tmp_path / "imdb.jsonl.xz"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(click.ClickException, match=r"imdb\.jsonl\.xz cannot be read as reviews \(EOFError"):
+        data.read_reviews(tmp_path)
+
+
+def test_reviews_of_one_kind_are_refused(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        folder = tmp_path / "aclImdb" / split / "neg"
+        folder.mkdir(parents=True)
+        (folder / "1_1.txt").write_text("dull")
+    with pytest.raises(click.ClickException, match=r"1 reviews of one kind or none in .*expected pos/\*\.txt and neg"):
+        data.read_reviews(tmp_path)
+
+
+def test_a_class_that_training_has_not_is_refused(tmp_path: Path) -> None:
+    write_folders(tmp_path)
+    (tmp_path / "test" / "zebra").mkdir()
+    with pytest.raises(click.ClickException, match=r"test has the classes zebra, which .*train has not"):
+        data.read_images(tmp_path)
 
 
 def test_a_folder_without_data_says_what_is_expected(tmp_path: Path) -> None:

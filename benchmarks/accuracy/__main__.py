@@ -9,10 +9,15 @@ campaign is resumed by the same command. `python -m benchmarks.accuracy.page` wr
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import hashlib
 import itertools
 import json
 import math
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +36,20 @@ from benchmarks.rows import write
 
 OUT = Path(__file__).parents[2] / "out"
 PER_GPU = 3
+MOST = 1e9
+
+
+class Number(click.FloatRange):
+    """A range without NaN, which no comparison leaves out."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = super().convert(value, param, ctx)
+        if math.isnan(number):
+            self.fail(f"{value} is not a number", param, ctx)
+        return number
+
+
+ABOVE_0 = Number(0, MOST, min_open=True)
 
 
 def planned(
@@ -90,6 +109,25 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     write(path, f'{{"rows": [\n{lines}\n]}}\n')
 
 
+@contextlib.contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Keep other campaigns from the same rows: each writes all that it knows of.
+
+    Raises:
+        click.ClickException: another has them.
+    """
+    name = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]
+    # It goes with the process, however that ends.
+    with (Path(tempfile.gettempdir()) / f"accuracy-{name}.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise click.ClickException(
+                f"another campaign is writing {out}; wait for it, or give this one a file of its own (--out)"
+            ) from None
+        yield
+
+
 def outcome_text(row: dict[str, Any]) -> str:
     if "unreachable" in row:
         return f"not reachable: {row['unreachable']}"
@@ -103,18 +141,21 @@ def outcome_text(row: dict[str, Any]) -> str:
 @click.option("--group", "groups", multiple=True, type=click.Choice(list(GROUPS)), help="Named group of runs.")
 @click.option("--task", "tasks", multiple=True, type=click.Choice(list(recipes.TASKS)), help="Only this task.")
 @click.option("--method", "methods", multiple=True, type=click.Choice(list(METHODS)), help="Only this method.")
-@click.option("--ratio", "ratios", multiple=True, type=float, help="Only this ratio.")
-@click.option("--rate", type=float, help="Learning rate, without trials (not with --group).")
-@click.option("--seeds", default=3, show_default=True, help="Seeds at most.")
+@click.option("--ratio", "ratios", multiple=True, type=Number(1, MOST), help="Only this ratio.")
+@click.option("--rate", type=ABOVE_0, help="Learning rate, without trials (not with --group).")
+@click.option("--seeds", default=3, type=click.IntRange(1), show_default=True, help="Seeds at most.")
 @click.option("--gpus", type=int, help="GPUs to use.  [all]")
-@click.option("--workers", type=int, help=f"Processes, spread over the GPUs; 0: in this one.  [{PER_GPU} a GPU]")
+@click.option(
+    "--workers", type=click.IntRange(0), help=f"Processes, spread over the GPUs; 0: in this one.  [{PER_GPU} a GPU]"
+)
 @click.option("--device", help="Instead of the GPUs, such as cpu.")
-@click.option("--minutes", type=float, help="Start no run that would end later.")
-@click.option("--epochs-scale", default=1.0, show_default=True, help="Multiplies all epochs.")
+@click.option("--minutes", type=Number(0, MOST), help="Start no run that would end later.")
+@click.option("--epochs-scale", default=1.0, type=ABOVE_0, show_default=True, help="Multiplies all epochs.")
 @click.option("--no-graph", is_flag=True, help="Do not replay steps from CUDA graphs.")
 @click.option("--smoke", is_flag=True, help="Tiny models, few examples, one epoch; rows go to out/.")
 @click.option("--list", "only_list", is_flag=True, help="Print what would run, and stop.")
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Raw rows.")
+@click.option("--out", type=click.Path(dir_okay=False, path_type=Path),
+              help="Raw rows. They do not tell data sets apart: give other data another file.")  # fmt: skip
 @click.option("--cache", type=click.Path(file_okay=False, path_type=Path), default=OUT / "accuracy-data",
               help="Folder for decoded data.")  # fmt: skip
 def main(
@@ -138,6 +179,8 @@ def main(
 ) -> None:
     begun = time.time()
     console = Console(soft_wrap=True, highlight=False)
+    if groups and rate is not None:
+        raise click.UsageError("--rate is for the cells that --task and --method name; a group's runs have their own")
     out = out or (OUT / RESULTS.name if smoke else RESULTS)
     names = {name: recipes.smoke(task) if smoke else recipes.scaled(task, epochs_scale)
              for name, task in recipes.TASKS.items()}  # fmt: skip
@@ -159,9 +202,12 @@ def main(
             console.print(str(run))
         console.print(f"{len(runs)} runs")
         return
+    if not runs:
+        console.print(f"nothing to do: every run asked for has a row in {out}; --out names another file")
+        return
     failed = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with alone(out), Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("runs", total=len(runs))
         for run, outcome in campaign.outcomes(runs):
             progress.advance(bar)

@@ -51,7 +51,7 @@ def set_up(device: str, threads: int) -> None:
     torch.set_num_threads(threads)
     if torch.device(device).type == "cuda":
         torch.set_float32_matmul_precision("high")
-        torch.cuda.set_device(torch.device(device))
+        torch.cuda.set_device(torch.device(device).index or 0)
 
 
 @dataclass
@@ -90,6 +90,7 @@ class Campaign:
         graph: whether steps are replayed from CUDA graphs.
         smoke: whether rows are of a smoke test.
         skipped: runs that would not have ended in time.
+        untried: runs without a rate, as no trial of theirs gave a row.
     """
 
     tasks: Mapping[str, Task]
@@ -103,6 +104,7 @@ class Campaign:
     graph: bool = True
     smoke: bool = False
     skipped: list[Run] = field(default_factory=list)
+    untried: list[Run] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.by_run: dict[Run, Row] = {of_row(row): row for row in self.rows}
@@ -125,6 +127,11 @@ class Campaign:
     def outcomes(self, runs: Sequence[Run]) -> Iterator[tuple[Run, Row | Failure]]:
         """Yield each run, with its rate, and what came of it, in the order in which they end."""
         yield from self._in_process(runs) if self.in_process else self._in_workers(runs)
+        for run in self.untried:
+            if set(self.skipped).isdisjoint(trials.trials(run, self.tasks[run.task])):
+                yield run, Failure("None of its trials gave a row, so it has no learning rate.")
+            else:
+                self.skipped.append(run)
 
     def _tuned_key(self, row: Mapping[str, Any]) -> tuple[Any, ...]:
         run = of_row(row)
@@ -145,18 +152,25 @@ class Campaign:
 
     def _take(self, pending: list[Run], running: set[Run], prepared: set[Path]) -> Run | None:
         """Remove and return the most important run that can start now and end in time."""
-        undecided = running | set(pending)
-        for run in list(pending):
-            if self._folder(run.task) not in prepared or self._waits(run, undecided):
-                continue
-            resolved = self._resolve(run)
-            if time.time() + self.durations.expected(resolved) > self.deadline:
+        while True:
+            undecided, before = running | set(pending), len(pending)
+            for run in list(pending):
+                if self._folder(run.task) not in prepared or self._waits(run, undecided):
+                    continue
+                if not trials.decided(run, self.tasks[run.task], self.by_run):
+                    pending.remove(run)
+                    self.untried.append(run)
+                    continue
+                resolved = self._resolve(run)
+                if time.time() + self.durations.expected(resolved) > self.deadline:
+                    pending.remove(run)
+                    self.skipped.append(run)
+                    continue
                 pending.remove(run)
-                self.skipped.append(run)
-                continue
-            pending.remove(run)
-            return run
-        return None
+                return run
+            # What was put aside may have been what another run waited for.
+            if len(pending) == before:
+                return None
 
     def _finish(self, asked: Run, run: Run, outcome: Row | Failure) -> Row | Failure:
         if isinstance(outcome, Failure):

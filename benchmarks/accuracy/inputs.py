@@ -8,6 +8,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
 import numpy as np
 import torch
 from torch import Tensor
@@ -23,18 +24,33 @@ _PARTS = ("train_x", "train_y", "test_x", "test_y")
 @functools.lru_cache
 def cache_folder(task: Task, data: Path, cache: Path) -> Path:
     """Return where a task's arrays are kept: they depend on the data and on how it is read."""
-    source = data_sets.source(data, task.data)
-    # By content, not time: a packed file keeps its arrays when it is copied. Of a folder the time has to do.
-    what = hashlib.sha256(source.read_bytes()).hexdigest() if source.is_file() else source.stat().st_mtime_ns
-    read = [source.name, what, task.train, task.test, task.length, task.words]
+    name, what = data_sets.source(data, task.data).name, data_sets.digest(data, task.data)
+    read = [name, what, task.train, task.test, task.length, task.words]
     return cache / f"{task.data}-{hashlib.sha256(json.dumps(read).encode()).hexdigest()[:16]}"
 
 
 def prepare(task: Task, data: Path, cache: Path) -> None:
-    """Decode a task's data into `.npy` files, unless they are there."""
+    """Decode a task's data into `.npy` files, unless they are there.
+
+    Raises:
+        click.ClickException: there is no data, or it cannot be read or does not fit the task.
+    """
     folder = cache_folder(task, data, cache)
-    if (folder / "done").exists():
-        return
+    if not (folder / "done").exists():
+        _decode(task, data, folder)
+    labels = np.concatenate([np.load(folder / f"{split}_y.npy") for split in ("train", "test")])
+    classes = 10 if task.is_image else 2
+    if (found := int(labels.max()) + 1) > classes:
+        raise click.ClickException(f"{data} has {found} classes, and the task {task.title} {classes}")
+    count = len(np.load(folder / "train_y.npy", mmap_mode="r"))
+    if count <= task.held_out:
+        raise click.ClickException(
+            f"{data} has {count:,} training examples, and {task.held_out:,} are held out to choose step sizes by: give "
+            f"more"
+        )
+
+
+def _decode(task: Task, data: Path, folder: Path) -> None:
     arrays: dict[str, np.ndarray] = {}
     if task.is_image:
         for split, pair in data_sets.read_images(data, {"train": task.train, "test": task.test}).items():

@@ -44,8 +44,13 @@ def _of_model(run: Run) -> tuple[tuple[str, Any], ...]:
     return tuple((name, value) for name, value in run.changes if name == "width")
 
 
+def decided(run: Run, task: Task, rows: Mapping[Run, Mapping[str, Any]]) -> bool:
+    """Whether a trial of the run gave a row, be it that its method cannot store so few parameters."""
+    return run.rate is not None or any(trial in rows for trial in trials(run, task))
+
+
 def choose(run: Run, task: Task, rows: Mapping[Run, Mapping[str, Any]]) -> Run:
-    """Return the run with the best trial's rate and epochs; without any, with the first of the grid."""
+    """Return the run with the best trial's rate and epochs; with the first of the grid if none could be reached."""
     candidates = trials(run, task)
     judged = {trial: rows[trial]["accuracy"][-1] for trial in candidates if "accuracy" in rows.get(trial, {})}
     best = max(judged, key=judged.__getitem__) if judged else None
