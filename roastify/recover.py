@@ -175,8 +175,8 @@ class _Run:
         recorders = Recorder(self.student, self.features), Recorder(self.teacher, self.features)
         begun = self._now()
         with recorders[0].recording(), recorders[1].recording():
-            if self.resumed_at:
-                self._evaluate()
+            if self.resumed_at and self._evaluates():
+                self._save_and_evaluate(recorders, saving=True)
             for _ in track(range(self.step, options.steps), "recovering"):
                 with self.stream.active():
                     self._take_step(*recorders)
@@ -186,16 +186,21 @@ class _Run:
                 saving = self.step == options.steps or self.step % options.save_every == 0
                 if saving or self._evaluates():
                     self.seconds += self._now() - begun
-                    # First: an evaluation is code of the user's, which may fail.
-                    if saving:
-                        self._save()
-                    if self._evaluate():
-                        for recorder in recorders:
-                            recorder.take()
-                        self.student.train()
-                        if saving:
-                            self._save()
+                    self._save_and_evaluate(recorders, saving)
                     begun = self._now()
+
+    def _save_and_evaluate(self, recorders: Sequence[Recorder], saving: bool) -> None:
+        """Save, and evaluate if it is time: in this order, as an evaluation is code of the user's, which may fail."""
+        if saving:
+            self._save()
+        if not self._evaluates():
+            return
+        self._evaluate()
+        if saving:
+            self._save()
+        for recorder in recorders:
+            recorder.take()
+        self.student.train()
 
     @contextlib.contextmanager
     def rates_put_back(self) -> Iterator[None]:
@@ -300,17 +305,13 @@ class _Run:
             return False
         return self.step == options.steps or bool(options.evaluate_every and self.step % options.evaluate_every == 0)
 
-    def _evaluate(self) -> bool:
-        """Evaluate the model if it is to be; return whether it was."""
-        if not self._evaluates():
-            return False
+    def _evaluate(self) -> None:
         assert self.options.evaluate is not None
         self.student.eval()
         # Always the same random numbers, and none of the run's.
         with Stream(self.options.seed, self.device).active(), torch.no_grad():
             found = self.options.evaluate(self.student)
         self.evaluations.append((self.step, pytree.tree_map(_number, found)))
-        return True
 
     def _likeness(self) -> Likeness:
         """Compare the two models in eval mode on the held batches."""

@@ -681,6 +681,14 @@ def test_arguments_that_do_not_do(
     assert found.exit_code == 2 and message in found.output and not out.exists()
 
 
+def test_a_file_of_something_else_is_left_alone(data: Path, cache: Path, tmp_path: Path) -> None:
+    out = tmp_path / "rows.json"
+    for content in ("{", "[1]", "{}"):
+        out.write_text(content)
+        found = smoke(data, cache, out, "--task", "resnet9", "--method", "dense")
+        assert found.exit_code == 1 and "is no file of rows" in found.output and out.read_text() == content
+
+
 def test_two_campaigns_do_not_write_the_same_rows(data: Path, cache: Path, tmp_path: Path) -> None:
     out = tmp_path / "rows.json"
     arguments = "--task", "resnet9", "--method", "dense", "--rate", "0.4", "--seeds", "1"
@@ -840,6 +848,13 @@ def test_the_page_has_kernels_from_a_basis_beside_whole_ones() -> None:
     assert "| task | ratio | seeds | roastify − roastify, kernels without a basis |" in text and "| +1.50 " in text
     # At ratio 1 both are the same model, trained twice.
     assert "+2.25" not in text
+
+
+def test_the_page_says_where_the_dense_model_overfits() -> None:
+    rows = comparison_rows({("imdb", "dense", 1.0): 3})
+    assert "overfits" not in page.markdown(rows)
+    longer = [{**row, "accuracy": [0.85, 0.84, *row["accuracy"]]} for row in rows]
+    assert "The dense model overfits: after epoch 1 it was at 85.00 %" in page.markdown(longer)
 
 
 def test_what_learned_nothing_does_not_press_a_plot_together() -> None:

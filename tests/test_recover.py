@@ -1086,8 +1086,32 @@ def test_alignment_looks_at_inputs_that_likeness_does_not(teacher: nn.Module) ->
     assert_same(state_of(student), before)
 
 
-def test_an_evaluation_that_fails_loses_nothing(teacher: nn.Module, tmp_path: Path) -> None:
+def test_an_evaluation_in_between_that_failed_is_made_up_for(teacher: nn.Module, tmp_path: Path) -> None:
+    """The run goes on from there as if it had never stopped: features of an evaluation are none of the next step."""
+
     def evaluate(model: nn.Module) -> Any:
+        if failing:
+            raise ValueError("on purpose")
+        return accuracy(model)
+
+    settings: dict[str, Any] = {"steps": 6, "evaluate": evaluate, "evaluate_every": 2, "save_every": 2}
+    failing = True
+    resumed, whole = converted(teacher), converted(teacher)
+    with pytest.raises(ValueError, match="on purpose"):
+        roastify.recover(resumed, teacher, batches(), folder=tmp_path, **settings)
+    failing = False
+    found = roastify.recover(resumed, teacher, batches(), folder=tmp_path, resume=True, **settings)
+    expected = roastify.recover(whole, teacher, batches(), **settings)
+    assert found.resumed_at == 2 and found.evaluations == expected.evaluations and len(found.evaluations) == 3
+    assert torch.equal(pool_of(resumed).weight, pool_of(whole).weight)
+
+
+def test_an_evaluation_that_fails_loses_nothing(teacher: nn.Module, tmp_path: Path) -> None:
+    called = 0
+
+    def evaluate(model: nn.Module) -> Any:
+        nonlocal called
+        called += 1
         if failing:
             raise ValueError("on purpose")
         return {"accuracy": np.float32(0.5), "loss": torch.tensor(2.0)}
@@ -1099,7 +1123,7 @@ def test_an_evaluation_that_fails_loses_nothing(teacher: nn.Module, tmp_path: Pa
     failing = False
     for _ in range(2):
         report = roastify.recover(second, teacher, batches(), 4, evaluate=evaluate, folder=tmp_path, resume=True)
-        assert report.resumed_at == 4
+        assert report.resumed_at == 4 and called == 2
         # Evaluated once, in numbers that JSON has.
         assert json.loads(json.dumps(report.to_dict()))["evaluations"] == [[4, {"accuracy": 0.5, "loss": 2.0}]]
     assert torch.equal(pool_of(first).weight, pool_of(second).weight)

@@ -128,6 +128,20 @@ def alone(out: Path) -> Iterator[None]:
         yield
 
 
+def rows_in(path: Path) -> list[dict[str, Any]]:
+    """Return a file's rows.
+
+    Raises:
+        click.ClickException: it holds something else.
+    """
+    try:
+        return read_rows(path)
+    except (ValueError, LookupError, TypeError) as error:
+        raise click.ClickException(
+            f"{path} is no file of rows ({type(error).__name__}: {error}); repair it, or name another by --out"
+        ) from error
+
+
 def outcome_text(row: dict[str, Any]) -> str:
     if "unreachable" in row:
         return f"not reachable: {row['unreachable']}"
@@ -189,7 +203,7 @@ def main(
         data,
         cache,
         devices_of(device, gpus, 1 if workers == 0 else workers),
-        read_rows(out),
+        rows_in(out),
         in_process=workers == 0,
         scale=epochs_scale,
         deadline=math.inf if minutes is None else begun + 60 * minutes,
