@@ -506,7 +506,8 @@ def _digest_of_model(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         flat = parameter.detach().reshape(-1)
-        some = flat[:: max(1, flat.numel() // _DIGESTED)].double().cpu().contiguous()
+        some = flat[:: max(1, flat.numel() // _DIGESTED)]
+        some = (some if some.is_complex() else some.double()).cpu().contiguous()
         digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode() + some.numpy().tobytes())
     return digest.hexdigest()[:16]
 

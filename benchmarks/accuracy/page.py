@@ -30,9 +30,9 @@ Nesterov SGD for images, AdamW for text; a step size that grows over a fifth of 
 and mirrors for images; bfloat16 autocast on a GPU. Vectors do not decay.
 
 Every method chooses its step size (on text the epochs too) from the same few candidates (without the preconditioner
-from smaller ones), by one run each, on images a shorter one, that is judged on 5,000 training examples held out of it;
-the choices are below. The test set chooses nothing, and accuracy is that after
-the last epoch.
+from smaller ones, of which it took the largest on images, so a larger one might do better), by one run each, on images
+a shorter one, that is judged on 5,000 training examples held out of it; the choices are below. The test set chooses
+nothing, and accuracy is that after the last epoch.
 
 *Stored* counts every parameter: biases, norms, whatever is kept. A pruned model stores the weights that it keeps; its
 mask is not counted, in its favour, although a bitmap of it takes a 32nd of the dense model's bytes, three times what is
