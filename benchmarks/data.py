@@ -14,7 +14,6 @@ import json
 import lzma
 import pickle
 import re
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -113,8 +112,9 @@ def _read(what: str, data: Path, readers: Mapping[str, Callable[..., Any]], *arg
     path = source(data, what)
     try:
         return readers[path.name](path, *arguments)
-    except (OSError, EOFError, ValueError, LookupError, TypeError, lzma.LZMAError, pickle.UnpicklingError,
-            zipfile.BadZipFile) as error:  # fmt: skip
+    except click.ClickException:
+        raise
+    except Exception as error:  # whatever readers of a damaged file raise
         raise click.ClickException(
             f"{path} cannot be read as {what} ({type(error).__name__}: {error}); it may be cut off or damaged: fetch "
             f"it again"
@@ -153,6 +153,13 @@ def decode(file: bytes) -> np.ndarray:
     except ImportError:
         raise click.ClickException("the images are JPEG or PNG files; decoding takes: pip install pillow") from None
     return np.asarray(Image.open(io.BytesIO(file)).convert("RGB"))
+
+
+def _decode_file(path: Path) -> np.ndarray:
+    try:
+        return decode(path.read_bytes())
+    except OSError as error:
+        raise click.ClickException(f"{path} cannot be read as an image: {error}") from error
 
 
 def _decode_all(files: Sequence[bytes]) -> np.ndarray:
@@ -205,10 +212,11 @@ def _image_batches(path: Path, counts: Mapping[str, int]) -> Images:
 
 
 def _image_folders(path: Path, counts: Mapping[str, int]) -> Images:
-    classes = sorted(folder.name for folder in (path / "train").iterdir() if folder.is_dir())
+    inside = (folder for folder in (path / "train").iterdir() if folder.is_dir())
+    classes = sorted(folder.name for folder in inside if not folder.name.startswith("."))
     test = "test" if (path / "test").is_dir() else "val"
     found = {}
-    beside = {folder.name for folder in (path / test).iterdir() if folder.is_dir()} if (path / test).is_dir() else set()
+    beside = {file.parent.name for file in (path / test).glob("*/*") if file.suffix.lower() in _SUFFIXES}
     if not beside <= set(classes):
         raise click.ClickException(
             f"{path / test} has the classes {', '.join(sorted(beside - set(classes)))}, which {path / 'train'} has not"
@@ -219,7 +227,7 @@ def _image_folders(path: Path, counts: Mapping[str, int]) -> Images:
         if not files:
             raise click.ClickException(f"no images in {path / name}: expected CLASS/*.png or CLASS/*.jpg")
         chosen = shuffled(len(files), counts.get(split))
-        images = [decode(files[index][0].read_bytes()) for index in chosen]
+        images = [_decode_file(files[index][0]) for index in chosen]
         odd = next((index for index, image in zip(chosen, images, strict=True) if image.shape != (SIDE, SIDE, 3)), None)
         if odd is not None:
             raise click.ClickException(f"{files[odd][0]} is not an image of {SIDE}×{SIDE}: resize the images first")

@@ -111,8 +111,9 @@ class _Reader:
         second = self.moments.second
         if second is not None and not bool(second.isfinite().all()):
             raise RecoveryError(
-                f"the inputs of the teacher's layer {self.name} are not finite on the first batches; look for NaN and "
-                f"infinite values in the data, or for a teacher that overflows; the student is as it was"
+                f"the inputs of the teacher's layer {self.name} are not finite on the first batches, or their squares "
+                f"are not; look for NaN and infinite values in the data, or for a teacher that overflows, or do "
+                f"without alignment (align=0); the student is as it was"
             )
 
 

@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import time
@@ -54,6 +55,8 @@ def recover(student: nn.Module, teacher: nn.Module, data: Any, options: RecoverO
     _check_models(student, teacher)
     with _left_as_found(student, teacher):
         given = copy.deepcopy(student.state_dict())
+        theirs = options.optimizer if isinstance(options.optimizer, torch.optim.Optimizer) else None
+        optimizer_given = copy.deepcopy(theirs.state_dict()) if theirs is not None else None
         try:
             run = _Run(student, teacher, data, options)
             with run.rates_put_back():
@@ -62,6 +65,8 @@ def recover(student: nn.Module, teacher: nn.Module, data: Any, options: RecoverO
             return run.finish()
         except _NotFinite:
             student.load_state_dict(given)
+            if theirs is not None and optimizer_given is not None:
+                theirs.load_state_dict(optimizer_given)
             raise
 
 
@@ -122,6 +127,12 @@ class _Run:
         self.split = passing(teacher, options.inputs)
         self.optimizer = _optimizer(student, options, self.device)
         self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        # Those that are to stay so: a parameter may be infinite by design.
+        self.finite = {
+            name: parameter
+            for name, parameter in student.named_parameters()
+            if parameter.requires_grad and bool(parameter.isfinite().all())
+        }
         self.stream = Stream(options.seed, self.device)
         made_by = self._made_by()
         stored = self._stored(made_by)
@@ -177,6 +188,7 @@ class _Run:
         with recorders[0].recording(), recorders[1].recording():
             if self.resumed_at and self._evaluates():
                 self._save_and_evaluate(recorders, saving=True)
+                begun = self._now()
             for _ in track(range(self.step, options.steps), "recovering"):
                 with self.stream.active():
                     self._take_step(*recorders)
@@ -281,13 +293,13 @@ class _Run:
         return {name: float(total) / self.summed for name, total in self.sums.items()}
 
     def _check_finite(self) -> None:
-        """Raise `RecoveryError` if a loss since the last point of the curve, or a parameter, is not finite."""
+        """Raise `RecoveryError` if a loss since the last point of the curve, or a parameter that was, is not finite."""
         means = self._means()
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        fine = torch.stack([parameter.isfinite().all() for parameter in self.finite.values()]).tolist()
         if not math.isfinite(means.get("loss", 0.0)):
             what = "the loss"
-        elif not bool(torch.stack([parameter.isfinite().all() for parameter in parameters]).all()):
-            what = "a parameter"
+        elif not all(fine):
+            what = f"the parameter {list(self.finite)[fine.index(False)]}"
         else:
             return
         folder = self.options.folder
@@ -494,17 +506,18 @@ def _number(value: Any) -> Any:
 
 def _check_teacher(outputs: dict[str, Tensor]) -> None:
     for path, output in outputs.items():
-        if bool(output.isnan().any()):
+        # Some may be infinite or NaN by design, as scores behind a mask.
+        if not bool(output.isfinite().any()):
             raise RecoveryError(
-                f"the teacher's output {path} holds NaN on the first batches, and nothing can be learnt from that; "
-                f"look for NaN and infinite values in the data; the student is as it was"
+                f"the teacher's output {path} has no finite value on the first batches, and nothing can be learnt from "
+                f"that; look for NaN and infinite values in the data; the student is as it was"
             )
 
 
 def _digest_of_model(model: nn.Module) -> str:
-    """Return a digest by which a model's weights are known again: of some elements of each, the same on any device."""
+    """Return what a model's weights and buffers are known again by, on any device: a digest of some of each."""
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
+    for name, parameter in itertools.chain(model.named_parameters(), model.named_buffers()):
         flat = parameter.detach().reshape(-1)
         some = flat[:: max(1, flat.numel() // _DIGESTED)]
         some = (some if some.is_complex() else some.double()).cpu().contiguous()

@@ -645,19 +645,38 @@ def test_a_step_that_cannot_be_captured_runs_again_without_a_graph(
     assert len(threads) == 4
 
 
-@pytest.mark.parametrize(("in_time", "failed"), [(True, 1), (False, 0)])
-def test_a_run_without_a_trial_has_no_rate(
-    data: Path, tmp_path: Path, threads: list, monkeypatch: pytest.MonkeyPatch, in_time: bool, failed: int
+def failing(*rates: float) -> Callable[..., dict[str, Any] | campaign.Failure]:
+    """Return what runs come to if those of some rates fail."""
+    return lambda run, *_: campaign.Failure("on purpose") if run.rate in rates else a_row(run, 0.5)
+
+
+@pytest.mark.parametrize("rates", [(0.4,), (0.4, 1.0)])
+def test_a_run_is_not_made_while_a_trial_fails(
+    data: Path, tmp_path: Path, threads: list, monkeypatch: pytest.MonkeyPatch, rates: tuple[float, ...]
 ) -> None:
-    monkeypatch.setattr(campaign, "attempt", lambda run, *_: campaign.Failure("on purpose"))
-    found = a_campaign(data, tmp_path, workers=1, deadline=math.inf if in_time else 0.0)
+    monkeypatch.setattr(campaign, "attempt", failing(*rates))
+    found = a_campaign(data, tmp_path, workers=1)
     asked = Run("resnet9", "ours", 10.0)
     came = dict(found.outcomes(found.missing([asked])))
-    assert (asked in came) == in_time and not found.rows
-    assert [outcome.text for run, outcome in came.items() if not run.trial] == (
-        ["None of its trials gave a row, so it has no learning rate."] * failed
-    )
-    assert (asked in found.skipped) != in_time
+    assert "A trial of it gave no row" in came[asked].text and len(found.rows) == 2 - len(rates)
+    # The same command tries them again.
+    again = found.missing([asked])
+    assert asked in again and len(again) == 1 + len(rates)
+    monkeypatch.setattr(campaign, "attempt", failing())
+    found.untried.clear()
+    assert all(not isinstance(outcome, campaign.Failure) for _, outcome in found.outcomes(again))
+    assert len(found.rows) == 3 and not found.missing([asked])
+
+
+def test_a_run_whose_trial_did_not_fit_is_left(
+    data: Path, tmp_path: Path, threads: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(campaign, "attempt", failing())
+    monkeypatch.setattr(campaign.Durations, "expected", lambda self, run: 1e3 if run.rate == 1.0 else 0.0)
+    found = a_campaign(data, tmp_path, workers=1, deadline=time.time() + 100)
+    asked = Run("resnet9", "ours", 10.0)
+    came = dict(found.outcomes(found.missing([asked])))
+    assert [run.rate for run in came] == [0.4] and asked in found.skipped and len(found.skipped) == 2
 
 
 @pytest.mark.parametrize(
@@ -670,6 +689,7 @@ def test_a_run_without_a_trial_has_no_rate(
         (("--ratio", "nan"), "'--ratio': nan is not a number"),
         (("--rate", "inf"), "'--rate': inf is not in the range"),
         (("--epochs-scale", "-2"), "'--epochs-scale': -2.0 is not in the range"),
+        (("--group", "main", "--ratio", "7"), "the groups have no run of that task, method, ratio and seed"),
         (("--group", "main", "--rate", "1"), "--rate is for the cells that --task and --method name"),
     ],
 )
@@ -683,7 +703,7 @@ def test_arguments_that_do_not_do(
 
 def test_a_file_of_something_else_is_left_alone(data: Path, cache: Path, tmp_path: Path) -> None:
     out = tmp_path / "rows.json"
-    for content in ("{", "[1]", "{}"):
+    for content in ("{", "[1]", "{}", '{"rows": 5}', '{"rows": [1]}', '{"rows": [{}]}'):
         out.write_text(content)
         found = smoke(data, cache, out, "--task", "resnet9", "--method", "dense")
         assert found.exit_code == 1 and "is no file of rows" in found.output and out.read_text() == content
@@ -714,8 +734,10 @@ def test_a_changed_picture_is_read_again(data: Path, cache: Path, tmp_path: Path
 
 def test_data_that_does_not_fit_the_task(data: Path, cache: Path, tmp_path: Path) -> None:
     few = dataclasses.replace(IMAGES, held_out=64)
+    folder = prepared(few, data, cache)
     with pytest.raises(click.ClickException, match="64 training examples, and 64 are held out to choose step sizes"):
-        inputs.prepare(few, data, cache)
+        inputs.load(few, folder, "cpu", True)
+    assert len(inputs.load(few, folder, "cpu", False)[0]) == 64
     copied = tmp_path / "data"
     shutil.copytree(data, copied)
     for split in ("train", "test"):

@@ -143,6 +143,14 @@ def test_damaged_images_are_named(tmp_path: Path, write) -> None:
             data.read_images(tmp_path)
 
 
+def test_a_damaged_picture_is_named(tmp_path: Path) -> None:
+    write_folders(tmp_path)
+    path = tmp_path / "train" / "class0" / "0.png"
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(click.ClickException, match=r"class0/0\.png cannot be read as an image"):
+        data.read_images(tmp_path)
+
+
 def test_damaged_reviews_are_named(tmp_path: Path) -> None:
     with lzma.open(tmp_path / "imdb.jsonl.xz", "wt", encoding="utf-8") as lines:
         lines.writelines(json.dumps({"split": "train", "label": 1, "text": str(n)}) + "\n" for n in range(1000))
@@ -163,7 +171,11 @@ def test_reviews_of_one_kind_are_refused(tmp_path: Path) -> None:
 
 def test_a_class_that_training_has_not_is_refused(tmp_path: Path) -> None:
     write_folders(tmp_path)
-    (tmp_path / "test" / "zebra").mkdir()
+    for name in (".ipynb_checkpoints", "zebra"):
+        (tmp_path / "test" / name).mkdir()
+    (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
+    check(data.read_images(tmp_path), True)
+    (tmp_path / "test" / "zebra" / "1.png").write_bytes(as_file(pictures(1)[0], "PNG"))
     with pytest.raises(click.ClickException, match=r"test has the classes zebra, which .*train has not"):
         data.read_images(tmp_path)
 

@@ -1047,8 +1047,8 @@ def test_a_gradient_that_is_not_finite_ends_the_run(teacher: nn.Module, tmp_path
 
     student = converted(teacher)
     before = state_of(student)
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.01)
-    with pytest.raises(RecoveryError, match=r"a parameter is not finite by step 4 \(.*task 0\).*is from before"):
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.01, momentum=0.9)
+    with pytest.raises(RecoveryError, match=r"the parameter .* is not finite by step 4 \(.*task 0\).*is from before"):
         roastify.recover(
             student, teacher, batches(), 8, loss_fn=explode, folder=tmp_path, save_every=2, log_every=50,
             optimizer=optimizer,
@@ -1057,23 +1057,51 @@ def test_a_gradient_that_is_not_finite_ends_the_run(teacher: nn.Module, tmp_path
     assert ["step", 2] in found["state"]["dict"]
     assert_same(state_of(student), before)
     assert optimizer.param_groups[0]["lr"] == 0.01
+    # With nothing left of it in the optimizer either.
+    roastify.recover(student, teacher, batches(), 4, optimizer=optimizer)
 
 
 @pytest.mark.parametrize("steps", [0, 4])
 @pytest.mark.parametrize("align", [0, 30])
 def test_data_that_is_not_finite_is_refused(teacher: nn.Module, tmp_path: Path, steps: int, align: int) -> None:
-    data = batches()
-    data[1][3, 2] = torch.nan
     student = converted(teacher)
     before = state_of(student)
-    with pytest.raises(RecoveryError, match="the teacher's output output holds NaN on the first batches"):
-        roastify.recover(student, teacher, data, steps, align=align, folder=tmp_path)
-    # An infinite value may leave no trace in the outputs.
-    data[1][3, 2] = torch.inf
-    with pytest.raises(RecoveryError, match="NaN" if align == 0 else "NaN|inputs of the teacher's layer .* not finite"):
+    data = [batch * torch.nan for batch in batches()]
+    with pytest.raises(RecoveryError, match="the teacher's output output has no finite value on the first batches"):
         roastify.recover(student, teacher, data, steps, align=align, folder=tmp_path)
     assert_same(state_of(student), before)
     assert not training_state.exists(tmp_path)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_one_value_that_is_not_finite_is_found(teacher: nn.Module, tmp_path: Path, value: float) -> None:
+    student = converted(teacher)
+    before = state_of(student)
+    data = batches()
+    data[1][3, 2] = value
+    for conjugate_steps, message in (
+        (30, "inputs of the teacher's layer embed are not finite"),
+        (0, "the loss is not finite by"),
+    ):
+        with pytest.raises(RecoveryError, match=message):
+            roastify.recover(student, teacher, data, 4, align=conjugate_steps, folder=tmp_path)
+        assert_same(state_of(student), dict(before))
+        assert not training_state.exists(tmp_path)
+
+
+def test_a_parameter_that_is_infinite_by_design_is_no_failure(teacher: nn.Module, tmp_path: Path) -> None:
+    class Marked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = teacher
+            self.impossible = nn.Parameter(torch.tensor(-torch.inf))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x)
+
+    model = Marked()
+    report = roastify.recover(converted(model), model, batches(), 4, folder=tmp_path)
+    assert report.steps == 4
 
 
 def test_alignment_looks_at_inputs_that_likeness_does_not(teacher: nn.Module) -> None:

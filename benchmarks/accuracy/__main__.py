@@ -15,6 +15,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ from benchmarks.accuracy import tasks as recipes
 from benchmarks.accuracy.campaign import Campaign, Failure
 from benchmarks.accuracy.groups import GROUPS
 from benchmarks.accuracy.methods import METHODS, check_changes
-from benchmarks.accuracy.runs import Run
+from benchmarks.accuracy.runs import Run, of_row
 from benchmarks.accuracy.table import RESULTS, read_rows
 from benchmarks.rows import write
 
@@ -117,8 +118,8 @@ def alone(out: Path) -> Iterator[None]:
         click.ClickException: another has them.
     """
     name = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]
-    # It goes with the process, however that ends.
-    with (Path(tempfile.gettempdir()) / f"accuracy-{name}.lock").open("w") as lock:
+    # It goes with the process, however that ends. Each user has files of their own there.
+    with (Path(tempfile.gettempdir()) / f"accuracy-{os.getuid()}-{name}.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -135,8 +136,11 @@ def rows_in(path: Path) -> list[dict[str, Any]]:
         click.ClickException: it holds something else.
     """
     try:
-        return read_rows(path)
-    except (ValueError, LookupError, TypeError) as error:
+        rows = read_rows(path)
+        for row in rows:
+            of_row(row)
+        return rows
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise click.ClickException(
             f"{path} is no file of rows ({type(error).__name__}: {error}); repair it, or name another by --out"
         ) from error
@@ -198,6 +202,12 @@ def main(
     out = out or (OUT / RESULTS.name if smoke else RESULTS)
     names = {name: recipes.smoke(task) if smoke else recipes.scaled(task, epochs_scale)
              for name, task in recipes.TASKS.items()}  # fmt: skip
+    asked = planned(groups, tasks, methods, ratios, seeds, rate)
+    if not asked:
+        raise click.UsageError("the groups have no run of that task, method, ratio and seed")
+    if not only_list:
+        # Before rows are read, until they are written.
+        click.get_current_context().with_resource(alone(out))
     campaign = Campaign(
         names,
         data,
@@ -210,7 +220,7 @@ def main(
         graph=not no_graph,
         smoke=smoke,
     )
-    runs = campaign.missing(planned(groups, tasks, methods, ratios, seeds, rate))
+    runs = campaign.missing(asked)
     if only_list:
         for run in runs:
             console.print(str(run))
@@ -221,7 +231,7 @@ def main(
         return
     failed = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with alone(out), Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("runs", total=len(runs))
         for run, outcome in campaign.outcomes(runs):
             progress.advance(bar)

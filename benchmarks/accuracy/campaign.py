@@ -90,7 +90,7 @@ class Campaign:
         graph: whether steps are replayed from CUDA graphs.
         smoke: whether rows are of a smoke test.
         skipped: runs that would not have ended in time.
-        untried: runs without a rate, as no trial of theirs gave a row.
+        untried: runs without a rate, as a trial of theirs gave no row.
     """
 
     tasks: Mapping[str, Task]
@@ -129,7 +129,7 @@ class Campaign:
         yield from self._in_process(runs) if self.in_process else self._in_workers(runs)
         for run in self.untried:
             if set(self.skipped).isdisjoint(trials.trials(run, self.tasks[run.task])):
-                yield run, Failure("None of its trials gave a row, so it has no learning rate.")
+                yield run, Failure("A trial of it gave no row, so its learning rate is not chosen.")
             else:
                 self.skipped.append(run)
 

@@ -42,12 +42,6 @@ def prepare(task: Task, data: Path, cache: Path) -> None:
     classes = 10 if task.is_image else 2
     if (found := int(labels.max()) + 1) > classes:
         raise click.ClickException(f"{data} has {found} classes, and the task {task.title} {classes}")
-    count = len(np.load(folder / "train_y.npy", mmap_mode="r"))
-    if count <= task.held_out:
-        raise click.ClickException(
-            f"{data} has {count:,} training examples, and {task.held_out:,} are held out to choose step sizes by: give "
-            f"more"
-        )
 
 
 def _decode(task: Task, data: Path, folder: Path) -> None:
@@ -93,8 +87,17 @@ def on_device(folder: Path, split: str, device: str) -> Examples:
 
 
 def load(task: Task, folder: Path, device: str, trial: bool) -> tuple[Examples, Examples]:
-    """Return what is trained on and what is judged on: the test set, or for a trial the last training examples."""
+    """Return what is trained on and what is judged on: the test set, or for a trial the last training examples.
+
+    Raises:
+        click.ClickException: there are too few for a trial.
+    """
     train = on_device(folder, "train", device)
+    if trial and len(train) <= task.held_out:
+        raise click.ClickException(
+            f"there are {len(train):,} training examples, and {task.held_out:,} are held out to choose step sizes by: "
+            f"give more, or a step size (--rate)"
+        )
     if trial:
         return train.part(0, -task.held_out), train.part(-task.held_out, None)
     return train, on_device(folder, "test", device)

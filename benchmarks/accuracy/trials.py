@@ -45,8 +45,8 @@ def _of_model(run: Run) -> tuple[tuple[str, Any], ...]:
 
 
 def decided(run: Run, task: Task, rows: Mapping[Run, Mapping[str, Any]]) -> bool:
-    """Whether a trial of the run gave a row, be it that its method cannot store so few parameters."""
-    return run.rate is not None or any(trial in rows for trial in trials(run, task))
+    """Whether all trials of the run gave rows, be it that its method cannot store so few parameters."""
+    return run.rate is not None or all(trial in rows for trial in trials(run, task))
 
 
 def choose(run: Run, task: Task, rows: Mapping[Run, Mapping[str, Any]]) -> Run:
