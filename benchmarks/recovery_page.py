@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.recovery_runs import DENSE, RECOVERED, SCRATCH
-from benchmarks.signs_page import Difference, mean_and_error
 from benchmarks.signs_tasks import TASKS
+from benchmarks.stats import Difference, mean_and_error
 
 RESULTS = Path(__file__).parent / "results" / "recovery.json"
 DOCUMENT = Path(__file__).parents[1] / "docs" / "recovery.md"

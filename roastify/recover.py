@@ -295,7 +295,8 @@ class _Run:
     def _check_finite(self) -> None:
         """Raise `RecoveryError` if a loss since the last point of the curve, or a parameter that was, is not finite."""
         means = self._means()
-        fine = torch.stack([parameter.isfinite().all() for parameter in self.finite.values()]).tolist()
+        each = [parameter.isfinite().all() for parameter in self.finite.values()]
+        fine = torch.stack(each).tolist() if each else []
         if not math.isfinite(means.get("loss", 0.0)):
             what = "the loss"
         elif not all(fine):

@@ -37,6 +37,7 @@ from benchmarks.rows import write
 
 OUT = Path(__file__).parents[2] / "out"
 PER_GPU = 3
+# Numbers above are slips, infinite ones too.
 MOST = 1e9
 
 

@@ -113,7 +113,7 @@ def comparison(table: Table, task: str) -> Iterator[str]:
         yield (
             f"The dense model of {size:,} parameters: {mean_text(list(dense.values()))} %{at_one}. "
             f"{' or '.join(map(str, epochs))} epochs. Mean ± standard error over seeds, their number in brackets where "
-            f"it is not three.{overfitted(table, task)}"
+            f"it is not three."
         )
         yield ""
     yield f"![Accuracy against stored parameters]({IMAGES.name}/accuracy-{task}.png)"
@@ -134,15 +134,16 @@ def comparison(table: Table, task: str) -> Iterator[str]:
 
 
 def overfitted(table: Table, task: str) -> str:
-    """Return a sentence on the dense model's best epoch, if it was better then than at the end by half a point."""
+    """Return a caveat on the dense model's end, if it was better before by half a point; else nothing."""
     curves = [row["accuracy"] for row in table.chosen if (row["task"], row["method"]) == (task, "dense")]
     means = [100 * sum(values) / len(values) for values in zip(*curves, strict=False)]
-    best = max(range(len(means)), key=means.__getitem__)
-    if means[best] < means[-1] + 0.5:
+    best = max(range(len(means)), key=means.__getitem__, default=None)
+    if best is None or means[best] < means[-1] + 0.5:
         return ""
     return (
-        f" The dense model overfits: after epoch {best + 1} it was at {means[best]:.2f} %, and the grid has no shorter "
-        f"training. So what others gain over its end is in part that they overfit less."
+        f"- **{TASKS[task].title}: the dense model overfits.** After epoch {best + 1} it was at {means[best]:.2f} %, "
+        f"at the end at {means[-1]:.2f}, and no shorter training is among the candidates, for no method. The aims "
+        f"above take its end: what others gain over it is in part that they overfit less."
     )
 
 
@@ -339,6 +340,7 @@ def markdown(rows: Sequence[Row]) -> str:
     lines = ["# Accuracy against stored parameters", "", described(table), "", "## What was to be shown", ""]
     found = [[verdict.aim, verdict.found, verdict.text] for verdict in verdicts(table)]
     lines += [*table_lines(["aim", "found", ""], found), ""]
+    lines += [line for task in table.tasks() for line in (overfitted(table, task), "") if overfitted(table, task)]
     for task in table.tasks():
         lines += comparison(table, task)
     # At ratio 1 no kernel has a basis.
