@@ -23,10 +23,11 @@ from rich.console import Console
 from torch import nn
 
 import roastify
+from benchmarks.marks import insert
 
 RESULTS = Path(__file__).parent / "results" / "cpu.json"
 README = Path(__file__).parents[1] / "README.md"
-BEGIN, END = "<!-- cpu: written by `make bench` -->", "<!-- end -->"
+BEGIN = "<!-- cpu: written by `make bench` -->"
 THREADS = 2
 # (out, in), ratio, rows, and what the time may be as a multiple of dense, where something was promised.
 LINEAR_CASES = [
@@ -158,13 +159,7 @@ def markdown(result: dict) -> str:
         f"{cpu['cpu']}, {cpu['threads']} threads, torch {cpu['torch']}, {cpu['date']}; medians; quartiles are in the",
         "raw results.",
     ]
-    return "\n".join(lines)
-
-
-def update_readme(result: dict) -> None:
-    before, _, rest = README.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    README.write_text(f"{before}{BEGIN}\n{markdown(result)}\n{END}{after}")
+    return "\n".join(lines) + "\n"
 
 
 @click.command()
@@ -195,7 +190,7 @@ def main(seconds: float, convert_only: bool) -> None:
     result = {"machine": machine(), "rows": rows}
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-    update_readme(result)
+    README.write_text(insert(README.read_text(), BEGIN, markdown(result)))
     console.print(markdown(result))
     console.print(f"written to {RESULTS} and the README")
 

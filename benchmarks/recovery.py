@@ -18,7 +18,8 @@ from typing import Any
 import click
 import torch
 
-from benchmarks.recovery_page import DOCUMENT, RESULTS, best_rate, insert, markdown
+from benchmarks.marks import insert
+from benchmarks.recovery_page import BEGIN, DOCUMENT, RESULTS, best_rate, markdown
 from benchmarks.recovery_runs import DENSE, RATES, RECOVERED, SCRATCH, Bench, Run, compete, teacher
 from benchmarks.signs import OUT, earlier_rows, machine, write
 from benchmarks.signs_tasks import FULL, QUICK, TASKS, prepare
@@ -104,7 +105,7 @@ def main(
         )
         write(out, json.dumps(result, indent=1) + "\n")
         text = DOCUMENT.read_text(encoding="utf-8")
-        write(document, insert(text, markdown(result)))
+        write(document, insert(text, BEGIN, markdown(result)))
         click.echo(markdown(result))
         click.echo(f"written to {out} and {document} in {time.perf_counter() - begun:.0f} s")
 

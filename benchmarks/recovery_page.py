@@ -13,7 +13,6 @@ from benchmarks.stats import Difference, mean_and_error
 RESULTS = Path(__file__).parent / "results" / "recovery.json"
 DOCUMENT = Path(__file__).parents[1] / "docs" / "recovery.md"
 BEGIN = "<!-- results: written by `python -m benchmarks.recovery` -->"
-END = "<!-- end -->"
 # A difference of a larger p is none.
 _UNCLEAR = 0.05
 
@@ -41,13 +40,6 @@ def _percent(values: list[float]) -> str:
 
 def _mean(rows: dict[int, dict[str, Any]], key: str) -> float:
     return sum(row[key] for row in rows.values()) / len(rows)
-
-
-def insert(text: str, results: str) -> str:
-    """Return a page with the results between its two marks replaced."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{results}{END}{after}"
 
 
 def markdown(result: dict[str, Any] | None) -> str:

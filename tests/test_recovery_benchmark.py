@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import recovery, recovery_page, recovery_runs, signs_tasks
+from benchmarks import marks, recovery, recovery_page, recovery_runs, signs_tasks
 
 
 @pytest.fixture
@@ -112,4 +112,12 @@ def test_the_page_takes_the_rate_chosen_on_held_out_examples() -> None:
 def test_the_page_is_the_committed_results() -> None:
     result = json.loads(recovery_page.RESULTS.read_text()) if recovery_page.RESULTS.exists() else None
     text = recovery_page.DOCUMENT.read_text()
-    assert recovery_page.insert(text, recovery_page.markdown(result)) == text
+    assert marks.insert(text, recovery_page.BEGIN, recovery_page.markdown(result)) == text
+
+
+def test_results_are_put_between_marks_or_not_at_all() -> None:
+    page = "Before\n<!-- of: a -->\nold\n<!-- end -->\nAfter\n<!-- of: b -->\nother\n<!-- end -->\n"
+    assert marks.insert(page, "<!-- of: a -->", "new\n") == page.replace("old", "new")
+    for broken in (page.replace("of: a", "of: c"), page.replace("<!-- end -->", "")):
+        with pytest.raises(ValueError, match=r"has no '<!-- of: a -->' with an '<!-- end -->' after it"):
+            marks.insert(broken, "<!-- of: a -->", "new\n")
