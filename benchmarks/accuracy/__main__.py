@@ -242,8 +242,11 @@ def main(
                 continue
             write_rows(out, campaign.rows)
             progress.console.print(f"[{time.time() - begun:4.0f} s] {run}: {outcome_text(outcome)}", markup=False)
-    done = len(runs) - len(failed) - len(campaign.skipped)
+        progress.advance(bar, len(campaign.unchanged))
+    done = len(runs) - len(failed) - len(campaign.skipped) - len(campaign.unchanged)
     console.print(f"{done} of {len(runs)} runs done in {time.time() - begun:.0f} s; rows in {out}")
+    if campaign.unchanged:
+        console.print(f"{len(campaign.unchanged)} have a row with what the new trials chose")
     if campaign.skipped:
         console.print(f"{len(campaign.skipped)} did not fit in the time; the same command goes on with them")
     if failed:

@@ -46,6 +46,12 @@ def attempt(run: Run, task: Task, folder: Path, device: str, graph: bool) -> Row
         return Failure(traceback.format_exc())
 
 
+def _asked(row: Mapping[str, Any]) -> Run:
+    """Return the run, without a rate, whose trials chose a row's."""
+    run = of_row(row)
+    return dataclasses.replace(run, rate=None, epochs=run.epochs if row["epochs_asked"] else None)
+
+
 def set_up(device: str, threads: int) -> None:
     """Prepare a worker process: its GPU, its threads."""
     torch.set_num_threads(threads)
@@ -91,6 +97,7 @@ class Campaign:
         smoke: whether rows are of a smoke test.
         skipped: runs that would not have ended in time.
         untried: runs without a rate, as a trial of theirs gave no row.
+        unchanged: runs that waited for new trials and have a row already with what these chose.
     """
 
     tasks: Mapping[str, Task]
@@ -105,6 +112,7 @@ class Campaign:
     smoke: bool = False
     skipped: list[Run] = field(default_factory=list)
     untried: list[Run] = field(default_factory=list)
+    unchanged: list[Run] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.by_run: dict[Run, Row] = {of_row(row): row for row in self.rows}
@@ -113,15 +121,12 @@ class Campaign:
         self.eager: dict[tuple[str, str], str] = {}
 
     def missing(self, runs: Sequence[Run]) -> list[Run]:
-        """Return the runs, and the trials they wait for, that have no row yet."""
-        runs = [self._with_epochs(run) for run in runs]
-        chosen = {self._tuned_key(row) for row in self.rows if row.get("tuned")}
-        left = [
-            run
-            for run in runs
-            if run not in self.by_run and (run.rate is not None or (run.cell, run.seed, run.epochs, run.changes,
-                                                                     self.scale) not in chosen)
-        ]  # fmt: skip
+        """Return the runs, and the trials they wait for, that have no row yet.
+
+        A run whose rate is chosen has one if all its trials do and the row is of what they choose: with other
+        candidates than it was made with, it is made again where the choice changes.
+        """
+        left = [run for run in map(self._with_epochs, runs) if not self._is_done(run)]
         return [run for run in trials.with_trials(left, self.tasks) if run not in self.by_run]
 
     def outcomes(self, runs: Sequence[Run]) -> Iterator[tuple[Run, Row | Failure]]:
@@ -133,10 +138,16 @@ class Campaign:
             else:
                 self.skipped.append(run)
 
-    def _tuned_key(self, row: Mapping[str, Any]) -> tuple[Any, ...]:
-        run = of_row(row)
-        epochs = run.epochs if row["epochs_asked"] else None
-        return run.cell, run.seed, epochs, run.changes, row["scale"]
+    def _is_done(self, run: Run) -> bool:
+        if run.rate is not None:
+            return run in self.by_run
+        return trials.decided(run, self.tasks[run.task], self.by_run) and any(
+            of_row(row) == self._resolve(run) for row in self._tuned(run)
+        )
+
+    def _tuned(self, asked: Run) -> list[Row]:
+        """Return the rows of a run without a rate: of what its trials choose, or chose from other candidates."""
+        return [row for row in self.rows if row.get("tuned") and row["scale"] == self.scale and _asked(row) == asked]
 
     def _with_epochs(self, run: Run) -> Run:
         """Return a run whose rate is given with the most epochs of its task's grid, unless they are given too."""
@@ -161,6 +172,10 @@ class Campaign:
                     pending.remove(run)
                     self.untried.append(run)
                     continue
+                if self._is_done(run):
+                    pending.remove(run)
+                    self.unchanged.append(run)
+                    continue
                 resolved = self._resolve(run)
                 if time.time() + self.durations.expected(resolved) > self.deadline:
                     pending.remove(run)
@@ -182,8 +197,11 @@ class Campaign:
             "smoke": self.smoke,
             "not_captured": self.eager.get((run.task, run.method)),
         }
+        # What was chosen from other candidates is no longer the run's row.
+        overtaken = {id(row) for row in self._tuned(asked)} if asked.rate is None else set()
+        self.rows[:] = [row for row in self.rows if id(row) not in overtaken]
         self.rows.append(outcome)
-        self.by_run[run] = outcome
+        self.by_run = {of_row(row): row for row in self.rows}
         self.durations.learn(outcome)
         return outcome
 

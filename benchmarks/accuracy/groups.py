@@ -83,11 +83,14 @@ def _vary(task: str, ratios: Sequence[float], *changes: dict[str, Any], method: 
 
 
 def rates() -> Iterator[Run]:
-    """Learning rate against ratio, judged on held-out examples."""
+    """Learning rate against ratio, judged on held-out examples; of the closest rivals at their full length too."""
     for rate, ratio in itertools.product((2.0, 1.0, 4.0, 0.4), (100.0, 10.0, 300.0, 30.0)):
         yield Run("resnet9", CHOSEN_WITH["resnet9"], ratio, 0, rate, 24, True)
     for rate, ratio in itertools.product((5e-4, 1e-3, 2e-3, 4e-3), (100.0, 10.0)):
         yield Run("imdb", "ours", ratio, 0, rate, 4, True)
+    cells = [("dense", 1.0), *itertools.product(("ours", "smaller", "magnitude"), (100.0, 10.0))]
+    for (method, ratio), rate in itertools.product(cells, (0.2, 0.4, 1.0, 2.0)):
+        yield Run("resnet9", method, ratio, 0, rate, 24, True)
 
 
 def epochs() -> Iterator[Run]:
@@ -97,7 +100,9 @@ def epochs() -> Iterator[Run]:
         yield Run("resnet9", method, ratio, 0, epochs=count)
     for seed, (method, ratio) in itertools.product(SEEDS[1:], [*cells, ("dense", 1.0)]):
         yield Run("resnet9", method, ratio, seed, epochs=96)
-    for count, (method, ratio) in itertools.product((4, 8, 16), (("ours", 100.0), ("ours", 10.0), ("dense", 1.0))):
+    for count, (method, ratio) in itertools.product(
+        (4, 8, 16, 2, 1), (("ours", 100.0), ("ours", 10.0), ("dense", 1.0))
+    ):
         yield Run("imdb", method, ratio, 0, epochs=count)
 
 
@@ -128,6 +133,34 @@ def tiles() -> Iterator[Run]:
     yield from _vary("resnet9", (100.0,), *sides, {"mapping": "hashednet"})
     yield from _vary("resnet9", (10.0,), *({**change, "sign": "element"} for change in ({"tile": "32x32"}, *sides[:2])))
     yield from _vary("imdb", (100.0,), *sides)
+
+
+def text_tiles() -> Iterator[Run]:
+    """Tile, sign and what else may help on text, at the lengths and rates that suit each ratio; three seeds."""
+    unchanged: dict[str, Any] = {}
+    coarse, fine, finest = ({"tile": f"{side}x{side}"} for side in (32, 16, 8))
+    by_element, by_tile = {"sign": "element"}, {"sign": "tile"}
+    tiles = [unchanged, coarse, fine, finest, {**fine, **by_element}]
+    others = [{"row_scales": True}, {"init": "project"}]
+    cells: list[tuple[float, float, int, Sequence[dict[str, Any]]]] = [
+        (100.0, 2e-3, 4, [*tiles, {**finest, **by_element}, {**coarse, **by_element}, {**fine, **by_tile}]),
+        (300.0, 2e-3, 4, [unchanged, fine, finest, {**fine, **by_element}, {**finest, **by_element}, *others]),
+        (10.0, 2e-3, 2, tiles),
+        (100.0, 2e-3, 4, [*others, {"share": "all"}]),
+        (100.0, 5e-4, 8, [unchanged, finest, {**fine, **by_element}]),
+        (30.0, 2e-3, 2, tiles),
+        (10.0, 5e-4, 2, tiles),
+        # Where signs could go by row or element.
+        (10.0, 2e-3, 2, [by_element]),
+        (10.0, 5e-4, 2, [by_element]),
+        (15.0, 2e-3, 2, [unchanged, by_element]),
+        (30.0, 2e-3, 2, [{**coarse, **by_element}]),
+    ]
+    for seed, (ratio, rate, epochs, changes) in itertools.product(SEEDS, cells):
+        for change in changes:
+            yield Run("imdb", "ours", ratio, seed, rate, epochs, True, tuple(sorted(change.items())))
+    for seed in SEEDS:
+        yield Run("imdb", "ours", 10.0, seed, changes=(("sign", "element"),))
 
 
 def kept() -> Iterator[Run]:
@@ -177,7 +210,7 @@ def small_bases() -> Iterator[Run]:
         ("resnet9", {**element, **head}, 1.0, high),
         *(("resnet9", {**row, **kept}, 1.0, (*high, 30.0)) for kept in (head, ends)),
         ("resnet9", {**row, **head}, 2.0, high),
-        *(("resnet9", kept, 1.0, low) for kept in (head, ends)),
+        *(("resnet9", kept, 1.0, low) for kept in (head, ends, {"sign": "element"})),
         *(("vgg11", changes, 1.0, high[:1]) for changes in ({}, element, row, {**row, **head})),
     ]
     for seed, (task, changes, rate, ratios) in itertools.product(SEEDS, cells):
@@ -194,6 +227,8 @@ def distillation() -> Iterator[Run]:
     cells = [(method, ratio) for ratio in (100.0, 10.0) for method in ("ours", "smaller", "magnitude")]
     for seed, count, (method, ratio) in itertools.product(SEEDS, (24, 96), [*cells, ("dense", 1.0)]):
         yield Run("resnet9", method, ratio, seed, epochs=count, changes=(("distill", 0.9),))
+    for seed, ratio, method in itertools.product(SEEDS, (10.0, 100.0), ("ours", "smaller", "lowrank")):
+        yield Run("imdb", method, ratio, seed, changes=(("distill", 0.9),))
 
 
 def warm() -> Iterator[Run]:
@@ -211,7 +246,7 @@ def widths() -> Iterator[Run]:
 
 
 _ALL: tuple[Callable[[], Iterator[Run]], ...] = (
-    main, sharing, grid, text, nets, rates, epochs, pool, decay, signs, tiles, kept, data, widths, distillation, warm,
-    basis, small_bases,
+    main, sharing, grid, text, nets, rates, epochs, pool, decay, signs, tiles, text_tiles, kept, data, widths,
+    distillation, warm, basis, small_bases,
 )  # fmt: skip
 GROUPS = {function.__name__: function for function in _ALL}

@@ -46,13 +46,13 @@ METHODS = {
     "ours": Method("roastify", "ours"),
     "smaller": Method("smaller dense model", "other"),
     # Two factors make a step's effect on their product larger.
-    "lowrank": Method("low rank", "other", rates=(1.0, 0.25, 0.05)),
+    "lowrank": Method("low rank", "other", rates=(2.5, 1.0, 0.25, 0.05)),
     "random": Method("pruned at random", "other"),
     "magnitude": Method("pruned by magnitude", "other"),
     "snip": Method("pruned by SNIP", "other"),
     "local": _hash("roastify, a pool for each tensor", sharing="local"),
     # A gradient that is not divided by Γ is about as many times larger as a pool element has readers.
-    "plain": Method("roastify, no preconditioner", "hash", (("precondition", False),), (1.0, 0.25, 0.05)),
+    "plain": Method("roastify, no preconditioner", "hash", (("precondition", False),), (2.5, 1.0, 0.25, 0.05)),
     "whole": _hash("roastify, kernels without a basis", kernel_basis="none"),
     "elementwise": _hash("element-wise hashing, global", mapping="hashednet", kernel_basis="none"),
     "hashednet": _hash("HashedNet (element-wise, local)", mapping="hashednet", sharing="local", kernel_basis="none"),

@@ -34,20 +34,22 @@ class Variant:
     """The comparison of another length, with or without a teacher; the dense model has none in any.
 
     Args:
-        epochs: of every run.
+        epochs: of every run, or None: what its trials chose.
         distill: the teacher's share of the loss, or None.
     """
 
-    epochs: int
+    epochs: int | None
     distill: float | None
 
     def has(self, row: Row) -> bool:
         """Whether a row is this comparison's."""
+        of_length = not row["epochs_asked"] if self.epochs is None else row["epochs"] == self.epochs
         distilled = self.distill is not None and row["method"] != "dense"
-        return row["epochs"] == self.epochs and row["changes"] == ({"distill": self.distill} if distilled else {})
+        return of_length and row["changes"] == ({"distill": self.distill} if distilled else {})
 
     def __str__(self) -> str:
-        return f"{self.epochs} epochs" + (", distilled" if self.distill is not None else "")
+        length = [] if self.epochs is None else [f"{self.epochs} epochs"]
+        return ", ".join(length if self.distill is None else [*length, "distilled"])
 
 
 def _is_plain(row: Row) -> bool:

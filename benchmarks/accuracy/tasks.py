@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 
 
@@ -56,8 +57,8 @@ TASKS = {
     "resnet20": _cifar("ResNet-20 on CIFAR-10", "resnet20", 48),
     "vgg11": _cifar("VGG-11 on CIFAR-10", "vgg11", 24),
     "imdb": Task(
-        "transformer on IMDB", "reviews", "encoder", 128, ((5e-4, 4), (5e-4, 8), (2e-3, 8)), "adamw", 1e-2,
-        0, 5_000, 25_000, 25_000, length=256, words=30_000,
+        "transformer on IMDB", "reviews", "encoder", 128, tuple(itertools.product((2e-3, 5e-4), (1, 2, 4, 8))), "adamw",
+        1e-2, 0, 5_000, 25_000, 25_000, length=256, words=30_000,
     ),
 }  # fmt: skip
 

@@ -50,11 +50,16 @@ def decided(run: Run, task: Task, rows: Mapping[Run, Mapping[str, Any]]) -> bool
 
 
 def choose(run: Run, task: Task, rows: Mapping[Run, Mapping[str, Any]]) -> Run:
-    """Return the run with the best trial's rate and epochs; with the first of the grid if none could be reached."""
+    """Return the run with the best trial's rate and epochs; with the first of the grid if none could be reached.
+
+    Of equally good ones it takes the smaller rate, and then the fewer epochs.
+    """
     candidates = trials(run, task)
     judged = {trial: rows[trial]["accuracy"][-1] for trial in candidates if "accuracy" in rows.get(trial, {})}
-    best = max(judged, key=judged.__getitem__) if judged else None
-    rate, epochs = candidates[best] if best else next(iter(candidates.values()))
+    if judged:
+        _, rate, epochs = min((-accuracy, *candidates[trial]) for trial, accuracy in judged.items())
+    else:
+        rate, epochs = next(iter(candidates.values()))
     return dataclasses.replace(run, rate=run.rate or rate, epochs=run.epochs or epochs)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from benchmarks.accuracy.methods import METHODS
@@ -11,8 +11,9 @@ from benchmarks.accuracy.tasks import TASKS
 from benchmarks.stats import Difference, half_width, sign_flip_p
 
 SEEDS = 3
-# What the aims for images are judged for as well: longer training, and a teacher beside labels.
-VARIANTS = (Variant(96, None), Variant(24, 0.9), Variant(96, 0.9))
+# What the aims are judged for as well: longer training of images, and a teacher beside labels.
+IMAGE_VARIANTS = (Variant(96, None), Variant(24, 0.9), Variant(96, 0.9))
+TEXT_VARIANT = Variant(None, 0.9)
 
 
 @dataclass(frozen=True)
@@ -41,10 +42,22 @@ def verdicts(table: Table) -> list[Verdict]:
     # STABLE-RPS's nets join where they were trained; what is claimed of images is claimed of ResNet-9.
     others = (task for task in table.tasks() if task in ("vgg11", "resnet20"))
     images = (verdict for task in ("resnet9", *others) for verdict in _images(table, task) if verdict.wanted(task))
-    varied = [list(_images(Table(table.rows, variant), "resnet9", variant)) for variant in VARIANTS]
-    # Of a variant that was begun, what is missing is shown as well.
-    begun = (verdict for found in varied if any(each.met is not None for each in found) for verdict in found)
-    return [*images, *begun, *_text(table), _sharing(table), _preconditioner(table)]
+    longer = (_images(Table(table.rows, variant), "resnet9", variant) for variant in IMAGE_VARIANTS)
+    taught = _text(Table(table.rows, TEXT_VARIANT), TEXT_VARIANT)
+    return [
+        *images,
+        *(verdict for found in longer for verdict in _begun(found)),
+        *_text(table),
+        *_begun(taught),
+        _sharing(table),
+        _preconditioner(table),
+    ]
+
+
+def _begun(variant: Iterable[Verdict]) -> list[Verdict]:
+    """Return a variant's aims if it was begun, those that nothing was found of as well."""
+    found = list(variant)
+    return found if any(each.met is not None for each in found) else []
 
 
 def _judge(aim: str, difference: Difference | None, test: Callable[[float], bool], what: str) -> Verdict:
@@ -55,8 +68,7 @@ def _judge(aim: str, difference: Difference | None, test: Callable[[float], bool
 
 
 def _images(table: Table, task: str, variant: Variant | None = None) -> Iterator[Verdict]:
-    title = TASKS[task].title if variant is None else f"{TASKS[task].title}, {variant}"
-    to_dense = "to dense" if variant is None or variant.distill is None else "to dense, on labels alone"
+    title, to_dense = _names(task, variant)
     for ratio, allowed in ((10.0, 1.0), (100.0, 5.0)):
         difference = table.difference(task, ratio, "ours", "dense", 1.0)
         aim = f"{title}: ratio {ratio:g} within {allowed:g} {'point' if allowed == 1 else 'points'} of dense"
@@ -76,13 +88,20 @@ def _images(table: Table, task: str, variant: Variant | None = None) -> Iterator
         yield _judge(aim, difference, lambda mean: abs(mean) <= half, "to dense")
 
 
-def _text(table: Table) -> Iterator[Verdict]:
-    task, title = "imdb", TASKS["imdb"].title
+def _names(task: str, variant: Variant | None) -> tuple[str, str]:
+    """Return a task's title, and what its dense model is called, in a variant."""
+    title = TASKS[task].title if variant is None else f"{TASKS[task].title}, {variant}"
+    return title, "to dense" if variant is None or variant.distill is None else "to dense, on labels alone"
+
+
+def _text(table: Table, variant: Variant | None = None) -> Iterator[Verdict]:
+    task = "imdb"
+    title, to_dense = _names(task, variant)
     difference = table.difference(task, 10.0, "ours", "dense", 1.0)
-    yield _judge(f"{title}: ratio 10 no worse than dense", difference, lambda mean: mean >= 0, "to dense")
+    yield _judge(f"{title}: ratio 10 no worse than dense", difference, lambda mean: mean >= 0, to_dense)
     difference = table.difference(task, 100.0, "ours", "dense", 1.0)
     aim = f"{title}: ratio 100 within 1.5 points of dense"
-    yield _judge(aim, difference, lambda mean: mean >= -1.5, "to dense")
+    yield _judge(aim, difference, lambda mean: mean >= -1.5, to_dense)
     difference = table.difference(task, 100.0, "ours", "smaller", 100.0)
     aim = f"{title}: ratio 100 not below the smaller dense model"
     yield _judge(aim, difference, lambda mean: mean >= 0, f"to the {METHODS['smaller'].title}")

@@ -1,0 +1,53 @@
+"""The raw rows → the README's table of accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.accuracy.pruning import SCORES
+from benchmarks.accuracy.table import Row, Table, Variant
+from benchmarks.accuracy.tasks import TASKS
+from benchmarks.accuracy.verdicts import TEXT_VARIANT
+
+README = Path(__file__).parents[2] / "README.md"
+BEGIN = "<!-- accuracy: written by `python -m benchmarks.accuracy.page` -->"
+CELLS = (
+    *(("resnet9", ratio) for ratio in (3.0, 10.0, 30.0, 100.0, 300.0)),
+    *(("vgg11", ratio) for ratio in (10.0, 100.0)),
+    *(("resnet20", ratio) for ratio in (3.0, 10.0)),
+    *(("imdb", ratio) for ratio in (3.0, 10.0, 30.0, 100.0, 300.0)),
+)
+# With a teacher, for as many epochs as without.
+TAUGHT = {"resnet9": Variant(24, 0.9), "imdb": TEXT_VARIANT}
+COLUMNS = (
+    "dense", "roastify", "taught", "smaller dense", "smaller, taught", "low rank", "best pruned", "ROAST's tiles",
+)  # fmt: skip
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Return the means over seeds of roastify and what else stores as many parameters, in percent."""
+    table = Table(rows)
+    taught = {task: Table(rows, variant) for task, variant in TAUGHT.items()}
+    lines = [f"| | ratio | {' | '.join(COLUMNS)} |", "|---|---|" + "---|" * len(COLUMNS)]
+    for task, ratio in CELLS:
+        pruned = table.best(task, ratio, SCORES.__contains__)
+        texts = [
+            _mean(table, task, "dense", 1.0),
+            _mean(table, task, "ours", ratio),
+            _mean(taught.get(task), task, "ours", ratio),
+            _mean(table, task, "smaller", ratio),
+            _mean(taught.get(task), task, "smaller", ratio),
+            _mean(table, task, "lowrank", ratio),
+            "–" if pruned is None else _mean(table, task, pruned[0], ratio),
+            _mean(table, task, "roast", ratio),
+        ]
+        lines.append(f"| {TASKS[task].title} | {ratio:g} | {' | '.join(texts)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _mean(table: Table | None, task: str, method: str, ratio: float) -> str:
+    if table is not None and (task, method, ratio) in table.unreachable:
+        return "not reachable"
+    mean = None if table is None else table.mean(task, method, ratio)
+    return "–" if mean is None else f"{mean:.1f}"
