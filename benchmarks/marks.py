@@ -14,10 +14,11 @@ def insert(text: str, begin: str, results: str) -> str:
         results: whole lines.
 
     Raises:
-        ValueError: the page has no such mark, or no end after it.
+        ValueError: the page has no such mark, or no end of its own after it.
     """
     before, found, rest = text.partition(f"{begin}\n")
-    _, ended, after = rest.partition(END)
-    if not found or not ended:
+    replaced, ended, after = rest.partition(END)
+    # An end after the next mark is that one's.
+    if not found or not ended or "<!--" in replaced:
         raise ValueError(f"the page has no {begin!r} with an {END!r} after it; put both where the results belong")
     return f"{before}{begin}\n{results}{END}{after}"

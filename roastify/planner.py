@@ -31,9 +31,9 @@ _LITTLE_PADDING = Fraction(1, 10)
 # With fewer slots than this, a sign for each tile leaves too many tiles as copies of each other (a prototype on IMDB at
 # ratio 100, one slot: 71.9 % with a sign a tile, 84.1 % with a sign an element). Later, held out, means of three seeds
 # (docs/accuracy.md), an element's against a row's on IMDB: +0.8 and +0.6 in tiles of 16×16 and 32×32 with 89 and 83
-# slots at ratios 300 and 100, +0.3 and +0.2 with 74 and 112 slots of 128×64 at 15 and 10, +0.5 and +0.2 with 295 and
-# 332, and -0.2 with 1,182 and more. The line stays where it is because from it on tiles are 128×64 ones, and a sign
-# for each row of them costs a product nothing.
+# slots at ratios 300 and 100, +0.3 and +0.2 with 74 and 112 slots of 128×64 at 15 and 10, +0.5, +0.2 and 0.0 with 295,
+# 332 and 357 smaller ones, and 0.0 to -0.3 with 1,182 and more. The line stays where it is because from it on tiles are
+# 128×64 ones, and a sign for each row of them costs a product nothing.
 # Coefficients of small bases are the other way in few slots too: their rows are many tiles long, a word's are four.
 # ResNet-9 on CIFAR-10, three basis kernels, a sign a row and an element: 84.0 and 83.8 at ratio 100, 78.6 and 77.5 at
 # 300; VGG-11 at 100: 82.1 and 81.7. With larger bases, at lower ratios, it is all the same: ResNet-20 84.5 and 84.5 at

@@ -635,12 +635,18 @@ def test_other_candidates_are_tried_and_only_what_they_change_is_made_again(
 
     wider = dataclasses.replace(IMAGES, grid=(*IMAGES.grid, (3.0, 1)))
     found = campaign.Campaign({**SMOKE, "resnet9": wider}, data, tmp_path, ["cpu"] * 2, found.rows)
+    # Not of this campaign: other lengths, and rates that nobody's trials chose.
+    others = [{**row, "scale": 0.5} for row in found.rows if row["tuned"]]
+    others += [{**row, "tuned": False, "rate": 0.7} for row in found.rows if row["tuned"]]
+    found = campaign.Campaign({**SMOKE, "resnet9": wider}, data, tmp_path, ["cpu"] * 2, [*found.rows, *others])
     missing = found.missing(asked)
     assert {(run.method, run.rate) for run in missing if run.trial} == {("ours", 3.0), ("snip", 3.0)}
     made = dict(found.outcomes(missing))
     assert {(run.method, run.rate) for run in made if not run.trial} == {("ours", 3.0)}
     assert [run.method for run in found.unchanged] == ["snip"] * 3 and not found.missing(asked)
-    kept = [run for run in map(runs.of_row, found.rows) if not run.trial]
+    assert all(any(row is kept for kept in found.rows) for row in others)
+    assert set(found.by_run) == set(map(runs.of_row, found.rows))
+    kept = [runs.of_row(row) for row in found.rows if not row["trial"] and not any(row is other for other in others)]
     assert {run.rate for run in kept if run.method == "ours" and run != other} == {3.0}
     assert len(kept) == 7 and other in kept
 
@@ -735,6 +741,47 @@ def test_a_file_of_something_else_is_left_alone(data: Path, cache: Path, tmp_pat
         out.write_text(content)
         found = smoke(data, cache, out, "--task", "resnet9", "--method", "dense")
         assert found.exit_code == 1 and "is no file of rows" in found.output and out.read_text() == content
+
+
+def test_a_smoke_tests_rows_and_real_ones_are_kept_apart(data: Path, cache: Path, tmp_path: Path) -> None:
+    out = tmp_path / "rows.json"
+    arguments = "--task", "resnet9", "--method", "dense", "--rate", "0.4", "--seeds", "1"
+    assert smoke(data, cache, out, *arguments).exit_code == 0
+    content = out.read_text().replace('"smoke": true', '"smoke": false')
+    out.write_text(content)
+    found = smoke(data, cache, out, *arguments)
+    assert found.exit_code == 1 and "has rows of real runs" in found.output and out.read_text() == content
+
+
+def test_what_keeps_its_choice_is_said_and_not_made_again(
+    data: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "rows.json"
+    arguments = "--task", "resnet9", "--method", "dense", "--seeds", "2"
+    assert "4 of 4 runs done" in smoke(data, cache, out, *arguments).output
+    monkeypatch.setattr(campaign, "attempt", lambda run, *_: a_row(run, 0.0))
+    wider = dataclasses.replace(tasks.TASKS["resnet9"], grid=(*tasks.TASKS["resnet9"].grid, (3.0, 24)))
+    monkeypatch.setitem(tasks.TASKS, "resnet9", wider)
+    again = smoke(data, cache, out, *arguments)
+    assert again.exit_code == 0, again.output
+    assert "1 of 3 runs done" in again.output and "2 have a row with what the new trials chose" in again.output
+
+
+def test_ties_go_to_the_smaller_rate_and_the_shorter_run() -> None:
+    text = tasks.TASKS["imdb"]
+    tried = trials.trials(Run("imdb", "ours", 10.0), text)
+    rows = {trial: a_row(trial, 0.8) for trial in tried}
+    chosen = trials.choose(Run("imdb", "ours", 30.0, 1), text, rows)
+    assert (chosen.rate, chosen.epochs) == (min(rate for rate, _ in text.grid), min(epochs for _, epochs in text.grid))
+
+
+@pytest.mark.skipif(not table.RESULTS.exists(), reason="the full run is not committed")
+@pytest.mark.parametrize("name", ["resnet9", "resnet20", "vgg11", "imdb"])
+def test_the_grids_first_is_what_the_dense_model_chose(name: str) -> None:
+    """Teachers train by it."""
+    task, made = tasks.TASKS[name], table.Table(table.read_rows(table.RESULTS)).trials()
+    chosen = trials.choose(Run(name, "dense", 1.0), task, made)
+    assert (chosen.rate, chosen.epochs) == task.grid[0]
 
 
 def test_two_campaigns_do_not_write_the_same_rows(data: Path, cache: Path, tmp_path: Path) -> None:
@@ -888,6 +935,24 @@ def test_the_page_shows_losses_experiments_and_what_is_not_reachable() -> None:
     assert "0.4, 8 epochs: 70.00" in text and "3.12" not in text
 
 
+def test_the_page_command_writes_the_readme_beside_the_page_in_docs_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = comparison_rows({("imdb", "dense", 1.0): 7, ("imdb", "ours", 10.0): 6})
+    path, document, front = (tmp_path / name for name in ("rows.json", "docs/accuracy.md", "README.md"))
+    document.parent.mkdir()
+    command.write_rows(path, rows)
+    before = f"Mine.\n{readme.BEGIN}\n<!-- end -->\n"
+    front.write_text(before)
+    monkeypatch.setattr(readme, "README", front)
+    arguments = ["--rows", str(path), "--document", str(document)]
+    assert CliRunner().invoke(page.main, arguments).exit_code == 0
+    assert document.exists() and front.read_text() == before
+    monkeypatch.setattr(page, "DOCUMENT", document)
+    assert CliRunner().invoke(page.main, arguments).exit_code == 0
+    assert front.read_text() == before.replace("<!-- end -->", readme.markdown(rows) + "<!-- end -->")
+
+
 def test_the_readme_has_the_means_and_what_is_missing() -> None:
     cells = {
         ("imdb", "dense", 1.0): 7,
@@ -900,7 +965,7 @@ def test_the_readme_has_the_means_and_what_is_missing() -> None:
     unreachable = {**rows[0], **runs.as_row(Run("imdb", "lowrank", 10.0, 0, 0.4, 24)), "unreachable": "why"}
     del unreachable["accuracy"]
     text = readme.markdown([*rows, *taught, unreachable])
-    assert "| transformer on IMDB | 10 | 87.0 | 86.0 | 90.0 | – | – | not reachable | 85.0 | – |" in text
+    assert "| transformer on IMDB | 10 | 87.0 | 86.0 | 90.0 | – | not reachable | 85.0 | – | – |" in text
     assert text.count("\n") == 2 + len(readme.CELLS) and text.endswith("|\n")
 
 
@@ -936,6 +1001,9 @@ def test_the_page_says_where_longer_runs_would_have_chosen_otherwise() -> None:
     text = page.markdown(rows)
     assert "- ResNet-9 on CIFAR-10, roastify, ratio 100: 0.4, 2.00 points above 1." in text
     assert text.count("- ResNet-9 on CIFAR-10, ") == 1
+    # With a change it is another model's.
+    changed = [{**row, "changes": {"sign": "none"}} if row["trial"] and row["epochs"] == 24 else row for row in rows]
+    assert "Longer runs, of one seed" not in page.markdown(changed)
     # One rate alone at full length says nothing.
     assert "Longer runs, of one seed" not in page.markdown(
         [row for row in rows if (row["rate"], row["epochs"]) != (1.0, 24)]
@@ -970,6 +1038,9 @@ def test_the_page_has_distilled_runs_beside_the_same_on_labels_alone() -> None:
     assert f"{name} 96 | 90.00 ± 0.00 (2) | 88.00 (1) | 91.00 ± 0.00 (2) | +2.00 |" in text
     assert "| roastify | 100 | distilled 0.5 at temperature 2 | 0.4 | 12 | 1 | 71.00 (1) | +1.00 |" in text
     assert text.count("distilled 0.9") == 2
+    rival = [{**row, "method": "snip", "accuracy": [row["accuracy"][0] + 0.01]} for row in learned]
+    above = "- ResNet-9 on CIFAR-10, 24 epochs, distilled, ratio 100, no hashing: pruned by SNIP is 1.00 points above"
+    assert above in page.markdown([*rows, *learned, *rival]) and above not in text
     # The comparison is what it was.
     start = plain.index("## ResNet-9")
     assert plain[start : plain.index("## When not")] == text[text.index("## ResNet-9") : text.index("## When not")]

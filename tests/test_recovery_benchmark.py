@@ -118,6 +118,7 @@ def test_the_page_is_the_committed_results() -> None:
 def test_results_are_put_between_marks_or_not_at_all() -> None:
     page = "Before\n<!-- of: a -->\nold\n<!-- end -->\nAfter\n<!-- of: b -->\nother\n<!-- end -->\n"
     assert marks.insert(page, "<!-- of: a -->", "new\n") == page.replace("old", "new")
-    for broken in (page.replace("of: a", "of: c"), page.replace("<!-- end -->", "")):
+    endless = page.replace("<!-- end -->", "")
+    for broken in (page.replace("of: a", "of: c"), endless, page.replace("<!-- end -->\n", "", 1)):
         with pytest.raises(ValueError, match=r"has no '<!-- of: a -->' with an '<!-- end -->' after it"):
             marks.insert(broken, "<!-- of: a -->", "new\n")

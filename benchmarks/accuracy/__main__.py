@@ -130,21 +130,25 @@ def alone(out: Path) -> Iterator[None]:
         yield
 
 
-def rows_in(path: Path) -> list[dict[str, Any]]:
+def rows_in(path: Path, smoke: bool) -> list[dict[str, Any]]:
     """Return a file's rows.
 
     Raises:
-        click.ClickException: it holds something else.
+        click.ClickException: it holds something else, or rows of a smoke test beside others.
     """
     try:
         rows = read_rows(path)
         for row in rows:
             of_row(row)
-        return rows
+        mixed = any(row["smoke"] != smoke for row in rows)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise click.ClickException(
             f"{path} is no file of rows ({type(error).__name__}: {error}); repair it, or name another by --out"
         ) from error
+    if mixed:
+        found, made = ("real runs", "a smoke test's") if smoke else ("a smoke test", "real")
+        raise click.ClickException(f"{path} has rows of {found}, and {made} do not go with them; name another by --out")
+    return rows
 
 
 def outcome_text(row: dict[str, Any]) -> str:
@@ -214,7 +218,7 @@ def main(
         data,
         cache,
         devices_of(device, gpus, 1 if workers == 0 else workers),
-        rows_in(out),
+        rows_in(out, smoke),
         in_process=workers == 0,
         scale=epochs_scale,
         deadline=math.inf if minutes is None else begun + 60 * minutes,

@@ -146,7 +146,10 @@ class Campaign:
         )
 
     def _tuned(self, asked: Run) -> list[Row]:
-        """Return the rows of a run without a rate: of what its trials choose, or chose from other candidates."""
+        """Return the rows of a run without a rate: of what its trials choose, or chose from other candidates.
+
+        One with a rate has none.
+        """
         return [row for row in self.rows if row.get("tuned") and row["scale"] == self.scale and _asked(row) == asked]
 
     def _with_epochs(self, run: Run) -> Run:
@@ -198,7 +201,7 @@ class Campaign:
             "not_captured": self.eager.get((run.task, run.method)),
         }
         # What was chosen from other candidates is no longer the run's row.
-        overtaken = {id(row) for row in self._tuned(asked)} if asked.rate is None else set()
+        overtaken = {id(row) for row in self._tuned(asked)}
         self.rows[:] = [row for row in self.rows if id(row) not in overtaken]
         self.rows.append(outcome)
         self.by_run = {of_row(row): row for row in self.rows}

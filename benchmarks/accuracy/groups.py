@@ -241,8 +241,11 @@ def warm() -> Iterator[Run]:
 
 def widths() -> Iterator[Run]:
     """The smaller text model's trade of width for words."""
-    for width in (16, 24, 48):
+    for width in (16, 24, 38, 48):
         yield Run("imdb", "smaller", 100.0, 0, changes=(("width", width),))
+    for ratio, tried in ((100.0, (8, 12)), (30.0, (12, 16, 24, 36)), (300.0, (4, 6, 8, 12, 20))):
+        for width in tried:
+            yield Run("imdb", "smaller", ratio, 0, 2e-3, 2, True, (("width", width),))
 
 
 _ALL: tuple[Callable[[], Iterator[Run]], ...] = (

@@ -11,11 +11,11 @@ import click
 
 from benchmarks.accuracy import picture, readme, trials
 from benchmarks.accuracy.methods import METHODS
-from benchmarks.accuracy.runs import of_row
+from benchmarks.accuracy.runs import Run, of_row
 from benchmarks.accuracy.table import RESULTS, Row, Table, final, read_rows
 from benchmarks.accuracy.tasks import TASKS
 from benchmarks.accuracy.teacher import TEMPERATURE
-from benchmarks.accuracy.verdicts import not_hashed, verdicts
+from benchmarks.accuracy.verdicts import IMAGE_VARIANTS, TEXT_VARIANT, not_hashed, verdicts
 from benchmarks.marks import insert
 from benchmarks.rows import write
 from benchmarks.stats import Difference, mean_and_error, p_text, paired, sign_flip_p
@@ -52,9 +52,10 @@ Percentage points; p of a paired t-test for a line, of the sign-flip test for al
 DISTILLED = """
 Trained on labels and on the outputs of a teacher: the dense model of the same seed, trained first by its own recipe.
 The loss is (1 − a) times the cross entropy of labels and a·T² times the divergence of the model's softmax(logits ÷ T)
-from the teacher's; "distilled a at temperature T" names the two, which were chosen by trials of roastify alone and are
-the same for its rivals. Beside it is the same run on labels alone; the difference is over the seeds that both have.
-Epochs do not count the teacher's.
+from the teacher's; "distilled a at temperature T" names the two, which were chosen by trials of roastify alone, on
+ResNet-9, and are the same for its rivals and for text. Rates, and on text epochs, are those that were chosen on labels
+alone. Beside it is the same run on labels alone; the difference is over the seeds that both have. Epochs do not count
+the teacher's.
 """
 
 RECIPE = """
@@ -62,18 +63,21 @@ Means over seeds, their number in brackets where it is not three; of one seed, l
 "Kernels without a basis" is what roastify was before kernels had one, and `kernel_basis two thirds, sign element` what
 it was from ratio 30 on before a basis had a third as many kernels as a kernel has positions: not a setting's name.
 
-On text a sign for each element of a tile, and not for each of its rows, is better in pools of up to about 100 slots,
-the more so the higher the ratio, and no better in those of 1,000. The default has it up to 64 slots: beyond, signs by
-row cost a product nothing, and signs by element make most layers slower than dense ones. Smaller tiles with signs by
-element gain a little on text at ratios 30 to 300, and nothing on ResNet-9; larger ones run faster.
+On text a sign for each element of a tile, and not for each of its rows, is better in pools of 80 to 90 slots of small
+tiles, by no more than the noise in those of 70 to 110 large ones, and no better from 350 on. The default has it up to
+64 slots, from where on its tiles are large: there signs by row cost a product nothing, and signs by element make most
+layers slower than dense ones. Smaller tiles than the default's gain up to half a point on text at ratio 30, and
+elsewhere no more than the noise; larger ones run faster.
 """
 
 WHEN_NOT = """
-- **Where a smaller model will do.** It is faster as well as smaller; roastify saves parameters, not arithmetic.
+- **Where a smaller model will do.** It is faster as well as smaller; roastify saves parameters, not arithmetic. On IMDB
+  a net that is a few numbers wide and spends nearly all of its parameters on words does: where most of a model is a
+  vocabulary, try a narrower one first.
 - **Where there is no time to train.** Compression is trained, not free, and a compressed model wants longer training
-  and at high ratios a larger step.
+  and on images at high ratios a larger step.
 - **Where a trained model is at hand and a mask costs nothing.** Pruned by magnitude and trained on, it is as good as
-  roastify begun from it, or a little better ("from the trained dense model", above).
+  roastify begun from it, or a little better ("from the trained dense model", below).
 - **Where the model is small already.** What a ResNet-20 loses at ratio 10 is a multiple of what larger nets lose.
 - **Where the last point of accuracy counts** and the dense model fits: see what each ratio costs above.
 """
@@ -287,15 +291,17 @@ def _plain(value: object) -> str:
 
 def choices(table: Table) -> Iterator[str]:
     """Yield what each method's trials found."""
+    made = table.trials()
     found: dict[tuple[str, str, float], list[tuple[float, int, float]]] = {}
-    for run, row in table.trials().items():
+    for run, row in made.items():
         if not run.changes and run in trials.trials(run, TASKS[run.task]) and "accuracy" in row:
             found.setdefault(run.cell, []).append((row["rate"], row["epochs"], final(row)))
     rows = []
     for (task, method, ratio), tried in found.items():
-        best = max(tried, key=lambda trial: trial[2])
+        chosen = trials.choose(Run(task, method, ratio), TASKS[task], made)
         texts = [f"{rate:g}, {epochs} epochs: {value:.2f}" for rate, epochs, value in sorted(tried)]
-        rows.append([TASKS[task].title, METHODS[method].title, f"{ratio:g}", "; ".join(texts), f"{best[0]:g}"])
+        best = f"{chosen.rate:g}" if TASKS[task].trial_epochs else f"{chosen.rate:g}, {chosen.epochs} epochs"
+        rows.append([TASKS[task].title, METHODS[method].title, f"{ratio:g}", "; ".join(texts), best])
     if rows:
         yield "## What was chosen"
         yield ""
@@ -332,7 +338,13 @@ def _longer_choices(table: Table) -> Iterator[str]:
 
 
 def losses(table: Table) -> Iterator[str]:
-    """Yield a line for each cell in which another method is above ours."""
+    """Yield a line for each cell in which another method is above ours, in longer and taught comparisons as well."""
+    yield from _losses(table, "")
+    for variant in (*IMAGE_VARIANTS, TEXT_VARIANT):
+        yield from _losses(Table(table.rows, variant), f", {variant}")
+
+
+def _losses(table: Table, named: str) -> Iterator[str]:
     for task in table.tasks():
         for ratio in table.ratios(task):
             ours = table.mean(task, "ours", ratio)
@@ -344,7 +356,7 @@ def losses(table: Table) -> Iterator[str]:
                     difference = table.difference(task, ratio, best[0], "ours", ratio)
                     p = "" if difference is None or math.isnan(difference.p) else f", {p_text(difference.p)}"
                     yield (
-                        f"- {TASKS[task].title}, ratio {ratio:g}, {name}: {METHODS[best[0]].title} is "
+                        f"- {TASKS[task].title}{named}, ratio {ratio:g}, {name}: {METHODS[best[0]].title} is "
                         f"{best[1] - ours:.2f} points above roastify{p}."
                     )
 

@@ -132,8 +132,8 @@ class Table:
 
         Distilled runs are not among them: `distilled` has those.
         """
-        beside = {id(row) for row in self.chosen}
-        return [row for row in self._judged() if id(row) not in beside and "distill" not in row["changes"]]
+        beside = {of_row(row) for row in self.chosen}
+        return [row for row in self._judged() if of_row(row) not in beside and "distill" not in row["changes"]]
 
     def distilled(self) -> list[tuple[dict[int, Row], dict[int, Row]]]:
         """Return by seed the rows of each distilled run, and of the same run without a teacher where there is one."""
