@@ -636,7 +636,7 @@ def test_other_candidates_are_tried_and_only_what_they_change_is_made_again(
     wider = dataclasses.replace(IMAGES, grid=(*IMAGES.grid, (3.0, 1)))
     found = campaign.Campaign({**SMOKE, "resnet9": wider}, data, tmp_path, ["cpu"] * 2, found.rows)
     # Not of this campaign: other lengths, and rates that nobody's trials chose.
-    others = [{**row, "scale": 0.5} for row in found.rows if row["tuned"]]
+    others = [{**row, "scale": 0.5, "epochs": 3} for row in found.rows if row["tuned"]]
     others += [{**row, "tuned": False, "rate": 0.7} for row in found.rows if row["tuned"]]
     found = campaign.Campaign({**SMOKE, "resnet9": wider}, data, tmp_path, ["cpu"] * 2, [*found.rows, *others])
     missing = found.missing(asked)
