@@ -29,12 +29,14 @@ METHOD = """
 All models are trained from scratch. A seed fixes initial values, data order, augmentation, slots and masks, the same
 for every method where they mean the same. All of a task's methods train with one recipe: batches of {batches};
 Nesterov SGD for images, AdamW for text; a step size that grows over a fifth of the steps and then falls to zero; crops
-and mirrors for images; bfloat16 autocast on a GPU. Vectors do not decay.
+and mirrors for images; bfloat16 autocast on a GPU, float32 on a CPU (of text, the smaller models from ratio 30 on).
+Vectors do not decay.
 
 Every method chooses its step size (on text the epochs too) from the same few candidates (on images without the
 preconditioner, and in low rank, from two smaller ones as well), by one run each, on images a shorter one, that is
 judged on 5,000 training examples held out of it; the choices are below, and where longer runs would have chosen
-otherwise. The test set chooses nothing, and accuracy is that after the last epoch.
+otherwise. The test set chooses nothing, and accuracy is that after the last epoch. A smaller text model is narrower and
+knows fewer words; from ratio 30 on its width is about the best of several, judged likewise.
 
 *Stored* counts every parameter: biases, norms, whatever is kept. A pruned model stores the weights that it keeps; its
 mask is not counted, in its favour, although a bitmap of it takes a 32nd of the dense model's bytes, three times what is
