@@ -66,16 +66,16 @@ Means over seeds, their number in brackets where it is not three; of one seed, l
 it was from ratio 30 on before a basis had a third as many kernels as a kernel has positions: not a setting's name.
 
 On text a sign for each element of a tile, and not for each of its rows, is better in pools of 80 to 90 slots of small
-tiles, by no more than the noise in those of 70 to 110 large ones, and no better from 350 on. The default has it up to
-64 slots, from where on its tiles are large: there signs by row cost a product nothing, and signs by element make most
-layers slower than dense ones. Smaller tiles than the default's gain up to half a point on text at ratio 30, and
-elsewhere no more than the noise; larger ones run faster.
+tiles, a little better in those of 70 to 110 large and of about 300 small ones, and no better from 350 on. The default
+has it up to 64 slots, from where on its tiles are large: there signs by row cost a product nothing, and signs by
+element make most layers slower than dense ones. Smaller tiles than the default's gain up to half a point on text at
+ratio 30, and elsewhere no more than the noise; larger ones run faster.
 """
 
 WHEN_NOT = """
 - **Where a smaller model will do.** It is faster as well as smaller; roastify saves parameters, not arithmetic. On IMDB
-  a net that is a few numbers wide and spends nearly all of its parameters on words does: where most of a model is a
-  vocabulary, try a narrower one first.
+  at ratio 100, a net that is ten numbers wide and spends nearly all of its parameters on words is as good: where most
+  of a model is a vocabulary, try a narrower one first.
 - **Where there is no time to train.** Compression is trained, not free, and a compressed model wants longer training
   and on images at high ratios a larger step.
 - **Where a trained model is at hand and a mask costs nothing.** Pruned by magnitude and trained on, it is as good as
