@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test zoo check bench bench-gpu accuracy wheel-test clean
+.PHONY: help setup demo test zoo map check bench bench-gpu accuracy clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,6 +28,9 @@ test: $(READY)  ## Run the tests; on a CPU the kernels run in Triton's interpret
 
 zoo: $(READY)  ## Convert every model of the zoo and write docs/coverage.md
 	cd tests && $(CURDIR)/$(BIN)/python -m zoo
+
+map: $(READY)  ## Write the file map in CONTRIBUTING.md
+	$(BIN)/python tests/file_map.py
 
 check: $(READY)  ## Lint, formatting, types, and `roastify check` on every example
 	$(BIN)/ruff check .

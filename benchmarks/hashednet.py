@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from roastify.kernels.hash import interpreted
+from roastify.kernels.gpu.mapping import interpreted
 
 _MASK32 = (1 << 32) - 1
 # The golden ratio's multiplier, and the first of MurmurHash3's finalizer.

@@ -13,7 +13,7 @@ from torch import Tensor
 from benchmarks.timing import Call
 from roastify.kernels import ops, reference
 from roastify.kernels.view import TileView
-from roastify.mapping import TileMap
+from roastify.pool.mapping import TileMap
 
 # A CPU is for the tests of the benchmark itself.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

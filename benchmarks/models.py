@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, StaticLayer
 
 import roastify
-from roastify import timing
-from roastify.bench import BenchOptions, Subject, compare, parse_device, prepare
+from roastify.checks import clocks as timing
+from roastify.checks.model_bench import BenchOptions, Subject, compare, parse_device, prepare
+from roastify.conversion.rewrite import copy_weights, pool_of
 from roastify.errors import BenchError
 from roastify.report import human_bytes
-from roastify.rewrite import copy_weights, pool_of
 
 RESULTS = Path(__file__).parent / "results" / "models.json"
 DTYPE = torch.bfloat16

@@ -19,7 +19,8 @@ from rich.console import Console
 from benchmarks import timing
 from benchmarks.cases import LINEAR, in_bfloat16
 from benchmarks.layers import SCALE, SIGN, TILE, Layers, relative_error
-from roastify.kernels import few_rows, linear, many_rows, reference, tuning
+from roastify.kernels import reference
+from roastify.kernels.gpu import few_rows, linear, many_rows, tuning
 
 Shape = tuple[int, int]
 PROCESSES = 15

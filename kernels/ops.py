@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from roastify.kernels import reference
-from roastify.kernels.sink import is_batched, is_wanted, sink_of
+from roastify.kernels.grad_buffer import is_batched, is_wanted, sink_of
 from roastify.kernels.view import TileView
 
 _VIEW = "Tensor table, int[] view, float scale"
@@ -68,7 +68,7 @@ VIEW_TRACKING = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 
 @functools.cache
 def _launcher(name: str) -> Any:
-    return getattr(importlib.import_module(f"roastify.kernels.{_CUDA_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"roastify.kernels.gpu.{_CUDA_HOMES[name]}"), name)
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:

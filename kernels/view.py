@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 MASK32 = (1 << 32) - 1
 MASK64 = (1 << 64) - 1
 
-# Constants of the version-1 hash (`roastify.mapping`). The two multipliers and shifts of the 64-bit mixer are those
-# of splitmix64, the 32-bit ones those of MurmurHash3's finalizer; both are public domain and tested to avalanche.
+# Constants of the version-1 hash (`roastify.pool.mapping`). The two multipliers and shifts of the 64-bit mixer are
+# those of splitmix64, the 32-bit ones those of MurmurHash3's finalizer; both are public domain and tested to avalanche.
 GOLDEN64 = 0x9E3779B97F4A7C15
 MIX64_A = 0xBF58476D1CE4E5B9
 MIX64_B = 0x94D049BB133111EB

@@ -5,7 +5,8 @@ ICLR 2024).
 """
 
 from roastify.api import bench, convert, densify, load, plan, recover, save, verify
-from roastify.bench import BenchReport
+from roastify.checks.interface import VerifyReport
+from roastify.checks.model_bench import BenchReport
 from roastify.config import RoastConfig
 from roastify.errors import (
     BenchError,
@@ -19,9 +20,8 @@ from roastify.errors import (
     SignatureMismatch,
     SourceError,
 )
-from roastify.plan import RoastPlan
-from roastify.recovery import RecoveryReport
-from roastify.verify import VerifyReport
+from roastify.pool.plan import RoastPlan
+from roastify.recovery.options import RecoveryReport
 
 __version__ = "0.1.0"
 

@@ -10,22 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from roastify import bench as benchmark
-from roastify import checkpoint, rewrite
-from roastify import recover as recovering
-from roastify import verify as verification
-from roastify.admission import check_convertible, check_has_values, device_of
-from roastify.behaviour import check_behaviour
-from roastify.bench import BenchOptions, BenchReport
+from roastify import artifact as checkpoint
+from roastify.checks import interface as verification
+from roastify.checks import model_bench as benchmark
+from roastify.checks.behaviour import check_behaviour
+from roastify.checks.interface import VerifyReport
+from roastify.checks.model_bench import BenchOptions, BenchReport
 from roastify.config import RoastConfig
+from roastify.conversion import rewrite
+from roastify.conversion.fx_pass import trace
+from roastify.conversion.graph import emit_graph
+from roastify.conversion.initial_values import fill, measure
+from roastify.conversion.planner import make_plan
+from roastify.conversion.supported import check_convertible, check_has_values, device_of
 from roastify.errors import ConfigError, OutputMismatch, closest
-from roastify.graph import emit_graph
-from roastify.initial import fill, measure
-from roastify.plan import RoastPlan
-from roastify.planner import make_plan
-from roastify.recovery import RecoverOptions, RecoveryReport
-from roastify.trace import trace
-from roastify.verify import VerifyReport
+from roastify.pool.plan import RoastPlan
+from roastify.recovery import run as recovering
+from roastify.recovery.options import RecoverOptions, RecoveryReport
 
 EMITS = ("model", "graph")
 

@@ -20,13 +20,13 @@ from torch import nn
 
 import roastify
 from roastify import api, report
-from roastify.bench import DTYPES, parse_device
+from roastify.checks.example_inputs import find_inputs, how_to_give
+from roastify.checks.model_bench import DTYPES, parse_device
 from roastify.config import INITS, SHARES, RoastConfig
+from roastify.conversion.rewrite import pool_of
 from roastify.errors import ConfigError, RoastError, SourceError, closest
-from roastify.inputs import find_inputs, how_to_give
 from roastify.kernels.backend import backend
-from roastify.recovery import SCHEDULES, RecoverOptions
-from roastify.rewrite import pool_of
+from roastify.recovery.options import SCHEDULES, RecoverOptions
 from roastify.source import Source, load_data, load_source
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from roastify.errors import ConfigError, closest
-from roastify.mapping import MAPPINGS, SIGNS
+from roastify.pool.mapping import MAPPINGS, SIGNS
 
 SHARINGS = ("global", "local")
 INITS = ("match", "project")

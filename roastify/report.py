@@ -17,12 +17,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from roastify.bench import BenchReport, Side
+from roastify.checks.interface import VerifyReport
+from roastify.checks.model_bench import BenchReport, Side
 from roastify.errors import ConfigError
 from roastify.kernels.backend import backend
-from roastify.plan import RoastPlan, TensorPlan
-from roastify.recovery import Likeness, RecoveryReport
-from roastify.verify import VerifyReport
+from roastify.pool.plan import RoastPlan, TensorPlan
+from roastify.recovery.options import Likeness, RecoveryReport
 
 _PATIENCE_S = 1.0
 _Item = TypeVar("_Item")

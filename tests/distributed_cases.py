@@ -23,8 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import roastify
+from roastify.conversion.rewrite import find_pool
 from roastify.errors import RoastError
-from roastify.rewrite import find_pool
 
 WORDS, WIDTH, LENGTH, BATCH = 96, 64, 8, 4
 STEPS = 4

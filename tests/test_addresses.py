@@ -14,7 +14,7 @@ from torch import Tensor
 
 from roastify.kernels import ops, reference
 from roastify.kernels.view import TileView
-from roastify.mapping import TileMap, chunk_coefficients
+from roastify.pool.mapping import TileMap, chunk_coefficients
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -24,8 +24,8 @@ if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from roastify.kernels import embedding, gather, reduce, tuning  # noqa: E402
-from roastify.kernels.hash import tile_start  # noqa: E402
+from roastify.kernels.gpu import embedding, gather, reduce, tuning  # noqa: E402
+from roastify.kernels.gpu.mapping import tile_start  # noqa: E402
 
 # The interpreter computes with NumPy, whose integers warn where a hash wraps on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")

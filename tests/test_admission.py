@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import roastify
-from roastify import RoastConfig, rewrite
+from roastify import RoastConfig
+from roastify.conversion import rewrite
 from roastify.errors import ConfigError, ConversionError, OutputMismatch, PlanError, RoastError
-from roastify.kinds import to_roast
+from roastify.layers.kinds import to_roast
 
 
 class Net(nn.Module):

@@ -18,11 +18,11 @@ from zoo.awkward import MODELS, Lora, Raw, Recurrent, normal
 
 import roastify
 import roastify.api
-import roastify.pool
+import roastify.pool.pool
 from roastify import RoastConfig, RoastError
-from roastify.layers import RoastModule
-from roastify.rewrite import pool_of
-from roastify.weight import SharedWeight
+from roastify.conversion.rewrite import pool_of
+from roastify.layers.modules import RoastModule
+from roastify.layers.read_weight import SharedWeight
 
 transformers.utils.logging.set_verbosity_error()
 

@@ -21,16 +21,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import roastify
-from roastify import ConfigError, PlanError, RoastConfig, RoastPlan, agreement, passes
-from roastify import checkpoint as artifacts
-from roastify.align import _curvature, _Place, _Term, align
-from roastify.basis import coefficient_matrix, combined_matrix, cosine_basis, principal_basis
+from roastify import ConfigError, PlanError, RoastConfig, RoastPlan
+from roastify import artifact as artifacts
+from roastify.checks import numerics as agreement
+from roastify.conversion.rewrite import copy_weights, current_plan, pool_of, shared_tensor
 from roastify.errors import ConversionError, OutputMismatch
 from roastify.kernels import ops, reference
-from roastify.kernels.weights import WeightGroup
-from roastify.layers import RoastModule
+from roastify.kernels.kept_weights import WeightGroup
+from roastify.layers.modules import RoastModule
+from roastify.pool import forward_pass as passes
+from roastify.pool.kernel_basis import coefficient_matrix, combined_matrix, cosine_basis, principal_basis
+from roastify.recovery.align import _curvature, _Place, _Term, align
 from roastify.report import plan_table
-from roastify.rewrite import copy_weights, current_plan, pool_of, shared_tensor
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 import roastify
-from roastify import timing
-from roastify.agreement import check_agreement
-from roastify.bench import BenchOptions, compare, parse_device, prepare, rebatch
+from roastify.checks import clocks as timing
+from roastify.checks.model_bench import BenchOptions, compare, parse_device, prepare, rebatch
+from roastify.checks.numerics import check_agreement
+from roastify.conversion.rewrite import copy_weights
 from roastify.errors import BenchError, ConfigError, ConversionError, OutputMismatch, PlanError
-from roastify.rewrite import copy_weights
 
 ROOT = Path(__file__).parents[1]
 

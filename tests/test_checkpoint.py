@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import roastify
-from roastify import api, checkpoint
+from roastify import api
+from roastify import artifact as checkpoint
 from roastify.errors import CheckpointError, ConversionError, RoastError
 
 MANIFEST = "roast.json"

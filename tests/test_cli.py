@@ -22,7 +22,7 @@ from torch import nn
 
 import roastify
 from roastify.cli import main
-from roastify.plan import RoastPlan
+from roastify.pool.plan import RoastPlan
 
 GOOD = """
     import torch

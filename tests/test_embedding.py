@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import roastify
+from roastify.conversion.rewrite import pool_of
 from roastify.kernels import ops, reference
 from roastify.kernels.view import TileView
-from roastify.mapping import TileMap
-from roastify.rewrite import pool_of
+from roastify.pool.mapping import TileMap
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -22,7 +22,7 @@ if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
 
 triton = pytest.importorskip("triton")
 
-from roastify.kernels import embedding, tuning  # noqa: E402
+from roastify.kernels.gpu import embedding, tuning  # noqa: E402
 
 # The interpreter computes with NumPy, whose integers warn where a hash wraps on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")

@@ -15,9 +15,9 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import roastify
-from roastify.mapping import TileMap
+from roastify.checks.interface import split_inputs
+from roastify.pool.mapping import TileMap
 from roastify.source import Source, load_source
-from roastify.verify import split_inputs
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ["bert", "gpt2", "resnet", "recommender"]

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import roastify
-from roastify import gamma as module
-from roastify.rewrite import pool_of
+from roastify.conversion.rewrite import pool_of
+from roastify.pool import preconditioner as module
 
 
 def models() -> dict[str, Callable[[], nn.Module]]:

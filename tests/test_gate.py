@@ -20,10 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import roastify
+from roastify.conversion.rewrite import pool_of
 from roastify.kernels import reference
-from roastify.kernels.sink import Sink
-from roastify.passes import _passes
-from roastify.rewrite import pool_of
+from roastify.kernels.grad_buffer import Sink
+from roastify.pool.forward_pass import _passes
 
 # cuDNN would rather have a recurrent layer's weights in one piece of memory.
 pytestmark = [
@@ -708,7 +708,7 @@ def test_peak_memory_of_a_deep_stack(autocast: bool) -> None:
 
 def test_buffers_live_no_longer_than_their_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not when it fails, and not when the gate's output is let go of."""
-    from roastify.kernels import sink
+    from roastify.kernels import grad_buffer as sink
 
     alive: list[Any] = []
 

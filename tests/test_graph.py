@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import roastify
-import roastify.graph
+import roastify.conversion.graph
+from roastify.conversion.rewrite import pool_of
 from roastify.errors import ConfigError, ConversionError
-from roastify.layers import readers
-from roastify.rewrite import pool_of
+from roastify.layers.modules import readers
 
 
 def normal(*shape: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from roastify.inputs import find_inputs, how_to_give
+from roastify.checks.example_inputs import find_inputs, how_to_give
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
 

@@ -23,8 +23,8 @@ from torch.utils._pytree import tree_leaves
 
 from roastify.kernels import ops, reference
 from roastify.kernels.view import TileView
-from roastify.mapping import TileMap
-from roastify.pool import RoastPool
+from roastify.pool.mapping import TileMap
+from roastify.pool.pool import RoastPool
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 # Of the largest value expected. bfloat16 rounds λ, the weight and each panel's product to 8 bits.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from roastify.kernels import ops, reference
 from roastify.kernels.view import TileView
-from roastify.mapping import TileMap
+from roastify.pool.mapping import TileMap
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -26,9 +26,9 @@ triton = pytest.importorskip("triton")
 
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from roastify.kernels import embedding, few_rows, gather, launch, linear, many_rows, parts, reduce, tuning  # noqa: E402
-from roastify.kernels.hash import view_arguments  # noqa: E402
-from roastify.kernels.launch import Launch  # noqa: E402
+from roastify.kernels.gpu import embedding, few_rows, gather, launch, linear, many_rows, parts, reduce, tuning  # noqa: E402
+from roastify.kernels.gpu.launch import Launch  # noqa: E402
+from roastify.kernels.gpu.mapping import view_arguments  # noqa: E402
 
 # The interpreter computes with NumPy, whose integers warn where a hash wraps on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")

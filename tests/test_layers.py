@@ -20,10 +20,10 @@ from transformers.pytorch_utils import Conv1D
 
 import roastify
 from roastify import RoastConfig, RoastError
-from roastify.layers import RoastModule
-from roastify.plan import RoastPlan, TensorPlan
-from roastify.pool import RoastPool
-from roastify.rewrite import pool_of
+from roastify.conversion.rewrite import pool_of
+from roastify.layers.modules import RoastModule
+from roastify.pool.plan import RoastPlan, TensorPlan
+from roastify.pool.pool import RoastPool
 
 # The pool keeps 1/Γ in float32 whatever its own dtype is, so preconditioned gradients agree to float32's precision.
 _GAMMA_RTOL = 1e-6

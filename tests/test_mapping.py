@@ -15,7 +15,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from roastify.kernels import reference
-from roastify.mapping import MAPPING_VERSION, MAPPINGS, SIGNS, TileMap, chunk_coefficients, mix32, mix64, stream_key
+from roastify.pool.mapping import (
+    MAPPING_VERSION,
+    MAPPINGS,
+    SIGNS,
+    TileMap,
+    chunk_coefficients,
+    mix32,
+    mix64,
+    stream_key,
+)
 
 # A seed is any Python integer.
 SEEDS = st.one_of(st.integers(), st.integers(-(2**200), 2**200), st.sampled_from((0, -1, 2**63, 2**64 - 1)))

@@ -18,10 +18,10 @@ from torch.utils.checkpoint import checkpoint
 
 import roastify
 from roastify import RoastConfig
+from roastify.conversion.rewrite import pool_of
 from roastify.errors import WriteRefused
-from roastify.operand import Operand
-from roastify.rewrite import pool_of
-from roastify.weight import SharedWeight
+from roastify.layers.lazy_weight import Operand
+from roastify.layers.read_weight import SharedWeight
 
 # torch.compile makes an object of every `autograd.Function` and looks at every `.grad`, of which torch itself warns.
 pytestmark = [

@@ -20,10 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import roastify
+from roastify.conversion.rewrite import pool_of
 from roastify.errors import RoastError
-from roastify.passes import RootForward, _passes
-from roastify.pool import RoastPool
-from roastify.rewrite import pool_of
+from roastify.pool.forward_pass import RootForward, _passes
+from roastify.pool.pool import RoastPool
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

@@ -26,8 +26,8 @@ from transformers.pytorch_utils import Conv1D
 
 import roastify
 from roastify import ConfigError, PlanError, RoastConfig, RoastPlan
-from roastify.mapping import MAPPINGS
-from roastify.plan import TensorPlan
+from roastify.pool.mapping import MAPPINGS
+from roastify.pool.plan import TensorPlan
 
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
 # Whatever else has a parameter wants it whole.

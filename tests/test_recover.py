@@ -23,14 +23,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import roastify
-from roastify import training_state
-from roastify.align import align
-from roastify.batches import Feed, Stream, mask_of, on_device, passing
-from roastify.distill import find_features, find_logits, output_loss, relative_error
+from roastify.conversion.rewrite import pool_of, shared_tensor
 from roastify.errors import CheckpointError, ConfigError, ConversionError, RecoveryError, SignatureMismatch
-from roastify.recovery import RecoverOptions
+from roastify.recovery import checkpoint as training_state
+from roastify.recovery.align import align
+from roastify.recovery.batches import Feed, Stream, mask_of, on_device, passing
+from roastify.recovery.losses import find_features, find_logits, output_loss, relative_error
+from roastify.recovery.options import RecoverOptions
 from roastify.report import recovery_lines
-from roastify.rewrite import pool_of, shared_tensor
 
 CPU = torch.device("cpu")
 
@@ -784,7 +784,7 @@ def test_samplers_are_told_the_epoch() -> None:
 KILLED_SAVE = """
 import os, sys
 import torch
-from roastify import training_state
+from roastify.recovery import checkpoint as training_state
 made, real, count = {"run": 1}, os.replace, 0
 
 def replace(*names):

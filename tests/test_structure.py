@@ -11,60 +11,43 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+import file_map
 import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# From the outermost layer in. A file imports only from its own layer's files listed beside it, or from further in.
-LAYERS = [
+PACKAGE, KERNELS = ROOT / "roastify", ROOT / "kernels"
+
+# From the outermost in: a file imports only from rooms listed beside its own, or further in. A room is a folder, or a
+# file that stands beside the folders.
+ROOMS = [
     {"cli"},
     {"source", "api"},
-    {
-        "checkpoint",
-        "admission",
-        "initial",
-        "rewrite",
-        "report",
-        "verify",
-        "planner",
-        "plan",
-        "trace",
-        "huggingface",
-        "behaviour",
-        "inputs",
-        "graph",
-        "bench",
-        "agreement",
-        "timing",
-        "recover",
-        "recovery",
-        "align",
-        "distill",
-        "batches",
-        "training_state",
-    },
-    {
-        "kinds",
-        "layers",
-        "operand",
-        "shared",
-        "basis",
-        "reading",
-        "pool",
-        "gamma",
-        "passes",
-        "traced",
-        "mapping",
-        "config",
-    },
-    {"weight"},
+    {"artifact", "report", "recovery", "checks", "conversion"},
+    {"config", "layers", "pool"},
     {"errors"},
     {"kernels"},
 ]
 
 
-def layer_of(module: str) -> int:
-    return next(level for level, names in enumerate(LAYERS) if module in names)
+def module_name(path: Path) -> str:
+    """The dotted name by which a file of the package is imported."""
+    parts = ["kernels", *path.relative_to(KERNELS).parts] if path.is_relative_to(KERNELS) else []
+    parts = parts or list(path.relative_to(PACKAGE).parts)
+    parts[-1] = parts[-1].removesuffix(".py")
+    return ".".join(["roastify", *(part for part in parts if part != "__init__")])
+
+
+# `rglob` does not follow the link roastify/kernels, so each file is here once.
+FILES = {module_name(path): path for folder in (PACKAGE, KERNELS) for path in sorted(folder.rglob("*.py"))}
+MODULES = {name: path for name, path in FILES.items() if path.name != "__init__.py"}
+
+
+def room_of(module: str) -> int:
+    room = module.split(".")[1]
+    found = [level for level, names in enumerate(ROOMS) if room in names]
+    assert found, f"{module} is in no room of ROOMS"
+    return found[0]
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -72,28 +55,25 @@ def imported_modules(path: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "roastify":
-            parts = node.module.split(".")
-            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {name if name in FILES else node.module for name in names}
         elif isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("roastify.")}
-    return found
+            found |= {alias.name for alias in node.names if alias.name.startswith("roastify.")}
+    return found - {"roastify"}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "roastify").glob("*.py")), ids=lambda path: path.stem)
-def test_imports_go_one_way(path: Path) -> None:
-    if path.stem == "__init__":
-        return
-    for module in imported_modules(path):
-        assert layer_of(module) >= layer_of(path.stem), f"{path.stem} imports {module}"
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_one_way(module: str) -> None:
+    for imported in imported_modules(MODULES[module]):
+        assert room_of(imported) >= room_of(module), f"{module} imports {imported}"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda path: path.stem)
-def test_kernels_import_nothing_of_roastify(path: Path) -> None:
-    assert imported_modules(path) <= {"kernels"}
+def test_rooms_are_the_packages_files_and_folders() -> None:
+    assert {name.split(".")[1] for name in MODULES} == set().union(*ROOMS)
 
 
 def test_no_import_cycles() -> None:
-    graph = {path.stem: imported_modules(path) for path in (ROOT / "roastify").glob("*.py") if path.stem != "__init__"}
+    graph = {name: imported_modules(path) for name, path in MODULES.items()}
     done: set[str] = set()
 
     def visit(module: str, above: tuple[str, ...]) -> None:
@@ -105,6 +85,21 @@ def test_no_import_cycles() -> None:
 
     for module in graph:
         visit(module, ())
+
+
+def test_rooms_import_nothing_by_themselves() -> None:
+    for name, path in FILES.items():
+        if path.name == "__init__.py" and name != "roastify":
+            assert not imported_modules(path), f"{name} makes its whole room part of every import from it"
+
+
+def test_only_the_folder_for_gpus_imports_triton() -> None:
+    for name, path in MODULES.items():
+        tree = ast.parse(path.read_text())
+        imported = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        imported += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+        if any(each.split(".")[0] == "triton" for each in imported):
+            assert name.startswith("roastify.kernels.gpu."), name
 
 
 def test_importing_starts_nothing() -> None:
@@ -132,8 +127,9 @@ def test_installed_wheel_works(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         archive.extractall(site)
-    assert "roastify/kernels/ops.py" in names and "roastify/py.typed" in names
-    assert not any(name.startswith(("kernels/", "tests/", "examples/", "benchmarks/")) for name in names)
+    expected = {f"{name.replace('.', '/')}.py" for name in MODULES} | {"roastify/py.typed"}
+    expected |= {f"{name.replace('.', '/')}/__init__.py" for name in FILES.keys() - MODULES.keys()}
+    assert {name for name in names if ".dist-info/" not in name} == expected
     code = (
         "import torch, roastify; from pathlib import Path; "
         f"assert Path(roastify.__file__).is_relative_to({str(site)!r}), roastify.__file__; "
@@ -146,12 +142,10 @@ def test_installed_wheel_works(tmp_path: Path) -> None:
     assert "torch.Size([1, 64])" in output
 
 
-def test_readme_names_every_file() -> None:
-    readme = (ROOT / "README.md").read_text()
-    for folder in ("roastify", "kernels", "examples", "benchmarks", "benchmarks/accuracy"):
-        for path in (ROOT / folder).glob("*.py"):
-            if path.name not in ("__init__.py", "__main__.py"):
-                assert path.name in readme, f"{folder}/{path.name} has no line in the README's file tree"
+def test_contributing_maps_every_file() -> None:
+    text = file_map.DOCUMENT.read_text(encoding="utf-8")
+    assert file_map.with_map(text) == text, "run `make map`"
+    assert not [line for line in text.splitlines() if line.endswith("`: ")], "a file without a docstring"
 
 
 def test_package_version_is_the_projects() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from roastify.trace import Forest, ParameterInfo, WeightUse, matrix_of, trace
+from roastify.conversion.fx_pass import Forest, ParameterInfo, WeightUse, matrix_of, trace
 
 
 class Block(nn.Module):

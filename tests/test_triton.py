@@ -20,10 +20,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 import roastify
-from roastify.kernels import ops, reference, weights
+from roastify.conversion.rewrite import pool_of
+from roastify.kernels import kept_weights as weights
+from roastify.kernels import ops, reference
 from roastify.kernels.view import TileView, Weight
-from roastify.mapping import TileMap
-from roastify.rewrite import pool_of
+from roastify.pool.mapping import TileMap
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -32,7 +33,7 @@ if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
 
 triton = pytest.importorskip("triton")
 
-from roastify.kernels import combine, embedding, few_rows, gather, group, linear, many_rows, reduce, tuning  # noqa: E402
+from roastify.kernels.gpu import combine, embedding, few_rows, gather, group, linear, many_rows, reduce, tuning  # noqa: E402
 
 # The interpreter computes with NumPy, whose integers warn where a hash wraps on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import roastify
 from roastify.errors import OutputMismatch, RoastError, SignatureMismatch
-from roastify.layers import RoastLinear
+from roastify.layers.modules import RoastLinear
 
 X = torch.arange(12.0).view(3, 4)
 

@@ -21,10 +21,11 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from torch.utils.flop_counter import FlopCounterMode
 
 import roastify
-from roastify import shared
-from roastify.kernels import ops, weights
-from roastify.passes import _passes
-from roastify.rewrite import pool_of
+from roastify.conversion.rewrite import pool_of
+from roastify.kernels import kept_weights as weights
+from roastify.kernels import ops
+from roastify.layers import pooled_weight as shared
+from roastify.pool.forward_pass import _passes
 
 WIDTH = 32
 
@@ -104,7 +105,7 @@ class Gathers:
             self.groups.append(len(group.weights))
             return gather(pool, table, group, *rest)
 
-        patch.setattr("roastify.passes.gather_weights", watched)
+        patch.setattr("roastify.pool.forward_pass.gather_weights", watched)
 
 
 @pytest.fixture
@@ -441,7 +442,7 @@ def test_nothing_is_kept_after_a_step(kind: type[Net]) -> None:
     gc.disable()
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("roastify.passes.gather_weights", watched)
+            patch.setattr("roastify.pool.forward_pass.gather_weights", watched)
             for _ in range(2):
                 model(rows()).sum().backward()
             assert len(made) >= 10 and not any(reference() is not None for reference in made)

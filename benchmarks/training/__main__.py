@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.training import distributed, single, tasks
 from benchmarks.training.rows import RESULTS, Rows
-from roastify import timing
+from roastify.checks import clocks as timing
 
 
 @click.command()

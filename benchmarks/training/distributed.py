@@ -27,7 +27,7 @@ from benchmarks.training.collectives import CountBytes
 from benchmarks.training.rows import Row, Rows
 from benchmarks.training.step import IN_A_ROW, Training, allocated, free, in_a_row, prepare_libraries, spread
 from benchmarks.training.tasks import Task
-from roastify import timing
+from roastify.checks import clocks as timing
 
 DENSE = "dense"
 KINDS = ALONE, DDP, FSDP = "alone", "ddp", "fsdp"

@@ -13,9 +13,9 @@ import roastify
 from benchmarks.training.rows import Row, Rows
 from benchmarks.training.step import Training, allocated, free, in_turn, memory, prepare_libraries
 from benchmarks.training.tasks import Batch, Task, loss_of
-from roastify import timing
+from roastify.checks import clocks as timing
+from roastify.conversion.rewrite import copy_weights, pool_of
 from roastify.errors import OutputMismatch
-from roastify.rewrite import copy_weights, pool_of
 
 # A graph first: its time is the GPU's own, where small models' steps are otherwise bound by Python.
 GRAPHED, EAGER, COMPILED, REDUCED = MODES = ("graphed", "eager", "compiled", "reduce-overhead")

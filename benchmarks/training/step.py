@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.training.tasks import Batch, loss_of
-from roastify.timing import wait
+from roastify.checks.clocks import wait
 
 LEARNING_RATE = 1e-4
 LARGEST_NORM = 1.0

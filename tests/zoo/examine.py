@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import roastify
-from roastify.inputs import find_inputs
-from roastify.rewrite import pool_of
-from roastify.trace import trace
-from roastify.verify import run, split_inputs
+from roastify.checks.example_inputs import find_inputs
+from roastify.checks.interface import run, split_inputs
+from roastify.conversion.fx_pass import trace
+from roastify.conversion.rewrite import pool_of
 
 RATIO = 10
 LARGE = 1_000_000

@@ -1,0 +1,277 @@
+"""Several weights gathered by one kernel, and their gradients added to the pool's by one.
+
+A launch for each would cost the host more than the GPU. What differs between the weights lies in tables on the GPU.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from roastify.kernels.gpu import tuning
+from roastify.kernels.gpu.combine import is_small
+from roastify.kernels.gpu.gather import gather_tiles
+from roastify.kernels.gpu.group_combine import GroupCombine
+from roastify.kernels.gpu.launch import PLAIN_ARGUMENTS, Launch
+from roastify.kernels.gpu.mapping import effective_sign, supported
+from roastify.kernels.gpu.reduce import sum_chunks
+from roastify.kernels.gpu.tuning import cdiv, power_of_2
+from roastify.kernels.view import MappingKind, SignKind, Weight, alike
+
+# Where each gathered weight begins is a multiple of this: cuBLAS and wide loads want aligned addresses.
+_ALIGNED = 64
+# Numbers that kernels read of a weight.
+_FIELDS = tl.constexpr(10)
+
+
+@triton.jit
+def _numbers(p_tensors, i, MULTIPLE: tl.constexpr):
+    """Rows, columns, base, first tile, tiles and columns of tiles of a weight."""
+    p = p_tensors + i * _FIELDS
+    cols = tl.multiple_of(tl.load(p + 1), MULTIPLE)
+    return tl.load(p), cols, tl.load(p + 2), tl.load(p + 3), tl.load(p + 4), tl.load(p + 5)
+
+
+@triton.jit(do_not_specialize=PLAIN_ARGUMENTS)
+def _gather_kernel(
+    p_pool, p_table, p_out, p_tensors, p_scales, p_blocks, key, num_slots, first_slot, first_chunk,
+    TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, BE: tl.constexpr, BT: tl.constexpr, MAPPING: tl.constexpr,
+    SIGN: tl.constexpr, STRIPS: tl.constexpr, MULTIPLE: tl.constexpr,
+):  # fmt: skip
+    PARTS: tl.constexpr = (TILE_ROWS * TILE_COLS + BE - 1) // BE
+    program = tl.program_id(0).to(tl.int64)
+    p_block = p_blocks + program // PARTS * 2
+    i = tl.load(p_block)
+    rows, cols, base, first_tile, num_tiles, grid_cols = _numbers(p_tensors, i, MULTIPLE)
+    p_begin = p_out + tl.multiple_of(tl.load(p_tensors + i * _FIELDS + 8), 64)
+    i_tile = tl.load(p_block + 1) + tl.arange(0, BT)
+    element = (program % PARTS * BE).to(tl.int32) + tl.arange(0, BE)
+    gather_tiles(p_pool, p_table, p_begin, tl.load(p_scales + i), i_tile, element, key, rows, cols, base, first_tile,
+                 num_tiles, grid_cols, num_slots, first_slot, first_chunk, TILE_ROWS, TILE_COLS, MAPPING, SIGN,
+                 STRIPS)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=[*PLAIN_ARGUMENTS, "count"])
+def _reduce_kernel(
+    p_grads, p_table, p_total, p_tensors, p_scales, count, key, num_slots, first_slot, first_chunk,
+    TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, BS: tl.constexpr, BE: tl.constexpr, MAPPING: tl.constexpr,
+    SIGN: tl.constexpr, STRIPS: tl.constexpr, MULTIPLE: tl.constexpr,
+):  # fmt: skip
+    SIZE: tl.constexpr = TILE_ROWS * TILE_COLS
+    PARTS: tl.constexpr = (SIZE + BE - 1) // BE
+    program = tl.program_id(0).to(tl.int64)
+    slot = program // PARTS * BS + tl.arange(0, BS)
+    element = (program % PARTS * BE).to(tl.int32) + tl.arange(0, BE)
+    exists = (slot < num_slots)[:, None] & (element < SIZE)[None, :]
+    total = tl.zeros([BS, BE], dtype=tl.float32)
+    for i in range(count):
+        rows, cols, base, first_tile, num_tiles, grid_cols = _numbers(p_tensors, i, MULTIPLE)
+        p = p_tensors + i * _FIELDS
+        p_grad = p_grads + tl.multiple_of(tl.load(p + 9), MULTIPLE)
+        total += tl.load(p_scales + i) * sum_chunks(
+            p_grad, p_table, slot, element, exists, tl.load(p + 6), tl.load(p + 7), key, rows, cols, base, first_tile,
+            num_tiles, grid_cols, num_slots, first_chunk, TILE_ROWS, TILE_COLS, BS, BE, MAPPING, SIGN, STRIPS,
+        )  # fmt: skip
+    p_slot = p_total + (first_slot + slot)[:, None] * SIZE + element[None, :]
+    tl.store(p_slot, tl.load(p_slot, mask=exists, other=0.0) + total, mask=exists)
+
+
+@dataclass
+class _Tables:
+    """What lies on a device: a row of numbers and λ for each weight, and a block of tiles for each program."""
+
+    tensors: Tensor
+    scales: Tensor
+    blocks: Tensor
+
+
+class Group:
+    """Weights that are alike, and the kernels that gather them and sum their gradients.
+
+    Args:
+        weights: whose views are `alike`, and whose bases are of one size if they have any.
+    """
+
+    def __init__(self, weights: Sequence[Weight]) -> None:
+        self.weights = tuple(weights)
+        self._tables: dict[torch.device, _Tables] = {}
+        views = [weight.view for weight in self.weights]
+        view = self._view = views[0]
+        assert len({alike(other) for other in views}) == 1, "the weights of a group differ in more than their sizes"
+        sizes = [other.numel for other in views]
+        self._offsets, self._begins = _aligned_offsets(sizes), _offsets(sizes)
+        # Whether their matrices lie one under the other in memory without being made flat.
+        self._stackable = len({other.cols for other in views}) == 1 and all(len(w.shape) == 2 for w in self.weights)
+        self._strides = [_stride(weight) for weight in self.weights]
+        self._combine: GroupCombine | None = None
+        # Where the dense tensors begin, and their gradients.
+        self._dense_offsets, self._dense_begins = self._offsets, self._begins
+        if (basis := self.weights[0].basis_shape) is not None:
+            dense_sizes = [math.prod(weight.shape) for weight in self.weights]
+            self._dense_offsets, self._dense_begins = _aligned_offsets(dense_sizes), _offsets(dense_sizes)
+            offsets = self._offsets, self._begins, self._dense_offsets, self._dense_begins
+            # The last of each is where the last weight ends.
+            places = zip(*(each[:-1] for each in offsets), strict=True)
+            self._combine = GroupCombine([size // basis[0] for size in sizes], *basis, list(places))
+        signs = {effective_sign(other) for other in views}
+        fixed = {
+            "key": view.key,
+            "num_slots": view.num_slots,
+            "first_slot": view.first_slot,
+            "first_chunk": view.first_chunk,
+            "TILE_ROWS": view.tile_rows,
+            "TILE_COLS": view.tile_cols,
+            "MAPPING": view.mapping,
+            # None is negative where another sign says so either: tiles of the first chunk carry none.
+            "SIGN": int(max(signs, key=lambda sign: sign != SignKind.NONE)),
+            "STRIPS": view.strips,
+            "MULTIPLE": 16 if all(other.cols % 16 == 0 for other in views) else 1,
+        }
+        block_elements = min(power_of_2(view.slot_size), tuning.MOST_ELEMENTS)
+        block_tiles = max(1, tuning.GATHER_ELEMENTS // block_elements)
+        self._blocks = [
+            (index, first) for index, other in enumerate(views) for first in range(0, other.num_tiles, block_tiles)
+        ]
+        self._gather = Launch(
+            _gather_kernel,
+            (len(self._blocks) * cdiv(view.slot_size, block_elements),),
+            BE=block_elements,
+            BT=block_tiles,
+            num_warps=tuning.GATHER_WARPS,
+            **fixed,
+        )
+        block_elements = min(power_of_2(view.slot_size), tuning.REDUCE_ELEMENTS)
+        block_slots = max(1, tuning.REDUCE_ELEMENTS // block_elements)
+        self._reduce = Launch(
+            _reduce_kernel,
+            (cdiv(view.num_slots, block_slots) * cdiv(view.slot_size, block_elements),),
+            count=len(views),
+            BS=block_slots,
+            BE=block_elements,
+            num_warps=tuning.REDUCE_WARPS,
+            **fixed,
+        )
+
+    def gather(self, pool: Tensor, table: Tensor) -> list[Tensor]:
+        """Return what the pool holds of them, the dense tensors or their coefficients; they share a piece of memory."""
+        tables = self._on(pool.device)
+        out = torch.empty(self._offsets[-1], dtype=pool.dtype, device=pool.device)
+        self._gather(
+            p_pool=pool.contiguous(),
+            p_table=table,
+            p_out=out,
+            p_tensors=tables.tensors,
+            p_scales=tables.scales,
+            p_blocks=tables.blocks,
+        )
+        return [
+            out.as_strided(weight.gathered_shape, stride, offset)
+            for weight, stride, offset in zip(self.weights, self._strides, self._offsets, strict=False)
+        ]
+
+    def are_together(self, gathered: Sequence[Tensor]) -> bool:
+        """Whether tensors are what `gather` returned, not gathered one by one: each where it must lie."""
+        first = gathered[0].data_ptr()
+        begins = (first + offset * gathered[0].element_size() for offset in self._offsets)
+        return all(tensor.data_ptr() == begin for tensor, begin in zip(gathered, begins, strict=False))
+
+    def combine(self, coefficients: Sequence[Tensor], bases: Tensor) -> list[Tensor]:
+        """Return the dense tensors of weights with bases; they share one piece of memory.
+
+        Args:
+            coefficients: what `gather` returned (`are_together`).
+            bases: each weight's, one under the other.
+        """
+        assert self._combine is not None, "the weights have no bases"
+        first = coefficients[0]
+        self._on(first.device)
+        out = first.new_empty(self._dense_offsets[-1])
+        # The others lie behind it.
+        self._combine.combine(first, bases, out)
+        return [
+            out[offset : offset + math.prod(weight.shape)].view(weight.shape)
+            for weight, offset in zip(self.weights, self._dense_offsets, strict=False)
+        ]
+
+    def reduce_(self, total: Tensor, grads: Sequence[Tensor], table: Tensor, bases: Tensor | None = None) -> None:
+        """Add the pool's gradient of all to `total`, contiguous and float32.
+
+        Args:
+            total: of the pool's shape.
+            grads: of the dense tensors, of one dtype; without `bases`, of what `gather` returned.
+            table: the pool's chunk table.
+            bases: each weight's, one under the other.
+        """
+        tables = self._on(total.device)
+        joined = self._joined(grads)
+        if bases is not None:
+            assert self._combine is not None, "the weights have no bases"
+            dense, joined = joined, joined.new_empty(self._begins[-1])
+            self._combine.coefficient_grads(dense, bases, joined)
+            del dense
+        self._reduce(
+            p_grads=joined,
+            p_table=table,
+            p_total=total,
+            p_tensors=tables.tensors,
+            p_scales=tables.scales,
+        )
+
+    def _joined(self, grads: Sequence[Tensor]) -> Tensor:
+        """Return the elements of the gradients one after the other, each in the order of its matrix in the pool."""
+        matrices = [grad.t() if weight.transposed else grad for grad, weight in zip(grads, self.weights, strict=True)]
+        return torch.cat(matrices if self._stackable else [matrix.reshape(-1) for matrix in matrices])
+
+    def is_ready(self, device: torch.device) -> bool:
+        """Whether the tables are on a device, or may be brought there: a CUDA graph cannot capture that."""
+        return device in self._tables or device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+    def _on(self, device: torch.device) -> _Tables:
+        tables = self._tables.get(device)
+        if tables is None:
+            views = [weight.view for weight in self.weights]
+            rows = [
+                (*view[:3], view.first_tile, view.num_tiles, view.grid_cols, view.chunks[0], sum(view.chunks), offset,
+                 begin)
+                for view, offset, begin in zip(views, self._offsets, self._begins, strict=False)
+            ]  # fmt: skip
+            if self._combine is not None:
+                self._combine.bring_to(device)
+            # Last: another thread that finds it finds everything.
+            tables = self._tables[device] = _Tables(
+                torch.tensor(rows, dtype=torch.int64, device=device),
+                torch.tensor([weight.scale for weight in self.weights], dtype=torch.float32, device=device),
+                torch.tensor(self._blocks, dtype=torch.int32, device=device),
+            )
+        return tables
+
+
+def fits(pool: Tensor, weight: Weight) -> bool:
+    """Whether these kernels take a pool's dtype, and a weight's mapping and basis."""
+    basis = weight.basis_shape
+    return supported(pool) and weight.view.mapping == MappingKind.PERMUTATION and (basis is None or is_small(*basis))
+
+
+def _stride(weight: Weight) -> tuple[int, ...]:
+    """Return the strides of what the pool holds of a weight, its matrix being in order."""
+    if weight.transposed:
+        return 1, weight.view.cols
+    shape = weight.gathered_shape
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
+def _aligned_offsets(sizes: Iterable[int]) -> list[int]:
+    """Return `_offsets` of sizes that are rounded up, so that wide loads can begin at each."""
+    return _offsets(cdiv(size, _ALIGNED) * _ALIGNED for size in sizes)
+
+
+def _offsets(sizes: Iterable[int]) -> list[int]:
+    """Return where each of the pieces begins, and where the last ends."""
+    return list(itertools.accumulate(sizes, initial=0))

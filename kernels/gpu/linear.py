@@ -1,0 +1,129 @@
+"""`linear`, its transpose and its pool gradient on a GPU: which way each product goes.
+
+Few rows of activations: kernels that read the weight from the pool (`few_rows`). More, on a Hopper GPU: the
+tensor-copy engine brings whole slots to the matrix unit (`many_rows`). The rest, and the products of the backward
+pass: the weight is gathered into a scratch tensor, a panel of tile rows at a time where it is large, and multiplied by
+cuBLAS.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from roastify.kernels.gpu import few_rows, many_rows, tuning
+from roastify.kernels.gpu.gather import gather
+from roastify.kernels.gpu.launch import precision, shared_memory
+from roastify.kernels.gpu.mapping import effective_sign, supported
+from roastify.kernels.gpu.reduce import reduce, reduce_
+from roastify.kernels.reference import summed_in
+from roastify.kernels.view import SignKind, TileView
+
+
+def linear(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: TileView, scale: float) -> Tensor:
+    """Return `x · Wᵀ + bias`, `[..., cols] → [..., rows]`."""
+    flat, pool = _as_rows(x, view.cols).contiguous(), pool.contiguous()
+    if bias is not None:
+        bias = (bias if bias.shape == (view.rows,) else bias.expand(view.rows)).contiguous()
+    out = way(flat, pool, view)(flat, pool, bias, table, view, scale)
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], view.rows)
+
+
+def _as_rows(x: Tensor, size: int) -> Tensor:
+    """Return `[..., size]` as `[num_rows, size]`; a call of `reshape` costs a microsecond where nothing changes."""
+    return x if x.dim() == 2 and x.shape[1] == size else x.reshape(-1, size)
+
+
+def way(x: Tensor, pool: Tensor, view: TileView) -> Callable[..., Tensor]:
+    """Return the function that computes `linear` for contiguous rows `[num_rows, cols]`."""
+    if not supported(pool) or not few_rows.fits(x, view):
+        return gathered
+    num_rows = x.shape[0]
+    if x.dtype == torch.float32 and precision(x.dtype) == "ieee":
+        # The matrix unit has no such precision; without it only a row is worth a kernel of its own. (4096², 16 rows:
+        # 91 µs in `split`, 84 gathered, 50 dense.)
+        return few_rows.one_row if num_rows == 1 else gathered
+    if tuning.reads_by_slot(view, num_rows) and effective_sign(view) != SignKind.ELEMENT:
+        return few_rows.by_slot
+    if num_rows == 1 and tuning.is_small(view):
+        return few_rows.one_row
+    if num_rows > tuning.FEW_ROWS and many_rows.fits(x, pool, view):
+        return many_rows.many_rows if num_rows <= tuning.MANY_ROWS else gathered
+    if num_rows > tuning.FEW_ROWS_ALONE:
+        return gathered
+    fits = tuning.split(view, num_rows, x.element_size(), shared_memory(x.device)) is not None
+    return few_rows.split if fits else gathered
+
+
+def gathered(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: TileView, scale: float) -> Tensor:
+    """Return `x · Wᵀ + bias` from gathered panels."""
+    panels = _panels(view, tuning.SCRATCH_ELEMENTS)
+    if len(panels) == 1:
+        return F.linear(x, gather(pool, table, view, scale), bias)
+    out = x.new_empty(x.shape[0], view.rows)
+    for start, stop, panel in panels:
+        part = None if bias is None else bias[start:stop]
+        out[:, start:stop] = F.linear(x, gather(pool, table, panel, scale), part)
+    return out
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _panels(view: TileView, scratch_elements: int) -> tuple[tuple[int, int, TileView], ...]:
+    """Return `(first row, last row + 1, view of those rows)`s: whole tile rows, within the scratch's size."""
+    if view.strips:
+        return ((0, view.rows, view),)
+    per_grid_row = view.tile_rows * view.cols
+    step = max(1, scratch_elements // per_grid_row)
+    panels = []
+    for first in range(0, view.grid_rows, step):
+        start, stop = first * view.tile_rows, min((first + step) * view.tile_rows, view.rows)
+        base = view.base + first * view.grid_cols * view.slot_size
+        panels.append((start, stop, view._replace(rows=stop - start, base=base)))
+    return tuple(panels)
+
+
+def linear_t(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: TileView, scale: float) -> Tensor:
+    """Return `x · W + bias`, `[..., rows] → [..., cols]`, from gathered panels."""
+    flat = _as_rows(x, view.rows)
+    out: Tensor | None = None
+    for start, stop, panel in _panels(view, tuning.SCRATCH_ELEMENTS):
+        weight = gather(pool, table, panel, scale)
+        if out is None and stop == view.rows:
+            out = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
+        elif out is None:
+            # Panels are partial sums, so a narrow dtype accumulates in float32.
+            out = (flat[:, start:stop] @ weight).to(summed_in(x.dtype))
+            out = out if bias is None else out + bias
+        else:
+            out += flat[:, start:stop] @ weight
+    assert out is not None
+    out = out if out.dtype == x.dtype else out.to(x.dtype)
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], view.cols)
+
+
+def linear_reduce(
+    grad: Tensor, x: Tensor, table: Tensor, view: TileView, scale: float, pool_shape: list[int]
+) -> Tensor:
+    """Return `reduce(gradᵀ · x)`, a panel of the weight's gradient at a time."""
+    grad, x = _as_rows(grad, view.rows), _as_rows(x, view.cols)
+    if len(_panels(view, tuning.SCRATCH_ELEMENTS)) == 1:
+        return reduce(grad.t() @ x, table, view, scale, pool_shape)
+    # A narrow dtype accumulates in float32.
+    total = torch.zeros(pool_shape, dtype=summed_in(x.dtype), device=x.device)
+    linear_reduce_(total, grad, x, table, view, scale)
+    return total.to(x.dtype)
+
+
+def linear_reduce_(total: Tensor, grad: Tensor, x: Tensor, table: Tensor, view: TileView, scale: float) -> None:
+    """Add `reduce(gradᵀ · x)` to `total`, a panel of the weight's gradient at a time."""
+    grad, x = _as_rows(grad, view.rows), _as_rows(x, view.cols)
+    panels = _panels(view, tuning.SCRATCH_ELEMENTS)
+    if len(panels) == 1:
+        reduce_(total, grad.t() @ x, table, view, scale)
+        return
+    for start, stop, panel in panels:
+        reduce_(total, grad[:, start:stop].t() @ x, table, panel, scale)

@@ -1,0 +1,400 @@
+"""The artifact folder: `roast.json` (versions, plan, digests) and `model.safetensors` (pool, kept tensors, buffers).
+
+Nothing is pickled. A save first writes both files beside their targets, then renames the weights, then the manifest;
+if it is killed between the two renames, the finished manifest still lies under its pending name and reading completes
+the save. At every other moment the folder holds either the old artifact or the new one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from roastify.conversion.rewrite import POOL_NAME, build_pool, current_plan, owners, shared_tensor
+from roastify.errors import CheckpointError, closest
+from roastify.layers.kinds import refusal_of
+from roastify.pool.mapping import MAPPING_VERSION
+from roastify.pool.plan import RoastPlan
+from roastify.pool.pool import is_sharded
+
+FORMAT_VERSION = 4
+MANIFEST = "roast.json"
+WEIGHTS = "model.safetensors"
+_PENDING = ".pending"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact whose manifest is read and whose weights' digest is right."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    plan: RoastPlan
+
+
+def write(model: nn.Module, folder: Path, state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
+    """Write a converted model; see `roastify.save`."""
+    plan = current_plan(model)
+    in_state_dict = model.state_dict().keys()
+    extra = [key for key in in_state_dict if key.endswith("_extra_state")]
+    if extra:
+        raise CheckpointError(
+            f"{extra[0]} is state that is not a tensor (get_extra_state), which an artifact cannot hold; save the "
+            f"model with torch.save, or remove it"
+        )
+    if state_dict is not None:
+        _check_values(state_dict, model.state_dict())
+    tensors, ties = _stored_tensors(model, plan, state_dict or {})
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        pending_weights = folder / (WEIGHTS + _PENDING)
+        pending_manifest = folder / (MANIFEST + _PENDING)
+        _finish_interrupted_save(folder)
+        save_tensors(tensors, pending_weights)
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "mapping_version": MAPPING_VERSION,
+            "weights": {"file": WEIGHTS, "sha256": digest_of_file(pending_weights)},
+            "ties": ties,
+            "buffers": {name: list(buffer.shape) for name, buffer in _named_buffers(model, plan)},
+            "state_dict": [name for name in [*tensors, *ties] if name in in_state_dict],
+            "plan": plan.to_dict(),
+        }
+        text = json.dumps(seal(manifest), indent=1, ensure_ascii=False)
+        pending_manifest.write_text(text + "\n", encoding="utf-8")
+        for path in (pending_weights, pending_manifest):
+            flush(path)
+        os.replace(pending_weights, folder / WEIGHTS)
+        os.replace(pending_manifest, folder / MANIFEST)
+        flush(folder)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"cannot write the artifact {folder}: {first_line(error)}") from error
+
+
+def seal(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return a manifest with the digest of everything else in it."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    return {**rest, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _finish_interrupted_save(folder: Path) -> None:
+    """Do the second rename of a save that was killed before it, and drop what an earlier kill left."""
+    pending = folder / (MANIFEST + _PENDING)
+    if pending.is_file():
+        weights = folder / WEIGHTS
+        with contextlib.suppress(CheckpointError):
+            if weights.is_file() and _parse(pending)["weights"]["sha256"] == digest_of_file(weights):
+                os.replace(pending, folder / MANIFEST)
+                return
+        pending.unlink()
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write a safetensors file with the permissions that the user's umask gives: its writer makes them private."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error says, in one line."""
+    return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def read(folder: Path) -> Artifact:
+    """Read and check an artifact's manifest and its weights' digest.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or newer than this version.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no artifact folder {folder}; expected one that roastify.save wrote")
+    weights = folder / WEIGHTS
+    manifest_path = folder / MANIFEST
+    pending = manifest_path.with_name(MANIFEST + _PENDING)
+    if not manifest_path.is_file() and pending.is_file():
+        manifest_path = pending
+    for path in (manifest_path, weights):
+        if not path.is_file():
+            raise CheckpointError(f"{folder} is not a roastify artifact: {path.name} is missing")
+    manifest = _parse(manifest_path)
+    digest = digest_of_file(weights)
+    if manifest["weights"]["sha256"] != digest:
+        if pending.is_file() and (finished := _parse(pending))["weights"]["sha256"] == digest:
+            manifest = finished
+        else:
+            raise CheckpointError(
+                f"{weights} is not the file its manifest describes: its SHA-256 is {digest}, expected "
+                f"{manifest['weights']['sha256']}; it is truncated or was changed, so restore both files from one save"
+            )
+    try:
+        plan = RoastPlan.from_dict(manifest["plan"])
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        raise CheckpointError(f"the plan in {manifest_path} is damaged ({error}); restore the file") from error
+    if manifest.get("sha256") != seal(manifest)["sha256"]:
+        raise CheckpointError(f"{manifest_path} was changed after it was saved (its digest is wrong); restore the file")
+    return Artifact(folder, manifest, plan)
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not readable as JSON ({error}); restore it from a whole copy") from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("format_version"), int):
+        raise CheckpointError(f"{path} has no format version, so it is not a roastify manifest")
+    for key, supported in (("format_version", FORMAT_VERSION), ("mapping_version", MAPPING_VERSION)):
+        if not isinstance(manifest.get(key), int):
+            raise CheckpointError(f"{path} has no {key.replace('_', ' ')}; restore it from a whole copy")
+        if manifest[key] > supported:
+            raise CheckpointError(
+                f"{path} has {key.replace('_', ' ')} {manifest[key]}, and this roastify reads up to {supported}; "
+                f"install a newer roastify"
+            )
+    missing = [key for key in ("weights", "ties", "buffers", "state_dict", "plan") if key not in manifest]
+    if missing or not isinstance(manifest["weights"], dict) or "sha256" not in manifest["weights"]:
+        raise CheckpointError(f"{path} lacks {', '.join(missing) or 'the digest'}; restore it from a whole copy")
+    return manifest
+
+
+def check_architecture(artifact: Artifact, model: nn.Module) -> None:
+    """Raise `CheckpointError` unless the dense model is built as the one that the artifact was made from.
+
+    Names, shapes and ties of the parameters, names and shapes of the buffers, and the kinds of the shared layers count.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    expected = {alias: tensor.shape for tensor in artifact.plan.tensors for alias in tensor.aliases}
+    expected |= {name: tuple(shape) for name, shape in artifact.manifest["buffers"].items()}
+    found = {name: tuple(tensor.shape) for name, tensor in [*parameters.items(), *buffers.items()]}
+    differences = [f"{name} is missing" for name in expected if name not in found]
+    differences += [f"{name} is not in the artifact" for name in found if name not in expected]
+    differences += [
+        f"{name} has shape {found[name]}, expected {shape}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    if not differences:
+        differences = [*_tie_differences(artifact.plan, parameters), *_kind_differences(artifact.plan, model)]
+    if differences:
+        count = "1 difference" if len(differences) == 1 else f"{len(differences)} differences"
+        raise CheckpointError(
+            f"{artifact.folder} was made from another architecture than this {type(model).__name__} "
+            f"({count}): "
+            f"{'; '.join(differences[:3])}; build the model as it was when converted"
+        )
+
+
+def _tie_differences(plan: RoastPlan, parameters: dict[str, nn.Parameter]) -> Iterator[str]:
+    owner: dict[int, str] = {}
+    for tensor in plan.tensors:
+        for alias in tensor.aliases:
+            if parameters[alias] is not parameters[tensor.name]:
+                yield f"{alias} is not tied to {tensor.name}"
+            elif owner.setdefault(id(parameters[alias]), tensor.name) != tensor.name:
+                yield f"{alias} is tied to {owner[id(parameters[alias])]}"
+
+
+def _kind_differences(plan: RoastPlan, model: nn.Module) -> Iterator[str]:
+    for tensor in plan.shared:
+        for module, attribute in owners(model, tensor):
+            refusal = refusal_of(module, attribute)
+            if refusal:
+                yield f"{tensor.name} belongs to a {type(module).__name__} that must keep it: {refusal}"
+
+
+def fill(artifact: Artifact, model: nn.Module, device: torch.device) -> None:
+    """Give a rewritten structure, whose tensors are all on the meta device, the artifact's values.
+
+    Raises:
+        CheckpointError: a tensor is missing, or has another shape, or a value lies outside parameters and buffers.
+    """
+    wanted = dict(_named_tensors(model, artifact.plan))
+    ties: dict[str, str] = artifact.manifest["ties"]
+    stored = _read_tensors(artifact, {ties.get(name, name) for name in wanted})
+    loaded: dict[str, torch.Tensor] = {}
+    for name, like in wanted.items():
+        key = ties.get(name, name)
+        if key not in loaded:
+            loaded[key] = _as_tensor(key, stored[key], like, device)
+        _assign(model, name, loaded[key])
+    _check_no_meta_left(model)
+
+
+def dense_state_dict(artifact: Artifact) -> dict[str, torch.Tensor]:
+    """Return the state dict that the dense model would have, without its code; tied tensors under all their names."""
+    plan, ties = artifact.plan, artifact.manifest["ties"]
+    pool = build_pool(plan, "cpu")
+    prefix = _pool_prefix(plan)
+    of_pool = {prefix + name: parameter for name, parameter in pool.named_parameters()}
+    names = artifact.manifest["state_dict"]
+    stored = _read_tensors(artifact, {*of_pool, *(ties.get(name, name) for name in names)})
+    dense = {name: stored[ties.get(name, name)] for name in names if name not in of_pool}
+    with torch.no_grad():
+        for key, parameter in of_pool.items():
+            parameter.copy_(_as_tensor(key, stored[key], parameter, torch.device("cpu")))
+        for tensor in plan.shared:
+            weight = shared_tensor(pool, tensor).dense().contiguous()
+            dense |= dict.fromkeys(tensor.aliases, weight)
+    in_order = [alias for tensor in plan.tensors for alias in tensor.aliases]
+    # Every name has memory of its own: safetensors writes no two names for one.
+    return {name: dense[name].clone() for name in [*in_order, *(name for name in dense if name not in set(in_order))]}
+
+
+def write_dense(artifact: Artifact, path: Path) -> int:
+    """Write the dense state dict as one safetensors file, whole or not at all; return the number of tensors."""
+    state = dense_state_dict(artifact)
+    pending = path.with_name(path.name + _PENDING)
+    try:
+        save_tensors(state, pending)
+        flush(pending)
+        os.replace(pending, path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"cannot write {path}: {first_line(error)}") from error
+    return len(state)
+
+
+def _read_tensors(artifact: Artifact, names: set[str]) -> dict[str, torch.Tensor]:
+    path = artifact.folder / WEIGHTS
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            missing = sorted(names - set(file.keys()))
+            if missing:
+                raise CheckpointError(
+                    f"{path} lacks {len(missing)} of the tensors it should hold: {', '.join(missing[:3])}; restore "
+                    f"both files from one save"
+                )
+            return {name: file.get_tensor(name) for name in names}
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged ({error}); restore both files from one save") from error
+
+
+def _as_tensor(name: str, value: torch.Tensor, like: torch.Tensor, device: torch.device) -> torch.Tensor:
+    if value.shape != like.shape:
+        raise CheckpointError(f"{name} has shape {tuple(value.shape)} in the artifact; expected {tuple(like.shape)}")
+    value = value.to(device)
+    return nn.Parameter(value, requires_grad=like.requires_grad) if isinstance(like, nn.Parameter) else value
+
+
+def _assign(model: nn.Module, name: str, value: torch.Tensor) -> None:
+    path, _, attribute = name.rpartition(".")
+    module = model.get_submodule(path)
+    (module._parameters if isinstance(value, nn.Parameter) else module._buffers)[attribute] = value  # type: ignore[assignment]
+
+
+def _check_no_meta_left(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if attribute not in ("_parameters", "_buffers", "_modules") and _holds_meta(value):
+                place = f"{name}.{attribute}" if name else attribute
+                raise CheckpointError(
+                    f"{place} is a plain tensor, neither parameter nor buffer, so no artifact holds its value and it "
+                    f"has none on the meta device; build the model on a real device, or register the tensor as a buffer"
+                )
+
+
+def _holds_meta(value: object) -> bool:
+    if isinstance(value, dict):
+        return any(map(_holds_meta, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_holds_meta, value))
+    return isinstance(value, torch.Tensor) and value.is_meta
+
+
+def _in_pool(name: str, plan: RoastPlan) -> bool:
+    return name.startswith(_pool_prefix(plan))
+
+
+def _pool_prefix(plan: RoastPlan) -> str:
+    return f"{plan.owner}.{POOL_NAME}." if plan.owner else f"{POOL_NAME}."
+
+
+def _named_tensors(model: nn.Module, plan: RoastPlan) -> list[tuple[str, torch.Tensor]]:
+    """Return every name of every parameter and buffer, without the pool's own buffers, which follow from the plan."""
+    return [*model.named_parameters(remove_duplicate=False), *_named_buffers(model, plan)]
+
+
+def _named_buffers(model: nn.Module, plan: RoastPlan) -> list[tuple[str, torch.Tensor]]:
+    """Return the model's own buffers, also those not in a state dict: on the meta device they have no value."""
+    named = model.named_buffers(remove_duplicate=False)
+    return [(name, buffer) for name, buffer in named if not _in_pool(name, plan)]
+
+
+def _check_values(given: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    for name in expected.keys() - given.keys():
+        raise CheckpointError(
+            f"the state dict has no {name}, which the model has; pass the whole model's, gathered in every process and "
+            f"written by one (others get an empty one)"
+        )
+    for name in given.keys() - expected.keys():
+        raise CheckpointError(f"the state dict has {name}, which the model has not{closest(name, expected)}")
+    for name, value in given.items():
+        if value.shape != expected[name].shape:
+            raise CheckpointError(
+                f"{name} is of shape {tuple(value.shape)} in the state dict and {tuple(expected[name].shape)} in the "
+                f"model"
+            )
+
+
+def _stored_tensors(
+    model: nn.Module, plan: RoastPlan, values: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Return the tensors to write, tied ones once, and for each further name the one that it is stored under."""
+    first: dict[int, str] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    ties: dict[str, str] = {}
+    for name, tensor in _named_tensors(model, plan):
+        if id(tensor) in first:
+            ties[name] = first[id(tensor)]
+            continue
+        first[id(tensor)] = name
+        value = values.get(name, tensor).detach().to(tensor.dtype)
+        if is_sharded(value):
+            raise CheckpointError(
+                f"{name} is sharded over processes (FSDP2), so this one holds a part of its values; gather them in all "
+                f"processes, values = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, "
+                f"cpu_offload=True)) of torch.distributed.checkpoint.state_dict, and in the first process "
+                f"roastify.save(model, path, state_dict=values)"
+            )
+        value = value.cpu().contiguous()
+        # Views of one storage (a buffer that aliases another) are written as tensors of their own.
+        tensors[name] = value.clone() if value.untyped_storage().nbytes() != value.nbytes else value
+    return _own_storages(tensors), ties
+
+
+def _own_storages(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        pointer = tensor.untyped_storage().data_ptr()
+        if pointer in seen and tensor.numel():
+            tensors[name] = tensor.clone()
+        seen.add(pointer)
+    return tensors
+
+
+def digest_of_file(path: Path) -> str:
+    """Return a file's SHA-256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def flush(path: Path) -> None:
+    """Make a file, or the names in a folder, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,410 @@
+"""A model beside its converted twin: checked against each other, then timed in turn, in one run.
+
+The dense side holds the weights that the converted model stands for, so both compute the same function, and what is
+timed is also what is compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from roastify.checks import clocks as timing
+from roastify.checks.clocks import Timing
+from roastify.checks.interface import describe, leaves, split_inputs
+from roastify.checks.numerics import Agreement, check_agreement
+from roastify.conversion.rewrite import pool_of
+from roastify.errors import BenchError, ConfigError, RoastError, closest
+
+DTYPES = ("float32", "bfloat16", "float16")
+# `torch.compile` quietly runs a function as it is once it was compiled 8 times, and the layers of a converted model
+# differ in their place in the pool; no limit, so that what is reported as compiled is compiled.
+_COMPILE_LIMITS = {"recompile_limit": 1 << 30, "accumulated_recompile_limit": 1 << 30}
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """How two models are timed.
+
+    Args:
+        device: where; see `parse_device`.
+        dtype: that model and floating inputs are cast to; None: as they are.
+        batches: sizes that the example inputs are brought to along their first dimension; empty: as they are.
+        compile: run both sides under `torch.compile`.
+        graph: on a GPU, replay both sides from CUDA graphs.
+        train: time a forward and a backward pass in train mode instead of inference.
+        seconds: how long a case is timed, both sides together; five runs of each in any case.
+        fullgraph: let compiling fail rather than break the graph.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+
+    device: torch.device
+    dtype: torch.dtype | None = None
+    batches: tuple[int, ...] = ()
+    compile: bool = False
+    graph: bool = True
+    train: bool = False
+    seconds: float = 2.0
+    fullgraph: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "batches", tuple(self.batches))
+        object.__setattr__(self, "graph", self.graph and self.device.type == "cuda")
+        for batch in self.batches:
+            if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+                raise ConfigError(f"a batch must be an integer of at least 1; found {batch!r}")
+        if not 0 < self.seconds < math.inf:
+            raise ConfigError(f"seconds must be a positive number; found {self.seconds!r}")
+
+
+def parse_device(device: str | torch.device | None) -> torch.device:
+    """Return a device that is there: `cpu`, `cuda` or `cuda:N`; None: a GPU if there is one.
+
+    Raises:
+        ConfigError: it is of another kind, or not there.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device must be cpu, cuda or cuda:N; found {str(device)!r}")
+    if found.type == "cpu":
+        return found
+    count = torch.cuda.device_count()
+    if (found.index or 0) >= count:
+        raise ConfigError(f"device {str(device)!r} is not there: torch sees {count} CUDA devices; name another")
+    return torch.device("cuda", torch.cuda.current_device() if found.index is None else found.index)
+
+
+def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """Return a dtype given as itself or by name, or None.
+
+    Raises:
+        ConfigError: it is none of `DTYPES`.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if dtype is not None and name not in DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}; found {name!r}{closest(name, DTYPES)}")
+    return None if dtype is None else getattr(torch, name)
+
+
+@dataclass(frozen=True)
+class Side:
+    """What was measured of one of the two models.
+
+    Args:
+        time: of one call.
+        parameters: that it stores.
+        parameter_bytes: of them.
+        peak_bytes: on a GPU, its weights, buffers and inputs, and the most that a call (without a CUDA graph) allocated
+            beside them; the other model is not counted. None on a CPU, where no allocator tells the two apart.
+    """
+
+    time: Timing
+    parameters: int
+    parameter_bytes: int
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True)
+class BenchCase:
+    """Both sides at one batch size.
+
+    Args:
+        batch: asked for; None: the example inputs as they are.
+        inputs: `(path, description)` of every input.
+        agreement: how far the two differ, and what was allowed.
+        dense: the dense model.
+        converted: its converted twin.
+    """
+
+    batch: int | None
+    inputs: tuple[tuple[str, str], ...]
+    agreement: Agreement
+    dense: Side
+    converted: Side
+
+    @property
+    def dense_over_converted(self) -> float:
+        """Time of the dense model ÷ time of the converted one: below 1 the converted one is slower."""
+        return self.dense.time.median_ms / self.converted.time.median_ms
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the case as JSON-ready values."""
+        return {**dataclasses.asdict(self), "dense_over_converted": self.dense_over_converted}
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """A benchmark of one model.
+
+    Args:
+        model: its class.
+        ratio: asked for.
+        achieved_ratio: parameters of the dense model ÷ parameters stored.
+        device: such as `cuda:0`.
+        dtype: that was asked for, or None for the model's own.
+        compile: whether both sides ran under `torch.compile`.
+        graph: whether both sides were replayed from CUDA graphs.
+        train: whether a forward and a backward pass were timed, or inference.
+        machine: device, versions and date.
+        cases: one for each batch size.
+    """
+
+    model: str
+    ratio: float
+    achieved_ratio: float
+    device: str
+    dtype: str | None
+    compile: bool
+    graph: bool
+    train: bool
+    machine: dict[str, Any]
+    cases: tuple[BenchCase, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON-ready values."""
+        return {**dataclasses.asdict(self), "cases": [case.to_dict() for case in self.cases]}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One of the two models, ready to be timed.
+
+    Args:
+        name: `dense` or `converted`.
+        model: in the mode that is timed.
+        inputs: its own copy, on the device.
+        check: a call whose outputs are compared.
+        run: the call that is timed.
+        peak_bytes: see `Side`.
+    """
+
+    name: str
+    model: nn.Module
+    inputs: Any
+    check: Callable[[], Any]
+    run: Callable[[], Any]
+    peak_bytes: int | None
+
+
+def measure(dense: nn.Module, converted: nn.Module, example_inputs: Any, options: BenchOptions) -> BenchReport:
+    """Check and time a dense model beside its converted twin, at every batch size.
+
+    Args:
+        dense: on the options' device, holding the converted model's weights (`rewrite.copy_weights`).
+        converted: its twin.
+        example_inputs: a tensor, a sequence of positional or a mapping of keyword arguments, on any device.
+        options: how.
+
+    Raises:
+        ConfigError: the example inputs cannot be brought to a batch size.
+        BenchError: a model fails, does not compile, or cannot be captured in a CUDA graph.
+        OutputMismatch: the two do not agree; the case is not timed then.
+    """
+    cases = [(batch, rebatch(example_inputs, batch)) for batch in options.batches or (None,)]
+    plan = pool_of(converted).plan
+    return BenchReport(
+        model=plan.model,
+        ratio=plan.ratio,
+        achieved_ratio=plan.achieved_ratio,
+        device=str(options.device),
+        dtype=None if options.dtype is None else str(options.dtype).removeprefix("torch."),
+        compile=options.compile,
+        graph=options.graph,
+        train=options.train,
+        machine=timing.machine(options.device),
+        cases=tuple(
+            compare(
+                prepare("dense", dense, inputs, options),
+                prepare("converted", converted, inputs, options),
+                options,
+                batch,
+            )
+            for batch, inputs in cases
+        ),
+    )
+
+
+def check_inputs(example_inputs: Any, options: BenchOptions) -> None:
+    """Raise `ConfigError` unless there are example inputs that can be brought to every batch size."""
+    if example_inputs is None:
+        raise ConfigError(
+            "timing needs example inputs and the source has none; define example_inputs beside the model: a tensor, a "
+            "tuple of positional or a dict of keyword arguments, or a function without arguments that returns them"
+        )
+    for batch in options.batches:
+        rebatch(example_inputs, batch)
+
+
+def rebatch(example_inputs: Any, batch: int | None) -> Any:
+    """Return example inputs repeated or cut to `batch` along the first dimension of every tensor that has one.
+
+    Raises:
+        ConfigError: their first dimensions differ, so that none of them is known to be the batch.
+    """
+    if batch is None:
+        return example_inputs
+    tensors = [
+        (path, leaf) for path, leaf in leaves(example_inputs, "inputs") if isinstance(leaf, Tensor) and leaf.dim() > 0
+    ]
+    if len({leaf.shape[0] for _, leaf in tensors} - {0}) != 1 or not all(leaf.shape[0] for _, leaf in tensors):
+        # One tensor of each size tells what differs.
+        first = {leaf.shape[0]: f"{path} of {list(leaf.shape)}" for path, leaf in reversed(tensors)}
+        found = ", ".join(reversed(first.values())) or "no tensor with a dimension"
+        raise ConfigError(
+            f"the example inputs cannot be brought to batch {batch}: expected every tensor to have the same first "
+            f"size, the batch; found {found}. Define example inputs of the batch that you want, and leave the batch out"
+        )
+
+    def resized(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or leaf.dim() == 0:
+            return leaf
+        return leaf.index_select(0, torch.arange(batch, device=leaf.device) % leaf.shape[0])
+
+    return pytree.tree_map(resized, example_inputs)
+
+
+def prepare(name: str, model: nn.Module, inputs: Any, options: BenchOptions) -> Subject:
+    """Compile, warm up and capture a model on inputs of its own, and measure its peak memory.
+
+    Raises:
+        BenchError: the model fails, does not compile, or cannot be captured; there is no other path then.
+    """
+    model.train(options.train)
+    inputs = _placed(inputs, options)
+    args, kwargs = split_inputs(inputs)
+    call: Callable[..., Any] = model
+    if options.compile:
+        call = torch.compile(model, dynamic=False, fullgraph=options.fullgraph)
+    make_step = _training_step if options.train else _inference_step
+    step = make_step(model, call, args, kwargs)
+    with _on(options.device):
+        with _stated(
+            f"the {name} model fails on the example inputs{' under torch.compile' if options.compile else ''}"
+        ):
+            with torch._dynamo.config.patch(_COMPILE_LIMITS):
+                for _ in range(timing.WARM_UP_CALLS):
+                    step()
+            peak = _peak_bytes(model, step, inputs) if options.device.type == "cuda" else None
+        run = timing.captured(step, f"the {name} model") if options.graph else step
+    # In training the passes are compared as they are: compiling may draw dropout's masks in another order.
+    check = _training_step(model, model, args, kwargs) if options.train else run
+    return Subject(name, model, inputs, check, run, peak)
+
+
+def compare(dense: Subject, converted: Subject, options: BenchOptions, batch: int | None = None) -> BenchCase:
+    """Check that two models agree, then time them in turn.
+
+    Raises:
+        OutputMismatch: they do not agree; nothing is timed then.
+        BenchError: there is nothing to compare.
+    """
+    with _on(options.device):
+        agreement = _check(dense, converted, options)
+        clock = timing.event_clock if options.graph else timing.wall_clock(options.device)
+        times = timing.alternate({"dense": dense.run, "converted": converted.run}, clock, options.seconds)
+    sides = {
+        subject.name: Side(
+            times[subject.name],
+            sum(parameter.numel() for parameter in subject.model.parameters()),
+            sum(parameter.nbytes for parameter in subject.model.parameters()),
+            subject.peak_bytes,
+        )
+        for subject in (dense, converted)
+    }
+    described = tuple((path, describe(leaf)) for path, leaf in leaves(dense.inputs, "inputs"))
+    return BenchCase(batch, described, agreement, sides["dense"], sides["converted"])
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _stated(what: str) -> Iterator[None]:
+    """Raise whatever a user's model raises as a `BenchError` that begins with `what`."""
+    try:
+        yield
+    except RoastError:
+        raise
+    except Exception as error:
+        raise BenchError(f"{what}: {timing.reason(error)}") from error
+
+
+def _placed(inputs: Any, options: BenchOptions) -> Any:
+    """Return copies of the inputs on the device, floating ones in the dtype asked for: a forward may write to them."""
+
+    def place(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return (
+            leaf.detach().clone().to(device=options.device, dtype=options.dtype if leaf.is_floating_point() else None)
+        )
+
+    return pytree.tree_map(place, inputs)
+
+
+def _inference_step(
+    model: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Callable[[], Any]:
+    def step() -> Any:
+        with torch.no_grad():
+            return call(*args, **kwargs)
+
+    return step
+
+
+def _training_step(
+    model: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Callable[[], Any]:
+    """Return a step whose backward pass starts from fixed gradients of the outputs: no loss is made up and timed."""
+    gradients: list[Tensor] = []
+
+    def step() -> Any:
+        model.zero_grad(set_to_none=True)
+        outputs = call(*args, **kwargs)
+        differentiable = [leaf for _, leaf in leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        if not differentiable:
+            raise BenchError("there is nothing to train: no output requires a gradient; time inference instead")
+        if not gradients:
+            generator = torch.Generator(differentiable[0].device).manual_seed(0)
+            gradients.extend(torch.empty_like(leaf).normal_(generator=generator) for leaf in differentiable)
+        torch.autograd.backward(differentiable, gradients)
+        # A captured step's outputs are kept; what led to them is not.
+        return pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, outputs)
+
+    return step
+
+
+def _peak_bytes(model: nn.Module, step: Callable[[], Any], inputs: Any) -> int:
+    given = [leaf for _, leaf in leaves(inputs) if isinstance(leaf, Tensor)]
+    storages = [tensor.untyped_storage() for tensor in [*model.parameters(), *model.buffers(), *given]]
+    own = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    # The gradients of the last step are no part of what is there before this one.
+    model.zero_grad(set_to_none=True)
+    return own + timing.peak_bytes_of(step)
+
+
+def _check(dense: Subject, converted: Subject, options: BenchOptions) -> Agreement:
+    """Run both on the same random numbers and compare what they return."""
+    outputs = []
+    for subject in (dense, converted):
+        devices = [options.device] if options.device.type == "cuda" else []
+        with _stated(f"the {subject.name} model fails on the example inputs"), torch.random.fork_rng(devices):
+            torch.manual_seed(0)
+            outputs.append(subject.check())
+    return check_agreement(dense.model, converted.model, outputs[0], outputs[1])

@@ -1,0 +1,117 @@
+"""What a conversion takes from the dense model's values: each tensor's scale λ, and the pool's first content."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from roastify.conversion.rewrite import basis_of, matrix, owners
+from roastify.errors import ConversionError
+from roastify.pool.kernel_basis import coefficient_matrix, cosine_basis, principal_basis
+from roastify.pool.plan import RoastPlan, TensorPlan
+from roastify.pool.pool import RoastPool
+from roastify.report import track
+
+# Apart from the mapping's streams, which hash the seed, so that pool and mapping are independent.
+_POOL_SEED_OFFSET = 0x5EED
+
+
+# A constant tensor has no spread of its own. It starts within this much of its value (times the value, where that is
+# above 1): the spread that transformers' models commonly give their weights, small beside the ones of a norm.
+_CONSTANT_SPREAD = 0.02
+
+
+def measure(model: nn.Module, plan: RoastPlan, init: str) -> RoastPlan:
+    r"""Return the plan with λ of every shared tensor, its center, and the padding rows that are zero.
+
+    :math:`\lambda_j = std_j / \sigma` with σ the parameter-weighted root mean square of all shared tensors' standard
+    deviations: every layer starts with the spread its author gave it, and λ is near 1, so that Adam's step keeps its
+    meaning. Vectors and constant tensors (norms, biases) spread around their mean, their center. Where nothing is
+    shared and values are projected, λ is 1, there are no centers, and the weights come back bit for bit (those of
+    coefficients and basis kernels are approximated).
+
+    Raises:
+        ConversionError: a tensor holds NaN or infinite values.
+    """
+    deviations, centers, zero_rows = {}, {}, {}
+    for tensor in track(plan.shared, "measuring weights"):
+        dense = model.get_parameter(tensor.name).detach()
+        mean, deviations[tensor.name] = _mean_and_deviation(tensor, dense)
+        if deviations[tensor.name] == 0 or dense.dim() <= 1:
+            centers[tensor.name] = mean
+        if deviations[tensor.name] == 0:
+            deviations[tensor.name] = _CONSTANT_SPREAD * max(1.0, abs(mean))
+        if tensor.basis_count:
+            # Of the coefficients: the basis is orthonormal.
+            count, positions = tensor.basis_shape
+            deviations[tensor.name] *= math.sqrt(positions / count)
+        row = _zero_row(model, tensor, dense)
+        if row is not None:
+            zero_rows[tensor.name] = row
+    spread = _pool_deviation(plan, deviations)
+    scales = {name: deviation / spread for name, deviation in deviations.items()}
+    if init == "project" and plan.no_sharing:
+        # But for coefficients of basis kernels, which do not bring all of a weight back anyway.
+        whole = {tensor.name for tensor in plan.shared if not tensor.basis_count}
+        scales, centers = {name: 1.0 if name in whole else scale for name, scale in scales.items()}, {}
+    return plan.with_values(scales, centers, zero_rows, spread)
+
+
+def fill(pool: RoastPool, model: nn.Module, plan: RoastPlan, init: str) -> None:
+    """Give the pool its first content: random with `match`, the least-squares fit of the weights with `project`.
+
+    Basis kernels begin as the lowest frequencies, or with `project` as those in which the weight's kernels lose least.
+    """
+    with torch.no_grad():
+        for tensor, basis in zip(plan.with_basis, pool.bases(), strict=True):
+            if init == "project":
+                basis.copy_(principal_basis(model.get_parameter(tensor.name), tensor.basis_count))
+            else:
+                basis.copy_(cosine_basis(tensor.shape[2:], tensor.basis_count))
+    if init == "project":
+        pool.initialise_projection(
+            (plan.view(tensor), tensor.scale or 0.0, _asked_of(pool, tensor, model.get_parameter(tensor.name).detach()))
+            for tensor in track(plan.shared, "projecting weights")
+        )
+        return
+    assert plan.pool_std is not None, "the plan was not measured"
+    pool.initialise_random(plan.pool_std, plan.seed + _POOL_SEED_OFFSET)
+
+
+def _asked_of(pool: RoastPool, tensor: TensorPlan, dense: torch.Tensor) -> torch.Tensor:
+    """Return the matrix that the pool should hold."""
+    whole = matrix(tensor, dense - tensor.center if tensor.center else dense)
+    basis = basis_of(pool, tensor)
+    if basis is None:
+        return whole
+    wide = whole if whole.dtype == torch.float64 else whole.float()
+    return coefficient_matrix(wide, basis.detach().to(wide.dtype))
+
+
+def _mean_and_deviation(tensor: TensorPlan, dense: torch.Tensor) -> tuple[float, float]:
+    wide = dense if dense.dtype in (torch.float32, torch.float64) else dense.float()
+    deviation, mean = (float(value) for value in torch.std_mean(wide, correction=0))
+    if not math.isfinite(deviation):
+        raise ConversionError(f"{tensor.name} holds NaN or infinite values; repair the weights or exclude the tensor")
+    if bool((dense == dense.reshape(-1)[0]).all()):
+        # Rounding gives a constant tensor a mean beside its value and a spread above zero.
+        return float(dense.reshape(-1)[0]), 0.0
+    return mean, deviation
+
+
+def _pool_deviation(plan: RoastPlan, deviations: dict[str, float]) -> float:
+    total = sum(tensor.matrix_numel for tensor in plan.shared)
+    return math.sqrt(sum(tensor.matrix_numel * deviations[tensor.name] ** 2 for tensor in plan.shared) / total)
+
+
+def _zero_row(model: nn.Module, tensor: TensorPlan, dense: torch.Tensor) -> int | None:
+    """Return the padding row if it is zero and every owner treats it as padding.
+
+    A tied output layer reads that row as a weight like any other and trains it, as it does in the dense model.
+    """
+    tables = nn.Embedding | nn.EmbeddingBag
+    rows = {module.padding_idx if isinstance(module, tables) else None for module, _ in owners(model, tensor)}
+    row = rows.pop() if len(rows) == 1 else None
+    return row if row is not None and not bool(dense[row].any()) else None

@@ -1,0 +1,60 @@
+"""Which models may be converted at all; every refusal says what was found and what to do."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from roastify.conversion.rewrite import POOL_NAME, find_pool
+from roastify.errors import ConversionError
+from roastify.layers.modules import RoastModule
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the one device of a model's weights."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def check_convertible(model: object) -> None:
+    """Raise `ConversionError` unless this is a dense, initialised, eager model on one device."""
+    if not isinstance(model, nn.Module):
+        hint = f" {model.__name__}; call it to build a model" if isinstance(model, type) else ""
+        raise ConversionError(f"expected a torch.nn.Module; found {type(model).__name__}{hint}")
+    if find_pool(model) is not None or any(isinstance(module, RoastModule) for module in model.modules()):
+        raise ConversionError(
+            "the model is already converted; convert the dense model, or go back with roastify.densify(model) first"
+        )
+    for name, module in model.named_modules():
+        if hasattr(module, POOL_NAME):
+            raise ConversionError(
+                f"{name or 'the model'} has an attribute {POOL_NAME!r} of its own; rename it: the pool is registered "
+                f"under that name"
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ConversionError(
+                f"{name or 'the model'} is a TorchScript module, whose code cannot be rewritten; convert the eager "
+                f"model, and script or export it afterwards"
+            )
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(tensor):
+            raise ConversionError(
+                f"{name} is not initialised yet (a lazy module); run one forward pass on real inputs first"
+            )
+    devices: dict[torch.device, str] = {}
+    for name, parameter in model.named_parameters():
+        devices.setdefault(parameter.device, name)
+    if len(devices) > 1:
+        found = ", ".join(f"{name} on {device}" for device, name in devices.items())
+        raise ConversionError(
+            f"the weights are on several devices ({found}) and one pool serves all; move the model to one of them"
+        )
+
+
+def check_has_values(model: nn.Module) -> None:
+    """Raise `ConversionError` for a model on the meta device."""
+    if device_of(model).type == "meta":
+        raise ConversionError(
+            "the model is on the meta device and has no values to start a pool from; build it on a real device, or use "
+            "roastify.plan (shapes are enough) or roastify.load (values come from an artifact)"
+        )

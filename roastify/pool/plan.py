@@ -1,0 +1,271 @@
+"""`RoastPlan`: everything a conversion will do, decided, and the figures that follow; as JSON and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from roastify.kernels.view import TileView
+from roastify.pool.mapping import TileMap
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """The verdict on one tensor.
+
+    Args:
+        name: its first name in `named_parameters`.
+        aliases: all its names; several for a tied tensor.
+        shape: of the dense tensor.
+        dtype: such as `float32`.
+        op: what consumes it.
+        shared: the verdict.
+        reason: why.
+        through: how modules read it, if shared: `layer` (the layer's own operation runs on the pool), `operation` (the
+            operations in the module's code do), `attribute` (it is materialised on access), or several of these.
+        rows: of its matrix in the pool; 0 if kept, like all that follow.
+        cols: of its matrix in the pool.
+        transposed: whether that matrix is the dense tensor's transpose.
+        strips: whether it is cut into strips in memory order instead of two-dimensional tiles.
+        base: its first address in its region.
+        region: the pool region (map) that it is in.
+        num_tiles: tiles that it touches.
+        scale: λ; None until the model's values are known.
+        zero_row: its row that is zero and stays so (an embedding's padding row), if any.
+        center: what is added to every element read from the pool.
+        whole: why it is materialised, where it is.
+        basis_count: basis kernels that its kernels are combinations of; the matrix then holds the coefficients. 0: it
+            holds the tensor.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    op: str
+    shared: bool
+    reason: str
+    through: str = ""
+    rows: int = 0
+    cols: int = 0
+    transposed: bool = False
+    strips: bool = False
+    base: int = 0
+    region: int = 0
+    num_tiles: int = 0
+    scale: float | None = None
+    zero_row: int | None = None
+    center: float = 0.0
+    whole: str = ""
+    basis_count: int = 0
+
+    @property
+    def numel(self) -> int:
+        """Elements of the dense tensor."""
+        return math.prod(self.shape)
+
+    @property
+    def matrix_numel(self) -> int:
+        """Elements of its matrix, which are what the pool is asked for."""
+        return self.rows * self.cols
+
+    @property
+    def basis_shape(self) -> tuple[int, int]:
+        """`(basis kernels, positions of a kernel)`."""
+        return self.basis_count, math.prod(self.shape[2:])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the dense tensor."""
+        return self.numel * getattr(torch, self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class Region:
+    """A run of pool slots with a mapping of its own: the whole pool, or with `sharing="local"` one tensor's part."""
+
+    num_tiles: int
+    num_slots: int
+    first_slot: int
+    first_chunk: int
+
+
+@dataclass(frozen=True)
+class RoastPlan:
+    """Everything a conversion will do, decided.
+
+    Args:
+        model: the model's class.
+        ratio: asked for.
+        seed: of mapping and initial values.
+        tile: `(rows, cols)`.
+        sign: `none`, `row`, `tile` or `element`.
+        mapping: its name.
+        mapping_version: of the formula.
+        sharing: `global` or `local`.
+        precondition: whether the pool's gradient is divided by Γ.
+        num_slots: of the pool.
+        dtype: of the pool.
+        trainable: whether the pool requires a gradient.
+        owner: path of the module that the pool is registered in; empty for the root.
+        regions: of the pool.
+        tensors: the verdict on every parameter, in `named_parameters` order.
+        pool_std: standard deviation of a random pool; None until the model's values are known.
+        share: `weights`, or `all` if vectors, constant and small tensors are shared too.
+    """
+
+    model: str
+    ratio: float
+    seed: int
+    tile: tuple[int, int]
+    sign: str
+    mapping: str
+    mapping_version: int
+    sharing: str
+    precondition: bool
+    num_slots: int
+    dtype: str
+    trainable: bool
+    owner: str
+    regions: tuple[Region, ...]
+    tensors: tuple[TensorPlan, ...]
+    pool_std: float | None = None
+    share: str = "weights"
+
+    @property
+    def slot_size(self) -> int:
+        """Elements in a slot."""
+        return self.tile[0] * self.tile[1]
+
+    @property
+    def shared(self) -> list[TensorPlan]:
+        """The tensors that go into the pool."""
+        return [tensor for tensor in self.tensors if tensor.shared]
+
+    @property
+    def kept(self) -> list[TensorPlan]:
+        """The tensors that stay dense."""
+        return [tensor for tensor in self.tensors if not tensor.shared]
+
+    @property
+    def total_numel(self) -> int:
+        """Parameters of the dense model."""
+        return sum(tensor.numel for tensor in self.tensors)
+
+    @property
+    def kept_numel(self) -> int:
+        """Parameters that stay dense."""
+        return sum(tensor.numel for tensor in self.kept)
+
+    @property
+    def pool_numel(self) -> int:
+        """Parameters of the pool."""
+        return self.num_slots * self.slot_size
+
+    @property
+    def with_basis(self) -> list[TensorPlan]:
+        """The shared tensors whose kernels are combinations of basis kernels."""
+        return [tensor for tensor in self.tensors if tensor.basis_count]
+
+    @property
+    def basis_numel(self) -> int:
+        """Parameters of all basis kernels."""
+        return sum(math.prod(tensor.basis_shape) for tensor in self.with_basis)
+
+    @property
+    def stored_numel(self) -> int:
+        """Parameters that the converted model stores: the pool, basis kernels and everything kept."""
+        return self.pool_numel + self.basis_numel + self.kept_numel
+
+    @property
+    def achieved_ratio(self) -> float:
+        """Parameters of the dense model ÷ parameters stored."""
+        return self.total_numel / self.stored_numel
+
+    @property
+    def total_nbytes(self) -> int:
+        """Bytes of the dense model's parameters."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def stored_nbytes(self) -> int:
+        """Bytes of the converted model's parameters."""
+        kept = sum(tensor.nbytes for tensor in self.kept)
+        return (self.pool_numel + self.basis_numel) * getattr(torch, self.dtype).itemsize + kept
+
+    @property
+    def no_sharing(self) -> bool:
+        """Whether every tile has a slot to itself, as at ratio 1."""
+        return all(region.num_slots >= region.num_tiles for region in self.regions)
+
+    def maps(self) -> list[TileMap]:
+        """Return the mapping of every region."""
+        return [
+            TileMap(
+                num_tiles=region.num_tiles,
+                num_slots=region.num_slots,
+                tile=self.tile,
+                seed=self.seed,
+                kind=self.mapping,
+                sign=self.sign,
+                first_slot=region.first_slot,
+                first_chunk=region.first_chunk,
+            )
+            for region in self.regions
+        ]
+
+    def view(self, tensor: TensorPlan) -> TileView:
+        """Return where a shared tensor lies, as the operations take it."""
+        return self.maps()[tensor.region].view(tensor.rows, tensor.cols, tensor.base, tensor.strips)
+
+    def with_values(
+        self, scales: dict[str, float], centers: dict[str, float], zero_rows: dict[str, int], pool_std: float
+    ) -> RoastPlan:
+        """Return the plan with what only the model's values tell: λ, centers, rows that are zero, the pool's spread."""
+        tensors = (
+            dataclasses.replace(
+                tensor,
+                scale=scales[tensor.name],
+                center=centers.get(tensor.name, 0.0),
+                zero_row=zero_rows.get(tensor.name),
+            )
+            if tensor.shared
+            else tensor
+            for tensor in self.tensors
+        )
+        return dataclasses.replace(self, tensors=tuple(tensors), pool_std=pool_std)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as JSON-ready values, with the figures that follow from it under `summary`."""
+        summary = {
+            "total_parameters": self.total_numel,
+            "stored_parameters": self.stored_numel,
+            "pool_parameters": self.pool_numel,
+            "basis_parameters": self.basis_numel,
+            "kept_parameters": self.kept_numel,
+            "shared_parameters": self.total_numel - self.kept_numel,
+            "total_bytes": self.total_nbytes,
+            "stored_bytes": self.stored_nbytes,
+            "achieved_ratio": self.achieved_ratio,
+        }
+        return {**dataclasses.asdict(self), "summary": summary}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RoastPlan:
+        """Rebuild a plan from `to_dict`.
+
+        Raises:
+            TypeError: a key is missing or unknown.
+        """
+        values = {key: value for key, value in values.items() if key != "summary"}
+        values["tile"] = tuple(values["tile"])
+        values["regions"] = tuple(Region(**region) for region in values["regions"])
+        values["tensors"] = tuple(
+            TensorPlan(**{**tensor, "aliases": tuple(tensor["aliases"]), "shape": tuple(tensor["shape"])})
+            for tensor in values["tensors"]
+        )
+        return cls(**values)

@@ -1,0 +1,257 @@
+r"""`RoastPool`: the owner of the one shared Parameter, its initial values and the preconditioning of its gradient."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from roastify.errors import RoastError
+from roastify.kernels import reference
+from roastify.kernels.kept_weights import WeightGroup, grouped
+from roastify.kernels.reference import summed_in
+from roastify.kernels.view import TileView, Weight
+from roastify.pool import compiled_read as traced
+from roastify.pool.forward_pass import divide_, is_watched_by_modes, made_of, unseen
+from roastify.pool.mapping import TileMap
+from roastify.pool.preconditioner import inverse_gamma
+
+
+class RoastPool(nn.Module):
+    r"""The pool: one Parameter `weight` of `[num_slots · tile_rows, tile_cols]`, a slot being `tile_rows` rows.
+
+    It is two-dimensional because optimizers' usual parameter groups exempt one-dimensional parameters from weight
+    decay (timm, nanoGPT), which the weights it stands for were not.
+
+    Through `read` its gradient is divided, element by element, by
+
+    .. math:: \Gamma_e = \sum_{w\ \text{reads}\ e} \lambda_w^2,
+
+    so that an SGD step on the pool is the dense SGD step projected onto what the pool can express (Desai and
+    Shrivastava, ICLR 2024, section 4.1, with λ added). Weight decay is not divided: the dense decay projects to the
+    pool's.
+
+    Beside it are the basis kernels of convolutions (`basis`), each layer's a Parameter `basis_…` of `[count,
+    positions]`. A step on one moves as many weights as the layer has kernels, so its gradient is divided likewise.
+
+    Args:
+        num_slots: slots in the pool.
+        tile: `(rows, cols)` of a tile.
+        maps: the mappings of its regions; one, or one for each tensor.
+        shared: view and λ of every shared tensor; tied tensors once.
+        unread_rows: view, λ and row of every row that is zero instead of read (an embedding's padding row).
+        bases: shape of every basis, and what its gradient is divided by.
+        dtype: of the Parameters.
+        device: of the Parameters.
+        trainable: whether the Parameters require a gradient.
+        precondition: whether `read` divides the gradient by Γ, and `basis` has that of basis kernels divided.
+    """
+
+    table: Tensor
+    per_slot: Tensor
+    uneven_slots: Tensor
+    uneven: Tensor
+
+    def __init__(
+        self,
+        num_slots: int,
+        tile: tuple[int, int],
+        maps: Sequence[TileMap],
+        shared: Sequence[tuple[TileView, float]],
+        *,
+        unread_rows: Sequence[tuple[TileView, float, int]] = (),
+        bases: Sequence[tuple[tuple[int, int], float]] = (),
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        trainable: bool = True,
+        precondition: bool = True,
+    ) -> None:
+        super().__init__()
+        self.num_slots = num_slots
+        self.tile = tile
+        self.precondition = precondition
+        # The plan that the pool was built from, for saving and the way back; `rewrite` sets it.
+        self.plan: Any = None
+        # Weights whose layers may keep them in a training pass, in their order; `rewrite` sets them.
+        self.weights: tuple[Weight, ...] = ()
+        self._groups: dict[Weight, WeightGroup] | None = None
+        # What the Parameter is kept in. While a forward pass runs, sharding may show it in another dtype.
+        self.stored_dtype = dtype
+        shape = (num_slots * tile[0], tile[1])
+        self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=trainable)
+        # Not in a ParameterList, which `nn.DataParallel` leaves empty in its replicas.
+        for index, (basis_shape, _) in enumerate(bases):
+            basis = nn.Parameter(torch.empty(basis_shape, dtype=dtype, device=device), requires_grad=trainable)
+            self.register_parameter(_basis_name(index), basis)
+        self._basis_energy = tuple(energy for _, energy in bases)
+        # Derived from the plan, so never part of a state dict. The masters stay on the CPU whatever the default device
+        # is: `_apply` copies from them, which keeps the buffers right through `to_empty` and exact through `half`.
+        with torch.device("cpu"):
+            rows = [row for tile_map in maps for row in tile_map.chunk_table()]
+            self._masters = {"table": torch.tensor(rows, dtype=torch.int64).view(-1, 3)}
+            self._masters |= inverse_gamma(num_slots, tile, self._masters["table"], shared, unread_rows)
+        for name, master in self._masters.items():
+            self.register_buffer(name, self._from_master(master), persistent=False)
+
+    @property
+    def slot_size(self) -> int:
+        """Elements in a slot."""
+        return self.tile[0] * self.tile[1]
+
+    def read(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the pool for use in a forward pass, in a dtype (default: its own).
+
+        Its gradient arrives summed over all readers of the pass, in float32, and divided by Γ. Within its
+        model's forward (`RootForward`) the cast is made once, and so is the node that divides; elsewhere, each time.
+
+        Raises:
+            RoastError: the pool is sharded and its values are not gathered now.
+        """
+        weight = self._whole()
+        dtype = dtype or weight.dtype
+        tracked = torch.is_grad_enabled() and weight.requires_grad
+        if not tracked and dtype == weight.dtype:
+            return weight
+        # An exported graph has no backward pass, and is for who may not have this operator. The flag itself: dynamo of
+        # torch 2.11 takes `is_exporting()` for true wherever it traces.
+        if tracked and torch.compiler.is_dynamo_compiling() and not torch.compiler._is_exporting_flag:
+            return traced.read(self, dtype)
+        if is_watched_by_modes():
+            with unseen(self):
+                return made_of(self).read(dtype, tracked)
+        return made_of(self).read(dtype, tracked)
+
+    def read_weight(self, weight: Weight, dtype: torch.dtype) -> Tensor:
+        """Return a dense weight in a dtype, in a graph, for use in a forward pass that is recorded.
+
+        Within its model's forward it is gathered once, together with others like it; elsewhere, each time.
+
+        Raises:
+            RoastError: the pool is sharded and its values are not gathered now.
+        """
+        self._whole()
+        if is_watched_by_modes():
+            with unseen(self):
+                return made_of(self).dense(weight, dtype)
+        return made_of(self).dense(weight, dtype)
+
+    def bases(self) -> list[nn.Parameter]:
+        """Return the Parameters of all basis kernels."""
+        return [getattr(self, _basis_name(index)) for index in range(len(self._basis_energy))]
+
+    def basis(self, index: int) -> tuple[Tensor, float]:
+        """Return a layer's basis kernels, and what their gradient is to be multiplied by; see the class."""
+        return getattr(self, _basis_name(index)), 1 / self._basis_energy[index] if self.precondition else 1.0
+
+    def plain_basis(self, index: int) -> nn.Parameter | None:
+        """Return the Parameter that a basis is, or None if it is made of something; nothing is made for this."""
+        found = self.__dict__["_parameters"].get(_basis_name(index))
+        return found if type(found) is nn.Parameter else None
+
+    def group_of(self, weight: Weight) -> WeightGroup:
+        """Return the weights that a pass gathers with this one."""
+        if self._groups is None:
+            self._groups = grouped(self.weights)
+        return self._groups.get(weight) or WeightGroup([weight])
+
+    def parameter(self) -> nn.Parameter:
+        """Return `weight` at a tenth of what it costs to look it up: there are several times a layer."""
+        found = self.__dict__["_parameters"].get("weight")
+        # A replica has it elsewhere.
+        return self.weight if found is None else found
+
+    def _whole(self) -> nn.Parameter:
+        weight = self.parameter()
+        if is_sharded(weight):
+            raise RoastError(
+                "the pool is sharded over processes and not gathered now, which FSDP2 does while the forward of the "
+                "module it was sharded with runs. Shard the whole model last, fully_shard(model), and call that; to "
+                "read weights or call a part of it, model.unshard() first and model.reshard() afterwards"
+            )
+        return weight
+
+    def forward(self, x: Any) -> Any:
+        """Return `x`: a model whose forward runs through its children meets its pool among them."""
+        return x
+
+    def initialise_random(self, std: float, seed: int) -> None:
+        """Fill the pool with N(0, std²), the same numbers on every device; the global generators are not touched."""
+        generator = torch.Generator().manual_seed(seed % (1 << 63))
+        values = torch.empty(self.weight.shape, dtype=torch.float32, device="cpu").normal_(
+            0.0, std, generator=generator
+        )
+        with torch.no_grad():
+            self.weight.copy_(values)
+
+    def initialise_projection(self, tensors: Iterable[tuple[TileView, float, Tensor]]) -> None:
+        r"""Set the pool to the least-squares fit of dense tensors: :math:`pool_e = \sum \lambda\,sign\,w / \Gamma_e`.
+
+        Args:
+            tensors: view, λ and dense matrix `[rows, cols]` of every shared tensor; tied tensors once.
+        """
+        dtype = summed_in(self.weight.dtype)
+        with torch.no_grad():
+            direct = self.weight.dtype == dtype
+            total = self.weight.data.zero_() if direct else torch.zeros_like(self.weight, dtype=dtype)
+            for view, scale, matrix in tensors:
+                reference.reduce_(total, matrix.to(dtype), self.table, view, scale)
+            divide_(total, self.per_slot, self.uneven_slots, self.uneven)
+            if not direct:
+                self.weight.copy_(total)
+
+    def _replicate_for_data_parallel(self) -> RoastPool:
+        replica = super()._replicate_for_data_parallel()
+        _replicas.setdefault(self, weakref.WeakSet()).add(replica)
+        return replica
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RoastPool:
+        super()._apply(fn, recurse)
+        self.stored_dtype = self.weight.dtype
+        for name, master in self._masters.items():
+            setattr(self, name, self._from_master(master))
+        return self
+
+    def _from_master(self, master: Tensor) -> Tensor:
+        """Return a master for use: where the pool is, and 1/Γ in the dtype that gradients are summed in."""
+        dtype = summed_in(self.weight.dtype) if master.is_floating_point() else master.dtype
+        return master.to(self.weight.device, dtype)
+
+    def extra_repr(self) -> str:
+        """Describe the pool's size."""
+        rows, cols = self.tile
+        return f"{self.weight.numel():,} parameters, {self.num_slots} slots of {rows}×{cols}"
+
+
+def _basis_name(index: int) -> str:
+    return f"basis_{index}"
+
+
+# Of every pool, what `nn.DataParallel` made of it for each device; it makes them anew for every forward.
+_replicas: weakref.WeakKeyDictionary[RoastPool, weakref.WeakSet[RoastPool]] = weakref.WeakKeyDictionary()
+
+
+class ReplicatedPool:
+    """Stands for a pool in replicas of the modules that read it: `nn.DataParallel` runs each with its device current.
+
+    Modules hold their pool outside the tree of modules, so replicating the tree does not lead them to its replica.
+    """
+
+    def __init__(self, pool: RoastPool) -> None:
+        self._pool = pool
+
+    def __getattr__(self, name: str) -> Any:
+        device = current_device()
+        return getattr(next(pool for pool in _replicas[self._pool] if pool.weight.device == device), name)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is spread over processes (a `DTensor`), so that this one holds a part of its values."""
+    return type(tensor) is not nn.Parameter and hasattr(tensor, "placements")
+
+
+def current_device() -> torch.device:
+    """Return the device whose replica is running."""
+    return torch.device("cuda", torch.cuda.current_device())

@@ -1,0 +1,1 @@
+"""Bringing a converted pretrained model back to what the dense model did."""

@@ -1,0 +1,368 @@
+r"""The pool that brings every layer's outputs nearest to the dense layer's, on the inputs that the teacher gives it.
+
+Weights are linear in the pool, so the error of all layers together,
+
+.. math:: \sum_l \frac{\lVert X_l\,(W_l(pool) - W_l)^\top \rVert^2}{\lVert X_l\,W_l^\top \rVert^2},
+
+is one convex quadratic. It needs no more of the data than each layer's second moments :math:`X_l^\top X_l`; conjugate
+gradients then find the minimum without another look at the data. The projection is the case where every layer's inputs
+are uncorrelated and equally large, which they never are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from roastify.conversion.rewrite import basis_of, matrix, owners, pool_of
+from roastify.errors import RecoveryError
+from roastify.kernels import ops
+from roastify.kernels.reference import summed_in
+from roastify.kernels.view import SignKind, TileView
+from roastify.layers.kinds import kind_of
+from roastify.pool.kernel_basis import coefficient_matrix, combined_matrix
+from roastify.pool.plan import TensorPlan
+from roastify.pool.pool import RoastPool
+from roastify.report import track
+
+# Of the mean second moment, added to each: what the data says little about stays near the dense weights.
+_RIDGE = 1e-2
+# Elements of unfolded convolution inputs at a time.
+_UNFOLDED = 1 << 25
+# A step that gains less than this part of the first one's is rounding.
+_CONVERGED = 1e-10
+# A target of under this part of the squares that its tensor's spread makes is none.
+_NOTHING = 1e-2
+
+
+class _Moments:
+    """First and second moments of what a layer multiplies its weight with, group by group of its channels."""
+
+    def __init__(self) -> None:
+        self.second: Tensor | None = None
+        self.first: Tensor | None = None
+        self.count = 0
+
+    def add(self, rows: Tensor) -> None:
+        """Add inputs `[groups, samples, features]`."""
+        rows = rows if rows.dtype == torch.float64 else rows.float()
+        second, first = rows.transpose(1, 2) @ rows, rows.sum(1)
+        self.second = second if self.second is None else self.second + second
+        self.first = first if self.first is None else self.first + first
+        self.count += rows.shape[1]
+
+    def mean(self) -> Tensor:
+        """Return the inputs' mean, `[groups, features]`."""
+        assert self.first is not None
+        return self.first / self.count
+
+    def spread(self, like: Tensor, centered: bool) -> Tensor:
+        """Return the second moments, around the mean if `centered`, with the ridge."""
+        assert self.second is not None
+        second = self.second / self.count
+        if centered:
+            second = second - self.mean()[:, :, None] * self.mean()[:, None, :]
+        second = second.to(like)
+        # Moments of few samples are noise, in proportion: there the dense weights are the better guide.
+        ridge = (_RIDGE + second.shape[1] / self.count) * second.diagonal(dim1=1, dim2=2).mean()
+        return second + ridge * torch.eye(second.shape[1], dtype=like.dtype, device=like.device)
+
+
+@dataclass
+class _Reader:
+    """A layer that multiplies by a shared tensor, or looks its rows up; what it is given is counted as it is called.
+
+    Args:
+        name: of the module.
+        tensor: the shared tensor.
+        rows_of: what the layer multiplies its weight with, from its input; None for a lookup.
+        has_bias: whether it has a bias of its own to train, which takes up the error's mean.
+        moments: of its inputs.
+        lookups: how often each row was looked up; None before the first.
+    """
+
+    name: str
+    tensor: TensorPlan
+    rows_of: Callable[[Tensor], Iterator[Tensor]] | None
+    has_bias: bool
+    moments: _Moments
+    lookups: Tensor | None = None
+
+    def look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Take note of an input: a hook before the teacher's layer."""
+        x = (args[0] if args else next(iter(kwargs.values()))).detach()
+        # Sums of many terms, which autocast would round.
+        with torch.autocast(x.device.type, enabled=False):
+            if self.rows_of is not None:
+                for rows in self.rows_of(x):
+                    self.moments.add(rows)
+            else:
+                count = torch.bincount(x.reshape(-1), minlength=self.tensor.rows).float()
+                self.lookups = count if self.lookups is None else self.lookups + count
+
+    def check(self) -> None:
+        """Raise `RecoveryError` if an input was not finite: nothing could be aligned by its moments."""
+        second = self.moments.second
+        if second is not None and not bool(second.isfinite().all()):
+            raise RecoveryError(
+                f"the inputs of the teacher's layer {self.name} are not finite on the first batches, or their squares "
+                f"are not; look for NaN and infinite values in the data, or for a teacher that overflows, or do "
+                f"without alignment (align=0); the student is as it was"
+            )
+
+
+@dataclass
+class _Term:
+    """What one reader of a tensor adds to the error, by its second moments, or by a weight for each row.
+
+    Args:
+        tensor: the shared tensor.
+        target: the dense matrix.
+        second: moments of the inputs, `[groups, cols, cols]`.
+        weight: of each row.
+    """
+
+    tensor: TensorPlan
+    target: Tensor
+    second: Tensor | None = None
+    weight: Tensor | None = None
+
+    def apply(self, difference: Tensor) -> Tensor:
+        """Return half the gradient of the error with respect to the matrix, at a difference from the target."""
+        if self.tensor.zero_row is not None:
+            difference = difference.clone()
+            difference[self.tensor.zero_row] = 0
+        if self.weight is not None:
+            return self.weight[:, None] * difference
+        assert self.second is not None
+        return (difference.view(len(self.second), -1, difference.shape[1]) @ self.second).view_as(difference)
+
+    def error(self, difference: Tensor) -> Tensor:
+        """Return the squared error of a difference from the target."""
+        return (difference * self.apply(difference)).sum()
+
+    def curvature(self) -> Tensor:
+        """Return the diagonal of `apply`."""
+        if self.weight is not None:
+            curvature = self.weight[:, None].expand_as(self.target).clone()
+        else:
+            assert self.second is not None
+            diagonal = self.second.diagonal(dim1=1, dim2=2)
+            curvature = diagonal.repeat_interleave(self.tensor.rows // len(diagonal), 0)
+        if self.tensor.zero_row is not None:
+            curvature[self.tensor.zero_row] = 0
+        return curvature
+
+
+def align(
+    student: nn.Module, teacher: nn.Module, forwards: Iterable[Callable[[], Any]], steps: int
+) -> tuple[float, float]:
+    """Set the pool, and the biases beside shared weights, to what brings the layers' outputs nearest to the teacher's.
+
+    Args:
+        student: a converted model.
+        teacher: the dense model that the student was made from, in eval mode.
+        forwards: each runs the teacher on a batch.
+        steps: of conjugate gradients, at most.
+
+    Returns:
+        the error before and after: squared, over the squares of the layers' outputs, in the mean over layers.
+    """
+    pool = pool_of(student)
+    readers = [reader for tensor in pool.plan.shared for reader in _readers(tensor, student, teacher)]
+    hooks = [
+        teacher.get_submodule(each.name).register_forward_pre_hook(each.look, with_kwargs=True) for each in readers
+    ]
+    try:
+        with torch.no_grad():
+            for forward in forwards:
+                forward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    with torch.no_grad():
+        for reader in readers:
+            reader.check()
+        std = pool.plan.pool_std or 0.0
+        terms = [term for tensor in pool.plan.shared for term in _terms(tensor, teacher, readers, std)]
+        before, after = _solve(pool, terms, steps)
+        for reader in readers:
+            if reader.has_bias and reader.moments.count:
+                _move_bias(student.get_submodule(reader.name), teacher.get_submodule(reader.name), reader.moments)
+    return before, after
+
+
+def _readers(tensor: TensorPlan, student: nn.Module, teacher: nn.Module) -> Iterator[_Reader]:
+    """Yield the teacher's layers of which it is known what they do with a shared tensor."""
+    for module, attribute in owners(teacher, tensor):
+        kind = kind_of(type(module), attribute)
+        if kind is None or kind.transposed != tensor.transposed:
+            continue
+        name = next(name for name, other in teacher.named_modules() if other is module)
+        rows_of = _inputs_of(module, kind.op)
+        if rows_of is not None:
+            bias = student.get_submodule(name)._parameters.get("bias")
+            yield _Reader(name, tensor, rows_of, bias is not None and bias.requires_grad, _Moments())
+        elif kind.op in ("embedding", "embedding_bag"):
+            yield _Reader(name, tensor, None, False, _Moments())
+
+
+def _inputs_of(module: Any, op: str) -> Callable[[Tensor], Iterator[Tensor]] | None:
+    """Return what turns a layer's input into rows `[groups, samples, features]`, or None where none do."""
+    if op == "linear":
+        return lambda x: iter([x.reshape(1, -1, x.shape[-1])])
+    if op in ("conv1d", "conv2d", "conv3d"):
+        return lambda x: _unfolded(module, x)
+    return None
+
+
+def _unfolded(layer: nn.modules.conv._ConvNd, x: Tensor) -> Iterator[Tensor]:
+    """Yield a convolution's input as the rows that its weight multiplies, a part of the batch at a time."""
+    dims = len(layer.kernel_size)
+    x = x if x.dim() == dims + 2 else x[None]
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+    size = math.prod(layer.kernel_size) * x[0].numel()
+    for part in x.split(max(1, _UNFOLDED // size)):
+        for dim, (width, stride, dilation) in enumerate(
+            zip(layer.kernel_size, layer.stride, layer.dilation, strict=True), 2
+        ):
+            part = part.unfold(dim, (width - 1) * dilation + 1, stride)[..., ::dilation]
+        # [batch, channels, *places, *kernel] → [groups, batch · places, channels of a group · kernel]
+        part = part.unflatten(1, (layer.groups, -1))
+        places = range(3, 3 + dims)
+        rows = part.permute(1, 0, *places, 2, *range(3 + dims, 3 + 2 * dims))
+        yield rows.reshape(layer.groups, -1, part.shape[2] * math.prod(layer.kernel_size))
+
+
+def _terms(tensor: TensorPlan, teacher: nn.Module, readers: Sequence[_Reader], pool_std: float) -> Iterator[_Term]:
+    """Yield a tensor's parts of the error; where its readers are unknown or idle, all its elements count alike."""
+    dense = teacher.get_parameter(tensor.name).detach()
+    target = matrix(tensor, dense - tensor.center if tensor.center else dense)
+    target = target if target.dtype == torch.float64 else target.float()
+    terms = []
+    for reader in readers:
+        if reader.tensor is not tensor:
+            continue
+        if reader.moments.count:
+            terms.append(_Term(tensor, target, second=reader.moments.spread(target, centered=reader.has_bias)))
+        elif reader.lookups is not None:
+            counts = reader.lookups.to(target)
+            terms.append(_Term(tensor, target, weight=counts + _RIDGE * counts.mean()))
+    for term in terms or [_Term(tensor, target, weight=target.new_ones(tensor.rows))]:
+        # Of a constant tensor (a bias of zeros, a fresh norm) the target is zero, and no error is small next to it.
+        # Its errors count next to the spread that the conversion gave it.
+        size, usual = term.error(target), ((tensor.scale or 0.0) * pool_std) ** 2 * term.curvature().sum()
+        size = torch.where(size > _NOTHING * usual, size, usual).clamp(min=torch.finfo(target.dtype).tiny)
+        if term.second is not None:
+            term.second = term.second / size
+        if term.weight is not None:
+            term.weight = term.weight / size
+        yield term
+
+
+@dataclass
+class _Place:
+    """Where a tensor's weight comes from: a linear function of the pool.
+
+    Args:
+        table: the pool's.
+        view: of the tensor's matrix.
+        scale: λ.
+        basis: its basis kernels, or None.
+    """
+
+    table: Tensor
+    view: TileView
+    scale: float
+    basis: Tensor | None
+
+    def weight(self, pool: Tensor) -> Tensor:
+        """Return the weight, `[rows, …]`."""
+        matrix = ops.gather(pool, self.table, self.view, self.scale)
+        return matrix if self.basis is None else combined_matrix(matrix, self.basis)
+
+    def adjoint(self, weight: Tensor, pool_shape: Sequence[int]) -> Tensor:
+        """Return the transpose of `weight` applied."""
+        matrix = weight if self.basis is None else coefficient_matrix(weight, self.basis)
+        return ops.reduce(matrix.contiguous(), self.table, self.view, self.scale, pool_shape)
+
+
+def _basis(pool: RoastPool, term: _Term, dtype: torch.dtype) -> Tensor | None:
+    basis = basis_of(pool, term.tensor)
+    return None if basis is None else basis.detach().to(dtype)
+
+
+def _solve(pool: RoastPool, terms: Sequence[_Term], steps: int) -> tuple[float, float]:
+    """Minimise the mean of the terms over the pool by conjugate gradients; return it before and after."""
+    wide = summed_in(pool.weight.dtype)
+    x = pool.weight.detach().to(wide, copy=True)
+    places = [
+        _Place(pool.table, pool.plan.view(term.tensor), term.tensor.scale or 0.0, _basis(pool, term, wide))
+        for term in terms
+    ]
+
+    def product(vector: Tensor, target: bool = False) -> Tensor:
+        total = torch.zeros_like(vector)
+        for term, place in zip(terms, places, strict=True):
+            difference = place.weight(vector)
+            if target:
+                difference = term.target.to(wide) - difference
+            total += place.adjoint(term.apply(difference), vector.shape)
+        return total
+
+    def error() -> float:
+        total = torch.zeros((), dtype=x.dtype, device=x.device)
+        for term, place in zip(terms, places, strict=True):
+            total += term.error(place.weight(x) - term.target.to(wide))
+        return float(total) / len(terms)
+
+    before = error()
+    scaling = _curvature(pool, terms, x)
+    residual = product(x, target=True)
+    direction = residual / scaling
+    gain = first_gain = (residual * direction).sum()
+    for _ in track(range(steps), "aligning layers"):
+        if not gain > _CONVERGED * first_gain:
+            break
+        image = product(direction)
+        step = gain / (direction * image).sum()
+        x += step * direction
+        residual -= step * image
+        preconditioned = residual / scaling
+        previous, gain = gain, (residual * preconditioned).sum()
+        direction = preconditioned + (gain / previous) * direction
+    after = error()
+    # Conjugate gradients never move up; rounding at the very minimum may.
+    if after < before:
+        pool.weight.copy_(x)
+    return before, min(before, after)
+
+
+def _curvature(pool: RoastPool, terms: Sequence[_Term], like: Tensor) -> Tensor:
+    """Return the diagonal of the quadratic, by which conjugate gradients are preconditioned; 1 where nothing reads."""
+    total = torch.zeros_like(like)
+    for term in terms:
+        scale = term.tensor.scale or 0.0
+        view = pool.plan.view(term.tensor)._replace(sign=int(SignKind.NONE))
+        basis = _basis(pool, term, like.dtype)
+        # Of a coefficient, as if the inputs of a kernel's positions were uncorrelated.
+        squared = None if basis is None else basis**2
+        total += _Place(pool.table, view, scale, squared).adjoint(term.curvature() * scale, like.shape)
+    return torch.where(total > 0, total, 1.0)
+
+
+def _move_bias(student: Any, teacher: Any, moments: _Moments) -> None:
+    """Set the student layer's bias so that the mean of its output is the teacher's."""
+    mean = moments.mean()
+    difference = teacher.weight.detach().to(mean.dtype) - student.weight.detach().to(mean.dtype)
+    if kind_of(type(teacher)).transposed:  # type: ignore[union-attr]
+        difference = difference.t()
+    by_group = difference.reshape(len(mean), -1, mean.shape[1])
+    student.bias.copy_(teacher.bias + torch.einsum("gok,gk->go", by_group, mean).flatten())

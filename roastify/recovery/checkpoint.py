@@ -1,0 +1,143 @@
+"""A training run on disk: one file of tensors and one of everything else, written whole or not at all, no pickle.
+
+`recovery.json` names the file of tensors that belongs to it, with its digest. A save writes new tensors under a name of
+their own, then replaces the JSON file in one step, then drops the old tensors: whenever it is killed, the JSON file and
+the tensors that it names are whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from roastify.artifact import digest_of_file, first_line, flush, save_tensors
+from roastify.errors import CheckpointError
+
+FORMAT_VERSION = 1
+MANIFEST = "recovery.json"
+_PENDING = ".pending"
+
+
+def exists(folder: Path) -> bool:
+    """Return whether a folder holds a checkpoint."""
+    return (folder / MANIFEST).is_file()
+
+
+def write(folder: Path, made_by: dict[str, Any], state: Any) -> None:
+    """Write a checkpoint.
+
+    Args:
+        folder: made if missing.
+        made_by: what the run is, as JSON-ready values; `read` compares it.
+        state: numbers, strings, None, tensors and arrays, nested in dicts, lists and tuples.
+
+    Raises:
+        CheckpointError: the state holds something else, or the folder cannot be written.
+    """
+    tensors: dict[str, Tensor] = {}
+    encoded = _encode(state, tensors, "state")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        pending = folder / (MANIFEST + _PENDING)
+        part = folder / ("tensors" + _PENDING)
+        save_tensors(tensors, part)
+        digest = digest_of_file(part)
+        # Named by content: the file that the old manifest names is another one, or the same.
+        weights = folder / f"state-{digest[:16]}.safetensors"
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "made_by": made_by,
+            "tensors": {"file": weights.name, "sha256": digest},
+            "state": encoded,
+        }
+        pending.write_text(json.dumps(manifest) + "\n", encoding="utf-8")
+        for path in (part, pending):
+            flush(path)
+        os.replace(part, weights)
+        os.replace(pending, folder / MANIFEST)
+        flush(folder)
+        for old in folder.glob("state-*.safetensors"):
+            if old != weights:
+                old.unlink()
+    except (OSError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"cannot write the checkpoint {folder}: {first_line(error)}") from error
+
+
+def read(folder: Path, made_by: dict[str, Any]) -> Any:
+    """Return the state of a checkpoint.
+
+    Raises:
+        CheckpointError: it is damaged, newer than this version, or of another run.
+    """
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        version, stored = manifest["format_version"], manifest["tensors"]
+        theirs, encoded = manifest["made_by"], manifest["state"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} is not a readable checkpoint ({error}); remove the folder to start anew"
+        ) from error
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{path} has format version {version}, and this roastify reads {FORMAT_VERSION}")
+    differences = [
+        f"{name} was {theirs.get(name)!r}, now {made_by.get(name)!r}"
+        for name in dict.fromkeys([*made_by, *theirs])
+        if theirs.get(name) != made_by.get(name)
+    ]
+    if differences:
+        raise CheckpointError(
+            f"the checkpoint {folder} belongs to another run: {'; '.join(differences[:3])}; resume with the same "
+            f"models and settings, or give another folder"
+        )
+    weights = folder / stored["file"]
+    if not weights.is_file() or digest_of_file(weights) != stored["sha256"]:
+        raise CheckpointError(f"{weights} is missing or was changed; remove the folder to start anew")
+    return _decode(encoded, load_file(weights))
+
+
+def _encode(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
+    """Return a value as JSON-ready ones; tensors go to `tensors`, each with memory of its own."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Tensor):
+        tensors[where] = value.detach().to("cpu", copy=True).contiguous()
+        return {"tensor": where}
+    if isinstance(value, np.ndarray):
+        tensors[where] = torch.from_numpy(value.astype(np.int64) if value.dtype == np.uint32 else value.copy())
+        return {"array": [where, value.dtype.name]}
+    if isinstance(value, dict):
+        pairs = (
+            [_encode(key, tensors, where), _encode(each, tensors, f"{where}.{key}")] for key, each in value.items()
+        )
+        return {"dict": list(pairs)}
+    if isinstance(value, list | tuple):
+        items = [_encode(each, tensors, f"{where}.{index}") for index, each in enumerate(value)]
+        return {"tuple" if isinstance(value, tuple) else "list": items}
+    raise CheckpointError(
+        f"{where} is a {type(value).__name__}, which a checkpoint cannot hold; expected numbers, strings and tensors "
+        f"in dicts and lists"
+    )
+
+
+def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "array":
+        where, dtype = content
+        return tensors[where].numpy().astype(dtype)
+    if kind == "dict":
+        return {_decode(key, tensors): _decode(each, tensors) for key, each in content}
+    items = [_decode(each, tensors) for each in content]
+    return tuple(items) if kind == "tuple" else items

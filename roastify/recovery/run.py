@@ -1,0 +1,536 @@
+"""Brings a converted pretrained model back to what it did: layers aligned, then trained on the teacher's outputs."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from roastify.checks import interface as verification
+from roastify.conversion.rewrite import current_plan, pool_of
+from roastify.errors import CheckpointError, ConfigError, RecoveryError
+from roastify.recovery import checkpoint as training_state
+from roastify.recovery.align import align
+from roastify.recovery.batches import Feed, Stream, digest_of, mask_of, on_device, passing
+from roastify.recovery.losses import (
+    Recorder,
+    check_comparable,
+    class_dim,
+    feature_loss,
+    find_features,
+    find_logits,
+    finite,
+    floats_of,
+    output_loss,
+    relative_error,
+)
+from roastify.recovery.options import Likeness, LossPoint, RecoverOptions, RecoveryReport
+from roastify.report import track
+
+# Batches by which the report tells how alike the two models are.
+_LIKENESS_BATCHES = 4
+# Elements, about, of each of the teacher's parameters that a checkpoint knows it by.
+_DIGESTED = 256
+
+
+class _NotFinite(RecoveryError):
+    """Training left nothing of the student worth keeping."""
+
+
+def recover(student: nn.Module, teacher: nn.Module, data: Any, options: RecoverOptions) -> RecoveryReport:
+    """Recover a student in place; see `roastify.recover`."""
+    _check_models(student, teacher)
+    with _left_as_found(student, teacher):
+        given = copy.deepcopy(student.state_dict())
+        theirs = options.optimizer if isinstance(options.optimizer, torch.optim.Optimizer) else None
+        optimizer_given = copy.deepcopy(theirs.state_dict()) if theirs is not None else None
+        try:
+            run = _Run(student, teacher, data, options)
+            with run.rates_put_back():
+                run.start()
+                run.train()
+            return run.finish()
+        except _NotFinite:
+            student.load_state_dict(given)
+            if theirs is not None and optimizer_given is not None:
+                theirs.load_state_dict(optimizer_given)
+            raise
+
+
+def _check_models(student: nn.Module, teacher: nn.Module) -> None:
+    pool = pool_of(student)
+    if not isinstance(teacher, nn.Module):
+        raise ConfigError(f"teacher must be a torch.nn.Module; found a {type(teacher).__name__}")
+    ours = {id(parameter): name for name, parameter in student.named_parameters()}
+    both = next((ours[id(parameter)] for parameter in teacher.parameters() if id(parameter) in ours), None)
+    if teacher is student or both is not None:
+        what = "are one model" if teacher is student else f"share the parameter {both}"
+        raise ConfigError(
+            f"student and teacher {what}, so training one would change the other; convert a copy of the dense model "
+            f"(inplace=False) and keep the dense one as the teacher"
+        )
+    theirs = {name: tuple(parameter.shape) for name, parameter in teacher.named_parameters(remove_duplicate=False)}
+    for tensor in pool.plan.shared:
+        if theirs.get(tensor.name) != tensor.shape:
+            shape = theirs.get(tensor.name)
+            what = f"has shape {list(shape)}, expected {list(tensor.shape)}" if shape else "is missing"
+            raise ConfigError(
+                f"the teacher's parameter {tensor.name} {what}; pass the dense model that the student was converted "
+                f"from"
+            )
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise ConfigError("no parameter of the student requires a gradient; let the pool train: requires_grad_(True)")
+    devices = {tensor.device for model in (student, teacher) for tensor in model.parameters()}
+    if len(devices) > 1 or next(iter(devices)).type == "meta":
+        found = ", ".join(sorted(map(str, devices)))
+        raise ConfigError(f"student and teacher must be on one real device; found {found}; move them with .to(device)")
+    verification.compare(verification.observe(teacher), verification.observe(student, who="converted"))
+
+
+@contextlib.contextmanager
+def _left_as_found(student: nn.Module, teacher: nn.Module) -> Iterator[None]:
+    """Put both models' modes back at the end, and leave no gradients on the student."""
+    modes = [(module, module.training) for model in (student, teacher) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        student.zero_grad(set_to_none=True)
+
+
+class _Run:
+    """One recovery, from the first batch to the report.
+
+    Everything random draws from two streams of the run's own, one for the data and one for the models, so that it
+    depends on `seed` alone and can be resumed.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, data: Any, options: RecoverOptions) -> None:
+        self.student = student
+        self.teacher = teacher
+        self.options = options
+        self.device = pool_of(student).weight.device
+        self.split = passing(teacher, options.inputs)
+        self.optimizer = _optimizer(student, options, self.device)
+        self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        # Those that are to stay so: a parameter may be infinite by design.
+        self.finite = {
+            name: parameter
+            for name, parameter in student.named_parameters()
+            if parameter.requires_grad and bool(parameter.isfinite().all())
+        }
+        self.stream = Stream(options.seed, self.device)
+        made_by = self._made_by()
+        stored = self._stored(made_by)
+        self.feed = Feed(data, Stream(options.seed + 1, self.device), stored and stored["feed"])
+        self.held = self.feed.peek(max(_LIKENESS_BATCHES, options.align_batches))
+        self.logits = self._check_outputs(self.held[0])
+        wanted = options.feature_weight > 0
+        self.features = find_features(student, teacher, options.features) if wanted else ()
+        digest = digest_of(self.held)
+        if stored is not None and stored["data"] != digest:
+            raise CheckpointError(
+                f"the checkpoint {options.folder} was made with other data: its first batches differ; resume with the "
+                f"same data, or give another folder"
+            )
+        self.made_by = made_by
+        self.data = digest
+        self.step = self.resumed_at = 0
+        self.seconds = self.align_seconds = 0.0
+        self.align_error: tuple[float, float] | None = None
+        self.before: Likeness | None = None
+        self.aligned: Likeness | None = None
+        self.losses: list[LossPoint] = []
+        self.evaluations: list[tuple[int, Any]] = []
+        self.sums: dict[str, Tensor] = {}
+        self.summed = 0
+        if stored is not None:
+            self._resume(stored)
+
+    def start(self) -> None:
+        """Take the student's likeness as it came, and align its layers."""
+        if self.before is not None:
+            return
+        self.before = self._likeness()
+        if not self.options.align:
+            return
+        begun = self._now()
+        batches = self.held[: self.options.align_batches]
+        self.teacher.eval()
+        with self.stream.active():
+            forwards = [functools.partial(self._call_cast, self.teacher, batch) for batch in batches]
+            self.align_error = align(self.student, self.teacher, forwards, self.options.align)
+        self.align_seconds = self.seconds = self._now() - begun
+        self.aligned = self._likeness()
+        self._save()
+
+    def train(self) -> None:
+        """Take the steps that are left."""
+        options = self.options
+        self.teacher.eval()
+        self.student.train()
+        recorders = Recorder(self.student, self.features), Recorder(self.teacher, self.features)
+        begun = self._now()
+        with recorders[0].recording(), recorders[1].recording():
+            if self.resumed_at and self._evaluates():
+                self._save_and_evaluate(recorders, saving=True)
+                begun = self._now()
+            for _ in track(range(self.step, options.steps), "recovering"):
+                with self.stream.active():
+                    self._take_step(*recorders)
+                self.step += 1
+                if self.step % options.every() == 0 or self.step == options.steps:
+                    self._log()
+                saving = self.step == options.steps or self.step % options.save_every == 0
+                if saving or self._evaluates():
+                    self.seconds += self._now() - begun
+                    self._save_and_evaluate(recorders, saving)
+                    begun = self._now()
+
+    def _save_and_evaluate(self, recorders: Sequence[Recorder], saving: bool) -> None:
+        """Save, and evaluate if it is time: in this order, as an evaluation is code of the user's, which may fail."""
+        if saving:
+            self._save()
+        if not self._evaluates():
+            return
+        self._evaluate()
+        if saving:
+            self._save()
+        for recorder in recorders:
+            recorder.take()
+        self.student.train()
+
+    @contextlib.contextmanager
+    def rates_put_back(self) -> Iterator[None]:
+        """Put the optimizer's learning rates back at the end: it may be the user's."""
+        try:
+            yield
+        finally:
+            for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+                _set_rate(group, rate)
+
+    def finish(self) -> RecoveryReport:
+        """Return the report."""
+        assert self.before is not None
+        return RecoveryReport(
+            steps=self.step,
+            seconds=self.seconds,
+            align_seconds=self.align_seconds,
+            align_error=self.align_error,
+            before=self.before,
+            aligned=self.aligned,
+            after=self._likeness(),
+            losses=tuple(self.losses),
+            evaluations=tuple(self.evaluations),
+            features=self.features,
+            logits=self.logits,
+            resumed_at=self.resumed_at,
+        )
+
+    def _take_step(self, ours: Recorder, theirs: Recorder) -> None:
+        options = self.options
+        factor = options.rate(self.step)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            _set_rate(group, rate * factor)
+        self.optimizer.zero_grad(set_to_none=True)
+        for _ in range(options.accumulate):
+            batch = on_device(self.feed.next(), self.device)
+            args, kwargs = self.split(batch)
+            mask = mask_of(kwargs)
+            parts: dict[str, Tensor] = {}
+            with self._autocast():
+                taught = options.output_weight or options.feature_weight
+                if taught:
+                    with torch.no_grad():
+                        expected = self.teacher(*args, **kwargs)
+                found = self.student(*args, **kwargs)
+                if options.output_weight:
+                    parts["outputs"] = output_loss(found, expected, self.logits, options.temperature, mask)
+                if options.feature_weight:
+                    parts["features"] = feature_loss(ours.take(), theirs.take(), mask)
+                if options.loss_fn is not None:
+                    parts["task"] = _task_loss(options.loss_fn, found, batch)
+            weights = {
+                "outputs": options.output_weight,
+                "features": options.feature_weight,
+                "task": options.task_weight,
+            }
+            loss = torch.stack([weights[name] * part.float() for name, part in parts.items()]).sum()
+            (loss / options.accumulate).backward()
+            for name, value in {"loss": loss, **parts}.items():
+                value = value.detach().double()
+                self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.summed += 1
+        if options.clip is not None:
+            parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, options.clip)
+        self.optimizer.step()
+
+    def _log(self) -> None:
+        """Close a stretch of the curve."""
+        self._check_finite()
+        means = self._means()
+        rate = self.rates[0] * self.options.rate(self.step - 1)
+        self.losses.append(LossPoint(self.step, means.pop("loss"), means, rate))
+        self.sums, self.summed = {}, 0
+
+    def _means(self) -> dict[str, float]:
+        """Return the mean losses since the last point of the curve."""
+        return {name: float(total) / self.summed for name, total in self.sums.items()}
+
+    def _check_finite(self) -> None:
+        """Raise `RecoveryError` if a loss since the last point of the curve, or a parameter that was, is not finite."""
+        means = self._means()
+        each = [parameter.isfinite().all() for parameter in self.finite.values()]
+        fine = torch.stack(each).tolist() if each else []
+        if not math.isfinite(means.get("loss", 0.0)):
+            what = "the loss"
+        elif not all(fine):
+            what = f"the parameter {list(self.finite)[fine.index(False)]}"
+        else:
+            return
+        folder = self.options.folder
+        kept = f"; the checkpoint in {folder} is from before" if folder and training_state.exists(folder) else ""
+        parts = ", ".join(f"{name} {value:g}" for name, value in means.items())
+        raise _NotFinite(
+            f"{what} is not finite by step {self.step}{f' ({parts})' if parts else ''}; lower the learning rate, clip "
+            f"gradients, or look for NaN and infinite values in the data; the student is as it was{kept}"
+        )
+
+    def _evaluates(self) -> bool:
+        """Whether the model is to be evaluated at this step, and was not yet."""
+        options = self.options
+        if options.evaluate is None or (self.evaluations and self.evaluations[-1][0] == self.step):
+            return False
+        return self.step == options.steps or bool(options.evaluate_every and self.step % options.evaluate_every == 0)
+
+    def _evaluate(self) -> None:
+        assert self.options.evaluate is not None
+        self.student.eval()
+        # Always the same random numbers, and none of the run's.
+        with Stream(self.options.seed, self.device).active(), torch.no_grad():
+            found = self.options.evaluate(self.student)
+        self.evaluations.append((self.step, pytree.tree_map(_number, found)))
+
+    def _likeness(self) -> Likeness:
+        """Compare the two models in eval mode on the held batches."""
+        self.student.eval()
+        self.teacher.eval()
+        errors: list[float] = []
+        same = count = 0
+        with Stream(self.options.seed, self.device).active(), torch.no_grad(), self._autocast():
+            for batch in self.held[:_LIKENESS_BATCHES]:
+                expected, found = floats_of(self._call(self.teacher, batch)), floats_of(self._call(self.student, batch))
+                _check_teacher(expected)
+                each = [relative_error(*finite(found[path], output)) for path, output in expected.items()]
+                errors.append(float(torch.stack(each).mean()))
+                for path in self.logits:
+                    dim = class_dim(expected[path])
+                    equal = found[path].argmax(dim) == expected[path].argmax(dim)
+                    same, count = same + int(equal.sum()), count + equal.numel()
+        return Likeness(sum(errors) / len(errors), same / count if count else None)
+
+    def _call(self, model: nn.Module, batch: Any) -> Any:
+        args, kwargs = self.split(on_device(batch, self.device))
+        return model(*args, **kwargs)
+
+    def _call_cast(self, model: nn.Module, batch: Any) -> Any:
+        with self._autocast():
+            return self._call(model, batch)
+
+    def _autocast(self) -> Any:
+        enabled = self.options.autocast is not None
+        return torch.autocast(self.device.type, self.options.autocast, enabled=enabled)
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def _check_outputs(self, batch: Any) -> tuple[str, ...]:
+        """Run both models on a batch and return the outputs to match as logits."""
+        args, kwargs = self.split(on_device(batch, self.device))
+        outputs = {}
+        for who, model in (("teacher", self.teacher), ("student", self.student)):
+            try:
+                with self._autocast():
+                    outputs[who] = verification.run(model, args, kwargs, "eval")
+            except Exception as error:  # whatever a model raises on inputs that do not fit it
+                raise RecoveryError(
+                    f"the {who} fails on the first batch, called with {_described(args, kwargs)}: "
+                    f"{type(error).__name__}: {error}; if that is not how it is called, pass inputs=, a function from "
+                    f"a batch to the arguments"
+                ) from error
+        check_comparable(outputs["student"], outputs["teacher"])
+        return find_logits(outputs["teacher"], self.options.logits)
+
+    def _made_by(self) -> dict[str, Any]:
+        """Return what a checkpoint's run must have in common with one that resumes it."""
+        plan = json.dumps(current_plan(self.student).to_dict(), sort_keys=True).encode()
+        options = dataclasses.asdict(self.options)
+        for name in ("folder", "save_every", "resume", "inputs", "evaluate", "optimizer"):
+            del options[name]
+        task = self.options.loss_fn
+        return {
+            "student": type(self.student).__name__,
+            "conversion": hashlib.sha256(plan).hexdigest()[:16],
+            "teacher": f"{type(self.teacher).__name__} {_digest_of_model(self.teacher)}",
+            "optimizer": type(self.optimizer).__name__,
+            "learning rates": self.rates,
+            **json.loads(json.dumps({**options, "autocast": str(options["autocast"]), "loss_fn": _named(task)})),
+        }
+
+    def _stored(self, made_by: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the checkpoint to resume, or None to begin."""
+        folder = self.options.folder
+        if folder is None or not training_state.exists(folder):
+            return None
+        if not self.options.resume:
+            raise ConfigError(f"{folder} holds a checkpoint of a recovery; resume it, or give another folder")
+        return training_state.read(folder, made_by)
+
+    def _save(self) -> None:
+        folder = self.options.folder
+        if folder is None:
+            return
+        self._check_finite()
+        state = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "align_seconds": self.align_seconds,
+            "align_error": self.align_error,
+            "before": _plain(self.before),
+            "aligned": _plain(self.aligned),
+            "losses": [dataclasses.asdict(point) for point in self.losses],
+            "evaluations": self.evaluations,
+            "sums": self.sums,
+            "summed": self.summed,
+            "student": dict(self.student.state_dict()),
+            "optimizer": self.optimizer.state_dict(),
+            "stream": self.stream.state,
+            "feed": self.feed.state(),
+            "data": self.data,
+        }
+        training_state.write(folder, self.made_by, state)
+
+    def _resume(self, stored: dict[str, Any]) -> None:
+        self.step = self.resumed_at = stored["step"]
+        self.seconds, self.align_seconds = stored["seconds"], stored["align_seconds"]
+        self.align_error = stored["align_error"]
+        self.before = Likeness(**stored["before"])
+        self.aligned = Likeness(**stored["aligned"]) if stored["aligned"] else None
+        self.losses = [LossPoint(**point) for point in stored["losses"]]
+        self.evaluations = stored["evaluations"]
+        self.sums = {name: total.to(self.device) for name, total in stored["sums"].items()}
+        self.summed = stored["summed"]
+        self.student.load_state_dict(stored["student"])
+        self.optimizer.load_state_dict(stored["optimizer"])
+        self.stream.state = stored["stream"]
+        self.feed.resume(stored["feed"])
+
+
+def _optimizer(student: nn.Module, options: RecoverOptions, device: torch.device) -> torch.optim.Optimizer:
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    asked = options.optimizer
+    if asked is None:
+        # No decay: the weights are the teacher's, whose training had its own.
+        return torch.optim.AdamW(trained, lr=options.lr, weight_decay=0.0, fused=device.type == "cuda")
+    if not isinstance(asked, torch.optim.Optimizer):
+        if not callable(asked):
+            raise ConfigError(
+                f"optimizer must be a torch.optim.Optimizer over the student's parameters, or a function from them to "
+                f"one; found a {type(asked).__name__}"
+            )
+        asked = asked(trained)
+        if not isinstance(asked, torch.optim.Optimizer):
+            raise ConfigError(f"optimizer is a function that returned a {type(asked).__name__}; expected an Optimizer")
+    known = set(map(id, student.parameters()))
+    if any(id(parameter) not in known for group in asked.param_groups for parameter in group["params"]):
+        raise ConfigError(
+            "the optimizer holds parameters that are not the student's; build it after the conversion, from "
+            "student.parameters()"
+        )
+    return asked
+
+
+def _set_rate(group: dict[str, Any], rate: float) -> None:
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
+
+
+def _task_loss(loss_fn: Callable[[Any, Any], Tensor] | str, outputs: Any, batch: Any) -> Tensor:
+    """Return the task's loss.
+
+    Raises:
+        ConfigError: there is none of that name, or it is not one number with a gradient.
+    """
+    if callable(loss_fn):
+        loss: Any = loss_fn(outputs, batch)
+        what = "loss_fn returned"
+    else:
+        loss = outputs.get(loss_fn) if isinstance(outputs, dict) else getattr(outputs, loss_fn, None)
+        what = f"the student's output {loss_fn!r} is"
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        found = verification.describe(loss) + (
+            "" if not isinstance(loss, Tensor) or loss.requires_grad else " without a gradient"
+        )
+        raise ConfigError(f"{what} {found}; expected a tensor of one element that has a gradient")
+    return loss.reshape(())
+
+
+def _named(loss_fn: Any) -> str | None:
+    return loss_fn if loss_fn is None or isinstance(loss_fn, str) else getattr(loss_fn, "__qualname__", "a function")
+
+
+def _number(value: Any) -> Any:
+    """Return a Python number for one of numpy's or torch's, which JSON cannot hold; anything else as it is."""
+    if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.numel() == 1):
+        return value.item()
+    return value
+
+
+def _check_teacher(outputs: dict[str, Tensor]) -> None:
+    for path, output in outputs.items():
+        # Some may be infinite or NaN by design, as scores behind a mask.
+        if not bool(output.isfinite().any()):
+            raise RecoveryError(
+                f"the teacher's output {path} has no finite value on the first batches, and nothing can be learnt from "
+                f"that; look for NaN and infinite values in the data; the student is as it was"
+            )
+
+
+def _digest_of_model(model: nn.Module) -> str:
+    """Return what a model's weights and buffers are known again by, on any device: a digest of some of each."""
+    digest = hashlib.sha256()
+    for name, parameter in itertools.chain(model.named_parameters(), model.named_buffers()):
+        flat = parameter.detach().reshape(-1)
+        some = flat[:: max(1, flat.numel() // _DIGESTED)]
+        some = (some if some.is_complex() else some.double()).cpu().contiguous()
+        digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode() + some.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _plain(value: Any) -> dict[str, Any] | None:
+    return None if value is None else dataclasses.asdict(value)
+
+
+def _described(args: Sequence[Any], kwargs: dict[str, Any]) -> str:
+    parts = [verification.describe(value) for value in args]
+    parts += [f"{name}={verification.describe(value)}" for name, value in kwargs.items()]
+    return ", ".join(parts) or "nothing"
