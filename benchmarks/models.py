@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, StaticLayer
 
 import roastify
-from roastify.checks import clocks as timing
-from roastify.checks.model_bench import BenchOptions, Subject, compare, parse_device, prepare
-from roastify.conversion.rewrite import copy_weights, pool_of
+from roastify.checks import clocks
+from roastify.checks.model_bench import BenchOptions, Subject, check_and_time, parse_device, prepare
+from roastify.conversion.converted import pool_of
+from roastify.conversion.rewrite import copy_weights
 from roastify.errors import BenchError
 from roastify.report import human_bytes
 
@@ -179,7 +180,7 @@ class Run:
         self.pattern = re.compile(pattern)
         self.end = time.perf_counter() + minutes * 60
         self.console = console
-        self.machine = timing.machine(options.device)
+        self.machine = clocks.machine(options.device)
         self.rows: list[dict[str, Any]] = self._earlier_rows()
         self.measured: list[str] = []
         self.left: list[str] = []
@@ -275,7 +276,7 @@ def measure_batch(
             # Not whole where the dense side is not: what was skipped once, torch skips without a word.
             options = dataclasses.replace(run.options, fullgraph=dense_side.fullgraph)
             side = ready("converted", converted[ratio], shape, batch, inputs, options)
-            found = compare(dense_side.subject, side.subject, run.options, batch)
+            found = check_and_time(dense_side.subject, side.subject, run.options, batch)
         except Exception as error:
             run.add(_failed(case, ratio, error, fields))
             continue
@@ -304,7 +305,7 @@ def measure_batch(
 
 
 def _failed(case: str, ratio: int, error: Exception, fields: dict[str, Any]) -> dict[str, Any]:
-    return {"case": case, **fields, "ratio": ratio, "failure": timing.reason(error)}
+    return {"case": case, **fields, "ratio": ratio, "failure": clocks.reason(error)}
 
 
 def _free() -> None:

@@ -1,32 +1,35 @@
-"""Where a backward pass adds the pool's gradient up: one buffer a pass, instead of a pool-sized tensor a layer.
+"""Where a backward pass adds up the pool's gradient: one buffer a pass, instead of a pool-sized tensor a layer.
 
-A layer reads the pool through a node of autograd's that carries a `Sink`. The layer's operator then adds its gradient
-to the sink's buffer and returns none; the node behind all readers, the gate, takes the buffer out. Autograd runs the
-gate after every reader, whether or not any of them returned something.
+A layer reads the pool through a node of autograd that carries a `GradBuffer`. The layer's operator adds its gradient to
+the buffer and returns none. The gate, which is the node behind all readers, takes the sum out: autograd runs the gate
+after every reader, whether or not a reader returned a gradient.
 
-A pass is one of autograd's graph tasks. Each has a buffer of its own, so that passes that run within each other, in
-several threads or through one graph again never mix, and what a pass has that failed is gone with it.
+Each backward pass (a graph task of autograd's engine) has a sum of its own. Passes that run within each other, in
+several threads or through one graph again therefore never mix, and the sum of a pass that failed is gone with the pass.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-_VMAP = cast(torch._C.DispatchKey, torch._C._parse_dispatch_key("VmapMode"))
+from roastify.kernels.torch_internals import (
+    NO_PASS,
+    at_end_of_backward,
+    current_backward_pass,
+    current_raw_stream,
+    in_func_transform,
+    takes_batched_gradients,
+    will_run,
+)
 
 
-def is_batched() -> bool:
-    """Whether `torch.autograd.grad` takes a batch of gradients at once, by a vmap that is not `torch.func`'s."""
-    return torch._C._dispatch_tls_is_dispatch_key_included(_VMAP)
-
-
-class _Buffer:
-    """The sum of one backward pass. Only the engine's task holds it, by the callback: it lives no longer than that."""
+class _PassSum:
+    """The sum of one backward pass. Only the engine's task holds it, by a callback: it lives as long as the pass."""
 
     def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, recorded: bool) -> None:
         self.total: Tensor | None = torch.zeros(shape, dtype=dtype, device=device)
@@ -38,7 +41,7 @@ class _Buffer:
         """Return the sum as it will be when the current stream comes to it."""
         assert self.total is not None
         # Layers run backward on the streams of their forward, and the engine orders only what it sees pass.
-        if self.stream is not None and self.raw_stream != torch._C._cuda_getCurrentRawStream(self.total.get_device()):
+        if self.stream is not None and self.raw_stream != current_raw_stream(self.total.get_device()):
             current = torch.cuda.current_stream(self.total.device)
             current.wait_stream(self.stream)
             self.total.record_stream(current)
@@ -50,8 +53,8 @@ class _Buffer:
         self.total = None
 
 
-class Sink:
-    """What stands at the end of the pool's readers in a graph.
+class GradBuffer:
+    """The sums of the pool's gradient, one for each backward pass through the readers of one gate.
 
     Args:
         shape: of the pool.
@@ -61,52 +64,53 @@ class Sink:
 
     def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
         self._like = tuple(shape), dtype, device
-        # Weak: the gate's node holds the sink.
+        # Weak: the gate's node holds this.
         self._gate: weakref.ref[Any] | None = None
-        self._buffers: weakref.WeakValueDictionary[int, _Buffer] = weakref.WeakValueDictionary()
-        # Whether its backward passes are recorded by a compiler, on tensors that hold no values.
+        self._sums: weakref.WeakValueDictionary[int, _PassSum] = weakref.WeakValueDictionary()
+        # Whether a compiler records the backward passes, on tensors that hold no values.
         self.recorded = False
         # How often a gradient has left for the pool.
-        self.runs = 0
+        self.times_taken = 0
 
     def set_gate(self, node: Any) -> None:
-        """Tell which node takes the buffer out."""
+        """Tell which node takes the sum out."""
         self._gate = weakref.ref(node)
 
     def total(self) -> Tensor | None:
-        """Return this backward pass's buffer to add to; None if gradients must go the way of autograd.
+        """Return this backward pass's sum, to add to; None if the gradient must be returned to autograd.
 
-        They must where a graph of them is asked for, in a transform, and where the pass ends before the gate.
+        It must be returned where a graph of the gradient is asked for, in a transform, and where the pass ends before
+        the gate.
         """
-        task = torch._C._current_graph_task_id()
-        if task == -1 or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or is_batched():
+        task = current_backward_pass()
+        if task == NO_PASS or torch.is_grad_enabled() or in_func_transform() or takes_batched_gradients():
             return None
-        buffer = self._buffers.get(task)
-        if buffer is None:
+        held = self._sums.get(task)
+        if held is None:
             gate = None if self._gate is None else self._gate()
-            if gate is None or not torch._C._will_engine_execute_node(gate):
+            if gate is None or not will_run(gate):
                 return None
-            buffer = _Buffer(*self._like, self.recorded)
-            self._buffers[task] = buffer
-            torch.autograd.Variable._execution_engine.queue_callback(buffer.close)
-        return buffer.ready()
+            held = _PassSum(*self._like, self.recorded)
+            self._sums[task] = held
+            at_end_of_backward(held.close)
+        return held.ready()
 
     def take(self) -> Tensor | None:
         """Return this backward pass's sum, for the caller to keep, or None if nothing was added."""
-        self.runs += 1
-        buffer = self._buffers.pop(torch._C._current_graph_task_id(), None)
-        if buffer is None:
+        self.times_taken += 1
+        held = self._sums.pop(current_backward_pass(), None)
+        if held is None:
             return None
-        total = buffer.ready()
-        buffer.close()
+        total = held.ready()
+        held.close()
         return total
 
 
-def sink_of(node: Any) -> Sink | None:
-    """Return the sink that a node of autograd's leads to, if it is a reader's of a pool."""
-    return getattr(node, "sink", None)
+def grad_buffer_of(node: Any) -> GradBuffer | None:
+    """Return the gradient buffer of a node of autograd, if the node is a reader of a pool."""
+    return getattr(node, "grad_buffer", None)
 
 
 def is_wanted(node: Any) -> bool:
     """Whether the backward pass under way runs a node: its gradient is asked for, or one behind it."""
-    return torch._C._current_graph_task_id() == -1 or torch._C._will_engine_execute_node(node)
+    return current_backward_pass() == NO_PASS or will_run(node)

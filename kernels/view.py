@@ -129,9 +129,11 @@ def alike(view: TileView) -> TileView:
     return view._replace(rows=0, cols=0, base=0)
 
 
-@dataclass(frozen=True, eq=False)
-class Weight:
-    """A weight as its layer wants it. Each is equal to itself alone: as a key it must cost the host nothing.
+@dataclass(eq=False)
+class WeightView:
+    """Where a weight lies in the pool, and how its layer wants it.
+
+    Each is equal to itself alone: as a key it must cost the host nothing.
 
     Args:
         view: where it lies in the pool.
@@ -155,7 +157,7 @@ class Weight:
         if self.basis_index is not None:
             kernels = math.prod(shape[:2])
             shape = (kernels, self.view.numel // kernels)
-        object.__setattr__(self, "gathered_shape", shape)
+        self.gathered_shape = shape
 
     @property
     def basis_shape(self) -> tuple[int, int] | None:

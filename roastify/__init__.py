@@ -21,7 +21,7 @@ from roastify.errors import (
     SourceError,
 )
 from roastify.pool.plan import RoastPlan
-from roastify.recovery.options import RecoveryReport
+from roastify.recovery.report import RecoveryReport
 
 __version__ = "0.1.0"
 

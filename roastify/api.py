@@ -3,32 +3,70 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, get_args, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from roastify import artifact as checkpoint
-from roastify.checks import interface as verification
-from roastify.checks import model_bench as benchmark
+from roastify import artifact
 from roastify.checks.behaviour import check_behaviour
-from roastify.checks.interface import VerifyReport
-from roastify.checks.model_bench import BenchOptions, BenchReport
-from roastify.config import RoastConfig
-from roastify.conversion import rewrite
+from roastify.checks.interface import VerifyReport, compare_interfaces, observe
+from roastify.checks.model_bench import BenchOptions, BenchReport, check_inputs, measure, parse_device, parse_dtype
+from roastify.config import Init, RoastConfig
+from roastify.conversion.converted import pool_of, refuse_sharded, refused_write
 from roastify.conversion.fx_pass import trace
 from roastify.conversion.graph import emit_graph
-from roastify.conversion.initial_values import fill, measure
+from roastify.conversion.initial_values import complete_plan, fill_pool
 from roastify.conversion.planner import make_plan
+from roastify.conversion.rewrite import apply_plan, build_pool, copy_weights, copy_without, restore_dense
 from roastify.conversion.supported import check_convertible, check_has_values, device_of
 from roastify.errors import ConfigError, OutputMismatch, closest
 from roastify.pool.plan import RoastPlan
-from roastify.recovery import run as recovering
-from roastify.recovery.options import RecoverOptions, RecoveryReport
+from roastify.recovery.options import RecoverOptions
+from roastify.recovery.report import RecoveryReport
+from roastify.recovery.run import run_recovery
 
-EMITS = ("model", "graph")
+_M = TypeVar("_M", bound=nn.Module)
+_P = ParamSpec("_P")
+_S = TypeVar("_S")
+_R = TypeVar("_R")
+Emit = Literal["model", "graph"]
+
+
+@overload
+def convert(
+    model: _M,
+    ratio: float | None = None,
+    *,
+    config: RoastConfig | str | Path | None = None,
+    example_inputs: Any = None,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    init: Init | None = None,
+    seed: int | None = None,
+    inplace: bool = False,
+    emit: Literal["model"] = "model",
+) -> _M: ...
+
+
+@overload
+def convert(
+    model: nn.Module,
+    ratio: float | None = None,
+    *,
+    config: RoastConfig | str | Path | None = None,
+    example_inputs: Any = None,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    init: Init | None = None,
+    seed: int | None = None,
+    inplace: bool = False,
+    emit: Literal["graph"],
+) -> fx.GraphModule: ...
 
 
 def convert(
@@ -39,10 +77,10 @@ def convert(
     example_inputs: Any = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
-    init: str | None = None,
+    init: Init | None = None,
     seed: int | None = None,
     inplace: bool = False,
-    emit: str = "model",
+    emit: Emit = "model",
 ) -> nn.Module:
     r"""Return the model with its large weights replaced by views into one small trainable pool.
 
@@ -77,29 +115,30 @@ def convert(
         OutputMismatch: its outputs differ in structure, shape or dtype.
     """
     settings = _settings(config, ratio=ratio, include=include, exclude=exclude, init=init, seed=seed)
-    if emit not in EMITS:
-        raise ConfigError(f"emit must be one of {', '.join(EMITS)}; found {emit!r}{closest(str(emit), EMITS)}")
+    if emit not in get_args(Emit):
+        hint = closest(str(emit), get_args(Emit))
+        raise ConfigError(f"emit must be one of {', '.join(get_args(Emit))}; found {emit!r}{hint}")
     check_convertible(model)
     check_has_values(model)
     forest = trace(model)
-    before = verification.observe(model, example_inputs)
+    before = observe(model, example_inputs)
     written: dict[str, str] = {}
     while True:
-        planned = measure(model, make_plan(model, forest, settings, written), settings.init)
-        pool = rewrite.build_pool(planned, device_of(model))
-        fill(pool, model, planned, settings.init)
+        planned = complete_plan(model, make_plan(model, forest, settings, written), settings.init)
+        pool = build_pool(planned, device_of(model))
+        fill_pool(pool, model, planned, settings.init)
         shared = {id(model.get_parameter(tensor.name)) for tensor in planned.shared}
-        target = model if inplace else rewrite.copy_without(model, shared)
-        undo = rewrite.apply(target, planned, pool)
+        target = model if inplace else copy_without(model, shared)
+        undo = apply_plan(target, planned, pool)
         try:
-            verification.compare(before, verification.observe(target, example_inputs, who="converted"))
+            compare_interfaces(before, observe(target, example_inputs, who="converted"))
             if emit == "model":
                 return target
             graph = emit_graph(target)
-            verification.compare(before, verification.observe(graph, example_inputs, who="converted"))
+            compare_interfaces(before, observe(graph, example_inputs, who="converted"))
             return graph
         except OutputMismatch as error:
-            name = rewrite.refused_write(target, planned, error.__cause__)
+            name = refused_write(target, planned, error.__cause__)
             undo()
             if name is None:
                 raise
@@ -116,7 +155,7 @@ def plan(
     config: RoastConfig | str | Path | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
-    init: str | None = None,
+    init: Init | None = None,
     seed: int | None = None,
 ) -> RoastPlan:
     """Return what `convert` would do, without doing it; the model may be on the meta device.
@@ -126,7 +165,7 @@ def plan(
     settings = _settings(config, ratio=ratio, include=include, exclude=exclude, init=init, seed=seed)
     check_convertible(model)
     planned = make_plan(model, trace(model), settings)
-    return planned if device_of(model).type == "meta" else measure(model, planned, settings.init)
+    return planned if device_of(model).type == "meta" else complete_plan(model, planned, settings.init)
 
 
 def verify(original: nn.Module, converted: nn.Module, example_inputs: Any = None) -> VerifyReport:
@@ -146,9 +185,9 @@ def verify(original: nn.Module, converted: nn.Module, example_inputs: Any = None
         OutputMismatch: the outputs differ, or the converted model fails.
         RoastError: the original fails on the example inputs.
     """
-    report = verification.compare(
-        verification.observe(original, example_inputs),
-        verification.observe(converted, example_inputs, who="converted"),
+    report = compare_interfaces(
+        observe(original, example_inputs),
+        observe(converted, example_inputs, who="converted"),
     )
     return dataclasses.replace(report, behaviour=check_behaviour(original, converted, example_inputs))
 
@@ -161,7 +200,7 @@ def bench(
     config: RoastConfig | str | Path | None = None,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
-    init: str | None = None,
+    init: Init | None = None,
     seed: int | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
@@ -205,62 +244,61 @@ def bench(
     """
     settings = _settings(config, ratio=ratio, include=include, exclude=exclude, init=init, seed=seed)
     options = BenchOptions(
-        device=benchmark.parse_device(device),
-        dtype=benchmark.parse_dtype(dtype),
+        device=parse_device(device),
+        dtype=parse_dtype(dtype),
         batches=tuple(batches),
         compile=compile,
         graph=graph,
         train=train,
         seconds=seconds,
     )
-    benchmark.check_inputs(example_inputs, options)
+    check_inputs(example_inputs, options)
     check_convertible(model)
     check_has_values(model)
-    dense = model if inplace else rewrite.copy_without(model, set())
+    dense = model if inplace else copy_without(model, set())
     dense.to(device=options.device, dtype=options.dtype)
     converted = convert(dense, config=settings)
-    rewrite.copy_weights(converted, dense)
-    return benchmark.measure(dense, converted, example_inputs, options)
+    copy_weights(converted, dense)
+    return measure(dense, converted, example_inputs, options)
 
 
-def recover(
-    student: nn.Module,
-    teacher: nn.Module,
-    data: Any,
-    steps: int = RecoverOptions.steps,
-    *,
-    align: int = RecoverOptions.align,
-    align_batches: int = RecoverOptions.align_batches,
-    lr: float = RecoverOptions.lr,
-    warmup: float = RecoverOptions.warmup,
-    schedule: str = RecoverOptions.schedule,
-    optimizer: torch.optim.Optimizer | Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
-    clip: float | None = RecoverOptions.clip,
-    accumulate: int = RecoverOptions.accumulate,
-    autocast: torch.dtype | None = None,
-    logits: str | Sequence[str] | None = None,
-    temperature: float = RecoverOptions.temperature,
-    output_weight: float = RecoverOptions.output_weight,
-    features: str | Sequence[str] | None = None,
-    feature_weight: float = RecoverOptions.feature_weight,
-    loss_fn: Callable[[Any, Any], torch.Tensor] | str | None = None,
-    task_weight: float = RecoverOptions.task_weight,
-    inputs: Callable[[Any], Any] | None = None,
-    evaluate: Callable[[nn.Module], Any] | None = None,
-    evaluate_every: int = RecoverOptions.evaluate_every,
-    folder: str | Path | None = None,
-    save_every: int = RecoverOptions.save_every,
-    resume: bool = False,
-    log_every: int = RecoverOptions.log_every,
-    seed: int = RecoverOptions.seed,
-) -> RecoveryReport:
+def _with_settings(
+    settings: Callable[_P, _S],
+) -> Callable[
+    [Callable[[nn.Module, nn.Module, Any, _S], _R]], Callable[Concatenate[nn.Module, nn.Module, Any, _P], _R]
+]:
+    """Have a function take settings as arguments of its own, so that their names and defaults have one home."""
+
+    def decorate(
+        function: Callable[[nn.Module, nn.Module, Any, _S], _R],
+    ) -> Callable[Concatenate[nn.Module, nn.Module, Any, _P], _R]:
+        own = inspect.signature(function)
+        *arguments, _ = own.parameters.values()
+        signature = own.replace(parameters=[*arguments, *inspect.signature(settings).parameters.values()])
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> _R:
+            given = signature.bind(*args, **kwargs).arguments
+            leading = [given.pop(argument.name) for argument in arguments]
+            return function(*leading, settings(**given))  # type: ignore[call-arg]
+
+        call.__signature__ = signature  # type: ignore[attr-defined]
+        return call
+
+    return decorate
+
+
+@_with_settings(RecoverOptions)
+def recover(student: nn.Module, teacher: nn.Module, data: Any, options: RecoverOptions) -> RecoveryReport:
     r"""Bring a converted pretrained model back to what the dense model did, in place.
 
-    First every layer is aligned: weights are linear in the pool, so the pool (and the biases) that bring the outputs of
-    all layers nearest to the teacher's, on the teacher's inputs of a few batches, are found by conjugate gradients.
-    Then the student is trained on the weighted sum of its outputs' distance from the teacher's, its features' distance,
-    and the task's loss if there is one. The teacher runs in eval mode without gradients and is left as it was; random
-    numbers are drawn apart from the caller's and depend on `seed` alone.
+    First every layer is aligned. Weights are linear in the pool, so conjugate gradients find the pool (and the biases)
+    that bring the outputs of all layers nearest to the teacher's, on the teacher's inputs of a few batches. Then the
+    student is trained on a weighted sum: its outputs' distance from the teacher's, its features' distance, and the
+    task's loss if there is one. The teacher runs in eval mode without gradients and is left as it was. Random numbers
+    are drawn apart from the caller's and depend on `seed` alone.
+
+    The settings are arguments of this function, by name; `RecoverOptions` describes them.
 
     Args:
         student: what `convert(teacher, ratio, init="project")` returned, on any device.
@@ -268,37 +306,7 @@ def recover(
         data: an iterable of batches that can be iterated again (DataLoader, list), or a function that returns one,
             without arguments or of the epoch's number. A tensor is the one argument of forward, a mapping its keyword
             arguments, a sequence its positional ones, or inputs and targets where forward takes a single argument.
-        steps: of the optimizer.
-        align: steps of conjugate gradients before training; 0: train from the pool as it is.
-        align_batches: batches that the layers' inputs are taken from.
-        lr: peak of the learning rate, for an optimizer that `recover` makes.
-        warmup: the part of the steps in which it rises.
-        schedule: what it does then: `cosine` (falls to 0) or `constant`.
-        optimizer: over the student's parameters, or a function from those that require a gradient; its own rates are
-            the peaks. Default: AdamW without weight decay.
-        clip: largest norm of the gradient, or None.
-        accumulate: batches in a step.
-        autocast: `torch.bfloat16` for mixed precision.
-        logits: patterns of outputs that are logits, matched by divergence; default: those named so. The one tensor of a
-            model that returns no more is called `output`. All other floating outputs are matched by their squares.
-        temperature: of the logits.
-        output_weight: of the outputs' distance; 0: none.
-        features: patterns of modules whose outputs are matched; default: the modules around the shared layers.
-        feature_weight: of their distance; 0: none.
-        loss_fn: a function from the student's outputs and the batch to the task's loss, or the name of an output that
-            is the loss, as `"loss"` of transformers' models that are given labels.
-        task_weight: of the task's loss.
-        inputs: from a batch to forward's arguments, taken as example inputs are: a mapping is keyword arguments, a
-            sequence positional ones.
-        evaluate: called with the student in eval mode; what it returns is reported. Numbers and strings, in dicts and
-            lists.
-        evaluate_every: steps between evaluations; 0: at the end alone.
-        folder: of the checkpoint.
-        save_every: steps between checkpoints.
-        resume: go on from the folder's checkpoint, or begin if there is none. On a CPU the result is the uninterrupted
-            run's to the last bit.
-        log_every: steps between points of the loss curve; 0: a hundredth of all.
-        seed: of everything random.
+        options: the settings: `steps`, `align`, `lr`, …
 
     Raises:
         ConfigError: an option does not fit the models or the data.
@@ -307,34 +315,7 @@ def recover(
         RecoveryError: outputs cannot be compared, the data ends, or the loss is not finite.
         CheckpointError: the checkpoint is damaged, or of another run.
     """
-    options = RecoverOptions(
-        steps=steps,
-        align=align,
-        align_batches=align_batches,
-        lr=lr,
-        warmup=warmup,
-        schedule=schedule,
-        optimizer=optimizer,
-        clip=clip,
-        accumulate=accumulate,
-        autocast=autocast,
-        logits=logits,  # type: ignore[arg-type]
-        temperature=temperature,
-        output_weight=output_weight,
-        features=features,  # type: ignore[arg-type]
-        feature_weight=feature_weight,
-        loss_fn=loss_fn,
-        task_weight=task_weight,
-        inputs=inputs,
-        evaluate=evaluate,
-        evaluate_every=evaluate_every,
-        folder=folder,  # type: ignore[arg-type]
-        save_every=save_every,
-        resume=resume,
-        log_every=log_every,
-        seed=seed,
-    )
-    return recovering.recover(student, teacher, data, options)
+    return run_recovery(student, teacher, data, options)
 
 
 def save(model: nn.Module, path: str | Path, *, state_dict: Mapping[str, Tensor] | None = None) -> None:
@@ -353,10 +334,10 @@ def save(model: nn.Module, path: str | Path, *, state_dict: Mapping[str, Tensor]
         CheckpointError: the model holds state that is not a tensor or is sharded, the state dict is another model's, or
             the folder cannot be written.
     """
-    checkpoint.write(model, Path(path), state_dict)
+    artifact.write_artifact(model, Path(path), state_dict)
 
 
-def load(path: str | Path, model: nn.Module) -> nn.Module:
+def load(path: str | Path, model: _M) -> _M:
     """Return the artifact's model: a copy of `model`'s structure with everything it stores read from the artifact.
 
     Args:
@@ -368,19 +349,19 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
         CheckpointError: the artifact is missing, damaged, newer than this version, or of another architecture.
         ConversionError: the model itself cannot be converted (see `convert`).
     """
-    artifact = checkpoint.read(Path(path))
+    found = artifact.read_artifact(Path(path))
     check_convertible(model)
-    checkpoint.check_architecture(artifact, model)
+    artifact.check_architecture(found, model)
     every_tensor = {id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
-    target = rewrite.copy_without(model, every_tensor)
+    target = copy_without(model, every_tensor)
     device = device_of(model)
-    pool = rewrite.build_pool(artifact.plan, "cpu" if device.type == "meta" else device)
-    rewrite.apply(target, artifact.plan, pool)
-    checkpoint.fill(artifact, target, pool.weight.device)
+    pool = build_pool(found.plan, "cpu" if device.type == "meta" else device)
+    apply_plan(target, found.plan, pool)
+    artifact.fill_from(found, target, pool.weight.device)
     return target
 
 
-def densify(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+def densify(model: _M, *, inplace: bool = False) -> _M:
     """Return a converted model as a dense one: original classes, original state-dict keys, equal outputs.
 
     Args:
@@ -390,10 +371,10 @@ def densify(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     Raises:
         ConversionError: the model is not a converted one, or it is sharded.
     """
-    rewrite.pool_of(model)
-    rewrite.refuse_sharded(model)
-    target = model if inplace else rewrite.copy_without(model, set())
-    rewrite.restore(target)
+    pool_of(model)
+    refuse_sharded(model)
+    target = model if inplace else copy_without(model, set())
+    restore_dense(target)
     return target
 
 
@@ -410,7 +391,7 @@ def densify_artifact(path: str | Path, output: str | Path) -> int:
     Raises:
         CheckpointError: the artifact is missing, damaged or newer than this version, or the file cannot be written.
     """
-    return checkpoint.write_dense(checkpoint.read(Path(path)), Path(output))
+    return artifact.write_dense(artifact.read_artifact(Path(path)), Path(output))
 
 
 def _settings(config: RoastConfig | str | Path | None, **arguments: Any) -> RoastConfig:

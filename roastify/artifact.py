@@ -18,11 +18,12 @@ from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
-from roastify.conversion.rewrite import POOL_NAME, build_pool, current_plan, owners, shared_tensor
+from roastify.conversion.converted import POOL_NAME, current_plan, owners, pooled_weight
+from roastify.conversion.rewrite import build_pool
 from roastify.errors import CheckpointError, closest
+from roastify.files import digest_of_file, pending, put_in_place, reason_of, write_tensors
 from roastify.layers.kinds import refusal_of
 from roastify.pool.mapping import MAPPING_VERSION
 from roastify.pool.plan import RoastPlan
@@ -31,7 +32,6 @@ from roastify.pool.pool import is_sharded
 FORMAT_VERSION = 4
 MANIFEST = "roast.json"
 WEIGHTS = "model.safetensors"
-_PENDING = ".pending"
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Artifact:
     plan: RoastPlan
 
 
-def write(model: nn.Module, folder: Path, state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
+def write_artifact(model: nn.Module, folder: Path, state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
     """Write a converted model; see `roastify.save`."""
     plan = current_plan(model)
     in_state_dict = model.state_dict().keys()
@@ -58,28 +58,23 @@ def write(model: nn.Module, folder: Path, state_dict: Mapping[str, torch.Tensor]
     tensors, ties = _stored_tensors(model, plan, state_dict or {})
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        pending_weights = folder / (WEIGHTS + _PENDING)
-        pending_manifest = folder / (MANIFEST + _PENDING)
+        weights_path, manifest_path = folder / WEIGHTS, folder / MANIFEST
         _finish_interrupted_save(folder)
-        save_tensors(tensors, pending_weights)
+        write_tensors(tensors, pending(weights_path))
         manifest = {
             "format_version": FORMAT_VERSION,
             "mapping_version": MAPPING_VERSION,
-            "weights": {"file": WEIGHTS, "sha256": digest_of_file(pending_weights)},
+            "weights": {"file": WEIGHTS, "sha256": digest_of_file(pending(weights_path))},
             "ties": ties,
             "buffers": {name: list(buffer.shape) for name, buffer in _named_buffers(model, plan)},
             "state_dict": [name for name in [*tensors, *ties] if name in in_state_dict],
             "plan": plan.to_dict(),
         }
         text = json.dumps(seal(manifest), indent=1, ensure_ascii=False)
-        pending_manifest.write_text(text + "\n", encoding="utf-8")
-        for path in (pending_weights, pending_manifest):
-            flush(path)
-        os.replace(pending_weights, folder / WEIGHTS)
-        os.replace(pending_manifest, folder / MANIFEST)
-        flush(folder)
+        pending(manifest_path).write_text(text + "\n", encoding="utf-8")
+        put_in_place(weights_path, manifest_path)
     except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"cannot write the artifact {folder}: {first_line(error)}") from error
+        raise CheckpointError(f"cannot write the artifact {folder}: {reason_of(error)}") from error
 
 
 def seal(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -91,30 +86,17 @@ def seal(manifest: dict[str, Any]) -> dict[str, Any]:
 
 def _finish_interrupted_save(folder: Path) -> None:
     """Do the second rename of a save that was killed before it, and drop what an earlier kill left."""
-    pending = folder / (MANIFEST + _PENDING)
-    if pending.is_file():
+    finished = pending(folder / MANIFEST)
+    if finished.is_file():
         weights = folder / WEIGHTS
         with contextlib.suppress(CheckpointError):
-            if weights.is_file() and _parse(pending)["weights"]["sha256"] == digest_of_file(weights):
-                os.replace(pending, folder / MANIFEST)
+            if weights.is_file() and _parse(finished)["weights"]["sha256"] == digest_of_file(weights):
+                os.replace(finished, folder / MANIFEST)
                 return
-        pending.unlink()
+        finished.unlink()
 
 
-def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write a safetensors file with the permissions that the user's umask gives: its writer makes them private."""
-    path.touch()
-    mode = path.stat().st_mode
-    save_file(tensors, path, metadata={"format": "pt"})
-    path.chmod(mode)
-
-
-def first_line(error: BaseException) -> str:
-    """Return what an error says, in one line."""
-    return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def read(folder: Path) -> Artifact:
+def read_artifact(folder: Path) -> Artifact:
     """Read and check an artifact's manifest and its weights' digest.
 
     Raises:
@@ -124,16 +106,16 @@ def read(folder: Path) -> Artifact:
         raise CheckpointError(f"there is no artifact folder {folder}; expected one that roastify.save wrote")
     weights = folder / WEIGHTS
     manifest_path = folder / MANIFEST
-    pending = manifest_path.with_name(MANIFEST + _PENDING)
-    if not manifest_path.is_file() and pending.is_file():
-        manifest_path = pending
+    interrupted = pending(manifest_path)
+    if not manifest_path.is_file() and interrupted.is_file():
+        manifest_path = interrupted
     for path in (manifest_path, weights):
         if not path.is_file():
             raise CheckpointError(f"{folder} is not a roastify artifact: {path.name} is missing")
     manifest = _parse(manifest_path)
     digest = digest_of_file(weights)
     if manifest["weights"]["sha256"] != digest:
-        if pending.is_file() and (finished := _parse(pending))["weights"]["sha256"] == digest:
+        if interrupted.is_file() and (finished := _parse(interrupted))["weights"]["sha256"] == digest:
             manifest = finished
         else:
             raise CheckpointError(
@@ -216,7 +198,7 @@ def _kind_differences(plan: RoastPlan, model: nn.Module) -> Iterator[str]:
                 yield f"{tensor.name} belongs to a {type(module).__name__} that must keep it: {refusal}"
 
 
-def fill(artifact: Artifact, model: nn.Module, device: torch.device) -> None:
+def fill_from(artifact: Artifact, model: nn.Module, device: torch.device) -> None:
     """Give a rewritten structure, whose tensors are all on the meta device, the artifact's values.
 
     Raises:
@@ -247,7 +229,7 @@ def dense_state_dict(artifact: Artifact) -> dict[str, torch.Tensor]:
         for key, parameter in of_pool.items():
             parameter.copy_(_as_tensor(key, stored[key], parameter, torch.device("cpu")))
         for tensor in plan.shared:
-            weight = shared_tensor(pool, tensor).dense().contiguous()
+            weight = pooled_weight(pool, tensor).dense().contiguous()
             dense |= dict.fromkeys(tensor.aliases, weight)
     in_order = [alias for tensor in plan.tensors for alias in tensor.aliases]
     # Every name has memory of its own: safetensors writes no two names for one.
@@ -257,13 +239,11 @@ def dense_state_dict(artifact: Artifact) -> dict[str, torch.Tensor]:
 def write_dense(artifact: Artifact, path: Path) -> int:
     """Write the dense state dict as one safetensors file, whole or not at all; return the number of tensors."""
     state = dense_state_dict(artifact)
-    pending = path.with_name(path.name + _PENDING)
     try:
-        save_tensors(state, pending)
-        flush(pending)
-        os.replace(pending, path)
+        write_tensors(state, pending(path))
+        put_in_place(path)
     except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"cannot write {path}: {first_line(error)}") from error
+        raise CheckpointError(f"cannot write {path}: {reason_of(error)}") from error
     return len(state)
 
 
@@ -383,18 +363,3 @@ def _own_storages(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             tensors[name] = tensor.clone()
         seen.add(pointer)
     return tensors
-
-
-def digest_of_file(path: Path) -> str:
-    """Return a file's SHA-256."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def flush(path: Path) -> None:
-    """Make a file, or the names in a folder, durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

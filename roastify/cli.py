@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import json
 import platform
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 import torch
@@ -22,11 +23,12 @@ import roastify
 from roastify import api, report
 from roastify.checks.example_inputs import find_inputs, how_to_give
 from roastify.checks.model_bench import DTYPES, parse_device
-from roastify.config import INITS, SHARES, RoastConfig
-from roastify.conversion.rewrite import pool_of
+from roastify.config import Init, RoastConfig, Share
+from roastify.conversion.converted import pool_of
 from roastify.errors import ConfigError, RoastError, SourceError, closest
+from roastify.files import check_writable, write_json
 from roastify.kernels.backend import backend
-from roastify.recovery.options import SCHEDULES, RecoverOptions
+from roastify.recovery.options import RecoverOptions, Schedule
 from roastify.source import Source, load_data, load_source
 
 
@@ -90,9 +92,11 @@ def _settings_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--include", multiple=True, metavar="PATTERN", help="Share only these tensors or modules."),
         click.option("--exclude", multiple=True, metavar="PATTERN", help="Keep these tensors or modules dense."),
         click.option(
-            "--share", type=click.Choice(SHARES), help="Share vectors too: auto does where the ratio needs it."
+            "--share", type=click.Choice(get_args(Share)), help="Share vectors too: auto does where the ratio needs it."
         ),
-        click.option("--init", type=click.Choice(INITS), help="match: train from scratch; project: fit the weights."),
+        click.option(
+            "--init", type=click.Choice(get_args(Init)), help="match: train from scratch; project: fit the weights."
+        ),
         click.option("--seed", type=int, help="Of the mapping and the pool's initial values."),
     ]
     for option in reversed(options):
@@ -195,7 +199,7 @@ def bench(
     """Measure latency and memory beside the dense model, checked first and in turn."""
     config = _config(**settings)
     if json_file is not None:
-        report.check_writable(json_file)
+        check_writable(json_file)
     found = _load(source)
     with _status(f"measuring {source}"):
         measured = api.bench(
@@ -213,8 +217,28 @@ def bench(
         )
     _out().print(report.bench_table(measured))
     if json_file is not None:
-        report.write_json(measured.to_dict(), json_file)
+        write_json(measured.to_dict(), json_file)
         _say(f"written to {json_file}")
+
+
+def _recover_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add an option for every setting of a recovery that has a flag."""
+    types = {"int": int, "float": float, "float | None": float}
+    for setting in reversed(dataclasses.fields(RecoverOptions)):
+        flag, meaning = setting.metadata["flag"], setting.metadata["meaning"]
+        options: dict[str, Any] = {"help": meaning[0].upper() + meaning[1:].replace("`", "") + "."}
+        if not flag:
+            continue
+        if setting.type == "bool":
+            options |= {"is_flag": True}
+        elif setting.type == "Schedule":
+            options |= {"type": click.Choice(get_args(Schedule)), "default": setting.default, "show_default": True}
+        elif setting.default is None:
+            options |= {"multiple": True, "metavar": "PATTERN"}
+        else:
+            options |= {"type": types[str(setting.type)], "default": setting.default, "show_default": True}
+        command = click.option(flag, setting.name, **options)(command)
+    return command
 
 
 @main.command()
@@ -224,26 +248,11 @@ def bench(
 @click.option(
     "-o", "--output", required=True, type=click.Path(file_okay=False), help="Write artifact and checkpoint here."
 )
-@click.option("--steps", type=int, default=RecoverOptions.steps, show_default=True, help="Of the optimizer.")
-@click.option("--lr", type=float, default=RecoverOptions.lr, show_default=True, help="Peak of the learning rate.")
-@click.option("--warmup", type=float, default=RecoverOptions.warmup, show_default=True, help="Part of the steps.")
-@click.option("--schedule", type=click.Choice(SCHEDULES), default=RecoverOptions.schedule, show_default=True)
-@click.option("--clip", type=float, default=RecoverOptions.clip, show_default=True, help="Largest gradient norm.")
-@click.option("--accumulate", type=int, default=RecoverOptions.accumulate, show_default=True, help="Batches a step.")
+@_recover_options
 @click.option(
     "--align", type=int, help=f"Steps of alignment first (default: {RecoverOptions.align}; 0 with --artifact)."
 )
-@click.option("--align-batches", type=int, default=RecoverOptions.align_batches, show_default=True)
-@click.option("--logits", multiple=True, metavar="PATTERN", help="Outputs that are logits (default: named so).")
-@click.option("--temperature", type=float, default=RecoverOptions.temperature, show_default=True, help="Of logits.")
-@click.option("--output-weight", type=float, default=RecoverOptions.output_weight, show_default=True)
-@click.option("--features", multiple=True, metavar="PATTERN", help="Modules to match (default: around shared layers).")
-@click.option("--feature-weight", type=float, default=RecoverOptions.feature_weight, show_default=True)
-@click.option("--task-weight", type=float, default=RecoverOptions.task_weight, show_default=True)
 @click.option("--loss", "loss_name", help="Name of the output that is the task's loss, such as loss.")
-@click.option("--evaluate-every", type=int, default=0, help="Steps between evaluations (default: at the end alone).")
-@click.option("--save-every", type=int, default=RecoverOptions.save_every, show_default=True, help="Steps.")
-@click.option("--resume", is_flag=True, help="Go on from the checkpoint in the output folder, if there is one.")
 @click.option("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one).")
 @click.option("--bfloat16", is_flag=True, help="Run both models under autocast.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Write the report to this file.")
@@ -269,7 +278,7 @@ def recover(
     settings = {name: options.pop(name) for name in ("ratio", "config", "include", "exclude", "share", "init", "seed")}
     place = parse_device(device)
     if json_file is not None:
-        report.check_writable(json_file)
+        check_writable(json_file)
     batches = load_data(data)
     found = _load(source)
     student = _student(found, artifact, settings).to(place)
@@ -292,7 +301,7 @@ def recover(
     api.save(student, output)
     _say(f"written to {output}")
     if json_file is not None:
-        report.write_json(recovered.to_dict(), json_file)
+        write_json(recovered.to_dict(), json_file)
         _say(f"written to {json_file}")
 
 

@@ -10,14 +10,16 @@ import tomllib
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
+from roastify import names
 from roastify.errors import ConfigError, closest
-from roastify.pool.mapping import MAPPINGS, SIGNS
+from roastify.pool.mapping import MappingName, SignName
 
-SHARINGS = ("global", "local")
-INITS = ("match", "project")
-SHARES = ("auto", "weights", "all")
+Sharing = Literal["global", "local"]
+Init = Literal["match", "project"]
+Share = Literal["auto", "weights", "all"]
+SignSetting = Literal["auto", SignName]
 
 # No model has as many parameters.
 _LARGEST_RATIO = 10**18
@@ -50,27 +52,25 @@ class RoastConfig:
     """
 
     ratio: float = 10.0
-    init: str = "match"
+    init: Init = "match"
     seed: int = 0
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     min_numel: int = 1024
-    share: str = "auto"
+    share: Share = "auto"
     tile: str = "auto"
-    sign: str = "auto"
-    mapping: str = "permutation"
-    sharing: str = "global"
+    sign: SignSetting = "auto"
+    mapping: MappingName = "permutation"
+    sharing: Sharing = "global"
     precondition: bool = True
     kernel_basis: str | int = "auto"
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
         object.__setattr__(self, "ratio", float(self.ratio))
-        _check_choice("init", self.init, INITS)
-        _check_choice("sign", self.sign, ("auto", *SIGNS))
-        _check_choice("mapping", self.mapping, MAPPINGS)
-        _check_choice("share", self.share, SHARES)
-        _check_choice("sharing", self.sharing, SHARINGS)
+        choices = {"init": Init, "sign": SignSetting, "mapping": MappingName, "share": Share, "sharing": Sharing}
+        for name, literal in choices.items():
+            _check_choice(name, getattr(self, name), get_args(literal))
         for name in ("include", "exclude"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
         for name, minimum in (("seed", None), ("min_numel", 0)):
@@ -177,9 +177,6 @@ def _patterns(name: str, value: object) -> tuple[str, ...]:
     if not isinstance(patterns, list | tuple) or not all(isinstance(item, str) and item for item in patterns):
         raise ConfigError(f"{name} must be a pattern or a list of patterns (strings); found {value!r}")
     for pattern in patterns:
-        if pattern.startswith("re:"):
-            try:
-                re.compile(pattern[3:])
-            except re.error as error:
-                raise ConfigError(f"{name}: {pattern!r} is not a valid regular expression: {error}") from None
+        if problem := names.invalid(pattern):
+            raise ConfigError(f"{name}: {problem}")
     return tuple(patterns)

@@ -1,53 +1,20 @@
-"""What people see: rich tables of plans and results, and progress of anything that takes over a second."""
+"""What people see: rich tables of plans and results."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import sys
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Iterable
 
 import torch
-from rich.console import Console, Group, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from roastify.checks.interface import VerifyReport
 from roastify.checks.model_bench import BenchReport, Side
-from roastify.errors import ConfigError
 from roastify.kernels.backend import backend
 from roastify.pool.plan import RoastPlan, TensorPlan
-from roastify.recovery.options import Likeness, RecoveryReport
-
-_PATIENCE_S = 1.0
-_Item = TypeVar("_Item")
-
-
-def track(items: Sequence[_Item], description: str) -> Iterator[_Item]:
-    """Yield the items; on a terminal, show a progress bar on standard error once it has taken over a second."""
-    if not sys.stderr.isatty():
-        yield from items
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    progress = Progress(*columns, console=Console(stderr=True), transient=True)
-    task = progress.add_task(description, total=len(items))
-    begun = time.monotonic()
-    shown = False
-    try:
-        for item in items:
-            if not shown and time.monotonic() - begun > _PATIENCE_S:
-                progress.start()
-                shown = True
-            yield item
-            progress.advance(task)
-    finally:
-        if shown:
-            progress.stop()
+from roastify.recovery.report import Likeness, RecoveryReport
 
 
 def human_bytes(count: float) -> str:
@@ -286,17 +253,3 @@ def recovery_lines(report: RecoveryReport) -> RenderableType:
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}" + ("" if number == 1 else "s")
-
-
-def check_writable(path: str | Path) -> None:
-    """Raise `ConfigError` unless a file can be written there: asked before what takes long."""
-    folder = Path(path).parent
-    if not folder.is_dir():
-        raise ConfigError(f"cannot write {path}: there is no folder {folder}; make it first")
-    if not os.access(path if Path(path).exists() else folder, os.W_OK):
-        raise ConfigError(f"cannot write {path}: no permission; name another file")
-
-
-def write_json(values: dict[str, Any], path: str | Path) -> None:
-    """Write plain values as a JSON file; one that is there is replaced."""
-    Path(path).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")

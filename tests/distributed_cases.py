@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import roastify
-from roastify.conversion.rewrite import find_pool
+from roastify.conversion.converted import find_pool
 from roastify.errors import RoastError
 
 WORDS, WIDTH, LENGTH, BATCH = 96, 64, 8, 4

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from roastify.conversion.rewrite import pool_of
-from roastify.layers.modules import RoastModule
+from roastify.conversion.converted import pool_of
+from roastify.layers.base import RoastModule
 
 
 class Stack(nn.Module):

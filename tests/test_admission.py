@@ -16,7 +16,7 @@ import roastify
 from roastify import RoastConfig
 from roastify.conversion import rewrite
 from roastify.errors import ConfigError, ConversionError, OutputMismatch, PlanError, RoastError
-from roastify.layers.kinds import to_roast
+from roastify.layers.class_swap import to_roast
 
 
 class Net(nn.Module):

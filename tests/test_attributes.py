@@ -20,9 +20,9 @@ import roastify
 import roastify.api
 import roastify.pool.pool
 from roastify import RoastConfig, RoastError
-from roastify.conversion.rewrite import pool_of
-from roastify.layers.modules import RoastModule
-from roastify.layers.read_weight import SharedWeight
+from roastify.conversion.converted import pool_of
+from roastify.layers.base import RoastModule
+from roastify.layers.read_weight import ReadWeight
 
 transformers.utils.logging.set_verbosity_error()
 
@@ -193,7 +193,7 @@ def test_a_module_without_parameters_of_its_own_answers_with_what_it_reads() -> 
     body = converted.body
     assert isinstance(body, nn.Sequential) and type(body).__name__ == "Sequential"
     (weight,) = body.parameters()
-    assert type(weight) is SharedWeight and torch.equal(weight, body[0].weight)
+    assert type(weight) is ReadWeight and torch.equal(weight, body[0].weight)
     assert [name for name, _ in body.named_parameters()] == []
     with pytest.raises(RuntimeError, match="leaf"):
         body.requires_grad_(False)
@@ -249,7 +249,7 @@ def test_what_is_read_is_a_parameter_to_who_asks_and_a_tensor_to_who_computes(la
     assert not torch.overrides.has_torch_function((weight,))
     for result in (weight + 1, weight @ weight, weight.clone(), torch.relu(weight), copy.deepcopy(weight.detach())):
         assert type(result) is Tensor
-    assert type(weight[0]) is SharedWeight
+    assert type(weight[0]) is ReadWeight
     loaded = through_torch_save(weight.detach())  # type: ignore[arg-type]
     assert type(loaded) is Tensor and torch.equal(loaded, weight)
     assert repr(weight).startswith("tensor(")
@@ -300,7 +300,7 @@ def test_transformers_ties_and_initialises_again(build: Callable[[], Any], share
         again()
         assert torch.equal(converted(tokens).logits, before)
         assert converted.get_output_embeddings().weight.shape == (120, 32)
-    roastify.rewrite.current_plan(converted)
+    roastify.current_plan(converted)
 
 
 @pytest.mark.parametrize("build", [gpt2, bert])

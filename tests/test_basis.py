@@ -21,17 +21,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import roastify
-from roastify import ConfigError, PlanError, RoastConfig, RoastPlan
-from roastify import artifact as artifacts
+from roastify import ConfigError, PlanError, RoastConfig, RoastPlan, artifact
 from roastify.checks import numerics as agreement
-from roastify.conversion.rewrite import copy_weights, current_plan, pool_of, shared_tensor
+from roastify.conversion.converted import current_plan, pool_of, pooled_weight
+from roastify.conversion.rewrite import copy_weights
 from roastify.errors import ConversionError, OutputMismatch
+from roastify.files import digest_of_file, write_tensors
 from roastify.kernels import ops, reference
 from roastify.kernels.kept_weights import WeightGroup
-from roastify.layers.modules import RoastModule
-from roastify.pool import forward_pass as passes
+from roastify.layers.base import RoastModule
+from roastify.pool import pass_cache
 from roastify.pool.kernel_basis import coefficient_matrix, combined_matrix, cosine_basis, principal_basis
-from roastify.recovery.align import _curvature, _Place, _Term, align
+from roastify.recovery.align import _curvature, _LinearMap, _Term, align_layers
 from roastify.report import plan_table
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -771,13 +772,13 @@ def test_a_basis_written_to_before_the_backward_pass_is_an_error_as_a_dense_weig
 
 def test_layers_with_bases_are_read_together(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = pair()
-    groups, gather_weights = [], passes.gather_weights
+    groups, gather_group = [], pass_cache.gather_group
 
     def watched(pool: Tensor, table: Tensor, group: WeightGroup) -> Any:
         groups.append([weight.shape for weight in group.weights])
-        return gather_weights(pool, table, group)
+        return gather_group(pool, table, group)
 
-    monkeypatch.setattr(passes, "gather_weights", watched)
+    monkeypatch.setattr(pass_cache, "gather_group", watched)
     model(normal(2, 4, 12, 12))
     assert [(48, 32, 3, 3), (48, 24, 3, 3)] in groups
 
@@ -959,7 +960,7 @@ def test_a_loaded_model_is_the_saved_one(tmp_path: Path, fresh_on: str, dtype: t
     loss(model(x)).backward()
     for one, other in zip(pool_of(loaded).bases(), pool_of(model).bases(), strict=True):
         torch.testing.assert_close(one.grad, other.grad)
-    stored = load_file(tmp_path / "a" / artifacts.WEIGHTS)
+    stored = load_file(tmp_path / "a" / artifact.WEIGHTS)
     parameters = sum(stored[name].numel() for name, _ in model.named_parameters())
     assert parameters == pool_of(model).plan.stored_numel
 
@@ -981,7 +982,7 @@ def test_a_dense_model_again(inplace: bool) -> None:
 def test_a_dense_state_dict_of_an_artifact(tmp_path: Path) -> None:
     model, dense = pair(lambda: Tied(nn.Conv2d(16, 16, 3)))
     roastify.save(model, tmp_path / "a")
-    found = artifacts.dense_state_dict(artifacts.read(tmp_path / "a"))
+    found = artifact.dense_state_dict(artifact.read_artifact(tmp_path / "a"))
     expected = roastify.densify(model).state_dict()
     assert found.keys() == dense.state_dict().keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -991,7 +992,7 @@ def test_weights_are_copied_into_a_dense_model() -> None:
     model, dense = pair()
     copy_weights(model, dense)
     for tensor in pool_of(model).plan.shared:
-        expected = shared_tensor(pool_of(model), tensor).dense()
+        expected = pooled_weight(pool_of(model), tensor).dense()
         assert torch.equal(dense.get_parameter(tensor.name), expected)
 
 
@@ -999,7 +1000,7 @@ def test_an_artifact_of_before_there_were_bases_loads(tmp_path: Path) -> None:
     dense = Net()
     model = roastify.convert(dense, config=config(kernel_basis="none"))
     roastify.save(model, tmp_path / "a")
-    path = tmp_path / "a" / artifacts.MANIFEST
+    path = tmp_path / "a" / artifact.MANIFEST
     manifest = json.loads(path.read_text(encoding="utf-8"))
     for tensor in manifest["plan"]["tensors"]:
         assert tensor.pop("basis_count") == 0
@@ -1013,22 +1014,22 @@ def test_an_artifact_of_before_there_were_bases_loads(tmp_path: Path) -> None:
     x = normal(2, 4, 12, 12, dtype=torch.float32)
     assert torch.equal(loaded(x), model(x))
     assert pool_of(loaded).plan == pool_of(model).plan
-    assert artifacts.dense_state_dict(artifacts.read(tmp_path / "a")).keys() == dense.state_dict().keys()
+    assert artifact.dense_state_dict(artifact.read_artifact(tmp_path / "a")).keys() == dense.state_dict().keys()
 
 
 def test_a_lost_basis_is_named(tmp_path: Path) -> None:
     model, _ = pair()
     roastify.save(model, tmp_path / "a")
-    path = tmp_path / "a" / artifacts.WEIGHTS
+    path = tmp_path / "a" / artifact.WEIGHTS
     tensors = load_file(path)
     del tensors["roast_pool.basis_1"]
-    artifacts.save_tensors(tensors, path)
-    manifest = json.loads((tmp_path / "a" / artifacts.MANIFEST).read_text(encoding="utf-8"))
-    manifest["weights"]["sha256"] = artifacts.digest_of_file(path)
-    (tmp_path / "a" / artifacts.MANIFEST).write_text(json.dumps(artifacts.seal(manifest)), encoding="utf-8")
+    write_tensors(tensors, path)
+    manifest = json.loads((tmp_path / "a" / artifact.MANIFEST).read_text(encoding="utf-8"))
+    manifest["weights"]["sha256"] = digest_of_file(path)
+    (tmp_path / "a" / artifact.MANIFEST).write_text(json.dumps(artifact.seal(manifest)), encoding="utf-8")
     for read in (
         lambda: roastify.load(tmp_path / "a", Net()),
-        lambda: artifacts.dense_state_dict(artifacts.read(tmp_path / "a")),
+        lambda: artifact.dense_state_dict(artifact.read_artifact(tmp_path / "a")),
     ):
         with pytest.raises(roastify.RoastError, match=r"lacks 1 of the tensors it should hold: roast_pool\.basis_1"):
             read()
@@ -1151,11 +1152,11 @@ def test_alignment_brings_layers_with_bases_nearer_than_projection_does() -> Non
     assert len(named_bases(student)) == 2
     names = ["first", "second", "third", "head"]
     before = errors_of(student, teacher, x, names)
-    claimed, reached = align(student, teacher, [lambda: teacher(x)], 40)
+    claimed, reached = align_layers(student, teacher, [lambda: teacher(x)], 40)
     after = errors_of(student, teacher, x, names)
     assert reached < 0.8 * claimed
     assert sum(after) < 0.8 * sum(before)
-    assert align(student, teacher, [lambda: teacher(x)], 0)[0] == pytest.approx(reached, rel=1e-3)
+    assert align_layers(student, teacher, [lambda: teacher(x)], 0)[0] == pytest.approx(reached, rel=1e-3)
 
 
 def test_alignment_finds_the_least_squares_pool_for_the_bases() -> None:
@@ -1164,7 +1165,7 @@ def test_alignment_finds_the_least_squares_pool_for_the_bases() -> None:
     hand = ByHand(student, teacher)
     assert len(hand.bases) == 2
     x = smooth(8, 8, 9, 9).double()
-    _, after = align(student, teacher, [lambda: teacher(x)], 300)
+    _, after = align_layers(student, teacher, [lambda: teacher(x)], 300)
     total = torch.zeros((), dtype=torch.float64)
     hand.pool = pool_of(student).weight.detach().clone().requires_grad_()
     for index, given in ((0, x), (2, teacher[:2](x).detach())):
@@ -1189,7 +1190,7 @@ def test_alignment_is_preconditioned_by_the_diagonal_of_its_quadratic() -> None:
     (tensor,) = pool.plan.with_basis
     assert pool.plan.no_sharing
     term = _Term(tensor, torch.zeros(6, 36, dtype=torch.float64), second=normal(36).square().diag()[None])
-    place = _Place(pool.table, pool.plan.view(tensor), tensor.scale or 0.0, pool.bases()[0].detach())
+    place = _LinearMap(pool.table, pool.plan.view(tensor), tensor.scale or 0.0, pool.bases()[0].detach())
     units = torch.eye(pool.weight.numel(), dtype=torch.float64).view(-1, *pool.weight.shape)
     expected = torch.stack([term.error(place.weight(unit)) for unit in units])
     assert (expected > 0).sum() == tensor.matrix_numel

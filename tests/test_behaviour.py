@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import roastify
 from roastify.errors import OutputMismatch
-from roastify.layers.modules import RoastModule
+from roastify.layers.base import RoastModule
 
 X = torch.randn(3, 24, generator=torch.Generator().manual_seed(2))
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 import roastify
-from roastify.checks import clocks as timing
-from roastify.checks.model_bench import BenchOptions, compare, parse_device, prepare, rebatch
+from roastify.checks import clocks
+from roastify.checks.model_bench import BenchOptions, check_and_time, parse_device, prepare, rebatch
 from roastify.checks.numerics import check_agreement
 from roastify.conversion.rewrite import copy_weights
 from roastify.errors import BenchError, ConfigError, ConversionError, OutputMismatch, PlanError
@@ -70,7 +70,7 @@ def never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     def alternate(*args: Any) -> None:
         raise AssertionError("timed")
 
-    monkeypatch.setattr(timing, "alternate", alternate)
+    monkeypatch.setattr(clocks, "alternate", alternate)
 
 
 def bench(model: nn.Module, inputs: Any, ratio: float = 4, **options: Any) -> roastify.BenchReport:
@@ -186,7 +186,7 @@ def test_no_more_than_the_dense_and_the_converted_model_are_held(
 ) -> None:
     # A shape that nothing else in this process has.
     shape, found = (333, 777), []
-    alternate = timing.alternate
+    alternate = clocks.alternate
 
     def counting(*args: Any) -> Any:
         gc.collect()
@@ -196,7 +196,7 @@ def test_no_more_than_the_dense_and_the_converted_model_are_held(
         found.append(len(tensors))
         return alternate(*args)
 
-    monkeypatch.setattr(timing, "alternate", counting)
+    monkeypatch.setattr(clocks, "alternate", counting)
     bench(nn.Linear(shape[1], shape[0]), torch.randn(2, shape[1]), inplace=inplace)
     assert found == [copies]
 
@@ -323,10 +323,10 @@ def test_weights_that_are_not_the_converted_models_are_not_timed(never_timed: No
     converted = roastify.convert(net, 4)
     sides = prepare("dense", net, inputs, options), prepare("converted", converted, inputs, options)
     with pytest.raises(OutputMismatch, match="differs from the dense model's with the same weights"):
-        compare(*sides, options)
+        check_and_time(*sides, options)
     copy_weights(converted, net)
     with pytest.raises(AssertionError, match="timed"):
-        compare(*sides, options)
+        check_and_time(*sides, options)
 
 
 def test_a_gradient_that_disagrees_is_not_timed(never_timed: None, inputs: Tensor) -> None:
@@ -520,17 +520,17 @@ def test_calls_alternate_and_each_timed_one_follows_its_own() -> None:
         return float(next(clocked))
 
     calls = {"dense": lambda: order.append("dense"), "converted": lambda: order.append("converted")}
-    times = timing.alternate(calls, clock, seconds=1e-9)
+    times = clocks.alternate(calls, clock, seconds=1e-9)
     assert order == ["dense", "timed:", "dense", "converted", "timed:", "converted"] * 5
-    assert times["dense"] == timing.Timing(4.0, 1.0, 7.0, 5) and times["converted"] == timing.Timing(5.0, 2.0, 8.0, 5)
+    assert times["dense"] == clocks.Timing(4.0, 1.0, 7.0, 5) and times["converted"] == clocks.Timing(5.0, 2.0, 8.0, 5)
 
 
 def test_the_budget_is_spent_and_the_clock_is_in_milliseconds() -> None:
     import time
 
-    clock = timing.wall_clock(torch.device("cpu"))
+    clock = clocks.wall_clock(torch.device("cpu"))
     begun = time.perf_counter()
-    times = timing.alternate({"sleep": lambda: time.sleep(0.004)}, clock, seconds=0.2)
+    times = clocks.alternate({"sleep": lambda: time.sleep(0.004)}, clock, seconds=0.2)
     assert 0.2 <= time.perf_counter() - begun < 2
     assert 4 <= times["sleep"].median_ms < 100 and times["sleep"].runs > 5
 

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 import roastify
 from roastify import RoastConfig
-from roastify.conversion.rewrite import pool_of
+from roastify.conversion.converted import pool_of
 
 # torch.compile makes an object of every `autograd.Function` and looks at every `.grad`, of which torch itself warns.
 pytestmark = [

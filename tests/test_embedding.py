@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import roastify
-from roastify.conversion.rewrite import pool_of
+from roastify.conversion.converted import pool_of
 from roastify.kernels import ops, reference
 from roastify.kernels.view import TileView
 from roastify.pool.mapping import TileMap

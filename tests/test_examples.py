@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 import roastify
-from roastify.checks.interface import split_inputs
+from roastify.calls import split_inputs
+from roastify.kernels.torch_internals import pytree
 from roastify.pool.mapping import TileMap
 from roastify.source import Source, load_source
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import roastify
-from roastify.conversion.rewrite import pool_of
+from roastify.conversion.converted import pool_of
 from roastify.pool import preconditioner as module
 
 

@@ -20,10 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import roastify
-from roastify.conversion.rewrite import pool_of
+from roastify.conversion.converted import pool_of
 from roastify.kernels import reference
-from roastify.kernels.grad_buffer import Sink
-from roastify.pool.forward_pass import _passes
+from roastify.kernels.grad_buffer import GradBuffer
+from roastify.pool.pass_cache import passes
 
 # cuDNN would rather have a recurrent layer's weights in one piece of memory.
 pytestmark = [
@@ -65,19 +65,19 @@ def assert_same(found: Sequence[Tensor | None], expected: Sequence[Tensor | None
 def sums(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
     """Whether there was a sum, of each run of a gate; nothing is left anywhere after the test."""
     taken: list[bool] = []
-    made: weakref.WeakSet[Sink] = weakref.WeakSet()
-    take = Sink.take
+    made: weakref.WeakSet[GradBuffer] = weakref.WeakSet()
+    take = GradBuffer.take
 
-    def watched(sink: Sink) -> Tensor | None:
-        made.add(sink)
-        total = take(sink)
+    def watched(buffer: GradBuffer) -> Tensor | None:
+        made.add(buffer)
+        total = take(buffer)
         taken.append(total is not None)
         return total
 
-    monkeypatch.setattr(Sink, "take", watched)
+    monkeypatch.setattr(GradBuffer, "take", watched)
     yield taken
-    assert not any(len(sink._buffers) for sink in made)
-    assert not _passes.running and not _passes.again
+    assert not any(len(buffer._sums) for buffer in made)
+    assert not passes.running and not passes.recomputed
 
 
 # What is done with graphs. Each takes a forward, its pool and inputs, and returns gradients of the pool.
@@ -660,7 +660,7 @@ def test_a_backward_pass_makes_one_tensor_of_the_pools_size(monkeypatch: pytest.
         with Large(pool.numel()) as large:
             loss(out.float()).backward()
         assert large.made == [torch.ops.aten.zeros.default]
-    monkeypatch.setattr(Sink, "total", lambda sink: None)
+    monkeypatch.setattr(GradBuffer, "total", lambda buffer: None)
     out = model(x)
     with Large(pool.numel()) as large:
         loss(out).backward()
@@ -708,11 +708,11 @@ def test_peak_memory_of_a_deep_stack(autocast: bool) -> None:
 
 def test_buffers_live_no_longer_than_their_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not when it fails, and not when the gate's output is let go of."""
-    from roastify.kernels import grad_buffer as sink
+    from roastify.kernels import grad_buffer
 
     alive: list[Any] = []
 
-    class Watched(sink._Buffer):
+    class Watched(grad_buffer._PassSum):
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
             alive.append(self)
@@ -721,7 +721,7 @@ def test_buffers_live_no_longer_than_their_backward_pass(monkeypatch: pytest.Mon
             ended.append(self.total is None)
 
     ended: list[bool] = []
-    monkeypatch.setattr(sink, "_Buffer", Watched)
+    monkeypatch.setattr(grad_buffer, "_PassSum", Watched)
     model, _ = pair("stack")
     (x,) = inputs(1, grad=True)
     out = model(x)

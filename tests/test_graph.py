@@ -14,9 +14,9 @@ from torch import Tensor, fx, nn
 
 import roastify
 import roastify.conversion.graph
-from roastify.conversion.rewrite import pool_of
+from roastify.conversion.converted import pool_of
 from roastify.errors import ConfigError, ConversionError
-from roastify.layers.modules import readers
+from roastify.layers.reading import tracers
 
 
 def normal(*shape: int) -> Tensor:
@@ -103,7 +103,7 @@ def test_a_graph_is_one_module_with_the_models_signature() -> None:
         assert torch.equal(graph(*INPUTS)[0], twin(*INPUTS)[0])
         twin.roast_pool.weight.zero_()
         assert not torch.equal(graph(*INPUTS)[0], twin(*INPUTS)[0])
-    assert not readers
+    assert not tracers
 
 
 class Branching(Straight):
@@ -185,7 +185,7 @@ def test_what_a_graph_would_not_say_is_refused_with_the_reason(build: Callable[[
     model = build()
     with pytest.raises(ConversionError, match=rf"^no graph says all that this \w+ does: .*{reason}"):
         roastify.convert(model, 4, emit="graph")
-    assert not readers and type(model.embed) is nn.Embedding
+    assert not tracers and type(model.embed) is nn.Embedding
     with pytest.raises(ConfigError, match="emit must be one of model, graph; found 'grph'; closest: 'graph'"):
         roastify.convert(model, 4, emit="grph")
 

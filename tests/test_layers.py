@@ -20,8 +20,8 @@ from transformers.pytorch_utils import Conv1D
 
 import roastify
 from roastify import RoastConfig, RoastError
-from roastify.conversion.rewrite import pool_of
-from roastify.layers.modules import RoastModule
+from roastify.conversion.converted import pool_of
+from roastify.layers.base import RoastModule
 from roastify.pool.plan import RoastPlan, TensorPlan
 from roastify.pool.pool import RoastPool
 

@@ -18,10 +18,10 @@ from torch.utils.checkpoint import checkpoint
 
 import roastify
 from roastify import RoastConfig
-from roastify.conversion.rewrite import pool_of
+from roastify.conversion.converted import pool_of
 from roastify.errors import WriteRefused
-from roastify.layers.lazy_weight import Operand
-from roastify.layers.read_weight import SharedWeight
+from roastify.layers.lazy_weight import LazyWeight
+from roastify.layers.read_weight import ReadWeight
 
 # torch.compile makes an object of every `autograd.Function` and looks at every `.grad`, of which torch itself warns.
 pytestmark = [
@@ -288,7 +288,7 @@ def test_kernels_on_parts_of_a_weight(name: str, tile: str, autocast: bool) -> N
 
 def test_outside_of_a_call_the_weight_reads_as_a_tensor() -> None:
     converted = roastify.convert(model(by_linear), config=SETTINGS)
-    assert type(converted.w) is SharedWeight and isinstance(converted.w, nn.Parameter)
+    assert type(converted.w) is ReadWeight and isinstance(converted.w, nn.Parameter)
     assert converted.get_parameter("w").shape == (96, 64)
     with pytest.raises(roastify.RoastError, match="lives in the shared pool"):
         nn.init.zeros_(converted.w)
@@ -491,7 +491,7 @@ def test_hooks_and_forwards_that_come_later_are_given_tensors() -> None:
         handle.remove()
         converted[0].forward = lambda x: seen.append(converted[0].w) or F.linear(x, converted[0].w, converted[0].bias)
         assert_near([converted(X), X], [before, X])
-    assert [type(weight) for weight in seen] == [SharedWeight, SharedWeight]
+    assert [type(weight) for weight in seen] == [ReadWeight, ReadWeight]
     later = roastify.plan(nn.Sequential(hooked(model(by_linear))), config=SETTINGS)
     assert "has hooks, whose code may read it" in later.tensors[0].whole
 
@@ -589,7 +589,7 @@ def test_operands_meet_each_other_and_what_no_one_thought_of() -> None:
     converted = roastify.convert(model(both), config=SETTINGS)
     assert_near(gradients(converted, X), gradients(materialising(converted), X))
     shared = converted._roast["w"]
-    operand = Operand(shared, shared.dense)
+    operand = LazyWeight(shared, shared.dense)
     weight = shared.dense()
     for found, expected in (
         (torch.relu(operand), torch.relu(weight)),

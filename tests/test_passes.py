@@ -20,9 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import roastify
-from roastify.conversion.rewrite import pool_of
+from roastify.conversion.converted import pool_of
 from roastify.errors import RoastError
-from roastify.pool.forward_pass import RootForward, _passes
+from roastify.pool.forward_pass import RootForward
+from roastify.pool.pass_cache import passes
 from roastify.pool.pool import RoastPool
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -124,7 +125,7 @@ def assert_same_gradient(found: Tensor | None, expected: Tensor) -> None:
 @pytest.fixture(autouse=True)
 def no_pass_is_left() -> Iterator[None]:
     yield
-    assert _passes.running == {}
+    assert passes.running == {}
 
 
 # How often.
@@ -571,14 +572,14 @@ def test_a_pass_ends_however_it_ends(error: type[BaseException]) -> None:
     model = converted()
 
     def stop() -> None:
-        assert _passes.running
+        assert passes.running
         raise error
 
     model.between = stop
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         with pytest.raises(error):
             model(tokens())
-        assert not _passes.running
+        assert not passes.running
         before = model.first(torch.ones(2, 32))
         pool_of(model).weight.data.add_(1.0)
         assert not torch.equal(model.first(torch.ones(2, 32)), before)
@@ -598,7 +599,7 @@ def test_a_pass_within_a_pass_and_one_after_it() -> None:
     index, depth = tokens(), []
 
     def again() -> None:
-        model.between = lambda: depth.append(len(_passes.running))
+        model.between = lambda: depth.append(len(passes.running))
         with torch.no_grad():
             depth.append(model(index).shape)
         pool_of(model).weight.data.add_(0.0)

@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import roastify
-from roastify.conversion.rewrite import pool_of, shared_tensor
+from roastify.conversion.converted import pool_of, pooled_weight
 from roastify.errors import CheckpointError, ConfigError, ConversionError, RecoveryError, SignatureMismatch
-from roastify.recovery import checkpoint as training_state
-from roastify.recovery.align import align
-from roastify.recovery.batches import Feed, Stream, mask_of, on_device, passing
+from roastify.isolation import RandomStream
+from roastify.recovery import checkpoint
+from roastify.recovery.align import align_layers
+from roastify.recovery.batches import Feed, mask_of, on_device, passing
 from roastify.recovery.losses import find_features, find_logits, output_loss, relative_error
 from roastify.recovery.options import RecoverOptions
 from roastify.report import recovery_lines
@@ -188,7 +189,7 @@ def test_alignment_finds_the_least_squares_solution() -> None:
     teacher = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 24, bias=False)).double().eval()
     student = converted(teacher, 3)
     x = torch.randn(64, 16, dtype=torch.float64) @ torch.randn(16, 16, dtype=torch.float64)
-    align(student, teacher, [lambda: teacher(x)], 500)
+    align_layers(student, teacher, [lambda: teacher(x)], 500)
     pool = pool_of(student)
     with torch.no_grad():
         given = {"0.weight": x - x.mean(0), "2.weight": torch.tanh(teacher[0](x))}
@@ -206,7 +207,7 @@ def test_alignment_finds_the_least_squares_solution() -> None:
             for element in range(numel):
                 pool.weight.zero_()
                 pool.weight.view(-1)[element] = 1
-                columns.append((shared_tensor(pool, tensor).dense() @ factor).flatten())
+                columns.append((pooled_weight(pool, tensor).dense() @ factor).flatten())
             rows.append(torch.stack(columns, 1))
             wanted.append((dense @ factor).flatten())
         expected = torch.linalg.lstsq(torch.cat(rows), torch.cat(wanted)[:, None]).solution
@@ -217,7 +218,7 @@ def test_alignment_moves_biases_to_where_means_are_the_teachers(teacher: nn.Modu
     student = converted(teacher)
     x = torch.cat(batches(4))
     before = layer_error(student, teacher, x, ["embed", "blocks.0.up", "blocks.1.down"])
-    align(student, teacher, [lambda: teacher(x)], 30)
+    align_layers(student, teacher, [lambda: teacher(x)], 30)
     after = layer_error(student, teacher, x, ["embed", "blocks.0.up", "blocks.1.down"])
     assert after < 0.5 * before
     with torch.no_grad():
@@ -235,7 +236,7 @@ class Convolutions(nn.Module):
         self.back = nn.ConvTranspose1d(32, 16, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.back(self.along(self.grouped(self.first(x).relu()).relu().flatten(2)).relu())
+        return self.back(self.along(self.make_groups(self.first(x).relu()).relu().flatten(2)).relu())
 
 
 def test_alignment_of_convolutions() -> None:
@@ -244,7 +245,7 @@ def test_alignment_of_convolutions() -> None:
     student = converted(teacher, 4)
     x = torch.randn(16, 4, 9, 9).cumsum(2).cumsum(3)
     before = convolution_errors(student, teacher, x)
-    align(student, teacher, [lambda: teacher(x)], 40)
+    align_layers(student, teacher, [lambda: teacher(x)], 40)
     after = convolution_errors(student, teacher, x)
     assert sum(after) < 0.7 * sum(before)
     assert all(ours < theirs for ours, theirs in zip(after, before, strict=True))
@@ -285,9 +286,9 @@ def test_alignment_of_transformers(build: Callable[[], Any]) -> None:
     teacher = build()
     student = converted(teacher, 3)
     tokens = torch.randint(99, (8, 12), generator=torch.Generator().manual_seed(0))
-    before, after = align(student, teacher, [lambda: teacher(tokens)], 40)
+    before, after = align_layers(student, teacher, [lambda: teacher(tokens)], 40)
     assert after < 0.8 * before
-    again, _ = align(student, teacher, [lambda: teacher(tokens)], 0)
+    again, _ = align_layers(student, teacher, [lambda: teacher(tokens)], 0)
     assert again == pytest.approx(after, rel=1e-4)
 
 
@@ -312,7 +313,7 @@ def test_nothing_is_left_to_align_at_ratio_1(teacher: nn.Module) -> None:
     student = roastify.convert(teacher, 1, init="project")
     weights = {name: value.clone() for name, value in roastify.densify(student).state_dict().items()}
     x = torch.cat(batches(2))
-    assert align(student, teacher, [lambda: teacher(x)], 30) == (0.0, 0.0)
+    assert align_layers(student, teacher, [lambda: teacher(x)], 30) == (0.0, 0.0)
     for name, value in roastify.densify(student).state_dict().items():
         torch.testing.assert_close(value, weights[name], rtol=0, atol=0)
 
@@ -324,7 +325,7 @@ def test_few_samples_do_not_spoil_what_they_say_nothing_about() -> None:
     unseen = torch.randn(500, 64)
     before = layer_error(student, teacher, unseen, ["0", "2"])
     few = torch.randn(16, 64)
-    align(student, teacher, [lambda: teacher(few)], 40)
+    align_layers(student, teacher, [lambda: teacher(few)], 40)
     assert layer_error(student, teacher, unseen, ["0", "2"]) < 1.1 * before
 
 
@@ -775,7 +776,7 @@ def test_samplers_are_told_the_epoch() -> None:
 
     told: list[int] = []
     data = list(range(4))
-    feed = Feed(DataLoader(data, 2, sampler=Sampler(data)), Stream(0, CPU))  # type: ignore[arg-type]
+    feed = Feed(DataLoader(data, 2, sampler=Sampler(data)), RandomStream(0, CPU))  # type: ignore[arg-type]
     for _ in range(5):
         feed.next()
     assert told == [0, 1, 2]
@@ -784,7 +785,7 @@ def test_samplers_are_told_the_epoch() -> None:
 KILLED_SAVE = """
 import os, sys
 import torch
-from roastify.recovery import checkpoint as training_state
+from roastify.recovery import checkpoint
 made, real, count = {"run": 1}, os.replace, 0
 
 def replace(*names):
@@ -797,7 +798,7 @@ def replace(*names):
 from pathlib import Path
 os.replace = replace
 for step in (1, 2):
-    training_state.write(Path(sys.argv[1]), made, {"step": step, "values": torch.full((3,), float(step))})
+    checkpoint.write_checkpoint(Path(sys.argv[1]), made, {"step": step, "values": torch.full((3,), float(step))})
 """
 
 
@@ -805,10 +806,10 @@ for step in (1, 2):
 def test_a_killed_save_leaves_the_old_checkpoint_whole(tmp_path: Path, renames: int) -> None:
     done = subprocess.run([sys.executable, "-c", KILLED_SAVE, str(tmp_path), str(renames)])
     assert done.returncode == 9
-    state = training_state.read(tmp_path, {"run": 1})
+    state = checkpoint.read_checkpoint(tmp_path, {"run": 1})
     assert state["step"] == 1 and state["values"].tolist() == [1.0] * 3
-    training_state.write(tmp_path, {"run": 1}, {"step": 3})
-    assert training_state.read(tmp_path, {"run": 1}) == {"step": 3}
+    checkpoint.write_checkpoint(tmp_path, {"run": 1}, {"step": 3})
+    assert checkpoint.read_checkpoint(tmp_path, {"run": 1}) == {"step": 3}
     assert len(list(tmp_path.glob("*.safetensors"))) == 1
 
 
@@ -819,13 +820,13 @@ def test_a_checkpoint_gives_back_what_it_was_given(tmp_path: Path) -> None:
         3: [{"a": torch.ones(2, dtype=torch.bfloat16)}, shared, shared[1:]],
         "empty": {},
     }
-    training_state.write(tmp_path, {}, state)
-    found = training_state.read(tmp_path, {})
+    checkpoint.write_checkpoint(tmp_path, {}, state)
+    found = checkpoint.read_checkpoint(tmp_path, {})
     assert found["numbers"] == state["numbers"] and found["empty"] == {}
     assert found[3][0]["a"].dtype == torch.bfloat16
     assert torch.equal(found[3][1], shared) and torch.equal(found[3][2], shared[1:])
     with pytest.raises(CheckpointError, match=r"state\.x\.0 is a object, which a checkpoint cannot hold"):
-        training_state.write(tmp_path, {}, {"x": [object()]})
+        checkpoint.write_checkpoint(tmp_path, {}, {"x": [object()]})
 
 
 @pytest.mark.parametrize(
@@ -860,7 +861,7 @@ def test_a_damaged_checkpoint_is_refused(teacher: nn.Module, tmp_path: Path) -> 
     def resume() -> Any:
         return roastify.recover(converted(teacher), teacher, batches(), 2, folder=tmp_path, resume=True)
 
-    manifest = tmp_path / training_state.MANIFEST
+    manifest = tmp_path / checkpoint.MANIFEST
     text = manifest.read_text()
     (weights,) = tmp_path.glob("*.safetensors")
     content = weights.read_bytes()
@@ -1030,7 +1031,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(teacher: nn.Module, tmp_path: Pa
         settings: dict[str, Any] = {"loss_fn": explode, "folder": folder, "save_every": 2, "log_every": every}
         with pytest.raises(RecoveryError, match=message):
             roastify.recover(student, teacher, batches(), 6, **settings)
-        found = json.loads((folder / training_state.MANIFEST).read_text())
+        found = json.loads((folder / checkpoint.MANIFEST).read_text())
         assert ["step", 2] in found["state"]["dict"]
         assert_same(state_of(student), dict(before))
 
@@ -1053,7 +1054,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run(teacher: nn.Module, tmp_path
             student, teacher, batches(), 8, loss_fn=explode, folder=tmp_path, save_every=2, log_every=50,
             optimizer=optimizer,
         )  # fmt: skip
-    found = json.loads((tmp_path / training_state.MANIFEST).read_text())
+    found = json.loads((tmp_path / checkpoint.MANIFEST).read_text())
     assert ["step", 2] in found["state"]["dict"]
     assert_same(state_of(student), before)
     assert optimizer.param_groups[0]["lr"] == 0.01
@@ -1070,7 +1071,7 @@ def test_data_that_is_not_finite_is_refused(teacher: nn.Module, tmp_path: Path, 
     with pytest.raises(RecoveryError, match="the teacher's output output has no finite value on the first batches"):
         roastify.recover(student, teacher, data, steps, align=align, folder=tmp_path)
     assert_same(state_of(student), before)
-    assert not training_state.exists(tmp_path)
+    assert not checkpoint.holds_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -1086,7 +1087,7 @@ def test_one_value_that_is_not_finite_is_found(teacher: nn.Module, tmp_path: Pat
         with pytest.raises(RecoveryError, match=message):
             roastify.recover(student, teacher, data, 4, align=conjugate_steps, folder=tmp_path)
         assert_same(state_of(student), dict(before))
-        assert not training_state.exists(tmp_path)
+        assert not checkpoint.holds_checkpoint(tmp_path)
 
 
 def test_a_parameter_that_is_infinite_by_design_is_no_failure(teacher: nn.Module, tmp_path: Path) -> None:

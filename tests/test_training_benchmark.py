@@ -17,7 +17,7 @@ from click.testing import CliRunner
 pytest.importorskip("transformers")
 from benchmarks.training import page, single, tasks
 from benchmarks.training.__main__ import main
-from roastify.conversion.rewrite import pool_of
+from roastify.conversion.converted import pool_of
 
 ROOT = Path(__file__).parents[1]
 

@@ -20,10 +20,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 import roastify
-from roastify.conversion.rewrite import pool_of
+from roastify.conversion.converted import pool_of
 from roastify.kernels import kept_weights as weights
 from roastify.kernels import ops, reference
-from roastify.kernels.view import TileView, Weight
+from roastify.kernels.view import TileView, WeightView
 from roastify.pool.mapping import TileMap
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -546,7 +546,7 @@ def build_group(name: str) -> tuple[group.Group, Tensor, tuple[int, int]]:
         view, table, shape = dataclasses.replace(
             case, rows=rows, cols=cols, first_tile=first_tile, offset=offset
         ).build()
-        weights.append(Weight(view, scale, (cols, rows) if transposed else (rows, cols), transposed))
+        weights.append(WeightView(view, scale, (cols, rows) if transposed else (rows, cols), transposed))
     return group.Group(weights), table, shape
 
 
@@ -635,7 +635,7 @@ def build_with_bases(name: str) -> tuple[group.Group, Tensor, tuple[int, int], l
         view, table, shape = dataclasses.replace(
             case, rows=out, cols=channels * count, first_tile=first_tile, offset=offset
         ).build()
-        made.append(Weight(view, scale, (out, channels, *kernel), False, index))
+        made.append(WeightView(view, scale, (out, channels, *kernel), False, index))
         bases.append(randn(count, kernel[0] * kernel[1], seed=20 + index))
     return group.Group(made), table, shape, bases
 
@@ -698,7 +698,7 @@ def test_a_group_is_not_found_before_all_of_it_is_on_the_device(monkeypatch: pyt
 
 def test_large_bases_have_no_kernel_for_a_group() -> None:
     case = Case(12, 9 * 5, (8, 8), 5, strips=True)
-    weight = Weight(case.build()[0], 1.0, (12, 5, 11, 11), False, 0)
+    weight = WeightView(case.build()[0], 1.0, (12, 5, 11, 11), False, 0)
     assert weight.basis_shape == (9, 121) and not group.fits(randn(8, 8), weight)
     assert group.fits(randn(8, 8), dataclasses.replace(weight, shape=(12, 5, 3, 3)))
 
@@ -916,7 +916,7 @@ def test_a_basis_of_another_shape_is_refused(convolutions: tuple[Any, Any, list[
 def test_a_failed_backward_pass_leaves_nothing(convolutions: tuple[Any, Any, list[int]]) -> None:
     model, _, _ = convolutions
     left = []
-    leave = weights._Left.leave
+    leave = weights._DeferredGrads.leave
 
     def watched(self: Any, node: Any, index: int, grad: Tensor) -> bool:
         left.append(StorageWeakRef(grad.untyped_storage()))
@@ -928,7 +928,7 @@ def test_a_failed_backward_pass_leaves_nothing(convolutions: tuple[Any, Any, lis
     out = model(randn(2, 24, 9, 9)).square().sum()
     hook = pool_of(model).bases()[0].register_hook(fail)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights._Left, "leave", watched)
+        patch.setattr(weights._DeferredGrads, "leave", watched)
         with pytest.raises(ValueError, match="on purpose"):
             out.backward(retain_graph=True)
     hook.remove()
@@ -1003,7 +1003,7 @@ def test_nothing_of_a_group_with_bases_outlives_the_graph(convolutions: tuple[An
 def test_weights_of_a_group_are_alike() -> None:
     views = [Case(64, 64, (16, 16), slots).build()[0] for slots in (5, 6)]
     with pytest.raises(AssertionError, match="differ in more than"):
-        group.Group([Weight(view, 1.0, (64, 64), False) for view in views])
+        group.Group([WeightView(view, 1.0, (64, 64), False) for view in views])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

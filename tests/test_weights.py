@@ -21,11 +21,11 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from torch.utils.flop_counter import FlopCounterMode
 
 import roastify
-from roastify.conversion.rewrite import pool_of
+from roastify.conversion.converted import pool_of
 from roastify.kernels import kept_weights as weights
 from roastify.kernels import ops
 from roastify.layers import pooled_weight as shared
-from roastify.pool.forward_pass import _passes
+from roastify.pool.pass_cache import passes
 
 WIDTH = 32
 
@@ -88,9 +88,9 @@ def none_kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool], None
     """Whether weights are kept; without, every layer gathers for itself, as large ones do."""
 
     def choose(kept: bool) -> None:
-        monkeypatch.setattr(shared.SharedTensor, "_is_recorded", recorded if kept else lambda shared: False)
+        monkeypatch.setattr(shared.PooledWeight, "_is_recorded", recorded if kept else lambda shared: False)
 
-    recorded = shared.SharedTensor._is_recorded
+    recorded = shared.PooledWeight._is_recorded
     yield choose
 
 
@@ -99,13 +99,13 @@ class Gathers:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.groups: list[int] = []
-        gather = weights.gather_weights
+        gather = weights.gather_group
 
         def watched(pool: Tensor, table: Tensor, group: weights.WeightGroup, *rest: Any) -> Any:
             self.groups.append(len(group.weights))
             return gather(pool, table, group, *rest)
 
-        patch.setattr("roastify.pool.forward_pass.gather_weights", watched)
+        patch.setattr("roastify.pool.pass_cache.gather_group", watched)
 
 
 @pytest.fixture
@@ -233,7 +233,7 @@ def test_gradients_are_those_of_layers_that_gather_for_themselves(
     for one, other in zip(found, expected, strict=True):
         assert other.any()
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10 * float(other.abs().max()))
-    assert not _passes.running and not _passes.again
+    assert not passes.running and not passes.again
 
 
 def test_a_weight_is_gathered_once_a_step_and_with_others_of_its_kind(gathers: Gathers) -> None:
@@ -431,7 +431,7 @@ def test_what_would_not_pay_is_not_kept(reason: str, gathers: Gathers, monkeypat
 def test_nothing_is_kept_after_a_step(kind: type[Net]) -> None:
     model = converted(kind)
     made: list[weakref.ref[Tensor]] = []
-    gather = weights.gather_weights
+    gather = weights.gather_group
 
     def watched(*args: Any) -> Any:
         tensors = gather(*args)
@@ -442,7 +442,7 @@ def test_nothing_is_kept_after_a_step(kind: type[Net]) -> None:
     gc.disable()
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("roastify.pool.forward_pass.gather_weights", watched)
+            patch.setattr("roastify.pool.pass_cache.gather_group", watched)
             for _ in range(2):
                 model(rows()).sum().backward()
             assert len(made) >= 10 and not any(reference() is not None for reference in made)

@@ -17,7 +17,7 @@ from zoo.examine import Entry, Unbuilt, examine
 from zoo.outside import examine_all
 from zoo.page import OUTSIDE, load, outside, own_part
 
-from roastify.layers.modules import RoastModule
+from roastify.layers.base import RoastModule
 
 ROOT = Path(__file__).parents[1]
 transformers.utils.logging.set_verbosity_error()

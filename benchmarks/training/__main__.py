@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.training import distributed, single, tasks
 from benchmarks.training.rows import RESULTS, Rows
-from roastify.checks import clocks as timing
+from roastify.checks import clocks
 
 
 @click.command()
@@ -36,7 +36,7 @@ def main(several: bool, only: str, smoke: bool, steps: int, minutes: float, devi
         chosen = tasks.DISTRIBUTED_SMOKE_TASKS if smoke else tasks.DISTRIBUTED_TASKS
         distributed.measure(output, only, minutes, chosen, kind, steps)
         return
-    rows = Rows(output, only, minutes, timing.machine(torch.device(kind)))
+    rows = Rows(output, only, minutes, clocks.machine(torch.device(kind)))
     single.measure(rows, tasks.SMOKE_TASKS if smoke else tasks.TASKS, torch.device(kind), steps)
     rows.close()
 

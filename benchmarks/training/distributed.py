@@ -27,7 +27,7 @@ from benchmarks.training.collectives import CountBytes
 from benchmarks.training.rows import Row, Rows
 from benchmarks.training.step import IN_A_ROW, Training, allocated, free, in_a_row, prepare_libraries, spread
 from benchmarks.training.tasks import Task
-from roastify.checks import clocks as timing
+from roastify.checks import clocks
 
 DENSE = "dense"
 KINDS = ALONE, DDP, FSDP = "alone", "ddp", "fsdp"
@@ -94,7 +94,7 @@ def processes(kind: str) -> Iterator[Processes]:
 def measure(output: Path, only: str, minutes: float, tasks: dict[str, Task], kind: str, steps: int) -> None:
     """Measure the cases that were asked for, on as many GPUs as torchrun has started processes for."""
     with processes(kind) as several:
-        rows = Rows(output, only, minutes, timing.machine(several.device)) if several.rank == 0 else None
+        rows = Rows(output, only, minutes, clocks.machine(several.device)) if several.rank == 0 else None
         prepare_libraries(several.device)
         for name, task in tasks.items():
             _Measurement(several, rows, name, task, steps).run()
@@ -148,7 +148,7 @@ class _Measurement:
                 free()
                 found = self._alone(side) if kind == ALONE else self._together(kind, size, side)
             except Exception as error:  # a failure is a result too; where only one fails, the others' timeout ends it
-                found = {"failure": timing.reason(error)}
+                found = {"failure": clocks.reason(error)}
         everyone = [other for other in self.several.gather(found) if other is not None]
         if self.rows is None:
             return
@@ -222,7 +222,7 @@ class _Measurement:
         """Time steps, and read the peak of memory over them."""
         device = training.device
         if device.type == "cuda":
-            timing.wait(device)
+            clocks.wait(device)
             torch.cuda.reset_peak_memory_stats(device)
         times: list[float] = []
         for _ in range(-(-self.steps // (IN_A_ROW - 1))):

@@ -13,8 +13,9 @@ import roastify
 from benchmarks.training.rows import Row, Rows
 from benchmarks.training.step import Training, allocated, free, in_turn, memory, prepare_libraries
 from benchmarks.training.tasks import Batch, Task, loss_of
-from roastify.checks import clocks as timing
-from roastify.conversion.rewrite import copy_weights, pool_of
+from roastify.checks import clocks
+from roastify.conversion.converted import pool_of
+from roastify.conversion.rewrite import copy_weights
 from roastify.errors import OutputMismatch
 
 # A graph first: its time is the GPU's own, where small models' steps are otherwise bound by Python.
@@ -54,7 +55,7 @@ def _measure_task(
         dense.prepare(mode)
     except Exception as error:  # out of memory, or a model that this transformers does not have
         for ratio, case in cases.items():
-            rows.add({"case": case, **fields, "ratio": ratio, "failure": timing.reason(error)})
+            rows.add({"case": case, **fields, "ratio": ratio, "failure": clocks.reason(error)})
         return
     sides: dict[int, _Side] = {}
     for ratio, case in cases.items():
@@ -64,7 +65,7 @@ def _measure_task(
             side.prepare(mode)
             sides[ratio] = side
         except Exception as error:  # a failure is a result too
-            rows.add({"case": case, **fields, "ratio": ratio, "failure": timing.reason(error)})
+            rows.add({"case": case, **fields, "ratio": ratio, "failure": clocks.reason(error)})
         free()
     if not sides:
         return

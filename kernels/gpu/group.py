@@ -23,7 +23,7 @@ from roastify.kernels.gpu.launch import PLAIN_ARGUMENTS, Launch
 from roastify.kernels.gpu.mapping import effective_sign, supported
 from roastify.kernels.gpu.reduce import sum_chunks
 from roastify.kernels.gpu.tuning import cdiv, power_of_2
-from roastify.kernels.view import MappingKind, SignKind, Weight, alike
+from roastify.kernels.view import MappingKind, SignKind, WeightView, alike
 
 # Where each gathered weight begins is a multiple of this: cuBLAS and wide loads want aligned addresses.
 _ALIGNED = 64
@@ -99,7 +99,7 @@ class Group:
         weights: whose views are `alike`, and whose bases are of one size if they have any.
     """
 
-    def __init__(self, weights: Sequence[Weight]) -> None:
+    def __init__(self, weights: Sequence[WeightView]) -> None:
         self.weights = tuple(weights)
         self._tables: dict[torch.device, _Tables] = {}
         views = [weight.view for weight in self.weights]
@@ -253,13 +253,13 @@ class Group:
         return tables
 
 
-def fits(pool: Tensor, weight: Weight) -> bool:
+def fits(pool: Tensor, weight: WeightView) -> bool:
     """Whether these kernels take a pool's dtype, and a weight's mapping and basis."""
     basis = weight.basis_shape
     return supported(pool) and weight.view.mapping == MappingKind.PERMUTATION and (basis is None or is_small(*basis))
 
 
-def _stride(weight: Weight) -> tuple[int, ...]:
+def _stride(weight: WeightView) -> tuple[int, ...]:
     """Return the strides of what the pool holds of a weight, its matrix being in order."""
     if weight.transposed:
         return 1, weight.view.cols

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from roastify.checks.interface import run, split_inputs
-from roastify.conversion.rewrite import find_pool
+from roastify.calls import run_model, split_inputs
+from roastify.conversion.converted import find_pool
 from roastify.errors import OutputMismatch
+from roastify.kernels.torch_internals import pytree
 
 
 def check_behaviour(original: nn.Module, converted: nn.Module, example_inputs: Any = None) -> tuple[str, ...]:
@@ -37,8 +37,9 @@ def check_behaviour(original: nn.Module, converted: nn.Module, example_inputs: A
         return tuple(passed)
     args, kwargs = split_inputs(example_inputs)
     if twin is not None:
-        expected = _tensors(run(converted, args, kwargs, "eval"))
-        for place, (one, other) in enumerate(zip(expected, _tensors(run(twin, args, kwargs, "eval")), strict=True)):
+        expected = _tensors(run_model(converted, args, kwargs, "eval"))
+        found = _tensors(run_model(twin, args, kwargs, "eval"))
+        for place, (one, other) in enumerate(zip(expected, found, strict=True)):
             if not torch.equal(torch.nan_to_num(one), torch.nan_to_num(other)):
                 raise OutputMismatch(
                     f"a copy of the converted model that was given its state dict computes another output "
@@ -83,7 +84,7 @@ def _tensors(output: Any) -> list[Tensor]:
 def _takes_gradients(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     for parameter in model.parameters():
         if parameter.requires_grad:
-            return run(model, args, kwargs, "train", lambda output: _loss(output) is not None)
+            return run_model(model, args, kwargs, "train", lambda output: _loss(output) is not None)
     return False
 
 
@@ -97,7 +98,7 @@ def _gradients_reach(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
         gradients = torch.autograd.grad(loss, tensors, allow_unused=True)
         return any(gradient is not None and bool(gradient.any()) for gradient in gradients)
 
-    return run(model, args, kwargs, "train", differentiate)
+    return run_model(model, args, kwargs, "train", differentiate)
 
 
 def _shared(original: nn.Module, plan: Any) -> list[Tensor]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from roastify.checks.interface import run, split_inputs
+from roastify.calls import run_model, split_inputs
 
 _BATCH = 2
 _LENGTH = 8
@@ -30,7 +30,7 @@ def find_inputs(model: nn.Module) -> Any:
     for candidate in _candidates(model):
         args, kwargs = split_inputs(candidate)
         try:
-            run(model, args, kwargs, "eval")
+            run_model(model, args, kwargs, "eval")
         except Exception:  # whatever a model raises on inputs that do not fit it
             continue
         return candidate

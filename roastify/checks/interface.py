@@ -1,20 +1,14 @@
-"""Checks that a converted model can stand in for the original: forward signature, output structure, shapes, dtypes."""
+"""Whether two models look alike to a caller: forward signature, and the outputs' structure, shapes and dtypes."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import inspect
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
+from roastify.calls import describe, leaves, run_model, signature_of, split_inputs
 from roastify.errors import OutputMismatch, RoastError, SignatureMismatch
 
 
@@ -60,7 +54,7 @@ def observe(model: nn.Module, example_inputs: Any = None, who: str = "original")
         args, kwargs = split_inputs(example_inputs)
         for mode in ("eval", "train"):
             try:
-                result = run(model, args, kwargs, mode)
+                result = run_model(model, args, kwargs, mode)
             except Exception as error:  # whatever a model raises on inputs that do not fit it
                 kind = OutputMismatch if who == "converted" else RoastError
                 raise kind(
@@ -70,28 +64,7 @@ def observe(model: nn.Module, example_inputs: Any = None, who: str = "original")
     return Observation(signature_of(model), outputs)
 
 
-def run(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    mode: str,
-    then: Callable[[Any], Any] | None = None,
-) -> Any:
-    """Return a model's output in `eval` or `train` mode; the model and the inputs are left as they were.
-
-    Args:
-        model: to run.
-        args: positional inputs.
-        kwargs: keyword inputs.
-        mode: `eval` or `train`.
-        then: if given, the forward runs with gradients, and this takes its output before the model's state is put back.
-    """
-    with _preserved(model), torch.set_grad_enabled(then is not None):
-        output = model.train(mode == "train")(*_copied(args), **_copied(kwargs))
-        return output if then is None else then(output)
-
-
-def compare(expected: Observation, found: Observation) -> VerifyReport:
+def compare_interfaces(expected: Observation, found: Observation) -> VerifyReport:
     """Compare what was seen of the original with what was seen of the converted model.
 
     Raises:
@@ -104,15 +77,6 @@ def compare(expected: Observation, found: Observation) -> VerifyReport:
         compare_outputs(mode, (expected_type, before), found.outputs[mode])
     leaves = expected.outputs["eval"][1] if expected.outputs else []
     return VerifyReport(str(expected.signature or "(unknown)"), tuple(expected.outputs), tuple(leaves))
-
-
-def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return example inputs as `(args, kwargs)`: a mapping is keyword arguments, a sequence positional ones."""
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    if isinstance(example_inputs, Sequence) and not isinstance(example_inputs, str):
-        return tuple(example_inputs), {}
-    return (example_inputs,), {}
 
 
 def _compare_signatures(expected: inspect.Signature, found: inspect.Signature) -> None:
@@ -138,16 +102,6 @@ def _compare_signatures(expected: inspect.Signature, found: inspect.Signature) -
         )
 
 
-def signature_of(model: nn.Module) -> inspect.Signature | None:
-    """Return the signature of a model's forward, its annotations resolved where they can be; None if there is none."""
-    try:
-        return inspect.signature(model.forward, eval_str=True)
-    except Exception:  # an annotation that only a type checker can resolve; names then compare as text
-        with contextlib.suppress(TypeError, ValueError):
-            return inspect.signature(model.forward)
-    return None
-
-
 def _same(left: object, right: object) -> bool:
     if left is right or repr(left) == repr(right):
         return True
@@ -155,59 +109,6 @@ def _same(left: object, right: object) -> bool:
         return bool(left == right)
     except (RuntimeError, ValueError):  # tensors and arrays, whose comparison is not one truth value
         return False
-
-
-@contextlib.contextmanager
-def _preserved(model: nn.Module) -> Iterator[None]:
-    """Undo what a forward pass changes: buffers, attributes, modes, random generators."""
-    attributes = [(module, dict(module.__dict__), dict(module._buffers)) for module in model.modules()]
-    # Values are written back only where they were written to: a buffer may be an expanded view.
-    values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    devices = {tensor.device for tensor in [*model.parameters(), *model.buffers()] if tensor.is_cuda}
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=devices):
-            # All three, since models draw from each: transformers' speech models mask what numpy tells them.
-            torch.manual_seed(0)
-            random.seed(0)
-            np.random.seed(0)
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-        for module, own, buffers in attributes:
-            module.__dict__.clear()
-            module.__dict__.update(own)
-            module._buffers.clear()
-            module._buffers.update(buffers)
-        with torch.no_grad():
-            for buffer, value in values:
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
-
-
-def _copied(inputs: Any) -> Any:
-    """Return inputs whose tensors are copies: a forward may write to what it is given."""
-    return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, inputs)
-
-
-def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield `(path, leaf)` for everything in an output: tuples, dicts, transformers' outputs, plain dataclasses."""
-    for key_path, leaf in pytree.tree_flatten_with_path(value)[0]:
-        where = path + pytree.keystr(key_path)
-        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            # A plain dataclass is a leaf to pytree; its fields are what a caller reads.
-            for name, field in vars(leaf).items():
-                yield from leaves(field, f"{where}.{name}")
-        else:
-            yield where or "output", leaf
-
-
-def describe(leaf: Any) -> str:
-    """Return a tensor's dtype, shape and device, or else the type's name."""
-    if isinstance(leaf, Tensor):
-        return f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)} on {leaf.device}"
-    return type(leaf).__name__
 
 
 def compare_outputs(

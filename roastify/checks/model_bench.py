@@ -15,14 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from roastify.checks import clocks as timing
+from roastify.calls import describe, leaves, split_inputs
+from roastify.checks import clocks
 from roastify.checks.clocks import Timing
-from roastify.checks.interface import describe, leaves, split_inputs
 from roastify.checks.numerics import Agreement, check_agreement
-from roastify.conversion.rewrite import pool_of
+from roastify.conversion.converted import pool_of
 from roastify.errors import BenchError, ConfigError, RoastError, closest
+from roastify.isolation import random_states_kept
+from roastify.kernels.torch_internals import compile_settings, pytree
 
 DTYPES = ("float32", "bfloat16", "float16")
 # `torch.compile` quietly runs a function as it is once it was compiled 8 times, and the layers of a converted model
@@ -226,9 +227,9 @@ def measure(dense: nn.Module, converted: nn.Module, example_inputs: Any, options
         compile=options.compile,
         graph=options.graph,
         train=options.train,
-        machine=timing.machine(options.device),
+        machine=clocks.machine(options.device),
         cases=tuple(
-            compare(
+            check_and_time(
                 prepare("dense", dense, inputs, options),
                 prepare("converted", converted, inputs, options),
                 options,
@@ -296,17 +297,17 @@ def prepare(name: str, model: nn.Module, inputs: Any, options: BenchOptions) -> 
         with _stated(
             f"the {name} model fails on the example inputs{' under torch.compile' if options.compile else ''}"
         ):
-            with torch._dynamo.config.patch(_COMPILE_LIMITS):
-                for _ in range(timing.WARM_UP_CALLS):
+            with compile_settings(**_COMPILE_LIMITS):
+                for _ in range(clocks.WARM_UP_CALLS):
                     step()
             peak = _peak_bytes(model, step, inputs) if options.device.type == "cuda" else None
-        run = timing.captured(step, f"the {name} model") if options.graph else step
+        run = clocks.captured(step, f"the {name} model") if options.graph else step
     # In training the passes are compared as they are: compiling may draw dropout's masks in another order.
     check = _training_step(model, model, args, kwargs) if options.train else run
     return Subject(name, model, inputs, check, run, peak)
 
 
-def compare(dense: Subject, converted: Subject, options: BenchOptions, batch: int | None = None) -> BenchCase:
+def check_and_time(dense: Subject, converted: Subject, options: BenchOptions, batch: int | None = None) -> BenchCase:
     """Check that two models agree, then time them in turn.
 
     Raises:
@@ -315,8 +316,8 @@ def compare(dense: Subject, converted: Subject, options: BenchOptions, batch: in
     """
     with _on(options.device):
         agreement = _check(dense, converted, options)
-        clock = timing.event_clock if options.graph else timing.wall_clock(options.device)
-        times = timing.alternate({"dense": dense.run, "converted": converted.run}, clock, options.seconds)
+        clock = clocks.event_clock if options.graph else clocks.wall_clock(options.device)
+        times = clocks.alternate({"dense": dense.run, "converted": converted.run}, clock, options.seconds)
     sides = {
         subject.name: Side(
             times[subject.name],
@@ -342,7 +343,7 @@ def _stated(what: str) -> Iterator[None]:
     except RoastError:
         raise
     except Exception as error:
-        raise BenchError(f"{what}: {timing.reason(error)}") from error
+        raise BenchError(f"{what}: {clocks.reason(error)}") from error
 
 
 def _placed(inputs: Any, options: BenchOptions) -> Any:
@@ -396,15 +397,14 @@ def _peak_bytes(model: nn.Module, step: Callable[[], Any], inputs: Any) -> int:
     own = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
     # The gradients of the last step are no part of what is there before this one.
     model.zero_grad(set_to_none=True)
-    return own + timing.peak_bytes_of(step)
+    return own + clocks.peak_bytes_of(step)
 
 
 def _check(dense: Subject, converted: Subject, options: BenchOptions) -> Agreement:
     """Run both on the same random numbers and compare what they return."""
     outputs = []
     for subject in (dense, converted):
-        devices = [options.device] if options.device.type == "cuda" else []
-        with _stated(f"the {subject.name} model fails on the example inputs"), torch.random.fork_rng(devices):
-            torch.manual_seed(0)
-            outputs.append(subject.check())
+        with _stated(f"the {subject.name} model fails on the example inputs"):
+            with random_states_kept(seed=0, devices=[options.device]):
+                outputs.append(subject.check())
     return check_agreement(dense.model, converted.model, outputs[0], outputs[1])

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from roastify.checks.interface import compare_outputs, describe, leaves
-from roastify.conversion.rewrite import pool_of, shared_tensor
+from roastify.calls import describe, leaves
+from roastify.checks.interface import compare_outputs
+from roastify.conversion.converted import pool_of, pooled_weight
 from roastify.errors import BenchError, OutputMismatch
 
 # The largest difference that rounding explains, over the largest value. A wrong tile is off by about 1. The kernels
@@ -131,7 +132,7 @@ def _gradient_error(dense: nn.Module, converted: nn.Module) -> float | None:
     for tensor in pool.plan.shared:
         gradient = dense.get_parameter(tensor.name).grad
         if gradient is not None:
-            shared_tensor(pool, tensor).dense().backward(gradient)
+            pooled_weight(pool, tensor).dense().backward(gradient)
     return max(_distance(grad, parameter) for grad, parameter in zip(found, parameters, strict=True))
 
 

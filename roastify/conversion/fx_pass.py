@@ -7,18 +7,14 @@ ends up inside a graph, or opaque with a reason.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import random
-import warnings
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, fx, nn
 
+from roastify.isolation import random_states_kept, without_warnings
 from roastify.layers.kinds import kind_of
 
 
@@ -152,7 +148,7 @@ class _Opener:
         while type(module) not in self.reasons:
             tracer = _Tracer(self.reasons.keys())
             try:
-                with _undisturbed():
+                with random_states_kept(), without_warnings():
                     return tracer.trace(_twin(module))
             except Exception as error:  # whatever the user's forward raises when it meets a proxy
                 entered = (type(m) for m in reversed(tracer.entered) if not tracer.is_leaf_module(m, ""))
@@ -225,19 +221,6 @@ def _below(module: nn.Module, leaves: set[str], inside: set[str]) -> Iterator[tu
                 yield _join(name, path), grandchild
         else:
             yield name, child
-
-
-@contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Leave the random generators as they were, and keep the warnings of a run on proxies to ourselves."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
 
 
 def _collect_parameters(model: nn.Module) -> list[ParameterInfo]:

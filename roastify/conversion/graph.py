@@ -14,15 +14,15 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 
-from roastify.checks.interface import signature_of
-from roastify.conversion.rewrite import POOL_NAME, pool_of
+from roastify.calls import signature_of
+from roastify.conversion.converted import POOL_NAME, pool_of
 from roastify.errors import ConversionError
-from roastify.layers import modules as layers
-from roastify.layers.modules import RoastLayer, RoastModule
-from roastify.layers.pooled_weight import SharedTensor
+from roastify.isolation import modes_kept, random_states_kept
+from roastify.layers import reading
+from roastify.layers.base import RoastLayer, RoastModule
+from roastify.layers.pooled_weight import PooledWeight
 from roastify.layers.source_scan import UNKNOWN, tree_of, value_of
 
 _READS = "roast_reads"
@@ -32,10 +32,10 @@ _OPERATIONS = ("torch", "math", "operator")
 _ASKING = {"isinstance", "issubclass", "hasattr", "getattr", "type", "callable", "id", "print", "input", "open"}
 
 
-class SharedRead(nn.Module):
+class _ReadModule(nn.Module):
     """A node that reads one shared tensor."""
 
-    def __init__(self, shared: SharedTensor) -> None:
+    def __init__(self, shared: PooledWeight) -> None:
         super().__init__()
         # In a dictionary, so that the pool is not taken for a child.
         self._roast = {"value": shared}
@@ -62,8 +62,8 @@ def emit_graph(model: nn.Module) -> fx.GraphModule:
     for mode in ("train", "eval"):
         tracer = _Tracer()
         try:
-            with _in_mode(model, mode), tracer.reading():
-                graph = tracer.trace(model)
+            with modes_kept(model), random_states_kept(), tracer.recording_reads():
+                graph = tracer.trace(model.train(mode == "train"))
         except Exception as error:  # whatever the user's forward raises when it meets a proxy
             raise _refusal(model, f"it cannot be traced: {type(error).__name__}: {error}") from error
         for module in [model, *tracer.entered]:
@@ -100,7 +100,7 @@ class _Tracer(fx.Tracer):
     def __init__(self) -> None:
         super().__init__()
         self.entered: list[nn.Module] = []
-        self.reads: dict[tuple[int, str], tuple[fx.Proxy, SharedRead]] = {}
+        self.reads: dict[tuple[int, str], tuple[fx.Proxy, _ReadModule]] = {}
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         original = type(m)._roast_original if isinstance(m, RoastModule) else type(m)
@@ -113,18 +113,18 @@ class _Tracer(fx.Tracer):
         return super().call_module(m, forward, args, kwargs)
 
     @contextlib.contextmanager
-    def reading(self) -> Iterator[None]:
-        layers.readers.append(self._read)
+    def recording_reads(self) -> Iterator[None]:
+        reading.tracers.append(self._read)
         try:
             yield
         finally:
-            layers.readers.pop()
+            reading.tracers.pop()
 
     def _read(self, module: RoastModule, name: str) -> Any:
         key = id(module), name
         if key not in self.reads:
             proxy = self.create_proxy("call_module", f"{_READS}.{len(self.reads)}", (), {})
-            self.reads[key] = proxy, SharedRead(module._roast[name])
+            self.reads[key] = proxy, _ReadModule(module._roast[name])
         return self.reads[key][0]
 
     def part(self, model: nn.Module, node: fx.Node) -> Any:
@@ -134,18 +134,6 @@ class _Tracer(fx.Tracer):
             return next(read for proxy, read in self.reads.values() if proxy.node.target == name)
         path, _, attribute = name.rpartition(".")
         return getattr(model.get_submodule(path), attribute)
-
-
-@contextlib.contextmanager
-def _in_mode(model: nn.Module, mode: str) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.train(mode == "train")
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _unbound_signature(model: nn.Module) -> inspect.Signature:

@@ -7,12 +7,12 @@ import math
 import torch
 from torch import nn
 
-from roastify.conversion.rewrite import basis_of, matrix, owners
+from roastify.conversion.converted import basis_of, matrix, owners
 from roastify.errors import ConversionError
 from roastify.pool.kernel_basis import coefficient_matrix, cosine_basis, principal_basis
 from roastify.pool.plan import RoastPlan, TensorPlan
 from roastify.pool.pool import RoastPool
-from roastify.report import track
+from roastify.progress import track
 
 # Apart from the mapping's streams, which hash the seed, so that pool and mapping are independent.
 _POOL_SEED_OFFSET = 0x5EED
@@ -23,7 +23,7 @@ _POOL_SEED_OFFSET = 0x5EED
 _CONSTANT_SPREAD = 0.02
 
 
-def measure(model: nn.Module, plan: RoastPlan, init: str) -> RoastPlan:
+def complete_plan(model: nn.Module, plan: RoastPlan, init: str) -> RoastPlan:
     r"""Return the plan with λ of every shared tensor, its center, and the padding rows that are zero.
 
     :math:`\lambda_j = std_j / \sigma` with σ the parameter-weighted root mean square of all shared tensors' standard
@@ -59,7 +59,7 @@ def measure(model: nn.Module, plan: RoastPlan, init: str) -> RoastPlan:
     return plan.with_values(scales, centers, zero_rows, spread)
 
 
-def fill(pool: RoastPool, model: nn.Module, plan: RoastPlan, init: str) -> None:
+def fill_pool(pool: RoastPool, model: nn.Module, plan: RoastPlan, init: str) -> None:
     """Give the pool its first content: random with `match`, the least-squares fit of the weights with `project`.
 
     Basis kernels begin as the lowest frequencies, or with `project` as those in which the weight's kernels lose least.

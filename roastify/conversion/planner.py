@@ -7,10 +7,8 @@ plan and decides nothing.
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -18,8 +16,9 @@ import torch
 
 from roastify.config import RoastConfig, check_ratio
 from roastify.conversion.fx_pass import Forest, ParameterInfo, WeightUse, matrix_of
-from roastify.errors import ConfigError, PlanError, closest
-from roastify.layers.kinds import kind_of, refusal_of, way_of
+from roastify.errors import ConfigError, PlanError
+from roastify.layers.kinds import kind_of, read_path_of, refusal_of
+from roastify.names import select
 from roastify.pool.mapping import MAPPING_VERSION, TileMap
 from roastify.pool.plan import Region, RoastPlan, TensorPlan
 
@@ -226,7 +225,7 @@ def _matrix(model: torch.nn.Module, info: ParameterInfo, config: RoastConfig) ->
         path, _, attribute = alias.rpartition(".")
         module = model.get_submodule(path)
         kinds.append(kind_of(type(module), attribute))
-        ways.append(way_of(module, attribute, info.parameter.shape))
+        ways.append(read_path_of(module, attribute, info.parameter.shape))
     rows, cols = matrix_of(info.parameter)
     if not any(kinds) and info.parameter.dim() > 1:
         # Rows in the sense of lookups, slices and stacked matrices: all but the last size.
@@ -272,29 +271,28 @@ def _basis_count(shape: Sequence[int], config: RoastConfig) -> int:
 
 
 def _match(setting: str, patterns: tuple[str, ...], model: torch.nn.Module, forest: Forest) -> dict[str, str]:
-    """Return the tensors that patterns select, each with the pattern that did."""
-    modules = [name for name, _ in model.named_modules(remove_duplicate=False) if name]
+    """Return the tensors that patterns select, by their own names or a module's around them, each with its pattern."""
+    names = {name: None for name, _ in model.named_modules(remove_duplicate=False) if name}
+    names |= dict.fromkeys(name for info in forest.parameters for name in info.aliases)
+    holding = {part for info in forest.parameters for name in info.aliases for part in _parts(name)}
+    known = [name for name in names if name in holding]
+    chosen = {pattern: set(select(setting, [pattern], known, _WHAT, PlanError)) for pattern in patterns}
     selected: dict[str, str] = {}
-    for pattern in patterns:
-        hits = [info.name for info in forest.parameters if any(_selects(pattern, name) for name in info.aliases)]
-        if not hits:
-            known = modules + [name for info in forest.parameters for name in info.aliases]
-            raise PlanError(
-                f"{setting} pattern {pattern!r} matched no parameter and no module that has any"
-                f"{closest(pattern, known)}; patterns are exact names, globs ('encoder.*.dense') or 're:...'"
-            )
-        for name in hits:
-            selected.setdefault(name, pattern)
+    for pattern, hits in chosen.items():
+        for info in forest.parameters:
+            if any(part in hits for name in info.aliases for part in _parts(name)):
+                selected.setdefault(info.name, pattern)
     return selected
 
 
-def _selects(pattern: str, parameter: str) -> bool:
-    """Whether a pattern names a parameter, or a module around it."""
-    parts = parameter.split(".")
-    names = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
-    if pattern.startswith("re:"):
-        return any(re.fullmatch(pattern[3:], name) for name in names)
-    return any(fnmatch.fnmatchcase(name, pattern) for name in names)
+_WHAT = "parameter and no module that has any"
+
+
+def _parts(parameter: str) -> Iterator[str]:
+    """Yield a parameter's name, and those of the modules around it."""
+    while parameter:
+        yield parameter
+        parameter = parameter.rpartition(".")[0]
 
 
 def _choose_tile(shared: Sequence[TensorPlan], room: int, config: RoastConfig, ratio: Fraction) -> tuple[int, int]:

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from roastify.conversion.rewrite import POOL_NAME, find_pool
+from roastify.conversion.converted import POOL_NAME, find_pool
 from roastify.errors import ConversionError
-from roastify.layers.modules import RoastModule
+from roastify.layers.base import RoastModule
 
 
 def device_of(model: nn.Module) -> torch.device:

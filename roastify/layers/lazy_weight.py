@@ -1,4 +1,4 @@
-"""`Operand`: a shared tensor as the code of a module's forward is given it, where it is read by operations only.
+"""`LazyWeight`: a shared tensor as the code of a module's forward is given it, where it is read by operations only.
 
 It is no tensor: nothing is materialised until an operation asks. Products, lookups and slices run on the pool; whatever
 else torch is asked to do with it is done with the dense tensor. `reading` says which code may be given one.
@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from roastify.layers.pooled_weight import SharedTensor
-from roastify.layers.read_weight import INPLACE_OPERATORS, SharedWeight
+from roastify.layers.pooled_weight import PooledWeight
+from roastify.layers.read_weight import INPLACE_OPERATORS, ReadWeight
 
 
-class Operand:
+class LazyWeight:
     """A shared tensor that has not been read yet.
 
     Args:
@@ -28,7 +28,7 @@ class Operand:
     """
 
     def __init__(
-        self, shared: SharedTensor, read: Callable[[], Tensor], flipped: bool = False, of_parts: bool = False
+        self, shared: PooledWeight, read: Callable[[], Tensor], flipped: bool = False, of_parts: bool = False
     ) -> None:
         self.shared = shared
         self.read = read
@@ -44,7 +44,7 @@ class Operand:
     def shape(self) -> torch.Size:
         """Its shape."""
         shape = self.shared.shape
-        return torch.Size((*shape[:-2], shape[-1], shape[-2])) if self.flipped else shape
+        return torch.Size((*shape[:-2], shape[-1], shape[-2]) if self.flipped else shape)
 
     @property
     def ndim(self) -> int:
@@ -79,9 +79,9 @@ class Operand:
         return self.shape.numel()
 
     @property
-    def mT(self) -> Operand:
+    def mT(self) -> LazyWeight:
         """Its transpose."""
-        return Operand(self.shared, self.read, not self.flipped)
+        return LazyWeight(self.shared, self.read, not self.flipped)
 
     @property
     def T(self) -> Any:
@@ -114,7 +114,7 @@ class Operand:
         if type(found) is not Tensor or torch.compiler.is_compiling() or _is_copied(place):
             return found
         # In the dense model a view of the Parameter, to which one may write.
-        return found.as_subclass(SharedWeight)
+        return found.as_subclass(ReadWeight)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.dense()[key] = value
@@ -149,18 +149,18 @@ class Operand:
 
 
 def _given(value: Any) -> Any:
-    if isinstance(value, Operand):
+    if isinstance(value, LazyWeight):
         return value.dense()
     return type(value)(_given(part) for part in value) if type(value) in (list, tuple) else value
 
 
-def _from_right(x: Tensor, weight: Operand) -> Tensor:
+def _from_right(x: Tensor, weight: LazyWeight) -> Tensor:
     """Return `x · weight`."""
     result = weight.product(x, None, transposed=True)
     return torch.matmul(x, weight.dense()) if result is None else result
 
 
-def _from_left(weight: Operand, x: Tensor) -> Tensor:
+def _from_left(weight: LazyWeight, x: Tensor) -> Tensor:
     """Return `weight · x`."""
     if x.dim() < 2:
         result = weight.product(x, None, transposed=False)
@@ -170,7 +170,7 @@ def _from_left(weight: Operand, x: Tensor) -> Tensor:
 
 
 def _matmul(x: Any, other: Any) -> Any:
-    if isinstance(x, Operand):
+    if isinstance(x, LazyWeight):
         return x.matmul(other)
     return _from_right(x, other)
 
@@ -180,14 +180,14 @@ def _mm(x: Any, other: Any) -> Any:
 
 
 def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
-    if isinstance(input, Operand) or not isinstance(weight, Operand):
+    if isinstance(input, LazyWeight) or not isinstance(weight, LazyWeight):
         return NotImplemented
     result = weight.product(input, bias, transposed=False)
     return NotImplemented if result is None else result
 
 
 def _addmm(input: Any, mat1: Any, mat2: Any, **factors: Any) -> Any:
-    if factors or isinstance(mat1, Operand) or isinstance(input, Operand) or mat1.dim() != 2:
+    if factors or isinstance(mat1, LazyWeight) or isinstance(input, LazyWeight) or mat1.dim() != 2:
         return NotImplemented
     result = mat2.product(mat1, input, transposed=True)
     return NotImplemented if result is None else result
@@ -198,7 +198,7 @@ def _embedding(input: Any, weight: Any, padding_idx: int | None = None, max_norm
     if (
         max_norm is not None
         or any(options.values())
-        or not isinstance(weight, Operand)
+        or not isinstance(weight, LazyWeight)
         or weight.ndim != 2
         or weight.flipped
     ):
@@ -226,16 +226,16 @@ _OPERATIONS: dict[Any, Callable[..., Any]] = {
 _POSITIONAL = (_matmul, _mm)
 
 
-def _refusing(operator: str) -> Callable[[Operand, Any], Any]:
+def _refusing(operator: str) -> Callable[[LazyWeight, Any], Any]:
     """Return an in-place operator; the dense tensor that it is done to refuses, and says what to do."""
     return lambda weight, other: getattr(weight.dense(), operator)(other)
 
 
 for _name in INPLACE_OPERATORS:
-    setattr(Operand, _name, _refusing(_name))
+    setattr(LazyWeight, _name, _refusing(_name))
 
 
-def _picked(weight: Operand, key: tuple[Any, ...]) -> Any:
+def _picked(weight: LazyWeight, key: tuple[Any, ...]) -> Any:
     """Return `weight[key]`, reading no more than the rows that its first places name."""
     shape = weight.shape
     if len(shape) == 3 and shape[0] == 1 and _is_all(key[0]) and not _is_special(key[1:]):
@@ -273,7 +273,7 @@ def _is_special(key: tuple[Any, ...]) -> bool:
     return False
 
 
-def _rows(shared: SharedTensor, shape: Sequence[int], key: tuple[Any, ...]) -> Tensor:
+def _rows(shared: PooledWeight, shape: Sequence[int], key: tuple[Any, ...]) -> Tensor:
     """Return `matrix[key]` of a matrix of this shape."""
     first, rest = key[0], key[1:]
     if isinstance(first, slice):
@@ -287,7 +287,7 @@ def _rows(shared: SharedTensor, shape: Sequence[int], key: tuple[Any, ...]) -> T
     return rows[rest] if rest else rows
 
 
-def _matrices(weight: Operand, key: tuple[Any, ...]) -> Any:
+def _matrices(weight: LazyWeight, key: tuple[Any, ...]) -> Any:
     """Return `weight[key]` of a stack of matrices."""
     first, rest, shared = key[0], key[1:], weight.shared
     count, rows, cols = weight.shape
@@ -310,7 +310,7 @@ def _matrices(weight: Operand, key: tuple[Any, ...]) -> Any:
     if matrix is None or not weight.of_parts:
         part = _span(shared, number * rows, (number + 1) * rows)
         return part[rest] if rest else part
-    return Operand(matrix, matrix.dense)
+    return LazyWeight(matrix, matrix.dense)
 
 
 def _bounds(index: slice, size: int) -> tuple[int, int]:
@@ -322,20 +322,20 @@ def _bounds(index: slice, size: int) -> tuple[int, int]:
     return start, max(start, stop)
 
 
-def _span(shared: SharedTensor, start: int, stop: int) -> Tensor:
+def _span(shared: PooledWeight, start: int, stop: int) -> Tensor:
     if torch.compiler.is_compiling():
         # Lengths may vary from call to call, and where a tensor lies is a constant of the graph.
         return shared.rows(torch.arange(start, stop, device=shared.pool.weight.device))
     return shared.rows_between(start, stop)
 
 
-def _from_start(index: Tensor, size: int, shared: SharedTensor) -> Tensor:
+def _from_start(index: Tensor, size: int, shared: PooledWeight) -> Tensor:
     """Return an index whose numbers count from the start; torch takes negative ones, and an index from the CPU."""
     index = index.to(shared.pool.weight.device)
     return torch.where(index < 0, index + size, index)
 
 
-def _number(index: Any, size: int, shared: SharedTensor) -> Tensor:
+def _number(index: Any, size: int, shared: PooledWeight) -> Tensor:
     """Return a number as the index of a lookup."""
     if isinstance(index, int) and not -size <= index < size:
         raise IndexError(f"index {index} is out of bounds for dimension 0 with size {size}")

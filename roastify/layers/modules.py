@@ -1,258 +1,17 @@
-"""Modules that read from the pool: each class a subclass of the layer that it replaces, or joined to any class.
-
-`kinds` says which class stands for which, and turns modules into them and back.
-"""
+"""The layers on the pool: each class a subclass of the layer of `torch.nn` that it replaces, or joined to any class."""
 
 from __future__ import annotations
 
-import dataclasses
-import threading
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, cast
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from roastify.errors import RoastError
-from roastify.layers.lazy_weight import Operand
-from roastify.layers.pooled_weight import SharedTensor
-from roastify.layers.read_weight import SharedWeight
-from roastify.pool.forward_pass import RootForward, made_of
-from roastify.pool.pool import ReplicatedPool, RoastPool
-
-
-class RoastModule(nn.Module):
-    """What every module on the pool has: its shared attributes read as dense, differentiable tensors.
-
-    `_roast` names them. The class made for the module has a property for each, and a `None` stays in the Parameter's
-    place among `_parameters`, which keeps the order of a state dict's keys for the way back.
-    """
-
-    _roast: dict[str, SharedTensor]
-    # Set on classes made for a module's class; one that stands in this file is named after its last base.
-    _roast_original: ClassVar[type[nn.Module]]
-    # Takes an attribute out of the pool; `kinds` makes the classes and knows the way back.
-    _leave_pool: Callable[[str], None]
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.__dict__.get("_roast", ()):
-            self._assign_shared(name, value)
-        else:
-            super().__setattr__(name, value)
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Register a Parameter; one in the place of a shared attribute takes that out of the pool."""
-        if name in self.__dict__.get("_roast", ()):
-            self._assign_shared(name, param)
-        else:
-            super().register_parameter(name, param)
-
-    def __delattr__(self, name: str) -> None:
-        if name in self.__dict__.get("_roast", ()):
-            self._leave_pool(name)
-            # Not super(): the class may no longer be this one.
-            delattr(self, name)
-        else:
-            super().__delattr__(name)
-
-    def _assign_shared(self, name: str, value: Any) -> None:
-        """Take what is assigned to a shared attribute: what it reads already, or a Parameter of the module's own."""
-        if isinstance(value, SharedWeight):
-            # Tying again what is tied already, as transformers' `tie_weights` does.
-            if value.source is not None and value.source[2] is self._roast[name]:
-                return
-        elif isinstance(value, nn.Parameter):
-            self._leave_pool(name)
-            setattr(self, name, value)
-            return
-        raise RoastError(
-            f"{name!r} of this {type(self).__name__} lives in the shared pool and cannot be assigned a "
-            f"{type(value).__name__}; train the pool, assign a new nn.Parameter to take it out of the pool, or call "
-            f"roastify.densify(model) to get a model whose weights can be set"
-        )
-
-    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """Yield the module's Parameters; where sharing left none, what it reads instead.
-
-        Code asks `next(self.parameters())` for a dtype or a device. What is read answers that, and an optimizer, or
-        `requires_grad = False`, refuses it with an error of its own: neither can be had for a part of the pool.
-        """
-        count = 0
-        for parameter in super().parameters(recurse):
-            count += 1
-            yield parameter
-        if count == 0:
-            for module in self.modules() if recurse else [self]:
-                if isinstance(module, RoastModule):
-                    for name in module._roast:
-                        yield cast(nn.Parameter, read_shared(module, name))
-
-    def _replicate_for_data_parallel(self) -> RoastModule:
-        replica = super()._replicate_for_data_parallel()
-        replica.__dict__["_roast"] = {
-            name: dataclasses.replace(shared, pool=cast(RoastPool, ReplicatedPool(shared.pool)))
-            for name, shared in self._roast.items()
-        }
-        return replica
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RoastModule:
-        super()._apply(fn, recurse)
-        for shared in self._roast.values():
-            # What `fn` (half, to, …) makes of a tensor of this dtype, asked of an empty one.
-            shared.dtype = fn(torch.empty(0, dtype=shared.dtype)).dtype
-        return self
-
-
-def describe_shared(module: RoastModule) -> str:
-    """Return what a module reads from the pool."""
-    parts = []
-    for name, shared in module.__dict__.get("_roast", {}).items():
-        view = shared.view
-        what = "strips" if view.strips else "tiles"
-        kernels = "" if shared.basis_index is None else f", kernels of basis_{shared.basis_index}"
-        parts.append(
-            f"{name}: {view.num_tiles} {what} of {view.tile_rows}×{view.tile_cols} in {view.num_slots} shared slots, "
-            f"scale={shared.scale:.4g}{kernels}"
-        )
-    return ", ".join(parts)
-
-
-# Who wants to know of reads instead of having them done: a tracer, while it traces.
-readers: list[Callable[[RoastModule, str], Any]] = []
-
-
-def read_shared(module: RoastModule, name: str) -> Tensor:
-    """Return a shared attribute as the dense, differentiable tensor."""
-    if readers:
-        return readers[-1](module, name)
-    shared = module._roast[name]
-    dense = shared.dense()
-    # A tensor without values is of a class already, and what records operators (`make_fx`) knows no class of ours.
-    if torch.compiler.is_compiling() or type(dense) is not Tensor or _is_recording():
-        return dense
-    weight = dense.as_subclass(SharedWeight)
-    weight.source = (module, name, shared)
-    return weight
-
-
-def _is_recording() -> bool:
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
-
-
-class _Call:
-    """One call of a module: what its code has read, and whether it is given operands.
-
-    Both hold only while what is saved for backward is looked after as it was when the call began. What the module's
-    code checkpoints is run again without the call around it, and must read then as it read before.
-    """
-
-    def __init__(self, operands: bool) -> None:
-        self.operands = operands
-        self.saving = _saving()
-        self.held: dict[tuple[str, bool], tuple[Any, Tensor]] = {}
-
-
-def _saving() -> Any:
-    """Return the hook that packs what is saved for backward, such as a checkpoint's, or None."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return None if hooks is None else hooks[0]
-
-
-class _Running(threading.local):
-    """The calls of modules that this thread is in."""
-
-    def __init__(self) -> None:
-        self.calls: dict[nn.Module, _Call] = {}
-
-
-_running = _Running()
-
-
-def reading(name: str) -> property:
-    """Return the property through which a shared attribute is read as a tensor."""
-    return property(
-        lambda module: _read_once(module, name),
-        doc="Materialised from the pool; gradients flow back to it, and writes are refused.",
-    )
-
-
-def operand(name: str, of_parts: bool) -> property:
-    """Return the property of a shared attribute that the module's own code reads by operations on the pool alone.
-
-    Within a call of the module that code is given an `Operand`; everyone else reads a tensor.
-    """
-
-    def read(module: RoastModule) -> Any:
-        shared = module._roast[name]
-        if readers or shared.view.strips:
-            return _read_once(module, name)
-        if not torch.compiler.is_compiling():
-            call = _running.calls.get(module)
-            if call is None or not call.operands or call.saving is not _saving():
-                return _read_once(module, name)
-        return Operand(shared, lambda: _read_once(module, name), of_parts=of_parts)
-
-    return property(read, doc="Read from the pool by the operations of the module's code; elsewhere materialised.")
-
-
-def _read_once(module: RoastModule, name: str) -> Tensor:
-    """Return a shared attribute as a tensor, the same throughout a call of the module while the pool is the same."""
-    if readers or torch.compiler.is_compiling():
-        return read_shared(module, name)
-    call = _running.calls.get(module)
-    if call is None or call.saving is not _saving():
-        return read_shared(module, name)
-    made = made_of(module._roast[name].pool)
-    key = name, torch.is_grad_enabled()
-    if key not in call.held or call.held[key][0] is not made:
-        call.held[key] = made, read_shared(module, name)
-    return call.held[key][1]
-
-
-class RoastReader(RoastModule):
-    """A module whose own code reads shared attributes."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the module; within the call, its code is given operands, or the same tensors throughout."""
-        if readers or torch.compiler.is_compiling():
-            return super().__call__(*args, **kwargs)
-        calls = _running.calls
-        outer = calls.get(self)
-        calls[self] = _Call(self._runs_its_own_code())
-        try:
-            return super().__call__(*args, **kwargs)
-        finally:
-            if outer is None:
-                del calls[self]
-            else:
-                calls[self] = outer
-
-    def _runs_its_own_code(self) -> bool:
-        """Whether nothing but the class's code runs in a call: no hooks, and no other forward."""
-        forward = self.__dict__.get("forward")
-        return (
-            (forward is None or (isinstance(forward, RootForward) and forward.inner is None))
-            and not self._forward_hooks
-            and not self._forward_pre_hooks
-        )
-
-
-class RoastLookup(RoastModule):
-    """Joined to classes that look their attributes up themselves and may ask for a shared one by another name."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name in self.__dict__.get("_roast", ()):
-            return _read_once(self, name)
-        return super().__getattr__(name)
-
-
-class RoastLayer(RoastModule):
-    """A layer whose `weight` is in the pool."""
-
-    # A property under a type that lets it stand where the dense layers declare a Tensor.
-    weight: Any = reading("weight")
+from roastify.layers.base import RoastLayer, RoastModule
+from roastify.layers.reading import tracers
 
 
 class RoastRNN(RoastModule):
@@ -274,7 +33,7 @@ class RoastRNN(RoastModule):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module with what it reads held for the time of the call: its forward asks for it three times."""
-        if readers:
+        if tracers:
             return super().__call__(*args, **kwargs)
         self.__dict__["_roast_flat_weights"] = self._flat_weights
         try:
@@ -382,7 +141,7 @@ class _RoastConv(RoastLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the convolution of `input`."""
-        weight = self.weight if readers else self._roast["weight"].whole(input)
+        weight = self.weight if tracers else self._roast["weight"].whole(input)
         return self._conv_forward(input, weight, self.bias)
 
 

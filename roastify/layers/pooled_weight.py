@@ -1,11 +1,11 @@
-"""`SharedTensor`: one tensor in the pool as its readers see it, and parts of it as tensors of their own."""
+"""`PooledWeight`: one tensor in the pool as its readers see it, and parts of it as tensors of their own."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -13,42 +13,32 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from roastify.kernels import ops
-from roastify.kernels.view import TileView, Weight
+from roastify.kernels.torch_internals import is_exporting, is_jit_tracing
+from roastify.kernels.view import WeightView
 from roastify.pool.pool import RoastPool
 
 # Elements of a weight from which on its product's time is the GPU's rather than the host's.
 _SMALL_ELEMENTS = 1 << 22
 
 
-@dataclass
-class SharedTensor:
-    """One tensor in the pool, as its layers see it.
+@dataclass(eq=False)
+class PooledWeight(WeightView):
+    """One tensor in the pool, as its layers see it: where it lies (`WeightView`), in which pool, and what it reads as.
 
     Args:
         pool: the pool's module; its Parameter is read at each use, because sharding replaces it.
-        view: where the tensor lies.
-        scale: λ.
-        shape: of the dense tensor.
-        transposed: whether the matrix in the pool is the dense tensor's transpose.
         dtype: of the dense tensor.
         zero_row: a row that is zero and stays so (an embedding's padding row), or None.
         center: what is added to every element: the ones that a norm's weights start from.
-        basis_index: which of the pool's bases its kernels are combinations of (`basis`), or None; the matrix then holds
-            their coefficients.
     """
 
-    pool: RoastPool
-    view: TileView
-    scale: float
-    shape: torch.Size
-    transposed: bool
-    dtype: torch.dtype
-    zero_row: int | None = None
-    center: float = 0.0
-    basis_index: int | None = None
+    pool: RoastPool = field(kw_only=True)
+    dtype: torch.dtype = field(kw_only=True)
+    zero_row: int | None = field(default=None, kw_only=True)
+    center: float = field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
-        self.weight = Weight(self.view, self.scale, tuple(self.shape), self.transposed, self.basis_index)
+        super().__post_init__()
         # Looked up in every call, where a property would cost as much as what it tells.
         self.numel = self.view.numel
         self.is_small = self.numel < _SMALL_ELEMENTS
@@ -100,8 +90,8 @@ class SharedTensor:
             return False
         # What is exported has no backward pass.
         if torch.compiler.is_compiling():
-            return not torch.compiler._is_exporting_flag
-        return not torch._C._is_tracing()
+            return not is_exporting()
+        return not is_jit_tracing()
 
     def _kept_for(self, x: Tensor) -> Tensor | None:
         """Return a product's weight, kept for the backward pass; None for one that the backward pass gathers again.
@@ -124,11 +114,11 @@ class SharedTensor:
         dtype = ops.autocast_dtype(x) or self.current_dtype
         if torch.compiler.is_compiling():
             return self._gathered(dtype)
-        return self.pool.read_weight(self.weight, dtype)
+        return self.pool.read_weight(self, dtype)
 
     def _gathered(self, dtype: torch.dtype) -> Tensor:
         matrix = ops.gather(self.pool.read(dtype), self.pool.table, self.view, self.scale)
-        gathered = (matrix.t() if self.transposed else matrix).reshape(self.weight.gathered_shape)
+        gathered = (matrix.t() if self.transposed else matrix).reshape(self.gathered_shape)
         if self.basis_index is None:
             return gathered
         return ops.combine(gathered, *self.pool.basis(self.basis_index)).view(self.shape)
@@ -153,7 +143,7 @@ class SharedTensor:
             return rows
         return rows.masked_fill((index == self.zero_row)[..., None], 0.0)
 
-    def part(self, start: int, shape: Sequence[int]) -> SharedTensor | None:
+    def part(self, start: int, shape: Sequence[int]) -> PooledWeight | None:
         """Return the rows of the matrix from `start` on, of this shape, as a tensor of its own in the same tiles.
 
         None for a part that begins inside a row of tiles, a transposed matrix, one in strips, or one with a row that is

@@ -1,4 +1,4 @@
-"""`SharedWeight`: what reading a shared attribute gives, a tensor that computes as any other and refuses writes.
+"""`ReadWeight`: what reading a shared attribute gives, a tensor that computes as any other and refuses writes.
 
 A write to it would be lost without a word, since the next read materialises the tensor from the pool again. So
 whatever changes a tensor in place raises, through views and `.data` as well: `nn.init.*_(layer.weight)`,
@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from roastify.errors import WriteRefused
+from roastify.kernels.torch_internals import disabled_torch_function
 
 
-class SharedWeight(Tensor):
+class ReadWeight(Tensor):
     """A tensor read from the pool. Results of operations on it are plain tensors, and kernels take it as one."""
 
     # As `nn.Parameter` does: operations see a plain tensor, so that torch's fused kernels stay in use.
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = disabled_torch_function
     # `isinstance(layer.weight, nn.Parameter)` holds as in the dense model: `get_parameter` and tying ask it.
     _is_param = True
     # transformers' initialisers pass over what carries this mark; the pool has its values already.
@@ -59,7 +60,7 @@ class SharedWeight(Tensor):
         return self.as_subclass(Tensor).__repr__(**options)
 
 
-def _refusal(weight: SharedWeight, operation: str) -> WriteRefused:
+def _refusal(weight: ReadWeight, operation: str) -> WriteRefused:
     name = f"{weight.source[1]!r} of this {type(weight.source[0]).__name__}" if weight.source else "this tensor"
     return WriteRefused(
         f"{operation} would write to {name}, which lives in the shared pool and has no memory of its own; train the "
@@ -70,18 +71,18 @@ def _refusal(weight: SharedWeight, operation: str) -> WriteRefused:
 
 
 def _refusing(operation: str) -> Any:
-    def refuse(self: SharedWeight, *args: Any, **kwargs: Any) -> Any:
+    def refuse(self: ReadWeight, *args: Any, **kwargs: Any) -> Any:
         raise _refusal(self, operation)
 
     refuse.__name__ = operation
     return refuse
 
 
-def _read_only(result: Any, weight: SharedWeight) -> Any:
+def _read_only(result: Any, weight: ReadWeight) -> Any:
     """Return views of a shared tensor as tensors that refuse writes too."""
     if not isinstance(result, Tensor):
         return type(result)(_read_only(part, weight) for part in result)
-    view = result.as_subclass(SharedWeight)
+    view = result.as_subclass(ReadWeight)
     if weight.source:
         module, name, _ = weight.source
         view.source = (module, name, None)
@@ -91,7 +92,7 @@ def _read_only(result: Any, weight: SharedWeight) -> Any:
 def _viewing(operation: str) -> Any:
     view = getattr(Tensor, operation)
 
-    def read(self: SharedWeight, *args: Any, **kwargs: Any) -> Any:
+    def read(self: ReadWeight, *args: Any, **kwargs: Any) -> Any:
         return _read_only(view(self, *args, **kwargs), self)
 
     read.__name__ = operation
@@ -117,8 +118,8 @@ _VIEWS = (
 ).split()
 
 for _name in _WRITERS:
-    setattr(SharedWeight, _name, _refusing(_name))
+    setattr(ReadWeight, _name, _refusing(_name))
 for _name in _VIEWS:
-    setattr(SharedWeight, _name, _viewing(_name))
+    setattr(ReadWeight, _name, _viewing(_name))
 for _name in ("T", "mT", "H", "mH"):
-    setattr(SharedWeight, _name, _viewing_property(_name))
+    setattr(ReadWeight, _name, _viewing_property(_name))

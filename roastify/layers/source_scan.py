@@ -36,7 +36,7 @@ _FACTS = ("shape", "dtype", "device", "ndim", "requires_grad", "size", "dim", "n
 
 
 @dataclass(frozen=True)
-class Reads:
+class AttributeUses:
     """How a class's code reads an attribute.
 
     Args:
@@ -105,28 +105,28 @@ def _closure(function: Any) -> dict[str, Any]:
     return found
 
 
-def reads_of(module_class: type[nn.Module], attribute: str) -> Reads:
+def uses_in_source(module_class: type[nn.Module], attribute: str) -> AttributeUses:
     """Return how the code that runs in a class's forward reads an attribute."""
     itself: Any = module_class
-    return _reads_of(itself, attribute, itself.forward)
+    return _uses_in_source(itself, attribute, itself.forward)
 
 
 # With the forward, because classes have theirs replaced.
 @functools.lru_cache(maxsize=4096)
-def _reads_of(module_class: Any, attribute: str, forward: Any) -> Reads:
+def _uses_in_source(module_class: Any, attribute: str, forward: Any) -> AttributeUses:
     if module_class.__module__.startswith("torch.nn"):
-        return Reads(whole=f"{module_class.__name__} of torch.nn takes all of it")
+        return AttributeUses(whole=f"{module_class.__name__} of torch.nn takes all of it")
     if module_class.__getattr__ is not nn.Module.__getattr__:
-        return Reads(whole=f"{module_class.__name__} looks attributes up by a __getattr__ of its own")
+        return AttributeUses(whole=f"{module_class.__name__} looks attributes up by a __getattr__ of its own")
     found = _Found(attribute)
     try:
         for function in _running_in_forward(module_class):
             found.look_at(function)
     except _Whole as reason:
-        return Reads(whole=str(reason))
+        return AttributeUses(whole=str(reason))
     if not found.orientations:
-        return Reads(whole=f"the forward of {module_class.__name__} does not name it")
-    return Reads(None, frozenset(found.orientations), found.of_parts, found.products)
+        return AttributeUses(whole=f"the forward of {module_class.__name__} does not name it")
+    return AttributeUses(None, frozenset(found.orientations), found.of_parts, found.products)
 
 
 def _running_in_forward(module_class: type[nn.Module]) -> Iterator[types.FunctionType]:

@@ -1,8 +1,8 @@
-"""How a compiled model reads the pool: through one gate a graph, and with one buffer a backward pass, as eagerly.
+"""How a compiled model reads the pool: through one gate a graph, and with one buffer a backward pass.
 
-`torch.compile` first takes a model's Python for a graph of operators; then it runs that graph once with autograd,
-forward and backward, on tensors that record what is done to them. `read` is one operator to the first. To the second it
-is the nodes and the sink of `passes`: what layers do in backward, adding to one buffer in place, is what is recorded.
+`torch.compile` works in two stages. The first turns a model's Python into a graph of operators, and sees `read` as one
+operator. The second runs that graph once with autograd, forward and backward, on tensors that record what is done to
+them. It sees the nodes and the buffer of `gradient_gate`, so what it records is that layers add to one buffer in place.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from roastify.pool.forward_pass import Pool, _Door, _Read
+from roastify.pool.gradient_gate import Gate, Pool
 
 
 @dataclass
@@ -29,39 +29,39 @@ class _Seen:
     uneven: Tensor | None
 
 
-class _RecordedDoor(_Door):
-    """A door whose gate and sink are passed while a compiler records."""
+class _RecordedGate(Gate):
+    """A gate that is passed while a compiler records."""
 
     def __init__(self, pool: _Seen) -> None:
         super().__init__(cast(Pool, pool), plain=True)
-        assert self.sink is not None
-        self.sink.recorded = True
-        # The gate leads to the tensor as it was then: one that was since changed in place, in sight of autograd, has
-        # another.
+        assert self.buffer is not None
+        self.buffer.recorded = True
+        # The gate leads to the tensor as it was then. A tensor that was changed in place since, in sight of autograd,
+        # needs another gate.
         self.origin = pool.weight.grad_fn
 
 
-# The last door of each recording tensor that stands for a pool; graphs alone hold it.
-_doors = WeakIdKeyDictionary()
+# The last gate of each recording tensor that stands for a pool; graphs alone hold it.
+_gates = WeakIdKeyDictionary()
 
 
-def _door_of(pool: _Seen) -> _Door:
+def _gate_of(pool: _Seen) -> Gate:
     if type(pool.weight) in (Tensor, nn.Parameter):
         # Nothing is recorded: a backend runs the graph as it is.
-        return _Door(cast(Pool, pool), plain=False)
-    last = _doors.get(pool.weight)
-    door: _RecordedDoor | None = None if last is None else last()
-    if door is None or door.origin is not pool.weight.grad_fn:
-        door = _RecordedDoor(pool)
-        _doors[pool.weight] = weakref.ref(door)
-    return door
+        return Gate(cast(Pool, pool), plain=False)
+    last = _gates.get(pool.weight)
+    gate: _RecordedGate | None = None if last is None else last()
+    if gate is None or gate.origin is not pool.weight.grad_fn:
+        gate = _RecordedGate(pool)
+        _gates[pool.weight] = weakref.ref(gate)
+    return gate
 
 
 def _read(
     weight: Tensor, per_slot: Tensor | None, uneven_slots: Tensor | None, uneven: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    door = _door_of(_Seen(weight, per_slot is not None, per_slot, uneven_slots, uneven))
-    return _Read.apply(door.token, weight.detach().to(dtype), door if door.sink is not None else None)
+    gate = _gate_of(_Seen(weight, per_slot is not None, per_slot, uneven_slots, uneven))
+    return gate.read(weight.detach().to(dtype))
 
 
 _library = torch.library.Library("roastify", "FRAGMENT")

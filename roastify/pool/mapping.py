@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from roastify.kernels.view import (
     GOLDEN32,
@@ -36,8 +37,10 @@ from roastify.kernels.view import (
 
 MAPPING_VERSION = 1
 
-MAPPINGS = ("permutation", "cyclic", "roast", "hashednet")
-SIGNS = ("none", "row", "tile", "element")
+MappingName = Literal["permutation", "cyclic", "roast", "hashednet"]
+SignName = Literal["none", "row", "tile", "element"]
+MAPPINGS: tuple[str, ...] = get_args(MappingName)
+SIGNS: tuple[str, ...] = get_args(SignName)
 
 # Streams of the seeded generator; each purpose draws from its own.
 _STREAM_SIGN = 1

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from roastify.errors import RoastError
 from roastify.kernels import reference
-from roastify.kernels.kept_weights import WeightGroup, grouped
+from roastify.kernels.kept_weights import WeightGroup, make_groups
 from roastify.kernels.reference import summed_in
-from roastify.kernels.view import TileView, Weight
-from roastify.pool import compiled_read as traced
-from roastify.pool.forward_pass import divide_, is_watched_by_modes, made_of, unseen
+from roastify.kernels.torch_internals import is_exporting
+from roastify.kernels.view import TileView, WeightView
+from roastify.pool import compiled_read
 from roastify.pool.mapping import TileMap
-from roastify.pool.preconditioner import inverse_gamma
+from roastify.pool.pass_cache import cache_of, is_watched_by_modes, unseen
+from roastify.pool.preconditioner import divide_, inverse_gamma
 
 
 class RoastPool(nn.Module):
@@ -76,8 +77,8 @@ class RoastPool(nn.Module):
         # The plan that the pool was built from, for saving and the way back; `rewrite` sets it.
         self.plan: Any = None
         # Weights whose layers may keep them in a training pass, in their order; `rewrite` sets them.
-        self.weights: tuple[Weight, ...] = ()
-        self._groups: dict[Weight, WeightGroup] | None = None
+        self.weights: tuple[WeightView, ...] = ()
+        self._groups: dict[WeightView, WeightGroup] | None = None
         # What the Parameter is kept in. While a forward pass runs, sharding may show it in another dtype.
         self.stored_dtype = dtype
         shape = (num_slots * tile[0], tile[1])
@@ -115,16 +116,15 @@ class RoastPool(nn.Module):
         tracked = torch.is_grad_enabled() and weight.requires_grad
         if not tracked and dtype == weight.dtype:
             return weight
-        # An exported graph has no backward pass, and is for who may not have this operator. The flag itself: dynamo of
-        # torch 2.11 takes `is_exporting()` for true wherever it traces.
-        if tracked and torch.compiler.is_dynamo_compiling() and not torch.compiler._is_exporting_flag:
-            return traced.read(self, dtype)
+        # An exported graph has no backward pass, and may run where this operator does not exist.
+        if tracked and torch.compiler.is_dynamo_compiling() and not is_exporting():
+            return compiled_read.read(self, dtype)
         if is_watched_by_modes():
             with unseen(self):
-                return made_of(self).read(dtype, tracked)
-        return made_of(self).read(dtype, tracked)
+                return cache_of(self).read(dtype, tracked)
+        return cache_of(self).read(dtype, tracked)
 
-    def read_weight(self, weight: Weight, dtype: torch.dtype) -> Tensor:
+    def read_weight(self, weight: WeightView, dtype: torch.dtype) -> Tensor:
         """Return a dense weight in a dtype, in a graph, for use in a forward pass that is recorded.
 
         Within its model's forward it is gathered once, together with others like it; elsewhere, each time.
@@ -135,8 +135,8 @@ class RoastPool(nn.Module):
         self._whole()
         if is_watched_by_modes():
             with unseen(self):
-                return made_of(self).dense(weight, dtype)
-        return made_of(self).dense(weight, dtype)
+                return cache_of(self).dense(weight, dtype)
+        return cache_of(self).dense(weight, dtype)
 
     def bases(self) -> list[nn.Parameter]:
         """Return the Parameters of all basis kernels."""
@@ -151,10 +151,10 @@ class RoastPool(nn.Module):
         found = self.__dict__["_parameters"].get(_basis_name(index))
         return found if type(found) is nn.Parameter else None
 
-    def group_of(self, weight: Weight) -> WeightGroup:
+    def group_of(self, weight: WeightView) -> WeightGroup:
         """Return the weights that a pass gathers with this one."""
         if self._groups is None:
-            self._groups = grouped(self.weights)
+            self._groups = make_groups(self.weights)
         return self._groups.get(weight) or WeightGroup([weight])
 
     def parameter(self) -> nn.Parameter:

@@ -1,4 +1,4 @@
-"""1/Γ, by which the pool's gradient is multiplied: readers of each slot, counted a tile at a time."""
+"""The preconditioner 1/Γ: counted from the mapping, a tile at a time, and how a gradient is multiplied by it."""
 
 from __future__ import annotations
 
@@ -153,3 +153,28 @@ def _nothing_shared(num_slots: int, shared: Shared) -> bool:
     if any(view.first_tile + view.num_tiles > view.num_slots for view, _ in shared):
         return False
     return all(start + length <= following for (start, length, _), (following, _, _) in itertools.pairwise(spans))
+
+
+def divided(grad: Tensor, per_slot: Tensor, uneven_slots: Tensor, uneven: Tensor) -> Tensor:
+    """Return a gradient divided by Γ."""
+    by_slot = grad.reshape(per_slot.shape[0], -1)
+    factors = per_slot[:, None].to(grad.dtype)
+    if uneven_slots.numel():
+        # Of all elements, by themselves: a compiler that meets several gates computes them once.
+        factors = factors.expand_as(by_slot).index_copy(0, uneven_slots, uneven.to(grad.dtype))
+    return (by_slot * factors).view_as(grad)
+
+
+# Elements of the uneven slots that are divided at a time, so that no second tensor of the pool's size comes to be.
+_UNEVEN_ELEMENTS = 1 << 22
+
+
+def divide_(grad: Tensor, per_slot: Tensor, uneven_slots: Tensor, uneven: Tensor) -> None:
+    """Divide a contiguous gradient by Γ in place."""
+    by_slot = grad.view(per_slot.shape[0], -1)
+    by_slot.mul_(per_slot.index_fill(0, uneven_slots, 1.0)[:, None])
+    # Torch 2.11 cannot split nothing where it records.
+    if uneven_slots.numel():
+        step = max(1, _UNEVEN_ELEMENTS // by_slot.shape[1])
+        for slots, factors in zip(uneven_slots.split(step), uneven.split(step), strict=True):
+            by_slot.index_copy_(0, slots, by_slot.index_select(0, slots).mul_(factors))

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from roastify.conversion.rewrite import basis_of, matrix, owners, pool_of
+from roastify.conversion.converted import basis_of, matrix, owners, pool_of
 from roastify.errors import RecoveryError
 from roastify.kernels import ops
 from roastify.kernels.reference import summed_in
@@ -29,7 +29,7 @@ from roastify.layers.kinds import kind_of
 from roastify.pool.kernel_basis import coefficient_matrix, combined_matrix
 from roastify.pool.plan import TensorPlan
 from roastify.pool.pool import RoastPool
-from roastify.report import track
+from roastify.progress import track
 
 # Of the mean second moment, added to each: what the data says little about stays near the dense weights.
 _RIDGE = 1e-2
@@ -160,7 +160,7 @@ class _Term:
         return curvature
 
 
-def align(
+def align_layers(
     student: nn.Module, teacher: nn.Module, forwards: Iterable[Callable[[], Any]], steps: int
 ) -> tuple[float, float]:
     """Set the pool, and the biases beside shared weights, to what brings the layers' outputs nearest to the teacher's.
@@ -268,7 +268,7 @@ def _terms(tensor: TensorPlan, teacher: nn.Module, readers: Sequence[_Reader], p
 
 
 @dataclass
-class _Place:
+class _LinearMap:
     """Where a tensor's weight comes from: a linear function of the pool.
 
     Args:
@@ -304,7 +304,7 @@ def _solve(pool: RoastPool, terms: Sequence[_Term], steps: int) -> tuple[float, 
     wide = summed_in(pool.weight.dtype)
     x = pool.weight.detach().to(wide, copy=True)
     places = [
-        _Place(pool.table, pool.plan.view(term.tensor), term.tensor.scale or 0.0, _basis(pool, term, wide))
+        _LinearMap(pool.table, pool.plan.view(term.tensor), term.tensor.scale or 0.0, _basis(pool, term, wide))
         for term in terms
     ]
 
@@ -354,7 +354,7 @@ def _curvature(pool: RoastPool, terms: Sequence[_Term], like: Tensor) -> Tensor:
         basis = _basis(pool, term, like.dtype)
         # Of a coefficient, as if the inputs of a kernel's positions were uncorrelated.
         squared = None if basis is None else basis**2
-        total += _Place(pool.table, view, scale, squared).adjoint(term.curvature() * scale, like.shape)
+        total += _LinearMap(pool.table, view, scale, squared).adjoint(term.curvature() * scale, like.shape)
     return torch.where(total > 0, total, 1.0)
 
 

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import inspect
 import itertools
-import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from roastify.checks.interface import signature_of, split_inputs
+from roastify.calls import signature_of, split_inputs
 from roastify.errors import CheckpointError, ConfigError, RecoveryError
+from roastify.isolation import RandomStream
+from roastify.kernels.torch_internals import pytree
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -67,51 +65,6 @@ def mask_of(kwargs: Mapping[str, Any]) -> Tensor | None:
     return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
-class Stream:
-    """Random generators of its own: what runs under it neither sees nor moves those outside.
-
-    Python's, numpy's, torch's, and that of the student's GPU.
-    """
-
-    def __init__(self, seed: int, device: torch.device) -> None:
-        self.device = device
-        outside = self._capture()
-        random.seed(seed)
-        np.random.seed(seed % (1 << 32))
-        torch.default_generator.manual_seed(seed % (1 << 63))
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed % (1 << 63))
-        self.state = self._capture()
-        self._restore(outside)
-
-    @contextlib.contextmanager
-    def active(self) -> Iterator[None]:
-        """Draw from this stream."""
-        outside = self._capture()
-        self._restore(self.state)
-        try:
-            yield
-        finally:
-            self.state = self._capture()
-            self._restore(outside)
-
-    def _capture(self) -> dict[str, Any]:
-        return {
-            "python": random.getstate(),
-            "numpy": np.random.get_state(),
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
-        }
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        random.setstate(state["python"])
-        np.random.set_state(state["numpy"])
-        torch.set_rng_state(state["torch"])
-        if state["cuda"] is not None:
-            torch.cuda.set_rng_state(state["cuda"], self.device)
-
-
 class Feed:
     """Batches without end: epoch after epoch of the data, drawn under a random stream of their own.
 
@@ -125,7 +78,7 @@ class Feed:
         resumed: a position that `state` returned, of which the random states at the data's beginning are taken.
     """
 
-    def __init__(self, data: Any, stream: Stream, resumed: dict[str, Any] | None = None) -> None:
+    def __init__(self, data: Any, stream: RandomStream, resumed: dict[str, Any] | None = None) -> None:
         if not callable(data) and not isinstance(data, Iterable):
             raise ConfigError(
                 f"data must be an iterable of batches (a DataLoader, a list) or a function that returns one; found a "

@@ -18,25 +18,24 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from roastify.artifact import digest_of_file, first_line, flush, save_tensors
 from roastify.errors import CheckpointError
+from roastify.files import digest_of_file, pending, put_in_place, reason_of, write_tensors
 
 FORMAT_VERSION = 1
 MANIFEST = "recovery.json"
-_PENDING = ".pending"
 
 
-def exists(folder: Path) -> bool:
+def holds_checkpoint(folder: Path) -> bool:
     """Return whether a folder holds a checkpoint."""
     return (folder / MANIFEST).is_file()
 
 
-def write(folder: Path, made_by: dict[str, Any], state: Any) -> None:
+def write_checkpoint(folder: Path, made_by: dict[str, Any], state: Any) -> None:
     """Write a checkpoint.
 
     Args:
         folder: made if missing.
-        made_by: what the run is, as JSON-ready values; `read` compares it.
+        made_by: what the run is, as JSON-ready values; `read_checkpoint` compares it.
         state: numbers, strings, None, tensors and arrays, nested in dicts, lists and tuples.
 
     Raises:
@@ -46,10 +45,9 @@ def write(folder: Path, made_by: dict[str, Any], state: Any) -> None:
     encoded = _encode(state, tensors, "state")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        pending = folder / (MANIFEST + _PENDING)
-        part = folder / ("tensors" + _PENDING)
-        save_tensors(tensors, part)
-        digest = digest_of_file(part)
+        manifest_path, unnamed = folder / MANIFEST, pending(folder / "tensors")
+        write_tensors(tensors, unnamed)
+        digest = digest_of_file(unnamed)
         # Named by content: the file that the old manifest names is another one, or the same.
         weights = folder / f"state-{digest[:16]}.safetensors"
         manifest = {
@@ -58,20 +56,17 @@ def write(folder: Path, made_by: dict[str, Any], state: Any) -> None:
             "tensors": {"file": weights.name, "sha256": digest},
             "state": encoded,
         }
-        pending.write_text(json.dumps(manifest) + "\n", encoding="utf-8")
-        for path in (part, pending):
-            flush(path)
-        os.replace(part, weights)
-        os.replace(pending, folder / MANIFEST)
-        flush(folder)
+        os.replace(unnamed, pending(weights))
+        pending(manifest_path).write_text(json.dumps(manifest) + "\n", encoding="utf-8")
+        put_in_place(weights, manifest_path)
         for old in folder.glob("state-*.safetensors"):
             if old != weights:
                 old.unlink()
     except (OSError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"cannot write the checkpoint {folder}: {first_line(error)}") from error
+        raise CheckpointError(f"cannot write the checkpoint {folder}: {reason_of(error)}") from error
 
 
-def read(folder: Path, made_by: dict[str, Any]) -> Any:
+def read_checkpoint(folder: Path, made_by: dict[str, Any]) -> Any:
     """Return the state of a checkpoint.
 
     Raises:

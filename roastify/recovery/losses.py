@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,11 +10,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from roastify.checks.interface import describe, leaves
+from roastify.calls import describe, leaves
 from roastify.errors import ConfigError, RecoveryError, closest
-from roastify.layers.modules import RoastModule
+from roastify.kernels.torch_internals import pytree
+from roastify.layers.base import RoastModule
+from roastify.names import select
 
 _EPSILON = 1e-12
 
@@ -59,26 +59,7 @@ def find_logits(output: Any, patterns: Sequence[str] | None) -> tuple[str, ...]:
     paths = list(floats_of(output))
     if patterns is None:
         return tuple(path for path in paths if re.split(r"\W+", path)[-1].endswith("logits"))
-    return _selected("logits", patterns, paths, "floating output")
-
-
-def _selected(setting: str, patterns: Sequence[str], names: Sequence[str], what: str) -> tuple[str, ...]:
-    chosen: set[str] = set()
-    for pattern in patterns:
-        if pattern.startswith("re:"):
-            try:
-                hits = [name for name in names if re.fullmatch(pattern[3:], name)]
-            except re.error as error:
-                raise ConfigError(f"{setting} pattern {pattern!r} is no regular expression: {error}") from error
-        else:
-            hits = [name for name in names if name == pattern or fnmatch.fnmatchcase(name, pattern)]
-        if not hits:
-            raise ConfigError(
-                f"{setting} pattern {pattern!r} matched no {what}{closest(pattern, names)}; patterns are exact names, "
-                f"globs ('encoder.*.dense') or 're:...'"
-            )
-        chosen.update(hits)
-    return tuple(name for name in names if name in chosen)
+    return tuple(select("logits", patterns, paths, "floating output", ConfigError))
 
 
 def output_loss(
@@ -149,7 +130,7 @@ def find_features(student: nn.Module, teacher: nn.Module, patterns: Sequence[str
     """
     names = [name for name, module in student.named_modules() if name and not _is_list(module)]
     if patterns is not None:
-        found = _selected("features", patterns, names, "module")
+        found = tuple(select("features", patterns, names, "module", ConfigError))
     else:
         layers = [name for name in names if isinstance(student.get_submodule(name), RoastModule)]
         parents = {name.rpartition(".")[0] for name in layers}

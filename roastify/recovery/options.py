@@ -1,55 +1,90 @@
-"""How a recovery is asked for, and what it reports."""
+"""`RecoverOptions`: every setting of a recovery, its default and its meaning, for Python and the command line."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
 from roastify.errors import ConfigError, closest
 
-SCHEDULES = ("cosine", "constant")
+Schedule = Literal["cosine", "constant"]
 _AUTOCAST = (torch.bfloat16,)
+
+
+def _setting(default: Any, meaning: str, flag: str = "") -> Any:
+    """Return a field with its meaning, and the flag that the command line has for it, if any."""
+    return field(default=default, metadata={"meaning": meaning, "flag": flag})
 
 
 @dataclass(frozen=True)
 class RecoverOptions:
-    """Settings of a recovery; `roastify.recover` describes them.
+    """Settings of a recovery.
 
     Raises:
         ConfigError: a value is of the wrong type or out of range.
     """
 
-    steps: int = 1000
-    align: int = 30
-    align_batches: int = 8
-    lr: float = 1e-3
-    warmup: float = 0.05
-    schedule: str = "cosine"
-    optimizer: Any = None
-    clip: float | None = 1.0
-    accumulate: int = 1
-    autocast: torch.dtype | None = None
-    logits: tuple[str, ...] | None = None
-    temperature: float = 2.0
-    output_weight: float = 1.0
-    features: tuple[str, ...] | None = None
-    feature_weight: float = 1.0
-    loss_fn: Callable[[Any, Any], torch.Tensor] | str | None = None
-    task_weight: float = 1.0
-    inputs: Callable[[Any], Any] | None = None
-    evaluate: Callable[[torch.nn.Module], Any] | None = None
-    evaluate_every: int = 0
-    folder: Path | None = None
-    save_every: int = 100
-    resume: bool = False
-    log_every: int = 0
-    seed: int = 0
+    steps: int = _setting(1000, "of the optimizer", "--steps")
+    _: KW_ONLY
+    align: int = _setting(30, "steps of conjugate gradients before training; 0: train from the pool as it is")
+    align_batches: int = _setting(8, "batches that the layers' inputs are taken from", "--align-batches")
+    lr: float = _setting(1e-3, "peak of the learning rate, for an optimizer that `recover` makes", "--lr")
+    warmup: float = _setting(0.05, "the part of the steps in which the rate rises", "--warmup")
+    schedule: Schedule = _setting("cosine", "of the rate after that: `cosine` falls to 0", "--schedule")
+    optimizer: torch.optim.Optimizer | Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer] | None = _setting(
+        None,
+        "over the student's parameters, or a function from those that require a gradient; its own rates are the peaks. "
+        "Default: AdamW without weight decay",
+    )
+    clip: float | None = _setting(1.0, "largest norm of the gradient; None does not clip", "--clip")
+    accumulate: int = _setting(1, "batches in a step", "--accumulate")
+    autocast: torch.dtype | None = _setting(None, "`torch.bfloat16` for mixed precision")
+    logits: str | Sequence[str] | None = _setting(
+        None,
+        "patterns of outputs that are logits, matched by divergence; default: those named so. A model's only tensor is "
+        "called `output`. All other floating outputs are matched by their squares",
+        "--logits",
+    )
+    temperature: float = _setting(2.0, "of the logits", "--temperature")
+    output_weight: float = _setting(1.0, "of the outputs' distance; 0: none", "--output-weight")
+    features: str | Sequence[str] | None = _setting(
+        None,
+        "patterns of modules whose outputs are matched; default: the modules around the shared layers",
+        "--features",
+    )
+    feature_weight: float = _setting(1.0, "of the features' distance; 0: none", "--feature-weight")
+    loss_fn: Callable[[Any, Any], torch.Tensor] | str | None = _setting(
+        None,
+        "a function from the student's outputs and the batch to the task's loss, or the name of an output that is the "
+        'loss, as `"loss"` of transformers\' models that are given labels',
+    )
+    task_weight: float = _setting(1.0, "of the task's loss", "--task-weight")
+    inputs: Callable[[Any], Any] | None = _setting(
+        None,
+        "from a batch to forward's arguments, taken as example inputs are: a mapping is keyword arguments, a sequence "
+        "positional ones",
+    )
+    evaluate: Callable[[torch.nn.Module], Any] | None = _setting(
+        None,
+        "called with the student in eval mode; what it returns is reported. Numbers and strings, in dicts and lists",
+    )
+    evaluate_every: int = _setting(0, "steps between evaluations; 0: at the end alone", "--evaluate-every")
+    folder: str | Path | None = _setting(None, "of the checkpoint")
+    save_every: int = _setting(100, "steps between checkpoints", "--save-every")
+    resume: bool = _setting(
+        False,
+        "go on from the folder's checkpoint, or begin if there is none. On a CPU the result is the uninterrupted run's "
+        "to the last bit",
+        "--resume",
+    )
+    log_every: int = _setting(0, "steps between points of the loss curve; 0: a hundredth of all")
+    seed: int = _setting(0, "of everything random")
 
     def __post_init__(self) -> None:
         for name in ("logits", "features"):
@@ -74,9 +109,10 @@ class RecoverOptions:
         self._check_number("warmup")
         if self.warmup >= 1:
             raise ConfigError(f"warmup is a part of the steps and must be below 1; found {self.warmup!r}")
-        if self.schedule not in SCHEDULES:
-            hint = closest(str(self.schedule), SCHEDULES)
-            raise ConfigError(f"schedule must be one of {', '.join(SCHEDULES)}; found {self.schedule!r}{hint}")
+        schedules = get_args(Schedule)
+        if self.schedule not in schedules:
+            hint = closest(str(self.schedule), schedules)
+            raise ConfigError(f"schedule must be one of {', '.join(schedules)}; found {self.schedule!r}{hint}")
         if self.autocast is not None and self.autocast not in _AUTOCAST:
             raise ConfigError(
                 f"autocast must be torch.bfloat16 or None; found {self.autocast!r} (float16 needs a gradient scaler)"
@@ -115,68 +151,10 @@ class RecoverOptions:
         return self.log_every or max(1, self.steps // 100)
 
 
-@dataclass(frozen=True)
-class Likeness:
-    """How near a student is to its teacher, in eval mode, on the first batches of the data.
-
-    Args:
-        error: of the outputs: squared differences over the teacher's squares around its mean, in the mean over outputs.
-        top: the share of predictions whose largest logit is the teacher's; None where no output is logits.
-    """
-
-    error: float
-    top: float | None
+def described() -> str:
+    """Return a line on each setting, as the arguments section of a docstring."""
+    lines = (f"    {each.name}: {each.metadata['meaning']}." for each in dataclasses.fields(RecoverOptions))
+    return "Args:\n" + "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class LossPoint:
-    """The mean losses of the steps since the last point.
-
-    Args:
-        step: steps done.
-        loss: the weighted sum that is trained on.
-        parts: `outputs`, `features` and `task`, before their weights.
-        lr: of the last step.
-    """
-
-    step: int
-    loss: float
-    parts: dict[str, float]
-    lr: float
-
-
-@dataclass(frozen=True)
-class RecoveryReport:
-    """What a recovery did.
-
-    Args:
-        steps: of the optimizer.
-        seconds: that training took, alignment and earlier runs that this one resumed included, evaluations not.
-        align_seconds: of these, alignment's.
-        align_error: of the layers' outputs before and after alignment; None without it.
-        before: likeness of the student as it came.
-        aligned: after alignment; None without it.
-        after: at the end.
-        losses: the curve.
-        evaluations: `(steps done, what evaluate returned)`.
-        features: the modules whose outputs were matched.
-        logits: the outputs that were matched as logits; the other floating outputs by their squares.
-        resumed_at: the step at which the last run began; 0 for a run of one piece.
-    """
-
-    steps: int
-    seconds: float
-    align_seconds: float
-    align_error: tuple[float, float] | None
-    before: Likeness
-    aligned: Likeness | None
-    after: Likeness
-    losses: tuple[LossPoint, ...]
-    evaluations: tuple[tuple[int, Any], ...]
-    features: tuple[str, ...]
-    logits: tuple[str, ...]
-    resumed_at: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as JSON-ready values, if what `evaluate` returned is."""
-        return dataclasses.asdict(self)
+RecoverOptions.__doc__ = f"{RecoverOptions.__doc__}\n    {described()}"

@@ -12,19 +12,23 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from roastify.checks import interface as verification
-from roastify.conversion.rewrite import current_plan, pool_of
+from roastify.calls import describe, run_model
+from roastify.checks.interface import compare_interfaces, observe
+from roastify.conversion.converted import current_plan, pool_of
 from roastify.errors import CheckpointError, ConfigError, RecoveryError
-from roastify.recovery import checkpoint as training_state
-from roastify.recovery.align import align
-from roastify.recovery.batches import Feed, Stream, digest_of, mask_of, on_device, passing
+from roastify.isolation import RandomStream, modes_kept
+from roastify.kernels.torch_internals import pytree
+from roastify.progress import track
+from roastify.recovery.align import align_layers
+from roastify.recovery.batches import Feed, digest_of, mask_of, on_device, passing
+from roastify.recovery.checkpoint import holds_checkpoint, read_checkpoint, write_checkpoint
 from roastify.recovery.losses import (
     Recorder,
     check_comparable,
@@ -37,8 +41,8 @@ from roastify.recovery.losses import (
     output_loss,
     relative_error,
 )
-from roastify.recovery.options import Likeness, LossPoint, RecoverOptions, RecoveryReport
-from roastify.report import track
+from roastify.recovery.options import RecoverOptions
+from roastify.recovery.report import Likeness, LossPoint, RecoveryReport
 
 # Batches by which the report tells how alike the two models are.
 _LIKENESS_BATCHES = 4
@@ -50,10 +54,10 @@ class _NotFinite(RecoveryError):
     """Training left nothing of the student worth keeping."""
 
 
-def recover(student: nn.Module, teacher: nn.Module, data: Any, options: RecoverOptions) -> RecoveryReport:
+def run_recovery(student: nn.Module, teacher: nn.Module, data: Any, options: RecoverOptions) -> RecoveryReport:
     """Recover a student in place; see `roastify.recover`."""
     _check_models(student, teacher)
-    with _left_as_found(student, teacher):
+    with modes_kept(student, teacher), _gradients_cleared(student):
         given = copy.deepcopy(student.state_dict())
         theirs = options.optimizer if isinstance(options.optimizer, torch.optim.Optimizer) else None
         optimizer_given = copy.deepcopy(theirs.state_dict()) if theirs is not None else None
@@ -97,18 +101,15 @@ def _check_models(student: nn.Module, teacher: nn.Module) -> None:
     if len(devices) > 1 or next(iter(devices)).type == "meta":
         found = ", ".join(sorted(map(str, devices)))
         raise ConfigError(f"student and teacher must be on one real device; found {found}; move them with .to(device)")
-    verification.compare(verification.observe(teacher), verification.observe(student, who="converted"))
+    compare_interfaces(observe(teacher), observe(student, who="converted"))
 
 
 @contextlib.contextmanager
-def _left_as_found(student: nn.Module, teacher: nn.Module) -> Iterator[None]:
-    """Put both models' modes back at the end, and leave no gradients on the student."""
-    modes = [(module, module.training) for model in (student, teacher) for module in model.modules()]
+def _gradients_cleared(student: nn.Module) -> Iterator[None]:
+    """Leave no gradients on the student."""
     try:
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
         student.zero_grad(set_to_none=True)
 
 
@@ -123,6 +124,7 @@ class _Run:
         self.student = student
         self.teacher = teacher
         self.options = options
+        self.folder = None if options.folder is None else Path(options.folder)
         self.device = pool_of(student).weight.device
         self.split = passing(teacher, options.inputs)
         self.optimizer = _optimizer(student, options, self.device)
@@ -133,10 +135,10 @@ class _Run:
             for name, parameter in student.named_parameters()
             if parameter.requires_grad and bool(parameter.isfinite().all())
         }
-        self.stream = Stream(options.seed, self.device)
+        self.stream = RandomStream(options.seed, self.device)
         made_by = self._made_by()
         stored = self._stored(made_by)
-        self.feed = Feed(data, Stream(options.seed + 1, self.device), stored and stored["feed"])
+        self.feed = Feed(data, RandomStream(options.seed + 1, self.device), stored and stored["feed"])
         self.held = self.feed.peek(max(_LIKENESS_BATCHES, options.align_batches))
         self.logits = self._check_outputs(self.held[0])
         wanted = options.feature_weight > 0
@@ -144,7 +146,7 @@ class _Run:
         digest = digest_of(self.held)
         if stored is not None and stored["data"] != digest:
             raise CheckpointError(
-                f"the checkpoint {options.folder} was made with other data: its first batches differ; resume with the "
+                f"the checkpoint {self.folder} was made with other data: its first batches differ; resume with the "
                 f"same data, or give another folder"
             )
         self.made_by = made_by
@@ -173,7 +175,7 @@ class _Run:
         self.teacher.eval()
         with self.stream.active():
             forwards = [functools.partial(self._call_cast, self.teacher, batch) for batch in batches]
-            self.align_error = align(self.student, self.teacher, forwards, self.options.align)
+            self.align_error = align_layers(self.student, self.teacher, forwards, self.options.align)
         self.align_seconds = self.seconds = self._now() - begun
         self.aligned = self._likeness()
         self._save()
@@ -303,8 +305,8 @@ class _Run:
             what = f"the parameter {list(self.finite)[fine.index(False)]}"
         else:
             return
-        folder = self.options.folder
-        kept = f"; the checkpoint in {folder} is from before" if folder and training_state.exists(folder) else ""
+        folder = self.folder
+        kept = f"; the checkpoint in {folder} is from before" if folder and holds_checkpoint(folder) else ""
         parts = ", ".join(f"{name} {value:g}" for name, value in means.items())
         raise _NotFinite(
             f"{what} is not finite by step {self.step}{f' ({parts})' if parts else ''}; lower the learning rate, clip "
@@ -322,7 +324,7 @@ class _Run:
         assert self.options.evaluate is not None
         self.student.eval()
         # Always the same random numbers, and none of the run's.
-        with Stream(self.options.seed, self.device).active(), torch.no_grad():
+        with RandomStream(self.options.seed, self.device).active(), torch.no_grad():
             found = self.options.evaluate(self.student)
         self.evaluations.append((self.step, pytree.tree_map(_number, found)))
 
@@ -332,7 +334,7 @@ class _Run:
         self.teacher.eval()
         errors: list[float] = []
         same = count = 0
-        with Stream(self.options.seed, self.device).active(), torch.no_grad(), self._autocast():
+        with RandomStream(self.options.seed, self.device).active(), torch.no_grad(), self._autocast():
             for batch in self.held[:_LIKENESS_BATCHES]:
                 expected, found = floats_of(self._call(self.teacher, batch)), floats_of(self._call(self.student, batch))
                 _check_teacher(expected)
@@ -368,7 +370,7 @@ class _Run:
         for who, model in (("teacher", self.teacher), ("student", self.student)):
             try:
                 with self._autocast():
-                    outputs[who] = verification.run(model, args, kwargs, "eval")
+                    outputs[who] = run_model(model, args, kwargs, "eval")
             except Exception as error:  # whatever a model raises on inputs that do not fit it
                 raise RecoveryError(
                     f"the {who} fails on the first batch, called with {_described(args, kwargs)}: "
@@ -396,15 +398,15 @@ class _Run:
 
     def _stored(self, made_by: dict[str, Any]) -> dict[str, Any] | None:
         """Return the checkpoint to resume, or None to begin."""
-        folder = self.options.folder
-        if folder is None or not training_state.exists(folder):
+        folder = self.folder
+        if folder is None or not holds_checkpoint(folder):
             return None
         if not self.options.resume:
             raise ConfigError(f"{folder} holds a checkpoint of a recovery; resume it, or give another folder")
-        return training_state.read(folder, made_by)
+        return read_checkpoint(folder, made_by)
 
     def _save(self) -> None:
-        folder = self.options.folder
+        folder = self.folder
         if folder is None:
             return
         self._check_finite()
@@ -425,7 +427,7 @@ class _Run:
             "feed": self.feed.state(),
             "data": self.data,
         }
-        training_state.write(folder, self.made_by, state)
+        write_checkpoint(folder, self.made_by, state)
 
     def _resume(self, stored: dict[str, Any]) -> None:
         self.step = self.resumed_at = stored["step"]
@@ -487,9 +489,7 @@ def _task_loss(loss_fn: Callable[[Any, Any], Tensor] | str, outputs: Any, batch:
         loss = outputs.get(loss_fn) if isinstance(outputs, dict) else getattr(outputs, loss_fn, None)
         what = f"the student's output {loss_fn!r} is"
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-        found = verification.describe(loss) + (
-            "" if not isinstance(loss, Tensor) or loss.requires_grad else " without a gradient"
-        )
+        found = describe(loss) + ("" if not isinstance(loss, Tensor) or loss.requires_grad else " without a gradient")
         raise ConfigError(f"{what} {found}; expected a tensor of one element that has a gradient")
     return loss.reshape(())
 
@@ -531,6 +531,6 @@ def _plain(value: Any) -> dict[str, Any] | None:
 
 
 def _described(args: Sequence[Any], kwargs: dict[str, Any]) -> str:
-    parts = [verification.describe(value) for value in args]
-    parts += [f"{name}={verification.describe(value)}" for name, value in kwargs.items()]
+    parts = [describe(value) for value in args]
+    parts += [f"{name}={describe(value)}" for name, value in kwargs.items()]
     return ", ".join(parts) or "nothing"

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 import roastify
+from roastify.calls import run_model, split_inputs
 from roastify.checks.example_inputs import find_inputs
-from roastify.checks.interface import run, split_inputs
+from roastify.conversion.converted import pool_of
 from roastify.conversion.fx_pass import trace
-from roastify.conversion.rewrite import pool_of
+from roastify.kernels.torch_internals import pytree
 
 RATIO = 10
 LARGE = 1_000_000
@@ -79,7 +79,7 @@ def examine(entry: Entry) -> Row:
         if inputs is None:
             raise Unbuilt("no inputs fit it")
         args, kwargs = split_inputs(inputs)
-        expected = {mode: run(model, args, kwargs, mode) for mode in ("eval", "train")}
+        expected = {mode: run_model(model, args, kwargs, mode) for mode in ("eval", "train")}
     except Exception as error:
         raise Unbuilt(
             f"{type(error).__name__}: {str(error).strip().splitlines()[0][:100] if str(error) else ''}"
@@ -136,7 +136,7 @@ def _compare_without_sharing(model: nn.Module, args: Any, kwargs: Any, expected:
     same = roastify.convert(model, 1, init="project")
     for mode, before in expected.items():
         leaves = [leaf for leaf in pytree.tree_leaves(before) if isinstance(leaf, Tensor)]
-        after = [leaf for leaf in pytree.tree_leaves(run(same, args, kwargs, mode)) if isinstance(leaf, Tensor)]
+        after = [leaf for leaf in pytree.tree_leaves(run_model(same, args, kwargs, mode)) if isinstance(leaf, Tensor)]
         for one, other in zip(leaves, after, strict=True):
             if one.is_floating_point() and one.numel():
                 size = float(torch.nan_to_num(one.float(), posinf=0, neginf=0).abs().max())

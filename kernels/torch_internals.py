@@ -1,0 +1,123 @@
+"""Private parts of PyTorch that roastify uses: each has a name here, and nothing else names it.
+
+Checked on torch 2.11 and 2.13. PyTorch may change them without notice: with a new version, look here first. What every
+layer calls in every step is bound to its name as it is, because a function around it would cost the host more than the
+call itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils import _python_dispatch as dispatch_modes
+from torch.utils import _pytree, checkpoint
+
+# Nested containers as lists of their leaves. `torch.utils` has no public module for it.
+pytree = _pytree
+
+
+def _no_cuda(*args: Any) -> Any:
+    raise RuntimeError("this build of PyTorch has no CUDA; the tensor cannot be on a GPU")
+
+
+NO_PASS = -1
+# The engine's number of the backward pass that this thread runs, or `NO_PASS`.
+current_backward_pass: Callable[[], int] = torch._C._current_graph_task_id
+# Whether the backward pass under way runs a node.
+will_run: Callable[[Any], bool] = torch._C._will_engine_execute_node
+
+
+def at_end_of_backward(callback: Callable[[], None]) -> None:
+    """Have the engine hold a function until the backward pass under way ends or fails, and call it if it ends."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+_VMAP_KEY = cast(torch._C.DispatchKey, torch._C._parse_dispatch_key("VmapMode"))
+
+
+def takes_batched_gradients() -> bool:
+    """Whether `torch.autograd.grad` takes a batch of gradients at once, by a vmap that is not `torch.func`'s."""
+    return torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_KEY)
+
+
+in_func_transform: Callable[[], bool] = torch._C._are_functorch_transforms_active
+num_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+num_function_modes: Callable[[], int] = torch._C._len_torch_function_stack
+is_jit_tracing: Callable[[], bool] = torch._C._is_tracing
+is_profiling: Callable[[], bool] = torch.autograd._profiler_enabled
+any_requires_grad: Callable[..., bool] = torch._C._any_requires_grad
+
+
+def in_forward_mode() -> bool:
+    """Whether a level of forward-mode differentiation is open."""
+    return forward_ad._current_level >= 0
+
+
+def is_jvp_transform() -> bool:
+    """Whether the innermost transform of `torch.func` is one of forward mode."""
+    return torch._C._functorch.peek_interpreter_stack().key() == torch._C._functorch.TransformType.Jvp
+
+
+def is_recording_proxies() -> bool:
+    """Whether `make_fx` records what is done to tensors."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+
+
+def is_exporting() -> bool:
+    """Whether `torch.export` traces. `torch.compiler.is_exporting` says so wherever dynamo of torch 2.11 traces."""
+    return torch.compiler._is_exporting_flag
+
+
+def dispatch_mode_stack() -> list[Any]:
+    """Return the modes that see every operator, the outermost first."""
+    return dispatch_modes._get_current_dispatch_mode_stack()
+
+
+def without_dispatch_modes() -> contextlib.AbstractContextManager[Any]:
+    """Return the context in which no mode sees an operator."""
+    return dispatch_modes._disable_current_modes()
+
+
+# The modes of checkpoints that choose what to save.
+SELECTIVE_CHECKPOINTS = (checkpoint._CachingTorchDispatchMode, checkpoint._CachedTorchDispatchMode)
+
+
+def saved_tensors_hook() -> Any:
+    """Return the hook that packs what is saved for backward, such as a checkpoint's, or None."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return None if hooks is None else hooks[0]
+
+
+# As a tensor subclass's `__torch_function__`: operations take it as a plain tensor.
+disabled_torch_function: Any = torch._C._disabled_torch_function_impl
+
+
+# The part that tracks which tensors are views of which.
+_VIEW_TRACKING = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+below_autograd = torch._C._AutoDispatchBelowAutograd
+
+
+def without_view_tracking() -> contextlib.AbstractContextManager[Any]:
+    """Return the context in which results do not count as views of anything."""
+    return torch._C._ExcludeDispatchKeyGuard(_VIEW_TRACKING)
+
+
+# Numbers: the objects that torch makes of devices and streams take longer than what is asked of them.
+current_device_index: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", _no_cuda)
+current_raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _no_cuda)
+_is_capturing: Callable[[], bool] = getattr(torch._C, "_cuda_isCurrentStreamCapturing", _no_cuda)
+
+
+def is_captured(tensor: Tensor) -> bool:
+    """Whether what is done to a tensor now is captured in a CUDA graph."""
+    return tensor.is_cuda and _is_capturing()
+
+
+def compile_settings(**settings: Any) -> contextlib.AbstractContextManager[Any]:
+    """Return the context in which `torch.compile` has these settings of dynamo's."""
+    return torch._dynamo.config.patch(settings)

@@ -1,0 +1,76 @@
+"""Files that are written whole or not at all, and the digests by which they are known again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from roastify.errors import ConfigError
+
+_PENDING = ".pending"
+
+
+def pending(path: Path) -> Path:
+    """Return where a file is written before it takes its place: beside it, under a name of its own."""
+    return path.with_name(path.name + _PENDING)
+
+
+def put_in_place(*paths: Path) -> None:
+    """Make the pending files of these paths durable, then rename each to its path, in this order.
+
+    A run that is killed in between leaves every path with its old file or its new one.
+    """
+    for path in paths:
+        _flush(pending(path))
+    for path in paths:
+        os.replace(pending(path), path)
+    for folder in dict.fromkeys(path.parent for path in paths):
+        _flush(folder)
+
+
+def _flush(path: Path) -> None:
+    """Make a file, or the names in a folder, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write a safetensors file with the permissions that the user's umask gives: its writer makes them private."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
+
+
+def digest_of_file(path: Path) -> str:
+    """Return a file's SHA-256."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def reason_of(error: BaseException) -> str:
+    """Return what an error says, in one line."""
+    return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise `ConfigError` unless a file can be written there: asked before what takes long."""
+    folder = Path(path).parent
+    if not folder.is_dir():
+        raise ConfigError(f"cannot write {path}: there is no folder {folder}; make it first")
+    if not os.access(path if Path(path).exists() else folder, os.W_OK):
+        raise ConfigError(f"cannot write {path}: no permission; name another file")
+
+
+def write_json(values: dict[str, Any], path: str | Path) -> None:
+    """Write plain values as a JSON file; one that is there is replaced."""
+    Path(path).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")

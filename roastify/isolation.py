@@ -1,0 +1,132 @@
+"""One sandbox for what running a model changes: random states, modes, buffers, attributes, warnings."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+
+def capture_random_states(gpu: torch.device | None = None) -> dict[str, Any]:
+    """Return the states of Python's, numpy's and torch's random generators, and of a GPU's."""
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": None if gpu is None else torch.cuda.get_rng_state(gpu),
+    }
+
+
+def restore_random_states(states: dict[str, Any], gpu: torch.device | None = None) -> None:
+    """Put back what `capture_random_states` returned, for the same GPU."""
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if gpu is not None:
+        torch.cuda.set_rng_state(states["cuda"], gpu)
+
+
+def seed_generators(seed: int, gpus: Iterable[torch.device] = ()) -> None:
+    """Seed all generators, and of the GPUs only these: `torch.manual_seed` seeds every GPU there is."""
+    random.seed(seed)
+    np.random.seed(seed % (1 << 32))
+    torch.default_generator.manual_seed(seed % (1 << 63))
+    for gpu in gpus:
+        with torch.cuda.device(gpu):
+            torch.cuda.manual_seed(seed % (1 << 63))
+
+
+@contextlib.contextmanager
+def random_states_kept(seed: int | None = None, devices: Iterable[torch.device] = ()) -> Iterator[None]:
+    """Put all random generators back at the end, those of GPUs among `devices` too.
+
+    Args:
+        seed: where they start from; None: where they are. Models draw from all three libraries: transformers' speech
+            models mask what numpy tells them.
+        devices: of which the GPUs count.
+    """
+    gpus = [device for device in dict.fromkeys(devices) if device.type == "cuda"]
+    states = capture_random_states()
+    on_gpus = [torch.cuda.get_rng_state(gpu) for gpu in gpus]
+    try:
+        if seed is not None:
+            seed_generators(seed, gpus)
+        yield
+    finally:
+        restore_random_states(states)
+        for gpu, state in zip(gpus, on_gpus, strict=True):
+            torch.cuda.set_rng_state(state, gpu)
+
+
+@contextlib.contextmanager
+def modes_kept(*models: nn.Module) -> Iterator[None]:
+    """Put every module's train or eval mode back at the end."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextlib.contextmanager
+def without_warnings() -> Iterator[None]:
+    """Keep warnings from the user: they would be about what roastify does, not about their code."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
+def state_kept(model: nn.Module) -> Iterator[None]:
+    """Undo what a forward pass changes: buffers, attributes, modes, random generators, which start from one seed."""
+    attributes = [(module, dict(module.__dict__), dict(module._buffers)) for module in model.modules()]
+    # Values are written back only where they were written to: a buffer may be an expanded view.
+    values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    devices = [tensor.device for tensor in [*model.parameters(), *model.buffers()]]
+    try:
+        with random_states_kept(seed=0, devices=devices):
+            yield
+    finally:
+        for module, own, buffers in attributes:
+            module.__dict__.clear()
+            module.__dict__.update(own)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+        with torch.no_grad():
+            for buffer, value in values:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+
+
+class RandomStream:
+    """Random generators of its own: what runs under it neither sees nor moves those outside.
+
+    Args:
+        seed: where they start.
+        device: its GPU's generator is one of them.
+    """
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self._gpu = device if device.type == "cuda" else None
+        outside = capture_random_states(self._gpu)
+        seed_generators(seed, [] if self._gpu is None else [self._gpu])
+        self.state = capture_random_states(self._gpu)
+        restore_random_states(outside, self._gpu)
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Draw from this stream."""
+        outside = capture_random_states(self._gpu)
+        restore_random_states(self.state, self._gpu)
+        try:
+            yield
+        finally:
+            self.state = capture_random_states(self._gpu)
+            restore_random_states(outside, self._gpu)

@@ -1,0 +1,160 @@
+"""The way of a module onto the pool and back: its object stays, its class changes.
+
+`to_roast` changes the module's class and takes the dense Parameter out of it. Hooks, modes, attributes and every
+reference to the module stay as they are. `to_dense` reverses it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, cast
+
+from torch import nn
+
+from roastify.layers.base import RoastLookup, RoastModule, RoastReader, describe_shared
+from roastify.layers.kinds import LayerKind, has_forward_of_its_own, kind_of, transformers_conv1d
+from roastify.layers.modules import RoastRNN, RoastTransformersConv1D
+from roastify.layers.pooled_weight import PooledWeight
+from roastify.layers.reading import dense_property, lazy_property
+from roastify.layers.source_scan import uses_in_source
+
+
+class _Swapped:
+    """What the classes made here add to a class on the pool: they are not importable, and know the way back."""
+
+    _roast_original: type[nn.Module]
+    _roast: dict[str, PooledWeight]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # Copies and pickles name the original class, and have this one made again.
+        return _new_module, (self._roast_original, frozenset(self._roast)), self.__getstate__()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        twin = _new_module(self._roast_original, frozenset(self._roast))
+        memo[id(self)] = twin
+        if hasattr(super(), "__deepcopy__"):
+            # A class that copies itself would make a dense module. Torch's parametrized ones do so for this state.
+            twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        else:
+            twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return twin
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        # A class that writes its attributes by itself writes what they read; the pool is in the state dict once.
+        for name in self._roast:
+            destination.pop(prefix + name, None)
+
+    def _leave_pool(self, name: str) -> None:
+        to_dense(cast(RoastModule, self), {name: None})
+
+    def extra_repr(self) -> str:
+        """Describe the module as its original does, and what it reads from the pool."""
+        parts = [super().extra_repr(), describe_shared(cast(RoastModule, self))]  # type: ignore[misc]
+        return ", ".join(part for part in parts if part)
+
+
+_roast_classes: dict[tuple[type[nn.Module], frozenset[str]], type[RoastModule]] = {}
+
+
+def roast_class(module_class: type[nn.Module], names: frozenset[str]) -> type[RoastModule]:
+    """Return the class on the pool for modules of any class that share these attributes; the same one every time.
+
+    A layer's class on the pool has a `forward` of its own. A user's subclass of a layer keeps its place in front: its
+    `forward` still runs, and where that calls `super().forward`, the pool's comes next. Any other class keeps its code
+    and its name, by which libraries look classes up (wrapping policies, transformers' initialisers); only its shared
+    attributes are read otherwise.
+    """
+    key = module_class, names
+    if key not in _roast_classes:
+        kind = kind_of(module_class) if "weight" in names else None
+        bases: tuple[type, ...]
+        attributes: dict[str, Any] = {"_roast_original": module_class, "__doc__": module_class.__doc__}
+        replaced = kind is None or has_forward_of_its_own(module_class)
+        attributes |= {name: _reader(module_class, name) for name in names if replaced or name != "weight"}
+        if kind is None:
+            title, bases = module_class.__name__, _other_bases(module_class)
+            attributes |= {"__module__": module_class.__module__, "__qualname__": module_class.__qualname__}
+        else:
+            title, bases = f"Roast{module_class.__name__}", _layer_bases(module_class, kind)
+            if _looks_up(module_class):
+                bases += (RoastLookup,)
+        if names and replaced and bases[0] is module_class:
+            # In front, to be there before the class's own `__call__`; the rest of it stays behind.
+            bases = (RoastReader, *bases)
+        made = type(title, (_Swapped, *bases), attributes)
+        _roast_classes[key] = cast("type[RoastModule]", made)
+    return _roast_classes[key]
+
+
+def _reader(module_class: type[nn.Module], name: str) -> property:
+    """Return the property through which modules of a class read a shared attribute."""
+    uses = uses_in_source(module_class, name)
+    return lazy_property(name, uses.of_parts) if uses.whole is None else dense_property(name)
+
+
+def _other_bases(module_class: type[nn.Module]) -> tuple[type, ...]:
+    if issubclass(module_class, nn.RNNBase):
+        # In front: it replaces how these keep count of their Parameters.
+        return RoastRNN, module_class
+    if module_class is nn.Module:
+        return (RoastModule,)
+    return module_class, RoastLookup if _looks_up(module_class) else RoastModule
+
+
+def _looks_up(module_class: type[nn.Module]) -> bool:
+    return module_class.__getattr__ is not nn.Module.__getattr__
+
+
+def _layer_bases(module_class: type[nn.Module], kind: LayerKind) -> tuple[type, ...]:
+    if kind.roast.__bases__[-1] is module_class:
+        return (kind.roast,)
+    if kind.roast is not RoastTransformersConv1D:
+        return module_class, kind.roast
+    # This one cannot name transformers' class as its base, so that is joined to it first.
+    conv1d = cast("type[nn.Module]", transformers_conv1d())
+    if module_class is conv1d:
+        return kind.roast, conv1d
+    return module_class, type(kind.roast.__name__, (kind.roast, conv1d), {})
+
+
+def _new_module(module_class: type[nn.Module], names: frozenset[str]) -> RoastModule:
+    roast = roast_class(module_class, names)
+    return roast.__new__(roast)
+
+
+def to_roast(module: nn.Module, name: str, shared: PooledWeight) -> None:
+    """Turn a module into its class on the pool, in place, or add an attribute to it; the dense Parameter is let go."""
+    held = {**module.__dict__.get("_roast", {}), name: shared}
+    original = type(module)._roast_original if isinstance(module, RoastModule) else type(module)
+    module._parameters[name] = None
+    module.__class__ = roast_class(original, frozenset(held))
+    module.__dict__["_roast"] = held
+    _renew_flat_weights(module)
+
+
+def to_emptied(module: nn.Module) -> None:
+    """Turn a module that has no Parameters left below it into a class that answers for them (`parameters`)."""
+    if not isinstance(module, RoastModule):
+        module.__class__ = roast_class(type(module), frozenset())
+        module.__dict__["_roast"] = {}
+
+
+def to_dense(module: RoastModule, parameters: Mapping[str, nn.Parameter | None]) -> None:
+    """Take attributes of a module out of the pool, with these dense Parameters; its class goes back with the last."""
+    original = type(module)._roast_original
+    held = {name: shared for name, shared in module._roast.items() if name not in parameters}
+    module.__class__ = roast_class(original, frozenset(held)) if held else original  # type: ignore[assignment]
+    if held:
+        module.__dict__["_roast"] = held
+    else:
+        del module.__dict__["_roast"]
+    module._parameters.update(parameters)
+    _renew_flat_weights(module)
+
+
+def _renew_flat_weights(module: nn.Module) -> None:
+    """Have a recurrent module's list of its own Parameters follow what it holds now."""
+    if isinstance(module, nn.RNNBase):
+        module._init_flat_weights()

@@ -1,0 +1,58 @@
+"""The one pattern matcher: exact names, globs (`encoder.*.dense`) and regular expressions (`re:.*lm_head`)."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable, Sequence
+
+from roastify.errors import RoastError, closest
+
+SYNTAX = "patterns are exact names, globs ('encoder.*.dense') or 're:...'"
+_REGEX = "re:"
+
+
+def invalid(pattern: str) -> str | None:
+    """Return why a pattern cannot be used, or None."""
+    if pattern.startswith(_REGEX):
+        try:
+            re.compile(pattern.removeprefix(_REGEX))
+        except re.error as error:
+            return f"{pattern!r} is not a valid regular expression: {error}"
+    return None
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern names `name`: the whole of it, upper and lower case being different."""
+    if pattern.startswith(_REGEX):
+        return re.fullmatch(pattern.removeprefix(_REGEX), name) is not None
+    return name == pattern or fnmatch.fnmatchcase(name, pattern)
+
+
+def select(
+    setting: str, patterns: Sequence[str], names: Iterable[str], what: str, error: type[RoastError]
+) -> dict[str, str]:
+    """Return the names that patterns select, in their order, each with the first pattern that does.
+
+    Args:
+        setting: the patterns' name in messages.
+        patterns: to match.
+        names: to choose from.
+        what: a name is called in messages.
+        error: to raise.
+
+    Raises:
+        RoastError: `error`, for a pattern that is not valid or matches nothing.
+    """
+    names = list(names)
+    by: dict[str, str] = {}
+    for pattern in patterns:
+        problem = invalid(pattern)
+        if problem:
+            raise error(f"{setting}: {problem}")
+        hits = [name for name in names if matches(pattern, name)]
+        if not hits:
+            raise error(f"{setting} pattern {pattern!r} matched no {what}{closest(pattern, names)}; {SYNTAX}")
+        for name in hits:
+            by.setdefault(name, pattern)
+    return {name: by[name] for name in names if name in by}
