@@ -51,11 +51,11 @@ def run_model(
         then: if given, the forward runs with gradients, and this takes its output before the model's state is put back.
     """
     with state_kept(model), torch.set_grad_enabled(then is not None):
-        output = model.train(mode == "train")(*_copied(args), **_copied(kwargs))
+        output = model.train(mode == "train")(*_copied_inputs(args), **_copied_inputs(kwargs))
         return output if then is None else then(output)
 
 
-def _copied(inputs: Any) -> Any:
+def _copied_inputs(inputs: Any) -> Any:
     """Return inputs whose tensors are copies: a forward may write to what it is given."""
     return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, inputs)
 

@@ -109,11 +109,11 @@ def _config(
 ) -> RoastConfig:
     settings = RoastConfig() if config is None else RoastConfig.from_toml(config)
     return settings.replace(
-        ratio=None if ratio is None else _number(ratio), include=include or None, exclude=exclude or None, **rest
+        ratio=None if ratio is None else _parse_ratio(ratio), include=include or None, exclude=exclude or None, **rest
     )
 
 
-def _number(text: str) -> float:
+def _parse_ratio(text: str) -> float:
     try:
         return float(text)
     except ValueError:

@@ -102,7 +102,7 @@ class RoastConfig:
         Raises:
             ConfigError: a name is not a setting, or a value does not fit.
         """
-        _check_names(changes, "argument")
+        _check_settings(changes, "argument")
         return dataclasses.replace(self, **{name: value for name, value in changes.items() if value is not None})
 
     def to_dict(self) -> dict[str, Any]:
@@ -118,7 +118,7 @@ class RoastConfig:
         Raises:
             ConfigError: a key is unknown or a value does not fit; the message names `where`.
         """
-        _check_names(values, where)
+        _check_settings(values, where)
         try:
             return cls(**values)
         except ConfigError as error:
@@ -163,7 +163,7 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ConfigError(f"{name} must be one of {', '.join(choices)}; found {value!r}{hint}")
 
 
-def _check_names(values: dict[str, Any], where: str) -> None:
+def _check_settings(values: dict[str, Any], where: str) -> None:
     known = [field.name for field in dataclasses.fields(RoastConfig)]
     for name in values:
         if name not in known:

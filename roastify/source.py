@@ -69,7 +69,7 @@ def load_data(name: str) -> DataSource:
     Raises:
         SourceError: the file does not exist, does not import, or has no such name.
     """
-    path, attribute = _split(name)
+    path, attribute = _split_name(name)
     if path.suffix != ".py" or not path.is_file():
         raise SourceError(f"{name}: there is no Python file {path}; expected file.py or file.py:NAME")
     with _beside(path):
@@ -98,11 +98,11 @@ def load_source(name: str) -> Source:
         raise SourceError(
             f"{name}: this version reads models from Python files and hf:; wrap the {scheme} call in a file"
         )
-    path, attribute = _split(name)
+    path, attribute = _split_name(name)
     return _from_file(name, path, attribute)
 
 
-def _split(name: str) -> tuple[Path, str | None]:
+def _split_name(name: str) -> tuple[Path, str | None]:
     head, colon, tail = name.rpartition(":")
     if colon and tail.isidentifier() and head.endswith(".py"):
         return Path(head), tail

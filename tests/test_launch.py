@@ -239,12 +239,13 @@ def test_what_is_remembered_follows_bias_and_dtype(launched: list[tuple[str, dic
 def test_what_is_remembered_follows_the_pools_size() -> None:
     view, _ = mapped()
     device = torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device(DEVICE)
-    split = tuning.split(view, 3, 2, 232_448)
+    split = tuning.split_settings(view, 3, 2, 232_448)
+    many = tuning.many_rows_settings(view, 300, 2)
     keys = {
         few_rows._by_slot: lambda pool_numel: (3, device, pool_numel, "ieee", tuning.BY_SLOT),
-        few_rows._one_row: lambda pool_numel: (device, pool_numel, False, tuning.one_row(view.rows)),
+        few_rows._one_row: lambda pool_numel: (device, pool_numel, False, tuning.one_row_settings(view.rows)),
         few_rows._split: lambda pool_numel: (3, device, pool_numel, False, "ieee", split),
-        many_rows._launch: lambda pool_numel: (300, device, pool_numel, False, "ieee", tuning.many_rows(view, 300, 2)),
+        many_rows._launch: lambda pool_numel: (300, device, pool_numel, False, "ieee", many),
     }
     for function, key in keys.items():
 

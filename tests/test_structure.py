@@ -14,6 +14,8 @@ from pathlib import Path
 import file_map
 import pytest
 
+import roastify
+
 ROOT = Path(__file__).parents[1]
 
 PACKAGE, KERNELS = ROOT / "roastify", ROOT / "kernels"
@@ -109,11 +111,51 @@ def test_only_the_folder_for_gpus_imports_triton() -> None:
             assert name.startswith("roastify.kernels.gpu."), name
 
 
+# An operator has one name in its reference, its launcher and the function that calls it, and a command is the function
+# of its name; the device twin of the mapping has the mapping's names.
+TWINS = {"cli", "api", "kernels.ops", "kernels.reference", "pool.mapping"}
+
+
+def test_one_name_for_one_thing() -> None:
+    found: dict[str, list[str]] = {}
+    for name, path in MODULES.items():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                found.setdefault(node.name, []).append(name.removeprefix("roastify."))
+    for name, places in found.items():
+        places = sorted(set(places))
+        twins = sum(place in TWINS or place.startswith("kernels.gpu.") for place in places)
+        assert len(places) == 1 or twins == len(places), f"{name} is defined in {', '.join(places)}"
+
+
+def test_no_public_function_shadows_a_module() -> None:
+    for name in roastify.__all__:
+        assert f"roastify.{name}" not in FILES, f"import roastify.{name} would give a module, roastify.{name} does not"
+
+
+def test_private_parts_of_torch_have_one_home() -> None:
+    private = re.compile(r"torch\.(_C|_dynamo|_functorch|_inductor)\b|torch\.utils\._|import _pytree|_execution_engine")
+    for name, path in MODULES.items():
+        if name != "roastify.kernels.torch_internals":
+            assert not (hit := private.search(path.read_text())), (
+                f"{name} uses {hit and hit[0]}: torch_internals names it"
+            )
+
+
+def test_numerics_import_no_user_interface() -> None:
+    """Rich is for the command line: `import roastify` does not load it, nor sympy."""
+    for name, path in MODULES.items():
+        at_top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        modules = [node.module or "" if isinstance(node, ast.ImportFrom) else node.names[0].name for node in at_top]
+        if name not in ("roastify.cli", "roastify.report"):
+            assert not any(module.split(".")[0] in ("rich", "click", "sympy") for module in modules), name
+
+
 def test_importing_starts_nothing() -> None:
     code = (
         "import sys, torch; before = set(sys.modules); import roastify, roastify.kernels.ops; "
         "new = set(sys.modules) - before; assert not torch.cuda.is_initialized(); "
-        "print([name for name in new if name.split('.')[0] in ('triton', 'transformers')])"
+        "print([name for name in new if name.split('.')[0] in ('triton', 'transformers', 'rich', 'click', 'sympy')])"
     )
     output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert output.strip() == "[]"

@@ -248,7 +248,7 @@ def test_by_slot(
 @pytest.mark.parametrize(("block_rows", "tiles"), [(4, 1), (16, 4)])
 @pytest.mark.parametrize("name", FEW_ROWS)
 def test_one_row(monkeypatch: pytest.MonkeyPatch, name: str, block_rows: int, tiles: int) -> None:
-    monkeypatch.setattr(tuning, "one_row", lambda rows: tuning.OneRow(block_rows, tiles, num_warps=4))
+    monkeypatch.setattr(tuning, "one_row_settings", lambda rows: tuning.OneRow(block_rows, tiles, num_warps=4))
     assert_computes(few_rows.one_row, *product_case(name, 1, torch.float32))
 
 
@@ -256,7 +256,7 @@ def test_one_row(monkeypatch: pytest.MonkeyPatch, name: str, block_rows: int, ti
 @pytest.mark.parametrize("name", FEW_ROWS)
 def test_split(monkeypatch: pytest.MonkeyPatch, name: str, num_rows: int, tiles: int, stacked: int) -> None:
     settings = tuning.Split(block_rows=16, tiles=tiles, stacked=stacked, num_warps=4, num_stages=2)
-    monkeypatch.setattr(tuning, "split", lambda *arguments: settings)
+    monkeypatch.setattr(tuning, "split_settings", lambda *arguments: settings)
     assert_computes(few_rows.split, *product_case(name, num_rows, torch.float32))
 
 
@@ -278,7 +278,7 @@ def test_many_rows(
     if DEVICE == "cuda" and torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("needs a Hopper GPU")
     settings = tuning.ManyRows(block_m, 128, tiles, num_warps=4, num_stages=3, early=tiles == 1)
-    monkeypatch.setattr(tuning, "many_rows", lambda view, num_rows, itemsize: settings)
+    monkeypatch.setattr(tuning, "many_rows_settings", lambda view, num_rows, itemsize: settings)
     arguments, expected = product_case(name, num_rows, dtype)
     assert many_rows.fits(arguments[0], arguments[1], arguments[4])
     if dtype == torch.float32 and DEVICE == "cuda":
@@ -317,7 +317,7 @@ def test_every_way_is_taken(tf32: None) -> None:
 @pytest.mark.parametrize("shape", [(4096, 4096), (768, 768), (9000, 4096), (128, 64)])
 def test_many_rows_settings_fit_a_multiprocessor(shape: tuple[int, int], num_rows: int, itemsize: int) -> None:
     view, _, _ = Case(*shape, (128, 64), 100, sign="row").build()
-    found = tuning.many_rows(view, num_rows, itemsize)
+    found = tuning.many_rows_settings(view, num_rows, itemsize)
     assert 2 <= found.num_stages and (found.block_m + found.block_n) * 64 * itemsize * found.num_stages < 227 * 1024
     assert 1 <= found.tiles <= view.grid_cols
 
@@ -412,7 +412,7 @@ def test_split_settings_fit_a_multiprocessor(
     tile: tuple[int, int], shape: tuple[int, int], num_slots: int, num_rows: int, itemsize: int, shared_bytes: int
 ) -> None:
     tile_map = TileMap(40000, num_slots * 128 * 64 // (tile[0] * tile[1]), tile, sign="tile")
-    found = tuning.split(tile_map.view(*shape, 0), num_rows, itemsize, shared_bytes)
+    found = tuning.split_settings(tile_map.view(*shape, 0), num_rows, itemsize, shared_bytes)
     # All the way to 128 rows in bfloat16, and to 32 in float32, there is room for the usual tiles.
     assert found is not None or (itemsize == 4 and num_rows > 32) or tile[1] > 64
     if found is not None:

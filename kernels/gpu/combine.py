@@ -83,13 +83,13 @@ def combine_reduce(coefficients: Tensor, grad: Tensor, grad_scale: float = 1.0) 
     return parts[0] if programs == 1 else add_parts(parts, None, torch.float32)
 
 
-def is_small(count: int, size: int) -> bool:
+def is_small_basis(count: int, size: int) -> bool:
     """Whether a basis is small enough for a program to hold."""
     return max(count, size) <= tuning.COMBINE_SIZE
 
 
 def _fits(coefficients: Tensor, count: int, size: int) -> bool:
-    return supported(coefficients) and coefficients.shape[0] > 0 and is_small(count, size)
+    return supported(coefficients) and coefficients.shape[0] > 0 and is_small_basis(count, size)
 
 
 def blocks_of(count: int, size: int) -> dict[str, int]:

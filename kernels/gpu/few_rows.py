@@ -278,7 +278,7 @@ def _by_slot(
 
 def one_row(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: TileView, scale: float) -> Tensor:
     """Return `x · Wᵀ + bias` for one contiguous row: no matrix unit; every program owns whole rows of the weight."""
-    launch = _one_row(view, x.device, pool.numel(), bias is not None, tuning.one_row(view.rows))
+    launch = _one_row(view, x.device, pool.numel(), bias is not None, tuning.one_row_settings(view.rows))
     out = torch.empty(1, view.rows, dtype=x.dtype, device=x.device)
     launch(p_x=x, p_pool=pool, p_table=table, p_bias=out if bias is None else bias, p_out=out, scale=scale)
     return out
@@ -303,7 +303,7 @@ def _one_row(view: TileView, device: torch.device, pool_numel: int, biased: bool
 def split(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: TileView, scale: float) -> Tensor:
     """Return `x · Wᵀ + bias` for contiguous rows, `k` shared among programs where a row of tiles is long."""
     num_rows = x.shape[0]
-    settings = tuning.split(view, num_rows, x.element_size(), shared_memory(x.device))
+    settings = tuning.split_settings(view, num_rows, x.element_size(), shared_memory(x.device))
     assert settings is not None, "linear.way asks first"
     launch, num_parts = _split(view, num_rows, x.device, pool.numel(), bias is not None, precision(x.dtype), settings)
     out = empty_parts(x, view.rows, num_parts)

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from roastify.kernels.gpu import tuning
-from roastify.kernels.gpu.combine import is_small
+from roastify.kernels.gpu.combine import is_small_basis
 from roastify.kernels.gpu.gather import gather_tiles
 from roastify.kernels.gpu.group_combine import GroupCombine
 from roastify.kernels.gpu.launch import PLAIN_ARGUMENTS, Launch
@@ -40,7 +40,7 @@ def _numbers(p_tensors, i, MULTIPLE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=PLAIN_ARGUMENTS)
-def _gather_kernel(
+def _gather_group_kernel(
     p_pool, p_table, p_out, p_tensors, p_scales, p_blocks, key, num_slots, first_slot, first_chunk,
     TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, BE: tl.constexpr, BT: tl.constexpr, MAPPING: tl.constexpr,
     SIGN: tl.constexpr, STRIPS: tl.constexpr, MULTIPLE: tl.constexpr,
@@ -59,7 +59,7 @@ def _gather_kernel(
 
 
 @triton.jit(do_not_specialize=[*PLAIN_ARGUMENTS, "count"])
-def _reduce_kernel(
+def _reduce_group_kernel(
     p_grads, p_table, p_total, p_tensors, p_scales, count, key, num_slots, first_slot, first_chunk,
     TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, BS: tl.constexpr, BE: tl.constexpr, MAPPING: tl.constexpr,
     SIGN: tl.constexpr, STRIPS: tl.constexpr, MULTIPLE: tl.constexpr,
@@ -140,7 +140,7 @@ class Group:
             (index, first) for index, other in enumerate(views) for first in range(0, other.num_tiles, block_tiles)
         ]
         self._gather = Launch(
-            _gather_kernel,
+            _gather_group_kernel,
             (len(self._blocks) * cdiv(view.slot_size, block_elements),),
             BE=block_elements,
             BT=block_tiles,
@@ -150,7 +150,7 @@ class Group:
         block_elements = min(power_of_2(view.slot_size), tuning.REDUCE_ELEMENTS)
         block_slots = max(1, tuning.REDUCE_ELEMENTS // block_elements)
         self._reduce = Launch(
-            _reduce_kernel,
+            _reduce_group_kernel,
             (cdiv(view.num_slots, block_slots) * cdiv(view.slot_size, block_elements),),
             count=len(views),
             BS=block_slots,
@@ -255,8 +255,9 @@ class Group:
 
 def fits(pool: Tensor, weight: WeightView) -> bool:
     """Whether these kernels take a pool's dtype, and a weight's mapping and basis."""
-    basis = weight.basis_shape
-    return supported(pool) and weight.view.mapping == MappingKind.PERMUTATION and (basis is None or is_small(*basis))
+    if weight.basis_shape is not None and not is_small_basis(*weight.basis_shape):
+        return False
+    return supported(pool) and weight.view.mapping == MappingKind.PERMUTATION
 
 
 def _stride(weight: WeightView) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ _COEFFICIENTS, _COEFFICIENT_GRADS, _DENSE, _DENSE_GRADS = 1, 2, 3, 4
 
 
 @triton.jit(do_not_specialize=PLAIN_ARGUMENTS)
-def _combine_kernel(
+def _combine_group_kernel(
     p_rows, p_bases, p_out, p_weights, p_blocks, COUNT: tl.constexpr, SIZE: tl.constexpr, BR: tl.constexpr,
     BC: tl.constexpr, BS: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr, TRANSPOSED: tl.constexpr,
 ):  # fmt: skip
@@ -45,7 +45,7 @@ def _combine_kernel(
 
 
 @dataclass
-class _Tables:
+class _CombineTables:
     """What lies on a device: `_FIELDS` numbers of each weight, and a block of rows for each program."""
 
     weights: Tensor
@@ -70,7 +70,7 @@ class GroupCombine:
         self._blocks = [(index, first) for index, end in enumerate(rows) for first in range(0, end, block)]
         grid = (len(self._blocks),)
         self._forward = Launch(
-            _combine_kernel,
+            _combine_group_kernel,
             grid,
             FROM=_COEFFICIENTS,
             TO=_DENSE,
@@ -79,7 +79,7 @@ class GroupCombine:
             **blocks_of(count, size),
         )
         self._backward = Launch(
-            _combine_kernel,
+            _combine_group_kernel,
             grid,
             FROM=_DENSE_GRADS,
             TO=_COEFFICIENT_GRADS,
@@ -87,7 +87,7 @@ class GroupCombine:
             num_warps=tuning.COMBINE_WARPS,
             **blocks_of(size, count),
         )
-        self._tables: dict[torch.device, _Tables] = {}
+        self._tables: dict[torch.device, _CombineTables] = {}
 
     def combine(self, coefficients: Tensor, bases: Tensor, out: Tensor) -> None:
         """Write the dense weights, `coefficients · basis` of each, to `out`; the bases lie one under the other."""
@@ -103,7 +103,7 @@ class GroupCombine:
 
     def bring_to(self, device: torch.device) -> None:
         """Bring to a device what the kernels read there."""
-        self._tables[device] = _Tables(
+        self._tables[device] = _CombineTables(
             torch.tensor(self._numbers, dtype=torch.int64, device=device),
             torch.tensor(self._blocks, dtype=torch.int64, device=device),
         )

@@ -73,7 +73,7 @@ class Launch:
         self._grid = (*grid, 1, 1)[:3]
         self._fixed = fixed
         self._names = tuple(name for name in parameters if name not in fixed)
-        _check_names(kernel, parameters, self._names, fixed)
+        _check_parameters(kernel, parameters, self._names, fixed)
         # A compiled kernel takes all parameters in the order of its definition, constants too.
         self._rest = tuple(fixed[name] for name in parameters[len(self._names) :])
         self._by_triton = interpreted() or torch.version.hip is not None
@@ -112,7 +112,7 @@ class Launch:
             )
 
 
-def _check_names(kernel: Any, parameters: list[str], changing: tuple[str, ...], fixed: dict[str, Any]) -> None:
+def _check_parameters(kernel: Any, parameters: list[str], changing: tuple[str, ...], fixed: dict[str, Any]) -> None:
     name = kernel.fn.__name__
     if unknown := [given for given in fixed if given not in parameters and given not in _OPTIONS]:
         raise TypeError(f"{name} has no parameters {', '.join(unknown)}; it has {', '.join(parameters)}")

@@ -49,13 +49,13 @@ def way(x: Tensor, pool: Tensor, view: TileView) -> Callable[..., Tensor]:
         return few_rows.one_row if num_rows == 1 else gathered
     if tuning.reads_by_slot(view, num_rows) and effective_sign(view) != SignKind.ELEMENT:
         return few_rows.by_slot
-    if num_rows == 1 and tuning.is_small(view):
+    if num_rows == 1 and tuning.is_small_product(view):
         return few_rows.one_row
     if num_rows > tuning.FEW_ROWS and many_rows.fits(x, pool, view):
         return many_rows.many_rows if num_rows <= tuning.MANY_ROWS else gathered
     if num_rows > tuning.FEW_ROWS_ALONE:
         return gathered
-    fits = tuning.split(view, num_rows, x.element_size(), shared_memory(x.device)) is not None
+    fits = tuning.split_settings(view, num_rows, x.element_size(), shared_memory(x.device)) is not None
     return few_rows.split if fits else gathered
 
 

@@ -88,7 +88,7 @@ def _many_rows_kernel(
 def many_rows(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: TileView, scale: float) -> Tensor:
     """Return `x · Wᵀ + bias` for contiguous rows."""
     num_rows = x.shape[0]
-    settings = tuning.many_rows(view, num_rows, x.element_size())
+    settings = tuning.many_rows_settings(view, num_rows, x.element_size())
     launch, num_parts, block_n = _launch(
         view, num_rows, x.device, pool.numel(), bias is not None, precision(x.dtype), settings
     )

@@ -100,7 +100,7 @@ def reduce(grad_weight: Tensor, table: Tensor, view: TileView, scale: float, poo
     # A region's kernel writes every slot of the region; the rest of the pool is not read by this tensor.
     make = torch.empty if whole else torch.zeros
     out = make(pool_shape, dtype=grad_weight.dtype, device=grad_weight.device)
-    _by_slot(out, grad_weight.contiguous(), table, view, scale, add=False)
+    _add_by_slot(out, grad_weight.contiguous(), table, view, scale, add=False)
     return out
 
 
@@ -109,16 +109,16 @@ def reduce_(total: Tensor, grad_weight: Tensor, table: Tensor, view: TileView, s
     if not _has_kernel(grad_weight, view):
         reference.reduce_(total, grad_weight, table, view, scale)
     elif view.num_tiles < view.num_slots:
-        _by_tile(total, grad_weight.contiguous(), table, view, scale)
+        _add_by_tile(total, grad_weight.contiguous(), table, view, scale)
     else:
-        _by_slot(total, grad_weight.contiguous(), table, view, scale, add=True)
+        _add_by_slot(total, grad_weight.contiguous(), table, view, scale, add=True)
 
 
 def _has_kernel(grad_weight: Tensor, view: TileView) -> bool:
     return supported(grad_weight) and view.mapping == MappingKind.PERMUTATION
 
 
-def _by_slot(out: Tensor, grad_weight: Tensor, table: Tensor, view: TileView, scale: float, add: bool) -> None:
+def _add_by_slot(out: Tensor, grad_weight: Tensor, table: Tensor, view: TileView, scale: float, add: bool) -> None:
     """Write every slot of the region: the sum over its tiles, or with `add` that and what is there."""
     _slots_launch(view, add)(p_grad=grad_weight, p_table=table, p_out=out, scale=scale)
 
@@ -145,7 +145,7 @@ def _slots_launch(view: TileView, add: bool) -> Launch:
     )
 
 
-def _by_tile(total: Tensor, grad_weight: Tensor, table: Tensor, view: TileView, scale: float) -> None:
+def _add_by_tile(total: Tensor, grad_weight: Tensor, table: Tensor, view: TileView, scale: float) -> None:
     """Add each tile to its slot, a chunk at a time."""
     for launch in _chunk_launches(view):
         launch(p_grad=grad_weight, p_table=table, p_out=total, scale=scale)

@@ -162,13 +162,13 @@ def _reads_by_slot(view: TileView, num_rows: int) -> bool:
     )
 
 
-def is_small(view: TileView) -> bool:
+def is_small_product(view: TileView) -> bool:
     """Whether one row is multiplied without the matrix unit (768²: 2.0 µs, with it 2.1; 4096²: 9.1 and 8.1)."""
     return view.numel < 1 << 23
 
 
 @functools.lru_cache(maxsize=_REMEMBERED)
-def split(view: TileView, num_rows: int, itemsize: int, shared_bytes: int) -> Split | None:
+def split_settings(view: TileView, num_rows: int, itemsize: int, shared_bytes: int) -> Split | None:
     """Return the settings of `few_rows.split`, with no more stages than a program's shared memory holds; None: not one.
 
     Args:
@@ -187,13 +187,13 @@ def split(view: TileView, num_rows: int, itemsize: int, shared_bytes: int) -> Sp
     return found._replace(num_stages=stages) if stages > 0 else None
 
 
-def one_row(rows: int) -> OneRow:
+def one_row_settings(rows: int) -> OneRow:
     """Return the settings of `few_rows.one_row` for a weight of so many rows."""
     return next(found for least, found in _ONE_ROW if rows >= least)
 
 
 @functools.lru_cache(maxsize=_REMEMBERED)
-def many_rows(view: TileView, num_rows: int, itemsize: int) -> ManyRows:
+def many_rows_settings(view: TileView, num_rows: int, itemsize: int) -> ManyRows:
     """Return the settings of `many_rows`: the blocks of fewest waves, `k` shared where a wave has room."""
 
     def programs(found: ManyRows) -> int:

@@ -25,7 +25,7 @@ def check_behaviour(original: nn.Module, converted: nn.Module, example_inputs: A
     if pool is None:
         return ()
     passed = []
-    twin = _copied(original, converted)
+    twin = _copied_model(original, converted)
     if twin is not None:
         _scramble(twin)
         state = converted.state_dict()
@@ -56,7 +56,7 @@ def check_behaviour(original: nn.Module, converted: nn.Module, example_inputs: A
     return tuple(passed)
 
 
-def _copied(original: nn.Module, converted: nn.Module) -> nn.Module | None:
+def _copied_model(original: nn.Module, converted: nn.Module) -> nn.Module | None:
     try:
         return copy.deepcopy(converted)
     except Exception as error:  # any object's own copying may fail in its own way

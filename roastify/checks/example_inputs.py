@@ -89,7 +89,7 @@ def _is_multimodal(config: Any) -> bool:
     return sum(hasattr(config, name) for name in ("text_config", "vision_config", "audio_config")) > 1
 
 
-def _setting(config: Any, *names: str, default: int) -> int:
+def _number_of(config: Any, *names: str, default: int) -> int:
     """Return the first of several settings that a config, or a part of it, has as a whole number."""
     parts = [config, *(getattr(config, f"{part}_config", None) for part in ("vision", "audio", "text", "encoder"))]
     for name, part in itertools.product(names, parts):
@@ -103,35 +103,39 @@ def _setting(config: Any, *names: str, default: int) -> int:
 def _named_input(name: str, config: Any) -> Tensor | None:
     generator = torch.Generator().manual_seed(_SEED)
     if name in ("input_ids", "decoder_input_ids", "inputs") and hasattr(config, "get_text_config"):
-        words = _setting(config, "vocab_size", default=32)
-        words = _setting(config.get_text_config(), "vocab_size", default=words)
+        words = _number_of(config, "vocab_size", default=32)
+        words = _number_of(config.get_text_config(), "vocab_size", default=words)
         return torch.randint(min(3, words - 1), min(words, 90), (_BATCH, _LENGTH), generator=generator)
     shapes: dict[str, tuple[int, ...]] = {
         "pixel_values": (
             _BATCH,
-            _setting(config, "num_channels", "in_channels", "in_chans", default=3),
-            *(_setting(config, "image_size", "img_size", default=_SIDE),) * 2,
+            _number_of(config, "num_channels", "in_channels", "in_chans", default=3),
+            *(_number_of(config, "image_size", "img_size", default=_SIDE),) * 2,
         ),
         "pixel_values_videos": (
             _BATCH,
-            _setting(config, "num_frames", "frames_per_clip", default=4),
-            _setting(config, "num_channels", "in_chans", default=3),
-            *(_setting(config, "image_size", "crop_size", default=_SIDE),) * 2,
+            _number_of(config, "num_frames", "frames_per_clip", default=4),
+            _number_of(config, "num_channels", "in_chans", default=3),
+            *(_number_of(config, "image_size", "crop_size", default=_SIDE),) * 2,
         ),
         "input_values": (
-            (_BATCH, _setting(config, "max_length", default=64), _setting(config, "num_mel_bins", default=16))
+            (
+                _BATCH,
+                _number_of(config, "max_length", default=64),
+                _number_of(config, "num_mel_bins", default=16),
+            )
             if hasattr(config, "num_mel_bins")
             else (_BATCH, _SAMPLES)
         ),
         "input_features": (
             _BATCH,
-            _setting(config, "num_mel_bins", "feature_projection_input_dim", default=80),
-            2 * _setting(config, "max_source_positions", default=32),
+            _number_of(config, "num_mel_bins", "feature_projection_input_dim", default=80),
+            2 * _number_of(config, "max_source_positions", default=32),
         ),
         "past_values": (
             _BATCH,
-            _setting(config, "context_length", "input_size", default=32),
-            _setting(config, "num_input_channels", default=1),
+            _number_of(config, "context_length", "input_size", default=32),
+            _number_of(config, "num_input_channels", default=1),
         ),
     }
     return torch.randn(shapes[name], generator=generator) if name in shapes else None

@@ -19,7 +19,7 @@ from roastify.layers.kinds import kind_of
 
 
 @dataclass(frozen=True)
-class Region:
+class TracedRegion:
     """A module that was traced, or could not be: `graph` or `reason` is set."""
 
     path: str
@@ -75,11 +75,11 @@ class ParameterInfo:
 class Forest:
     """What tracing found: the regions, and every parameter with its uses."""
 
-    regions: tuple[Region, ...]
+    regions: tuple[TracedRegion, ...]
     parameters: tuple[ParameterInfo, ...]
 
 
-class _Tracer(fx.Tracer):
+class _RegionTracer(fx.Tracer):
     """torch.fx's tracer, with modules known to be untraceable as leaves, and a record of the modules being traced."""
 
     # Otherwise in-place updates of buffers would run for real while tracing.
@@ -102,16 +102,16 @@ class _Tracer(fx.Tracer):
 
 def trace(model: nn.Module) -> Forest:
     """Trace a model into a forest; the model, its state and the random generators are left as they were."""
-    opener = _Opener()
+    opener = _ForestBuilder()
     opener.open("", model)
     parameters = _collect_parameters(model)
     _collect_uses(model, opener, parameters)
     return Forest(tuple(opener.regions), tuple(parameters))
 
 
-class _Opener:
+class _ForestBuilder:
     def __init__(self) -> None:
-        self.regions: list[Region] = []
+        self.regions: list[TracedRegion] = []
         # A class that could not be traced in one place is a leaf from then on: a smaller region loses nothing, since
         # what it leaves out is opened by itself.
         self.reasons: dict[type[nn.Module], str] = {}
@@ -132,7 +132,7 @@ class _Opener:
         if _defines_forward(module):
             graph = self._trace_region(module)
             reason = None if graph else self.reasons[type(module)]
-            self.regions.append(Region(path, type(module).__name__, graph, reason))
+            self.regions.append(TracedRegion(path, type(module).__name__, graph, reason))
             if graph is None:
                 self.opaque.append(module)
         leaves = _leaf_paths(graph) if graph else {name for name, _ in module.named_children()}
@@ -146,7 +146,7 @@ class _Opener:
     def _trace_region(self, module: nn.Module) -> fx.Graph | None:
         """Return the module's graph, with submodules that cannot be traced made leaves; None if itself cannot be."""
         while type(module) not in self.reasons:
-            tracer = _Tracer(self.reasons.keys())
+            tracer = _RegionTracer(self.reasons.keys())
             try:
                 with random_states_kept(), without_warnings():
                     return tracer.trace(_twin(module))
@@ -234,7 +234,7 @@ def _collect_parameters(model: nn.Module) -> list[ParameterInfo]:
     return list(found.values())
 
 
-def _collect_uses(model: nn.Module, opener: _Opener, parameters: list[ParameterInfo]) -> None:
+def _collect_uses(model: nn.Module, opener: _ForestBuilder, parameters: list[ParameterInfo]) -> None:
     calls: dict[str, int] = {}
     functional: dict[str, list[WeightUse]] = {}
     for region in opener.regions:

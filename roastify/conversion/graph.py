@@ -57,27 +57,27 @@ def emit_graph(model: nn.Module) -> fx.GraphModule:
     pool = pool_of(model)
     reason = _reason_against_calls(model)
     if reason:
-        raise _refusal(model, reason)
+        raise _graph_refusal(model, reason)
     graphs = {}
     for mode in ("train", "eval"):
-        tracer = _Tracer()
+        tracer = _GraphTracer()
         try:
             with modes_kept(model), random_states_kept(), tracer.recording_reads():
                 graph = tracer.trace(model.train(mode == "train"))
         except Exception as error:  # whatever the user's forward raises when it meets a proxy
-            raise _refusal(model, f"it cannot be traced: {type(error).__name__}: {error}") from error
+            raise _graph_refusal(model, f"it cannot be traced: {type(error).__name__}: {error}") from error
         for module in [model, *tracer.entered]:
             reason = _reason_against_code(module)
             if reason:
-                raise _refusal(model, reason)
+                raise _graph_refusal(model, reason)
         constant = next((node for node in graph.nodes if str(node.target).startswith("_tensor_constant")), None)
         if constant is not None:
-            raise _refusal(
+            raise _graph_refusal(
                 model, "its forward makes a tensor that depends on no input, which a graph keeps as it is now"
             )
         graphs[mode] = graph, tracer
     if str(graphs["train"][0]) != str(graphs["eval"][0]):
-        raise _refusal(model, "its train and eval modes take other ways")
+        raise _graph_refusal(model, "its train and eval modes take other ways")
     graph, tracer = graphs["eval" if not model.training else "train"]
     parts = {
         str(node.target): tracer.part(model, node) for node in graph.nodes if node.op in ("get_attr", "call_module")
@@ -92,7 +92,7 @@ def emit_graph(model: nn.Module) -> fx.GraphModule:
     return emitted
 
 
-class _Tracer(fx.Tracer):
+class _GraphTracer(fx.Tracer):
     """Traces a converted model: layers on the pool are leaves, and reads of other shared attributes are nodes."""
 
     proxy_buffer_attributes = True
@@ -143,7 +143,7 @@ def _unbound_signature(model: nn.Module) -> inspect.Signature:
     return bound.replace(parameters=[itself, *bound.parameters.values()])
 
 
-def _refusal(model: nn.Module, reason: str) -> ConversionError:
+def _graph_refusal(model: nn.Module, reason: str) -> ConversionError:
     return ConversionError(
         f"no graph says all that this {type(model).__name__} does: {reason}. Use the converted model itself; "
         f"torch.compile and torch.export take it as it is"
@@ -181,7 +181,7 @@ def _reason_against_function(function: Any, owner: type | None, seen: set[Any]) 
         if problem:
             return f"{where} {problem} (line {getattr(node, 'lineno', '?')} of it)"
         if isinstance(node, ast.Call):
-            called = _called(node.func, function, owner)
+            called = _callee(node.func, function, owner)
             if called is UNKNOWN:
                 return f"{where} calls {ast.unparse(node.func)}, which is not known before it runs"
             if called is not None:
@@ -209,7 +209,7 @@ def _problem(node: ast.AST) -> str | None:
     return None
 
 
-def _called(name: ast.expr, function: Any, owner: type | None) -> Any:
+def _callee(name: ast.expr, function: Any, owner: type | None) -> Any:
     """Return the function of the user's that a call goes to, None for an operation or a module, or `UNKNOWN`."""
     root, depth = name, 0
     while isinstance(root, ast.Attribute):

@@ -20,7 +20,7 @@ from roastify.errors import ConfigError, PlanError
 from roastify.layers.kinds import kind_of, read_path_of, refusal_of
 from roastify.names import select
 from roastify.pool.mapping import MAPPING_VERSION, TileMap
-from roastify.pool.plan import Region, RoastPlan, TensorPlan
+from roastify.pool.plan import PoolRegion, RoastPlan, TensorPlan
 
 # Largest first. In a prototype, tile size made no difference to accuracy beyond noise down to 17 slots (ResNet-9 on
 # CIFAR-10), and larger tiles run faster.
@@ -114,7 +114,7 @@ def _make_plan(
     room = (total if ratio == 1 else int(total / ratio)) - kept - bases
     tile = _choose_tile(shared, room, config, ratio)
     size = tile[0] * tile[1]
-    placed, region_tiles = _place(shared, tile, local=config.sharing == "local")
+    placed, region_tiles = _lay_out(shared, tile, local=config.sharing == "local")
     # Coefficients of few basis kernels may be fewer than what may be stored.
     num_slots = sum(region_tiles) if ratio == 1 else min(room // size, sum(region_tiles))
     if num_slots < least_slots and bases and config.kernel_basis == "auto":
@@ -151,7 +151,7 @@ def _verdicts(
     excluded = _match("exclude", config.exclude, model, forest)
     reasons: dict[str, str | None] = {}
     for info in forest.parameters:
-        reason = _obstacle(model, info, everything) or held.get(info.name)
+        reason = _reason_to_keep(model, info, everything) or held.get(info.name)
         if reason is None and info.name in excluded:
             reason = f"excluded by {excluded[info.name]!r}"
         elif reason is None and included and info.name not in included:
@@ -190,7 +190,7 @@ def _trainable(candidates: Sequence[ParameterInfo]) -> bool:
     return balance >= 0
 
 
-def _obstacle(model: torch.nn.Module, info: ParameterInfo, everything: bool) -> str | None:
+def _reason_to_keep(model: torch.nn.Module, info: ParameterInfo, everything: bool) -> str | None:
     """Return why a tensor cannot be shared, or None."""
     parameter = info.parameter
     if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
@@ -307,7 +307,7 @@ def _choose_tile(shared: Sequence[TensorPlan], room: int, config: RoastConfig, r
     enough = _ENOUGH_SLOTS * (len(shared) if config.sharing == "local" else 1)
     for tile in _TILES:
         size = tile[0] * tile[1]
-        tiles = sum(_place(shared, tile, local=False)[1])
+        tiles = sum(_lay_out(shared, tile, local=False)[1])
         slots = tiles if ratio == 1 else room // size
         if slots >= min(enough, tiles) and tiles * size - numel <= _LITTLE_PADDING * numel:
             return tile
@@ -326,7 +326,7 @@ def _choose_sign(config: RoastConfig, num_slots: int, shared: Sequence[TensorPla
     return "row" if mostly and check_ratio(config.ratio) >= _LEAST_RATIO_OF_SMALL_BASIS else "element"
 
 
-def _place(shared: Sequence[TensorPlan], tile: tuple[int, int], local: bool) -> tuple[list[TensorPlan], list[int]]:
+def _lay_out(shared: Sequence[TensorPlan], tile: tuple[int, int], local: bool) -> tuple[list[TensorPlan], list[int]]:
     """Give every tensor its address; return them with the number of tiles in each region.
 
     Tiled tensors come first, aligned to tiles, then strips, packed: so there is padding between strips nowhere and
@@ -352,7 +352,7 @@ def _place(shared: Sequence[TensorPlan], tile: tuple[int, int], local: bool) -> 
 
 def _regions(
     region_tiles: Sequence[int], num_slots: int, tile: tuple[int, int], config: RoastConfig
-) -> tuple[Region, ...]:
+) -> tuple[PoolRegion, ...]:
     """Share the slots out in proportion to tiles, at least one a region, by largest remainder."""
     total = sum(region_tiles)
     shares = [Fraction(tiles * num_slots, total) for tiles in region_tiles]
@@ -363,10 +363,10 @@ def _regions(
         index = by_remainder[position % len(slots)] if missing > 0 else max(range(len(slots)), key=slots.__getitem__)
         slots[index] += 1 if missing > 0 else -1
         position += 1
-    regions: list[Region] = []
+    regions: list[PoolRegion] = []
     first_slot = first_chunk = 0
     for tiles, count in zip(region_tiles, slots, strict=True):
-        regions.append(Region(tiles, count, first_slot, first_chunk))
+        regions.append(PoolRegion(tiles, count, first_slot, first_chunk))
         first_slot += count
         first_chunk += TileMap(tiles, count, tile, config.seed, config.mapping, "none").num_chunks
     return tuple(regions)

@@ -135,7 +135,7 @@ def read_path_of(module: nn.Module, attribute: str, shape: Sequence[int]) -> Rea
     if kind is not None and (kind.materialises or not has_forward_of_its_own(type(module))):
         return ReadPath("layer", tiles=not kind.materialises)
     uses = uses_in_source(type(module), attribute)
-    whole = uses.whole_of(len(shape)) or _obstacle(module) or _too_narrow(shape, kind)
+    whole = uses.whole_of(len(shape)) or _other_code_in_call(module) or _too_narrow(shape, kind)
     through = "attribute" if whole else "operation" if kind is None else "layer"
     return ReadPath(through, whole or "", kind is not None or not whole, uses.orientations)
 
@@ -159,7 +159,7 @@ def keeps_weight(module: RoastModule, attribute: str, shared: PooledWeight) -> b
     return kind.keeps(shared) and not issubclass(original, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
-def _obstacle(module: nn.Module) -> str | None:
+def _other_code_in_call(module: nn.Module) -> str | None:
     """Return what else than its class's code runs in a module's call, or None."""
     forward = module.__dict__.get("forward")
     if forward is not None and not isinstance(forward, RootForward):

@@ -226,13 +226,13 @@ _OPERATIONS: dict[Any, Callable[..., Any]] = {
 _POSITIONAL = (_matmul, _mm)
 
 
-def _refusing(operator: str) -> Callable[[LazyWeight, Any], Any]:
+def _refusing_operator(operator: str) -> Callable[[LazyWeight, Any], Any]:
     """Return an in-place operator; the dense tensor that it is done to refuses, and says what to do."""
     return lambda weight, other: getattr(weight.dense(), operator)(other)
 
 
 for _name in INPLACE_OPERATORS:
-    setattr(LazyWeight, _name, _refusing(_name))
+    setattr(LazyWeight, _name, _refusing_operator(_name))
 
 
 def _picked(weight: LazyWeight, key: tuple[Any, ...]) -> Any:
@@ -283,7 +283,7 @@ def _rows(shared: PooledWeight, shape: Sequence[int], key: tuple[Any, ...]) -> T
     if isinstance(first, Tensor) and first.dim():
         rows = shared.rows(_from_start(first, shape[0], shared))
         return rows if all(_is_all(index) for index in rest) else rows[..., *rest]
-    rows = shared.rows(_number(first, shape[0], shared))
+    rows = shared.rows(_row_index(first, shape[0], shared))
     return rows[rest] if rest else rows
 
 
@@ -335,7 +335,7 @@ def _from_start(index: Tensor, size: int, shared: PooledWeight) -> Tensor:
     return torch.where(index < 0, index + size, index)
 
 
-def _number(index: Any, size: int, shared: PooledWeight) -> Tensor:
+def _row_index(index: Any, size: int, shared: PooledWeight) -> Tensor:
     """Return a number as the index of a lookup."""
     if isinstance(index, int) and not -size <= index < size:
         raise IndexError(f"index {index} is out of bounds for dimension 0 with size {size}")

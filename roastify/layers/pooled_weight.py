@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from roastify.kernels import ops
 from roastify.kernels.torch_internals import is_exporting, is_jit_tracing
@@ -103,6 +102,9 @@ class PooledWeight(WeightView):
         if not self.is_small or not self._is_recorded():
             return None
         if torch.compiler.is_compiling():
+            # Here, because it imports sympy.
+            from torch.fx.experimental.symbolic_shapes import statically_known_true
+
             # A size that is left open decides nothing, and none is fixed for this.
             kept = statically_known_true(x.numel() >= self.numel)
         else:

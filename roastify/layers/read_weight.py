@@ -39,7 +39,7 @@ class ReadWeight(Tensor):
         if value.shape == self.shape and torch.equal(value, self.detach()):
             return
         if self.source is None or self.source[2] is None or value.shape == self.shape:
-            raise _refusal(self, "data")
+            raise _write_refusal(self, "data")
         # Another shape (a resized vocabulary): the attribute leaves the pool, as it does when it is assigned to.
         module, name, _ = self.source
         setattr(module, name, torch.nn.Parameter(value, requires_grad=self.requires_grad))
@@ -60,7 +60,7 @@ class ReadWeight(Tensor):
         return self.as_subclass(Tensor).__repr__(**options)
 
 
-def _refusal(weight: ReadWeight, operation: str) -> WriteRefused:
+def _write_refusal(weight: ReadWeight, operation: str) -> WriteRefused:
     name = f"{weight.source[1]!r} of this {type(weight.source[0]).__name__}" if weight.source else "this tensor"
     return WriteRefused(
         f"{operation} would write to {name}, which lives in the shared pool and has no memory of its own; train the "
@@ -72,7 +72,7 @@ def _refusal(weight: ReadWeight, operation: str) -> WriteRefused:
 
 def _refusing(operation: str) -> Any:
     def refuse(self: ReadWeight, *args: Any, **kwargs: Any) -> Any:
-        raise _refusal(self, operation)
+        raise _write_refusal(self, operation)
 
     refuse.__name__ = operation
     return refuse

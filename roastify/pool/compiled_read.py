@@ -45,7 +45,7 @@ class _RecordedGate(Gate):
 _gates = WeakIdKeyDictionary()
 
 
-def _gate_of(pool: _Seen) -> Gate:
+def _recorded_gate_of(pool: _Seen) -> Gate:
     if type(pool.weight) in (Tensor, nn.Parameter):
         # Nothing is recorded: a backend runs the graph as it is.
         return Gate(cast(Pool, pool), plain=False)
@@ -60,7 +60,7 @@ def _gate_of(pool: _Seen) -> Gate:
 def _read(
     weight: Tensor, per_slot: Tensor | None, uneven_slots: Tensor | None, uneven: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    gate = _gate_of(_Seen(weight, per_slot is not None, per_slot, uneven_slots, uneven))
+    gate = _recorded_gate_of(_Seen(weight, per_slot is not None, per_slot, uneven_slots, uneven))
     return gate.read(weight.detach().to(dtype))
 
 

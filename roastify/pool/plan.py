@@ -85,7 +85,7 @@ class TensorPlan:
 
 
 @dataclass(frozen=True)
-class Region:
+class PoolRegion:
     """A run of pool slots with a mapping of its own: the whole pool, or with `sharing="local"` one tensor's part."""
 
     num_tiles: int
@@ -131,7 +131,7 @@ class RoastPlan:
     dtype: str
     trainable: bool
     owner: str
-    regions: tuple[Region, ...]
+    regions: tuple[PoolRegion, ...]
     tensors: tuple[TensorPlan, ...]
     pool_std: float | None = None
     share: str = "weights"
@@ -263,7 +263,7 @@ class RoastPlan:
         """
         values = {key: value for key, value in values.items() if key != "summary"}
         values["tile"] = tuple(values["tile"])
-        values["regions"] = tuple(Region(**region) for region in values["regions"])
+        values["regions"] = tuple(PoolRegion(**region) for region in values["regions"])
         values["tensors"] = tuple(
             TensorPlan(**{**tensor, "aliases": tuple(tensor["aliases"]), "shape": tuple(tensor["shape"])})
             for tensor in values["tensors"]

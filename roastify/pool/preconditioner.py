@@ -121,7 +121,7 @@ def _num_elements(view: TileView, tiles: Tensor) -> Tensor:
     if view.strips:
         begin, end = (tiles * view.slot_size - view.base).clamp(min=0), (tiles + 1) * view.slot_size - view.base
         return end.clamp(max=view.numel) - begin
-    grid_row, grid_col = _place(view, tiles)
+    grid_row, grid_col = _grid_place(view, tiles)
     rows = (view.rows - grid_row * view.tile_rows).clamp(max=view.tile_rows)
     return rows * (view.cols - grid_col * view.tile_cols).clamp(max=view.tile_cols)
 
@@ -132,14 +132,14 @@ def _elements(view: TileView, tiles: Tensor, row: int | None = None) -> Tensor:
         address = tiles[:, None] * view.slot_size - view.base + torch.arange(view.slot_size)
         first, last = (0, view.numel) if row is None else (row * view.cols, (row + 1) * view.cols)
         return ((address >= first) & (address < last)).double()
-    grid_row, grid_col = _place(view, tiles)
+    grid_row, grid_col = _grid_place(view, tiles)
     rows = grid_row[:, None] * view.tile_rows + torch.arange(view.tile_rows)
     cols = grid_col[:, None] * view.tile_cols + torch.arange(view.tile_cols)
     in_rows = rows < view.rows if row is None else rows == row
     return (in_rows[:, :, None] & (cols < view.cols)[:, None, :]).double().flatten(1)
 
 
-def _place(view: TileView, tiles: Tensor) -> tuple[Tensor, Tensor]:
+def _grid_place(view: TileView, tiles: Tensor) -> tuple[Tensor, Tensor]:
     """Return the row and column of tiles among a tensor's."""
     index = tiles - view.first_tile
     return index // view.grid_cols, index % view.grid_cols

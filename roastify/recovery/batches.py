@@ -173,11 +173,11 @@ class Feed:
             for sampler in (getattr(self.data, "sampler", None), getattr(self.data, "batch_sampler", None)):
                 if sampler is not None and hasattr(sampler, "set_epoch"):
                     sampler.set_epoch(self.epoch)
-            source: Iterable[Any] = _called(self.data, self.epoch) if callable(self.data) else self.data
+            source: Iterable[Any] = _batches_of_epoch(self.data, self.epoch) if callable(self.data) else self.data
             self._iterator = iter(source)
 
 
-def _called(function: Callable[..., Any], epoch: int) -> Iterable[Any]:
+def _batches_of_epoch(function: Callable[..., Any], epoch: int) -> Iterable[Any]:
     takes_epoch = any(
         parameter.default is parameter.empty and parameter.kind in _POSITIONAL
         for parameter in inspect.signature(function).parameters.values()

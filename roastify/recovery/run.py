@@ -326,7 +326,7 @@ class _Run:
         # Always the same random numbers, and none of the run's.
         with RandomStream(self.options.seed, self.device).active(), torch.no_grad():
             found = self.options.evaluate(self.student)
-        self.evaluations.append((self.step, pytree.tree_map(_number, found)))
+        self.evaluations.append((self.step, pytree.tree_map(_plain_number, found)))
 
     def _likeness(self) -> Likeness:
         """Compare the two models in eval mode on the held batches."""
@@ -498,7 +498,7 @@ def _named(loss_fn: Any) -> str | None:
     return loss_fn if loss_fn is None or isinstance(loss_fn, str) else getattr(loss_fn, "__qualname__", "a function")
 
 
-def _number(value: Any) -> Any:
+def _plain_number(value: Any) -> Any:
     """Return a Python number for one of numpy's or torch's, which JSON cannot hold; anything else as it is."""
     if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.numel() == 1):
         return value.item()
