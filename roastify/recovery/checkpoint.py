@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from torch import Tensor
 from roastify.errors import CheckpointError
 from roastify.files import digest_of_file, pending, put_in_place, reason_of, write_tensors
 
-FORMAT_VERSION = 1
+# Version 1 knew a conversion by a digest of its plan's words too, and those are written better now.
+FORMAT_VERSION = 2
 MANIFEST = "recovery.json"
 
 
@@ -81,8 +83,15 @@ def read_checkpoint(folder: Path, made_by: dict[str, Any]) -> Any:
         raise CheckpointError(
             f"{path} is not a readable checkpoint ({error}); remove the folder to start anew"
         ) from error
-    if version != FORMAT_VERSION:
-        raise CheckpointError(f"{path} has format version {version}, and this roastify reads {FORMAT_VERSION}")
+    if version not in (1, FORMAT_VERSION):
+        raise CheckpointError(f"{path} has format version {version}, and this roastify reads up to {FORMAT_VERSION}")
+    if version == 1 and "conversion" in made_by:
+        theirs = {**theirs, "conversion": made_by["conversion"]}
+        warnings.warn(
+            f"{path} was written by an older roastify, and it cannot be checked whether the student was converted by "
+            f"the same plan; if it was not, remove the folder and start anew",
+            stacklevel=2,
+        )
     differences = [
         f"{name} was {theirs.get(name)!r}, now {made_by.get(name)!r}"
         for name in dict.fromkeys([*made_by, *theirs])

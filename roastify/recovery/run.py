@@ -25,6 +25,7 @@ from roastify.conversion.converted import current_plan, pool_of
 from roastify.errors import CheckpointError, ConfigError, RecoveryError
 from roastify.isolation import RandomStream, modes_kept
 from roastify.kernels.torch_internals import pytree
+from roastify.pool.plan import RoastPlan
 from roastify.progress import track
 from roastify.recovery.align import align_layers
 from roastify.recovery.batches import Feed, digest_of, mask_of, on_device, passing
@@ -382,14 +383,13 @@ class _Run:
 
     def _made_by(self) -> dict[str, Any]:
         """Return what a checkpoint's run must have in common with one that resumes it."""
-        plan = json.dumps(current_plan(self.student).to_dict(), sort_keys=True).encode()
         options = dataclasses.asdict(self.options)
         for name in ("folder", "save_every", "resume", "inputs", "evaluate", "optimizer"):
             del options[name]
         task = self.options.loss_fn
         return {
             "student": type(self.student).__name__,
-            "conversion": hashlib.sha256(plan).hexdigest()[:16],
+            "conversion": _digest_of_plan(current_plan(self.student)),
             "teacher": f"{type(self.teacher).__name__} {_digest_of_model(self.teacher)}",
             "optimizer": type(self.optimizer).__name__,
             "learning rates": self.rates,
@@ -524,6 +524,15 @@ def _digest_of_model(model: nn.Module) -> str:
         some = (some if some.is_complex() else some.double()).cpu().contiguous()
         digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode() + some.numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _digest_of_plan(plan: RoastPlan) -> str:
+    """Return what a conversion is known again by: a digest of its plan without the words that explain it."""
+    values = plan.to_dict()
+    for tensor in values["tensors"]:
+        for words in ("reason", "whole", "op", "through"):
+            del tensor[words]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _plain(value: Any) -> dict[str, Any] | None:
