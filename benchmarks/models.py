@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import json
-import os
-import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,13 +24,14 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, StaticLayer
 
 import roastify
+from benchmarks.rows import FOLDER, Cases, Row
 from roastify.checks import clocks as timing
 from roastify.checks.model_bench import BenchOptions, Subject, compare, parse_device, prepare
 from roastify.conversion.rewrite import copy_weights, pool_of
 from roastify.errors import BenchError
 from roastify.report import human_bytes
 
-RESULTS = Path(__file__).parent / "results" / "models.json"
+RESULTS = FOLDER / "models.json"
 DTYPE = torch.bfloat16
 TOKENS = 128
 POSITIONS = 256
@@ -170,54 +168,18 @@ def ready(name: str, model: nn.Module, shape: Shape, batch: int, inputs: Tensor,
     return Ready(subject, options.fullgraph, time.perf_counter() - begun)
 
 
-class Run:
-    """One run of the script: its options, what it has measured, and the file that it goes to."""
+class Run(Cases):
+    """The rows of one run, and its options."""
 
-    def __init__(self, options: BenchOptions, output: Path, pattern: str, minutes: float, console: Console) -> None:
+    def __init__(self, options: BenchOptions, output: Path, pattern: str, minutes: float) -> None:
+        super().__init__(output, pattern, minutes, timing.machine(options.device))
         self.options = options
-        self.output = output
-        self.pattern = re.compile(pattern)
-        self.end = time.perf_counter() + minutes * 60
-        self.console = console
-        self.machine = timing.machine(options.device)
-        self.rows: list[dict[str, Any]] = self._earlier_rows()
-        self.measured: list[str] = []
-        self.left: list[str] = []
 
-    def _earlier_rows(self) -> list[dict[str, Any]]:
-        """Return the rows of an earlier run on the same machine: a run of some cases replaces theirs alone."""
-        if not self.output.is_file():
-            return []
-        earlier = json.loads(self.output.read_text())
-        if _dateless(earlier["machine"]) == _dateless(self.machine):
-            return earlier["rows"]
-        self.console.print(f"{self.output} holds rows of another machine or other versions; they are replaced")
-        return []
-
-    def wanted(self, case: str) -> bool:
-        """Whether a case was asked for; one that time no longer allows is noted."""
-        if not self.pattern.search(case):
-            return False
-        if time.perf_counter() < self.end:
-            return True
-        self.left.append(case)
-        return False
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Keep a row in place of an earlier one of that case, write the file, and say so."""
-        row["date"] = self.machine["date"]
-        self.rows = [other for other in self.rows if other["case"] != row["case"]] + [row]
-        self.measured.append(row["case"])
-        self.output.parent.mkdir(parents=True, exist_ok=True)
-        pending = self.output.with_suffix(".pending")
-        pending.write_text(json.dumps({"machine": self.machine, "rows": self.rows}, indent=1) + "\n")
-        os.replace(pending, self.output)
-        said = row.get("failure") or f"dense ÷ converted {row['dense_over_converted']:.2f}"
-        self.console.print(f"{row['case']}: {said}", highlight=False, soft_wrap=True)
-
-
-def _dateless(machine: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in machine.items() if name != "date"}
+    def keep(self, case: str, ratio: int, fields: Row, found: Row) -> None:
+        """Add the row of a case, be it of its failure."""
+        assert self.machine is not None
+        row = {"case": case, **fields, "ratio": ratio, **found, "date": self.machine["date"]}
+        self.add(row, f"dense ÷ converted {row.get('dense_over_converted', 0):.2f}")
 
 
 def measure(run: Run, name: str, shape: Shape) -> None:
@@ -239,14 +201,14 @@ def measure(run: Run, name: str, shape: Shape) -> None:
         fields["conversion_s"] = (time.perf_counter() - begun) / len(converted)
     except Exception as error:  # out of memory, or a model that this transformers does not have
         for (_, ratio), case in cases.items():
-            run.add(_failed(case, ratio, error, fields))
+            run.keep(case, ratio, fields, _failed(error))
         return
     for batch in dict.fromkeys(batch for batch, _ in cases):
         of_batch = {ratio: case for (other, ratio), case in cases.items() if other == batch and run.wanted(case)}
         if of_batch:
             measure_batch(run, shape, dense, converted, batch, of_batch, fields)
         torch.compiler.reset()
-        _free()
+        free()
 
 
 def measure_batch(
@@ -256,7 +218,7 @@ def measure_batch(
     converted: dict[int, nn.Module],
     batch: int,
     cases: dict[int, str],
-    fields: dict[str, Any],
+    fields: Row,
 ) -> None:
     """Measure the cases, by ratio, of one batch size."""
     length = 1 if shape.decode else TOKENS
@@ -266,7 +228,7 @@ def measure_batch(
         dense_side = ready("dense", dense, shape, batch, inputs, run.options)
     except Exception as error:  # a failure is a result too
         for ratio, case in cases.items():
-            run.add(_failed(case, ratio, error, fields))
+            run.keep(case, ratio, fields, _failed(error))
         return
     for ratio, case in cases.items():
         try:
@@ -277,14 +239,14 @@ def measure_batch(
             side = ready("converted", converted[ratio], shape, batch, inputs, options)
             found = compare(dense_side.subject, side.subject, run.options, batch)
         except Exception as error:
-            run.add(_failed(case, ratio, error, fields))
+            run.keep(case, ratio, fields, _failed(error))
             continue
         plan = pool_of(converted[ratio]).plan
-        run.add(
+        run.keep(
+            case,
+            ratio,
+            fields,
             {
-                "case": case,
-                **fields,
-                "ratio": ratio,
                 "achieved_ratio": plan.achieved_ratio,
                 "tokens": length,
                 "positions": POSITIONS if shape.decode else None,
@@ -297,23 +259,24 @@ def measure_batch(
                 "pool_bytes": plan.pool_numel * DTYPE.itemsize,
                 "prepared_s": {"dense": dense_side.seconds, "converted": side.seconds},
                 **found.to_dict(),
-            }
+            },
         )
         del side
-        _free()
+        free()
 
 
-def _failed(case: str, ratio: int, error: Exception, fields: dict[str, Any]) -> dict[str, Any]:
-    return {"case": case, **fields, "ratio": ratio, "failure": timing.reason(error)}
-
-
-def _free() -> None:
+def free() -> None:
+    """Give back what nothing refers to."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
+def _failed(error: Exception) -> Row:
+    return {"failure": timing.reason(error)}
+
+
+def table(rows: list[Row]) -> Table:
     """Return rows as a short table, failures and losses included."""
     headings = ("case", "dense, ms", "converted, ms", "dense ÷ converted", "weights", "peak memory", "error")
     short = Table(*headings, box=None, pad_edge=False)
@@ -345,7 +308,6 @@ def table(rows: list[dict[str, Any]]) -> Table:
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), default=RESULTS, help="The JSON file.")
 def main(only: str, quick: bool, smoke: bool, device: str | None, seconds: float, minutes: float, output: Path) -> None:
     """Measure whole models on this machine's GPU."""
-    console = Console(width=160)
     shapes = SMOKE_SHAPES if smoke else SHAPES
     if smoke and output == RESULTS:
         raise click.UsageError("--smoke measures nothing of interest; name another file for it with --output")
@@ -354,17 +316,12 @@ def main(only: str, quick: bool, smoke: bool, device: str | None, seconds: float
     options = BenchOptions(
         device=parse_device(device), compile=True, fullgraph=True, seconds=seconds / 5 if quick else seconds
     )
-    run = Run(options, output, only, minutes, console)
+    run = Run(options, output, only, minutes)
     for name, shape in shapes.items():
         measure(run, name, shape)
-        _free()
-    if run.measured:
-        console.print(table([row for row in run.rows if row["case"] in run.measured]))
-        console.print(f"written to {output}")
-    if run.left:
-        console.print(f"not begun within {minutes:g} minutes: {', '.join(run.left)}")
-    if not run.measured and not run.left:
-        raise click.UsageError(f"no case matches {only!r}; the models are {', '.join(shapes)}")
+        free()
+    Console(width=160).print(table(run.measured))
+    run.close()
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import roastify
-from benchmarks import marks, stats
+from benchmarks import documents
+from benchmarks import rows as files
 from benchmarks.accuracy import __main__ as command
 from benchmarks.accuracy import (
     campaign,
@@ -499,7 +500,7 @@ def test_smoke_run_chooses_trains_records_and_resumes(data: Path, cache: Path, t
     cells += [part for method in ("ours", "smaller", "snip", "lowrank") for part in ("--method", method)]
     found = smoke(data, cache, out, *cells, "--seeds", "1")
     assert found.exit_code == 0, found.output
-    rows = table.read_rows(out)
+    rows = files.load(out)["rows"]
     trained = [row for row in rows if not row["trial"]]
     assert {(row["task"], row["method"]) for row in trained} == set(
         itertools.product(("resnet9", "imdb"), ("ours", "smaller", "snip", "lowrank"))
@@ -519,7 +520,7 @@ def test_smoke_run_chooses_trains_records_and_resumes(data: Path, cache: Path, t
     assert again.exit_code == 0 and "nothing to do: every run asked for has a row in" in again.output
     more = smoke(data, cache, out, *cells, "--seeds", "2", "--minutes", "0")
     assert more.exit_code == 0 and f"{len(trained)} did not fit in the time" in more.output
-    assert table.read_rows(out)[: len(rows)] == rows
+    assert files.load(out)["rows"][: len(rows)] == rows
 
     document = tmp_path / "docs" / "accuracy.md"
     document.parent.mkdir()
@@ -543,7 +544,7 @@ def test_distilled_runs_take_the_methods_choice_and_their_teachers_accuracy(
     out = tmp_path / "rows.json"
     found = smoke(data, cache, out, "--group", "distillation")
     assert found.exit_code == 0, found.output
-    rows = table.read_rows(out)
+    rows = files.load(out)["rows"]
     trained = {row["task"]: row for row in rows if not row["trial"]}
     assert [runs.of_row(row).changes for row in trained.values()] == [changes] * 2
     for row in rows:
@@ -563,10 +564,10 @@ def test_worker_processes_do_the_same(data: Path, cache: Path, tmp_path: Path) -
     full = [sys.executable, "-m", "benchmarks.accuracy", *fixed, *arguments, "--workers", "1"]
     done = subprocess.run(full, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    assert {row["seed"] for row in table.read_rows(out)} == {0, 1}
+    assert {row["seed"] for row in files.load(out)["rows"]} == {0, 1}
     other = tmp_path / "other.json"
     assert smoke(data, cache, other, *arguments).exit_code == 0
-    for one, two in zip(table.read_rows(out), table.read_rows(other), strict=True):
+    for one, two in zip(files.load(out)["rows"], files.load(other)["rows"], strict=True):
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-3)
 
 
@@ -779,7 +780,7 @@ def test_ties_go_to_the_smaller_rate_and_the_shorter_run() -> None:
 @pytest.mark.parametrize("name", ["resnet9", "resnet20", "vgg11", "imdb"])
 def test_the_grids_first_is_what_the_dense_model_chose(name: str) -> None:
     """Teachers train by it."""
-    task, made = tasks.TASKS[name], table.Table(table.read_rows(table.RESULTS)).trials()
+    task, made = tasks.TASKS[name], table.Table(files.load(table.RESULTS)["rows"]).trials()
     chosen = trials.choose(Run(name, "dense", 1.0), task, made)
     assert (chosen.rate, chosen.epochs) == task.grid[0]
 
@@ -941,7 +942,7 @@ def test_the_page_command_writes_the_readme_beside_the_page_in_docs_alone(
     rows = comparison_rows({("imdb", "dense", 1.0): 7, ("imdb", "ours", 10.0): 6})
     path, document, front = (tmp_path / name for name in ("rows.json", "docs/accuracy.md", "README.md"))
     document.parent.mkdir()
-    command.write_rows(path, rows)
+    files.dump_lines(path, rows)
     before = f"Mine.\n{readme.BEGIN}\n<!-- end -->\n"
     front.write_text(before)
     monkeypatch.setattr(readme, "README", front)
@@ -1046,14 +1047,6 @@ def test_the_page_has_distilled_runs_beside_the_same_on_labels_alone() -> None:
     assert plain[start : plain.index("## When not")] == text[text.index("## ResNet-9") : text.index("## When not")]
 
 
-def test_sign_flips_are_counted_exactly() -> None:
-    assert stats.sign_flip_p([1.0, 2.0, 3.0]) == pytest.approx(2 / 8)
-    assert stats.sign_flip_p([0.1] * 10) == pytest.approx(2 / 1024)
-    assert stats.sign_flip_p([1.0, -1.0]) == 1.0
-    assert math.isnan(stats.sign_flip_p([]))
-    assert 0 < stats.sign_flip_p([0.1] * 25) < 1e-5
-
-
 CAPTURED = ("dense", "ours", "plain", "local", "elementwise", "roast", "cyclic", "snip", "lowrank")
 
 
@@ -1079,9 +1072,9 @@ def test_a_captured_run_is_the_run_without_a_graph(
 
 @pytest.mark.skipif(not table.RESULTS.exists(), reason="the full run is not committed")
 def test_the_page_is_the_committed_results() -> None:
-    rows = table.read_rows(table.RESULTS)
+    rows = files.load(table.RESULTS)["rows"]
     assert page.markdown(rows) == page.DOCUMENT.read_text()
     text = readme.README.read_text()
-    assert marks.insert(text, readme.BEGIN, readme.markdown(rows)) == text
+    assert documents.insert(text, readme.BEGIN, readme.markdown(rows)) == text
     for task in table.Table(rows).tasks():
         assert (page.IMAGES / f"accuracy-{task}.png").is_file()

@@ -22,8 +22,8 @@ from benchmarks.accuracy.runs import Run, of_row
 from benchmarks.accuracy.step import CaptureError
 from benchmarks.accuracy.tasks import Task
 from benchmarks.accuracy.training import train
+from benchmarks.rows import Row
 
-Row = dict[str, Any]
 # What may come on top of a run's expected time before it counts as not to end in time.
 _MARGIN = 1.1
 _RECENT = 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import click
@@ -12,13 +12,13 @@ import click
 from benchmarks.accuracy import picture, readme, trials
 from benchmarks.accuracy.methods import METHODS
 from benchmarks.accuracy.runs import Run, of_row
-from benchmarks.accuracy.table import RESULTS, Row, Table, final, read_rows
+from benchmarks.accuracy.table import RESULTS, Row, Table, final
 from benchmarks.accuracy.tasks import TASKS
 from benchmarks.accuracy.teacher import TEMPERATURE
 from benchmarks.accuracy.verdicts import IMAGE_VARIANTS, TEXT_VARIANT, not_hashed, verdicts
-from benchmarks.marks import insert
-from benchmarks.rows import write
-from benchmarks.stats import Difference, mean_and_error, p_text, paired, sign_flip_p
+from benchmarks.documents import insert
+from benchmarks.rows import load, write
+from benchmarks.stats import Difference, mean_and_error, mean_text, p_text, paired, sign_flip_p
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "accuracy.md"
 IMAGES = DOCUMENT.parent / "images"
@@ -89,16 +89,9 @@ def table_lines(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]
     return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
 
 
-def mean_text(values: Sequence[float]) -> str:
-    mean, error = mean_and_error(values)
-    return f"{mean:.2f}" if math.isnan(error) else f"{mean:.2f} ± {error:.2f}"
-
-
-def seeds_text(values: Sequence[float]) -> str:
+def seeds_text(values: Collection[float]) -> str:
     """Return the mean over seeds, their number in brackets where it is not three."""
-    if not values:
-        return "–"
-    return mean_text(values) + ("" if len(values) == 3 else f" ({len(values)})")
+    return mean_text(values) + ("" if len(values) in (0, 3) else f" ({len(values)})")
 
 
 def described(table: Table) -> str:
@@ -122,9 +115,9 @@ def comparison(table: Table, task: str) -> Iterator[str]:
     yield f"## {TASKS[task].title}"
     yield ""
     if dense:
-        at_one = f"; through roastify at ratio 1 {mean_text(list(one.values()))}" if one else ""
+        at_one = f"; through roastify at ratio 1 {mean_text(one.values())}" if one else ""
         yield (
-            f"The dense model of {size:,} parameters: {mean_text(list(dense.values()))} %{at_one}. "
+            f"The dense model of {size:,} parameters: {mean_text(dense.values())} %{at_one}. "
             f"{' or '.join(map(str, epochs))} epochs. Mean ± standard error over seeds, their number in brackets where "
             f"it is not three."
         )
@@ -149,8 +142,7 @@ def comparison(table: Table, task: str) -> Iterator[str]:
 def _cell(table: Table, task: str, method: str, ratio: float) -> str:
     if (task, method, ratio) in table.unreachable:
         return "not reachable"
-    values = list(table.accuracies(task, method, ratio).values())
-    text = seeds_text(values)
+    text = seeds_text(table.accuracies(task, method, ratio).values())
     best = table.best(task, ratio, lambda name: METHODS[name].kind != "dense")
     return f"**{text}**" if best and best[0] == method else text
 
@@ -226,7 +218,7 @@ def distilled(table: Table) -> Iterator[str]:
         row = _first(with_teacher)
         found, without = ({seed: final(row) for seed, row in by_seed.items()} for by_seed in (with_teacher, alone))
         teachers = [100 * row["teacher_accuracy"] for row in with_teacher.values()]
-        texts = [seeds_text(list(values)) for values in (found.values(), without.values(), teachers)]
+        texts = [seeds_text(values) for values in (found.values(), without.values(), teachers)]
         rows.append([*_named(row, _changes(row)), *texts, str(paired(found, without) or "–")])
     if rows:
         yield "## Distilled from the dense model"
@@ -258,7 +250,7 @@ def _lines(experiments: Iterable[tuple[Row, str, float | None]]) -> list[list[st
         if same is not None:
             unchanged[row["seed"]] = same
     return [
-        [*named, f"{row['stored']:,}", seeds_text(list(accuracies.values())), str(paired(accuracies, unchanged) or "–")]
+        [*named, f"{row['stored']:,}", seeds_text(accuracies.values()), str(paired(accuracies, unchanged) or "–")]
         for named, (row, accuracies, unchanged) in found.items()
     ]
 
@@ -393,7 +385,7 @@ def markdown(rows: Sequence[Row]) -> str:
 @click.option("--document", type=click.Path(dir_okay=False, path_type=Path), default=DOCUMENT)
 def main(path: Path, document: Path) -> None:
     """Write the page and its pictures from the raw rows; beside the page in docs/, the README's table too."""
-    rows = read_rows(path)
+    rows = load(path)["rows"]
     if not rows:
         raise click.ClickException(f"{path} holds no rows; python -m benchmarks.accuracy makes them")
     if document == DOCUMENT and any(row["smoke"] for row in rows):

@@ -11,8 +11,6 @@ from benchmarks.accuracy import nets
 from benchmarks.accuracy.budget import TOLERANCE, UnreachableError, largest
 from benchmarks.accuracy.tasks import Task
 
-# A text model of the whole vocabulary that would be no wider than this gives up words instead.
-
 
 def smaller_image_net(task: Task, target: int) -> nn.Module:
     """Return the same net with all widths multiplied by what the budget allows."""
