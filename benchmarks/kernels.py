@@ -1,4 +1,4 @@
-"""GPU benchmark of the operators: beside cuBLAS, beside HashedNet, beside what the GPU's memory and units allow.
+"""Benchmark of the operators on a GPU: beside cuBLAS, HashedNet, and what the GPU itself allows.
 
 Every case is checked against float64 first. Raw rows go to benchmarks/results/kernels.json as they are measured, so a
 run that is cut short keeps what it has; rows of regimes that are not run stay if they are of the same GPU and versions.

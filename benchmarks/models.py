@@ -1,9 +1,9 @@
-"""GPU benchmark: whole transformers models on the pool beside the dense ones, as `roastify bench` measures them.
+"""Benchmark of whole transformers models on a GPU, dense and on a pool.
 
-BERT-base encodes a batch; GPT-2 and Llama shapes take one decoding step with a static key-value cache. Both sides run
-in bfloat16 under `torch.compile` and CUDA graphs, are checked against each other, and are timed in turn. Weights are
-random and built on the device. Each row goes to benchmarks/results/models.json as soon as it is there; a case that
-fails is a row with its failure.
+`roastify bench` measures in the same way. BERT-base encodes a batch; GPT-2 and Llama shapes take one decoding step with
+a static key-value cache. Both sides run in bfloat16 under `torch.compile` and CUDA graphs, are checked against each
+other, and are timed in turn. Weights are random and built on the device. Each row goes to
+benchmarks/results/models.json as soon as it is there; a case that fails is a row with its failure.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from typing import Any
 import click
 import torch
 import transformers
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, StaticLayer
 
@@ -29,7 +27,6 @@ from roastify.checks import clocks as timing
 from roastify.checks.model_bench import BenchOptions, Subject, compare, parse_device, prepare
 from roastify.conversion.rewrite import copy_weights, pool_of
 from roastify.errors import BenchError
-from roastify.report import human_bytes
 
 RESULTS = FOLDER / "models.json"
 DTYPE = torch.bfloat16
@@ -276,26 +273,6 @@ def _failed(error: Exception) -> Row:
     return {"failure": timing.reason(error)}
 
 
-def table(rows: list[Row]) -> Table:
-    """Return rows as a short table, failures and losses included."""
-    headings = ("case", "dense, ms", "converted, ms", "dense ÷ converted", "weights", "peak memory", "error")
-    short = Table(*headings, box=None, pad_edge=False)
-    for row in rows:
-        if "failure" in row:
-            short.add_row(row["case"], "failed", row["failure"][:60])
-            continue
-        dense, converted = row["dense"], row["converted"]
-        memory = [
-            "→".join(human_bytes(side[kind]) for side in (dense, converted)) if dense[kind] is not None else ""
-            for kind in ("parameter_bytes", "peak_bytes")
-        ]
-        times = [f"{side['time']['median_ms']:.3f}" for side in (dense, converted)]
-        short.add_row(
-            row["case"], *times, f"{row['dense_over_converted']:.2f}", *memory, f"{row['agreement']['error']:.1e}"
-        )
-    return short
-
-
 @click.command()
 @click.option(
     "--only", default="", metavar="PATTERN", help="Regular expression of cases, as llama-7b/ratio=50/batch=1."
@@ -320,7 +297,6 @@ def main(only: str, quick: bool, smoke: bool, device: str | None, seconds: float
     for name, shape in shapes.items():
         measure(run, name, shape)
         free()
-    Console(width=160).print(table(run.measured))
     run.close()
 
 

@@ -22,8 +22,8 @@ FOLDER = Path(__file__).parent / "results"
 def machine(device: str | torch.device, *names: str) -> Row:
     """Return what rows say of where they were measured: the entries that are named, or all that `roastify bench` has.
 
-    Beside those of `roastify bench` there are `device`, the GPU's name or the CPU's, and `numpy`. An entry that the
-    machine lacks is None.
+    `device` (the GPU's name, or else the CPU's) and `numpy` can be named as well. An entry that the machine lacks is
+    None.
     """
     found = timing.machine(torch.device(device))
     more = {"device": found.get("gpu", found["cpu"]), "numpy": np.__version__, **found}
@@ -114,7 +114,7 @@ class Cases(Rows):
         self._known: list[str] = []
 
     def wanted(self, case: str) -> bool:
-        """Whether a case was asked for; one that time no longer allows is noted."""
+        """Whether a case was asked for and can still begin; a case for which no time is left is noted."""
         self._known.append(case)
         if not self._pattern.search(case):
             return False

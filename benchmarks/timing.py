@@ -1,7 +1,8 @@
-"""How the GPU benchmarks measure: graphs of many calls, replayed in turn; and what this machine's memory and units do.
+"""How the GPU benchmarks measure time, and how fast this GPU's memory and units are at best.
 
-A graph holds calls on different layers in a row, so that launches cost what they cost in a model and a dense weight
-comes from memory as it does there. The sides of a comparison alternate, so that all see the same clocks.
+A measurement replays graphs of many calls. A graph holds calls on different layers in a row, so that launches cost what
+they cost in a model and a dense weight comes from memory as it does there. The sides of a comparison alternate, so that
+all see the same clocks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Accuracy against stored parameters: trains models from scratch, ours and rivals, and adds their rows to a file.
+"""Trains models of as many stored parameters from scratch, ours and rivals, and records their rows.
 
 Every finished run goes to benchmarks/results/accuracy.json at once, and a run that has a row is not made again, so a
 campaign is resumed by the same command. `python -m benchmarks.accuracy.page` writes docs/accuracy.md from the rows.

@@ -1,4 +1,4 @@
-"""Many runs on all GPUs: worker processes, one run at a time each, in the order of importance, within a time."""
+"""Many runs on all GPUs: each worker process makes one run at a time, the most important first."""
 
 from __future__ import annotations
 

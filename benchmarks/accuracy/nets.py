@@ -1,4 +1,4 @@
-"""The dense models, each of any widths, so that a smaller one of the same kind can have any number of parameters."""
+"""The dense models of images and text; their widths can be any, so that smaller ones fit a budget."""
 
 from __future__ import annotations
 

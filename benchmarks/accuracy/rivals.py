@@ -1,4 +1,4 @@
-"""Rivals without hashing: a smaller model of the same kind, and low-rank factors in the place of weights."""
+"""Rivals without hashing: a smaller model of the same kind, and low-rank factors of the weights."""
 
 from __future__ import annotations
 

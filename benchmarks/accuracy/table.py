@@ -1,4 +1,4 @@
-"""The raw rows as a table: of every cell (task, method, ratio) its accuracy by seed, in percent."""
+"""The raw rows as a table: for every task, method and ratio the accuracy by seed, in percent."""
 
 from __future__ import annotations
 

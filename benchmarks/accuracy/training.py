@@ -1,4 +1,4 @@
-"""One run from initial values to its row."""
+"""One training run, from its initial values to its row."""
 
 from __future__ import annotations
 

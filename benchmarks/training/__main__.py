@@ -1,4 +1,4 @@
-"""`python -m benchmarks.training`: what training costs on this machine, on one GPU or, under torchrun, on several.
+"""Measures what training costs on this machine, on one GPU or, under torchrun, on several.
 
     python -m benchmarks.training
     torchrun --standalone --nproc-per-node 2 -m benchmarks.training --distributed
