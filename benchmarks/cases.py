@@ -15,9 +15,9 @@ from benchmarks import hashednet, timing
 from benchmarks.contest import Contest
 from benchmarks.hashednet import Hashed
 from benchmarks.layers import DEVICE, SCALE, SIGN, Layers, floor_us, randn, relative_error
+from benchmarks.rows import Row
 from roastify.kernels import ops, reference
 
-Row = dict[str, Any]
 Shape = tuple[int, int]
 Aims = dict[int, float | None]
 

@@ -1,4 +1,4 @@
-"""One size in the comparison with HashedNet: dense, HashedNet at its best settings, ours, and gather + cuBLAS."""
+"""One size of the comparison with HashedNet, which runs at the best settings found for it."""
 
 from __future__ import annotations
 

@@ -6,10 +6,7 @@ same machine; medians and quartiles are reported. Raw rows go to benchmarks/resu
 
 from __future__ import annotations
 
-import datetime
 import json
-import platform
-import statistics
 import subprocess
 import sys
 import time
@@ -23,9 +20,11 @@ from rich.console import Console
 from torch import nn
 
 import roastify
-from benchmarks.marks import insert
+from benchmarks.documents import insert, table
+from benchmarks.rows import FOLDER, Row, dump, machine, write
+from benchmarks.stats import quartiles
 
-RESULTS = Path(__file__).parent / "results" / "cpu.json"
+RESULTS = FOLDER / "cpu.json"
 README = Path(__file__).parents[1] / "README.md"
 BEGIN = "<!-- cpu: written by `make bench` -->"
 THREADS = 2
@@ -58,12 +57,8 @@ def alternate(calls: dict[str, Callable[[], object]], seconds: float) -> dict[st
     return times
 
 
-def spread(times: list[float]) -> dict[str, float]:
-    low, median, high = statistics.quantiles(times, n=4)
-    return {"median_ms": median, "q1_ms": low, "q3_ms": high, "runs": len(times)}
-
-
-def bench_linear(shape: tuple[int, int], ratio: float, rows: int, limit: float | None, seconds: float) -> dict:
+def bench_linear(shape: tuple[int, int], ratio: float, rows: int, limit: float | None, seconds: float) -> Row:
+    """Measure one linear layer and the same on a pool."""
     torch.manual_seed(0)
     dense = nn.Linear(shape[1], shape[0], bias=True)
     pooled = roastify.convert(dense, ratio)
@@ -72,6 +67,7 @@ def bench_linear(shape: tuple[int, int], ratio: float, rows: int, limit: float |
     with torch.no_grad():
         torch.testing.assert_close(pooled(x), F.linear(x, weight, pooled.bias), rtol=1e-4, atol=1e-4)
         times = alternate({"dense": lambda: dense(x), "pool": lambda: pooled(x)}, seconds)
+    found = {side: quartiles(values) for side, values in times.items()}
     return {
         "case": "linear",
         "shape": list(shape),
@@ -79,9 +75,8 @@ def bench_linear(shape: tuple[int, int], ratio: float, rows: int, limit: float |
         "rows": rows,
         "tile": list(pooled.roast_pool.plan.tile),
         "sign": pooled.roast_pool.plan.sign,
-        "dense": spread(times["dense"]),
-        "pool": spread(times["pool"]),
-        "pool_over_dense": statistics.median(times["pool"]) / statistics.median(times["dense"]),
+        **found,
+        "pool_over_dense": found["pool"]["median_ms"] / found["dense"]["median_ms"],
         "limit": limit,
     }
 
@@ -92,7 +87,7 @@ def memory(field: str) -> int:
     return int(next(line for line in status.splitlines() if line.startswith(field)).split()[1]) * 1024
 
 
-def convert_bert() -> dict:
+def convert_bert() -> Row:
     """Convert BERT-base at ratio 50 in this process, and say how long it took and how much memory at the peak."""
     from transformers import BertConfig, BertForMaskedLM
 
@@ -121,37 +116,23 @@ def convert_bert() -> dict:
     }
 
 
-def machine() -> dict:
-    model = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
-    return {
-        "cpu": model,
-        "threads": THREADS,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "roastify": roastify.__version__,
-        "date": datetime.date.today().isoformat(),
-    }
-
-
-def markdown(result: dict) -> str:
+def markdown(result: Row) -> str:
     """Return the README's table of a raw result."""
-    cell = "| {} | {:g} | {} | {:.2f} | {:.2f} | {:.2f} | {} |"
-    lines = [
-        "| layer | ratio | rows | dense, ms | pool, ms | pool ÷ dense | promised |",
-        "|---|---|---|---|---|---|---|",
+    cells = [
+        [
+            f"Linear {row['shape'][0]}×{row['shape'][1]}",
+            f"{row['ratio']:g}",
+            str(row["rows"]),
+            *(f"{time:.2f}" for time in (row["dense"]["median_ms"], row["pool"]["median_ms"], row["pool_over_dense"])),
+            "" if row["limit"] is None else f"≤ {row['limit']:g}",
+        ]
+        for row in result["rows"]
+        if row["case"] == "linear"
     ]
-    for row in result["rows"]:
-        if row["case"] == "linear":
-            promised = "" if row["limit"] is None else f"≤ {row['limit']:g}"
-            name = f"Linear {row['shape'][0]}×{row['shape'][1]}"
-            times = row["dense"]["median_ms"], row["pool"]["median_ms"], row["pool_over_dense"]
-            lines.append(cell.format(name, row["ratio"], row["rows"], *times, promised))
     (bert,) = (row for row in result["rows"] if row["case"] == "convert BERT-base")
     cpu = result["machine"]
-    lines += [
+    lines = [
+        *table(["layer", "ratio", "rows", "dense, ms", "pool, ms", "pool ÷ dense", "promised"], cells),
         "",
         f"Converting BERT-base at ratio 50 took {bert['seconds']:.1f} s (promised: {bert['limit_seconds']:g}), and",
         f"at its peak {bert['peak_over_model']:.2f}× the model's memory, the model itself included (promised: "
@@ -187,10 +168,9 @@ def main(seconds: float, convert_only: bool) -> None:
     with console.status("converting BERT-base"):
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     rows.append(json.loads(output.splitlines()[-1]))
-    result = {"machine": machine(), "rows": rows}
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-    README.write_text(insert(README.read_text(), BEGIN, markdown(result)))
+    result = {"machine": machine("cpu", "cpu", "threads", "python", "torch", "roastify", "date"), "rows": rows}
+    dump(RESULTS, result)
+    write(README, insert(README.read_text(encoding="utf-8"), BEGIN, markdown(result)))
     console.print(markdown(result))
     console.print(f"written to {RESULTS} and the README")
 

@@ -1,4 +1,4 @@
-"""Data sets from what lies in a folder: CIFAR-10 and IMDB, packed or as they are usually distributed.
+"""CIFAR-10 and IMDB as arrays, from a folder that has them packed or as they are distributed.
 
 Images are any one of `cifar10_jpeg.npz` (all files' bytes, offsets and labels), `cifar-10-batches-py/` (torchvision's
 download) and `train/CLASS/*.png|jpg` beside `test/` or `val/`. Reviews are `imdb.jsonl.xz` (one JSON object a line) or
@@ -219,7 +219,7 @@ def _image_folders(path: Path, counts: Mapping[str, int]) -> Images:
     beside = {file.parent.name for file in (path / test).glob("*/*") if file.suffix.lower() in _SUFFIXES}
     if not beside <= set(classes):
         raise click.ClickException(
-            f"{path / test} has the classes {', '.join(sorted(beside - set(classes)))}, which {path / 'train'} has not"
+            f"{path / test} has the classes {', '.join(sorted(beside - set(classes)))}, that {path / 'train'} lacks"
         )
     for split, name in zip(SPLITS, ("train", test), strict=True):
         files = [(file, label) for label, kind in enumerate(classes)

@@ -1,4 +1,4 @@
-r"""The rival: HashedNet (Chen et al., ICML 2015), every weight hashed by itself, as a fused Triton kernel.
+r"""The rival HashedNet (Chen et al., ICML 2015), which hashes every weight by itself, in Triton.
 
 .. math:: W_{n,k} = sign(n, k) \cdot pool[hash(n, k)]
 

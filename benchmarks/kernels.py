@@ -1,4 +1,4 @@
-"""GPU benchmark of the operators: beside cuBLAS, beside HashedNet, beside what the GPU's memory and units allow.
+"""Benchmark of the operators on a GPU: beside cuBLAS, HashedNet, and what the GPU itself allows.
 
 Every case is checked against float64 first. Raw rows go to benchmarks/results/kernels.json as they are measured, so a
 run that is cut short keeps what it has; rows of regimes that are not run stay if they are of the same GPU and versions.
@@ -8,7 +8,6 @@ run that is cut short keeps what it has; rows of regimes that are not run stay i
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from pathlib import Path
 
@@ -17,42 +16,14 @@ import torch
 from rich.console import Console
 
 from benchmarks import timing
-from benchmarks.cases import REGIMES, Case, Effort, Row, forget
+from benchmarks.cases import REGIMES, Case, Effort, forget
 from benchmarks.layers import TILE
+from benchmarks.rows import FOLDER, Row, Rows, machine
 
-RESULTS = Path(__file__).parent / "results" / "kernels.json"
+RESULTS = FOLDER / "kernels.json"
 # What must agree for rows of another run to stay beside this one's.
 SAME = ("gpu", "torch", "triton", "cuda", "roastify")
 QUICK_CASES, QUICK_RUNS = 2, 5
-
-
-class Results:
-    """The raw rows in a file, which is whole after every row.
-
-    Args:
-        path: of the JSON file; None writes nothing.
-        machine: where this run measures.
-        regimes: that this run measures anew; rows of others stay if the machines agree.
-    """
-
-    def __init__(self, path: Path | None, machine: Row, regimes: list[str]) -> None:
-        self.path, self.machine = path, machine
-        self.rows: list[Row] = []
-        if path is not None and path.exists():
-            found = json.loads(path.read_text())
-            if all(found["machine"].get(name) == machine[name] for name in SAME):
-                self.rows = [row for row in found["rows"] if row["regime"] not in regimes]
-
-    def add(self, row: Row) -> None:
-        """Add a row in its regime's place, and write the file."""
-        order = list(REGIMES)
-        self.rows.append(row)
-        self.rows.sort(key=lambda row: order.index(row["regime"]))
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.path.with_suffix(".partial")
-            partial.write_text(json.dumps({"machine": self.machine, "rows": self.rows}, indent=1) + "\n")
-            partial.replace(self.path)
 
 
 def attempt(case: Case) -> Row:
@@ -99,16 +70,17 @@ def main(chosen: str, quick: bool, output: Path | None) -> None:
     begun = time.perf_counter()
     torch.manual_seed(0)
     ceilings = timing.ceilings()
-    machine = timing.machine() | {"tile": list(TILE), "ceilings": ceilings}
-    console.print(machine)
-    results = Results(output or (None if quick else RESULTS), machine, regimes)
+    made = machine("cuda", *SAME, "date") | {"tile": list(TILE), "ceilings": ceilings}
+    console.print(made)
+    results = Rows(output or (None if quick else RESULTS), made, SAME, lambda row: list(REGIMES).index(row["regime"]))
+    results.rows = [row for row in results.rows if row["regime"] not in regimes]
     effort = Effort(QUICK_RUNS if quick else timing.MOST_RUNS, ceilings)
     failed = 0
     for regime in regimes:
         start = time.perf_counter()
         cases = list(REGIMES[regime](effort))
         for case in cases[:QUICK_CASES] if quick else cases:
-            row = {"regime": regime, **attempt(case), "date": machine["date"]}
+            row = {"regime": regime, **attempt(case), "date": made["date"]}
             failed += "failed" in row
             results.add(row)
             console.print(line(row))

@@ -1,4 +1,4 @@
-"""Many layers of one shape, dense and on one pool, and what they compute: what the GPU benchmarks time."""
+"""Many layers of one shape, dense and on one pool, whose products the GPU benchmarks time."""
 
 from __future__ import annotations
 

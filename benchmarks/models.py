@@ -1,18 +1,15 @@
-"""GPU benchmark: whole transformers models on the pool beside the dense ones, as `roastify bench` measures them.
+"""Benchmark of whole transformers models on a GPU, dense and on a pool.
 
-BERT-base encodes a batch; GPT-2 and Llama shapes take one decoding step with a static key-value cache. Both sides run
-in bfloat16 under `torch.compile` and CUDA graphs, are checked against each other, and are timed in turn. Weights are
-random and built on the device. Each row goes to benchmarks/results/models.json as soon as it is there; a case that
-fails is a row with its failure.
+`roastify bench` measures in the same way. BERT-base encodes a batch; GPT-2 and Llama shapes take one decoding step with
+a static key-value cache. Both sides run in bfloat16 under `torch.compile` and CUDA graphs, are checked against each
+other, and are timed in turn. Weights are random and built on the device. Each row goes to
+benchmarks/results/models.json as soon as it is there; a case that fails is a row with its failure.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import gc
-import json
-import os
-import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,20 +18,18 @@ from typing import Any
 import click
 import torch
 import transformers
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, StaticLayer
 
 import roastify
+from benchmarks.rows import FOLDER, Cases, Row
 from roastify.checks import clocks
 from roastify.checks.model_bench import BenchOptions, Subject, check_and_time, parse_device, prepare
 from roastify.conversion.converted import pool_of
 from roastify.conversion.rewrite import copy_weights
 from roastify.errors import BenchError
-from roastify.report import human_bytes
 
-RESULTS = Path(__file__).parent / "results" / "models.json"
+RESULTS = FOLDER / "models.json"
 DTYPE = torch.bfloat16
 TOKENS = 128
 POSITIONS = 256
@@ -171,54 +166,18 @@ def ready(name: str, model: nn.Module, shape: Shape, batch: int, inputs: Tensor,
     return Ready(subject, options.fullgraph, time.perf_counter() - begun)
 
 
-class Run:
-    """One run of the script: its options, what it has measured, and the file that it goes to."""
+class Run(Cases):
+    """The rows of one run, and its options."""
 
-    def __init__(self, options: BenchOptions, output: Path, pattern: str, minutes: float, console: Console) -> None:
+    def __init__(self, options: BenchOptions, output: Path, pattern: str, minutes: float) -> None:
+        super().__init__(output, pattern, minutes, clocks.machine(options.device))
         self.options = options
-        self.output = output
-        self.pattern = re.compile(pattern)
-        self.end = time.perf_counter() + minutes * 60
-        self.console = console
-        self.machine = clocks.machine(options.device)
-        self.rows: list[dict[str, Any]] = self._earlier_rows()
-        self.measured: list[str] = []
-        self.left: list[str] = []
 
-    def _earlier_rows(self) -> list[dict[str, Any]]:
-        """Return the rows of an earlier run on the same machine: a run of some cases replaces theirs alone."""
-        if not self.output.is_file():
-            return []
-        earlier = json.loads(self.output.read_text())
-        if _dateless(earlier["machine"]) == _dateless(self.machine):
-            return earlier["rows"]
-        self.console.print(f"{self.output} holds rows of another machine or other versions; they are replaced")
-        return []
-
-    def wanted(self, case: str) -> bool:
-        """Whether a case was asked for; one that time no longer allows is noted."""
-        if not self.pattern.search(case):
-            return False
-        if time.perf_counter() < self.end:
-            return True
-        self.left.append(case)
-        return False
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Keep a row in place of an earlier one of that case, write the file, and say so."""
-        row["date"] = self.machine["date"]
-        self.rows = [other for other in self.rows if other["case"] != row["case"]] + [row]
-        self.measured.append(row["case"])
-        self.output.parent.mkdir(parents=True, exist_ok=True)
-        pending = self.output.with_suffix(".pending")
-        pending.write_text(json.dumps({"machine": self.machine, "rows": self.rows}, indent=1) + "\n")
-        os.replace(pending, self.output)
-        said = row.get("failure") or f"dense ÷ converted {row['dense_over_converted']:.2f}"
-        self.console.print(f"{row['case']}: {said}", highlight=False, soft_wrap=True)
-
-
-def _dateless(machine: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in machine.items() if name != "date"}
+    def keep(self, case: str, ratio: int, fields: Row, found: Row) -> None:
+        """Add the row of a case, be it of its failure."""
+        assert self.machine is not None
+        row = {"case": case, **fields, "ratio": ratio, **found, "date": self.machine["date"]}
+        self.add(row, f"dense ÷ converted {row.get('dense_over_converted', 0):.2f}")
 
 
 def measure(run: Run, name: str, shape: Shape) -> None:
@@ -240,14 +199,14 @@ def measure(run: Run, name: str, shape: Shape) -> None:
         fields["conversion_s"] = (time.perf_counter() - begun) / len(converted)
     except Exception as error:  # out of memory, or a model that this transformers does not have
         for (_, ratio), case in cases.items():
-            run.add(_failed(case, ratio, error, fields))
+            run.keep(case, ratio, fields, _failed(error))
         return
     for batch in dict.fromkeys(batch for batch, _ in cases):
         of_batch = {ratio: case for (other, ratio), case in cases.items() if other == batch and run.wanted(case)}
         if of_batch:
             measure_batch(run, shape, dense, converted, batch, of_batch, fields)
         torch.compiler.reset()
-        _free()
+        free()
 
 
 def measure_batch(
@@ -257,7 +216,7 @@ def measure_batch(
     converted: dict[int, nn.Module],
     batch: int,
     cases: dict[int, str],
-    fields: dict[str, Any],
+    fields: Row,
 ) -> None:
     """Measure the cases, by ratio, of one batch size."""
     length = 1 if shape.decode else TOKENS
@@ -267,7 +226,7 @@ def measure_batch(
         dense_side = ready("dense", dense, shape, batch, inputs, run.options)
     except Exception as error:  # a failure is a result too
         for ratio, case in cases.items():
-            run.add(_failed(case, ratio, error, fields))
+            run.keep(case, ratio, fields, _failed(error))
         return
     for ratio, case in cases.items():
         try:
@@ -278,14 +237,14 @@ def measure_batch(
             side = ready("converted", converted[ratio], shape, batch, inputs, options)
             found = check_and_time(dense_side.subject, side.subject, run.options, batch)
         except Exception as error:
-            run.add(_failed(case, ratio, error, fields))
+            run.keep(case, ratio, fields, _failed(error))
             continue
         plan = pool_of(converted[ratio]).plan
-        run.add(
+        run.keep(
+            case,
+            ratio,
+            fields,
             {
-                "case": case,
-                **fields,
-                "ratio": ratio,
                 "achieved_ratio": plan.achieved_ratio,
                 "tokens": length,
                 "positions": POSITIONS if shape.decode else None,
@@ -298,40 +257,21 @@ def measure_batch(
                 "pool_bytes": plan.pool_numel * DTYPE.itemsize,
                 "prepared_s": {"dense": dense_side.seconds, "converted": side.seconds},
                 **found.to_dict(),
-            }
+            },
         )
         del side
-        _free()
+        free()
 
 
-def _failed(case: str, ratio: int, error: Exception, fields: dict[str, Any]) -> dict[str, Any]:
-    return {"case": case, **fields, "ratio": ratio, "failure": clocks.reason(error)}
-
-
-def _free() -> None:
+def free() -> None:
+    """Give back what nothing refers to."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
-    """Return rows as a short table, failures and losses included."""
-    headings = ("case", "dense, ms", "converted, ms", "dense ÷ converted", "weights", "peak memory", "error")
-    short = Table(*headings, box=None, pad_edge=False)
-    for row in rows:
-        if "failure" in row:
-            short.add_row(row["case"], "failed", row["failure"][:60])
-            continue
-        dense, converted = row["dense"], row["converted"]
-        memory = [
-            "→".join(human_bytes(side[kind]) for side in (dense, converted)) if dense[kind] is not None else ""
-            for kind in ("parameter_bytes", "peak_bytes")
-        ]
-        times = [f"{side['time']['median_ms']:.3f}" for side in (dense, converted)]
-        short.add_row(
-            row["case"], *times, f"{row['dense_over_converted']:.2f}", *memory, f"{row['agreement']['error']:.1e}"
-        )
-    return short
+def _failed(error: Exception) -> Row:
+    return {"failure": clocks.reason(error)}
 
 
 @click.command()
@@ -346,7 +286,6 @@ def table(rows: list[dict[str, Any]]) -> Table:
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), default=RESULTS, help="The JSON file.")
 def main(only: str, quick: bool, smoke: bool, device: str | None, seconds: float, minutes: float, output: Path) -> None:
     """Measure whole models on this machine's GPU."""
-    console = Console(width=160)
     shapes = SMOKE_SHAPES if smoke else SHAPES
     if smoke and output == RESULTS:
         raise click.UsageError("--smoke measures nothing of interest; name another file for it with --output")
@@ -355,17 +294,11 @@ def main(only: str, quick: bool, smoke: bool, device: str | None, seconds: float
     options = BenchOptions(
         device=parse_device(device), compile=True, fullgraph=True, seconds=seconds / 5 if quick else seconds
     )
-    run = Run(options, output, only, minutes, console)
+    run = Run(options, output, only, minutes)
     for name, shape in shapes.items():
         measure(run, name, shape)
-        _free()
-    if run.measured:
-        console.print(table([row for row in run.rows if row["case"] in run.measured]))
-        console.print(f"written to {output}")
-    if run.left:
-        console.print(f"not begun within {minutes:g} minutes: {', '.join(run.left)}")
-    if not run.measured and not run.left:
-        raise click.UsageError(f"no case matches {only!r}; the models are {', '.join(shapes)}")
+        free()
+    run.close()
 
 
 if __name__ == "__main__":

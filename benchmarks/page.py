@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
 
-from benchmarks import plots
+from benchmarks import documents, plots
+from benchmarks.rows import FOLDER, Row, load, write
 
-Row = dict[str, Any]
 Results = dict[str, Any]
 
-FOLDER = Path(__file__).parent / "results"
 KERNELS, MODELS = FOLDER / "kernels.json", FOLDER / "models.json"
 DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"
 IMAGES = DOCUMENT.parent / "images"
@@ -227,14 +225,12 @@ MODEL_COLUMNS = [
     Column("dense, ms", of_side("dense", lambda side: f"{side['time']['median_ms']:.3f}")),
     Column("converted, ms", of_side("converted", lambda side: f"{side['time']['median_ms']:.3f}")),
     Column("dense ÷ converted", number("dense_over_converted")),
-    Column("aim", lambda row: MODEL_AIMS.get(row["case"], lambda row: "")(row)),
+    Column("aim", lambda row: aim_of("dense_over_converted")(row | {"aim": MODEL_AIMS.get(row["case"])})),
     Column("dense peak, MB", of_side("dense", lambda side: f"{side['peak_bytes'] / 1e6:.0f}")),
     Column("converted peak, MB", of_side("converted", lambda side: f"{side['peak_bytes'] / 1e6:.0f}")),
 ]
 # The whole models that were aimed at.
-MODEL_AIMS: dict[str, Callable[[Row], str]] = {
-    "llama-1.1b/ratio=50/batch=1": lambda row: aim_of("dense_over_converted")(row | {"aim": 1.5}),
-}
+MODEL_AIMS = {"llama-1.1b/ratio=50/batch=1": 1.5}
 MODEL_NOTE = """
 Both sides under `torch.compile` and CUDA graphs, in bfloat16; a decoding step has one new token and a static key-value
 cache. Peak memory is a side's own weights and buffers and what one call allocates.
@@ -246,23 +242,22 @@ def table(columns: Sequence[Column], rows: Iterable[Row]) -> list[str]:
     rows = list(rows)
     # A column that has nothing to say for any row is left out.
     columns = [column for column in columns if any(column.cell(row) for row in rows)]
-    lines = ["| " + " | ".join(column.title for column in columns) + " |", "|" + "---|" * len(columns)]
+    lines = []
     for row in rows:
         cells = [column.cell(row) for column in columns]
         if "failed" in row:
             cells[-1] = "failed: " + " ".join(row["failed"].replace("|", "/").split())
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+        lines.append(cells)
+    return documents.table([column.title for column in columns], lines)
 
 
-def tally(rows: Sequence[Row], values: dict[str, str]) -> list[str]:
-    """Return how many aims are met, and the worst misses."""
-    verdicts = [(row, missed(row, values[row["regime"]])) for row in rows if row["regime"] in values]
-    aimed = [(row, verdict) for row, verdict in verdicts if verdict is not None]
+def tally(rows: Iterable[Row]) -> list[str]:
+    """Return how many aims are met."""
+    verdicts = [missed(row, SECTIONS[row["regime"]].value) for row in rows]
+    aimed = [verdict for verdict in verdicts if verdict is not None]
     if not aimed:
         return []
-    met = sum(not verdict for _, verdict in aimed)
-    return [f"{met} of {len(aimed)} aims are met; the tables mark the others as missed."]
+    return [f"{aimed.count(False)} of {len(aimed)} aims are met; the tables mark the others as missed.", ""]
 
 
 def described(machine: Row, layers: set[int]) -> str:
@@ -279,7 +274,7 @@ def described(machine: Row, layers: set[int]) -> str:
         )
     return (
         f"Written by `python -m benchmarks.page` from [the raw rows](../benchmarks/results/{KERNELS.name}): "
-        f"{machine['gpu']}, torch {machine['torch']}, Triton {machine['triton']}, {machine['date']}. Tiles of "
+        f"{documents.measured_on(machine)}. Tiles of "
         f"{machine['tile'][0]}×{machine['tile'][1]}; {in_a_row} different layers in a row. "
         f"Above 1 the pool is faster than the dense layer, below 1 slower.{rates}"
     )
@@ -289,9 +284,7 @@ def markdown(kernels: Results, models: Results | None = None) -> str:
     """Return the page of the raw results."""
     rows = kernels["rows"]
     layers = {row["layers"] for row in rows if "layers" in row}
-    lines = ["# Performance on a GPU", "", described(kernels["machine"], layers), ""]
-    if counted := tally(rows, {name: section.value for name, section in SECTIONS.items()}):
-        lines += [*counted, ""]
+    lines = ["# Performance on a GPU", "", described(kernels["machine"], layers), "", *tally(rows)]
     for note in kernels.get("notes", ()):
         lines += [note, ""]
     for regime, section in SECTIONS.items():
@@ -305,10 +298,8 @@ def markdown(kernels: Results, models: Results | None = None) -> str:
             lines += [f"![{section.plot}]({IMAGES.name}/{regime}.png)", ""]
         lines += [*table(section.columns, chosen), ""]
     if models is not None:
-        lines += ["## Whole models", ""]
-        gpu = models.get("machine", {}).get("gpu")
         source = f"[The raw rows](../benchmarks/results/{MODELS.name})"
-        lines += [f"{source}{f', {gpu}' if gpu else ''}.", ""]
+        lines += ["## Whole models", "", f"{source}, {models['machine']['gpu']}.", ""]
         lines += [f"![Dense time over pool time, by model]({IMAGES.name}/models.png)", ""]
         lines += [*MODEL_NOTE.strip().splitlines(), ""]
         lines += [*table(MODEL_COLUMNS, models["rows"]), ""]
@@ -316,19 +307,12 @@ def markdown(kernels: Results, models: Results | None = None) -> str:
     return "\n".join(lines)
 
 
-def load(path: Path) -> Results | None:
-    """Return the raw results in a file, or None where there is none."""
-    return json.loads(path.read_text()) if path.exists() else None
-
-
 @click.command()
 def main() -> None:
     """Write the page and its plots from the committed raw rows."""
     kernels, models = load(KERNELS), load(MODELS)
-    assert kernels is not None, f"{KERNELS} is missing; python -m benchmarks.kernels writes it"
-    DOCUMENT.write_text(markdown(kernels, models))
-    IMAGES.mkdir(exist_ok=True)
-    drawn = plots.draw(kernels["rows"], models["rows"] if models else [], IMAGES)
+    write(DOCUMENT, markdown(kernels, models))
+    drawn = plots.draw(kernels["rows"], models["rows"], IMAGES)
     print(f"written to {', '.join(str(path) for path in (DOCUMENT, *drawn))}")
 
 

@@ -1,10 +1,10 @@
-"""The plots of docs/performance.md."""
+"""The plots of docs/performance.md, and how every page's plots look and are written."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -12,8 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.layers import SIGN
-
-Row = dict[str, Any]
+from benchmarks.rows import Row
 
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
@@ -130,10 +129,19 @@ def models(rows: Sequence[Row]) -> Figure | None:
     if not rows:
         return None
     figure, axes = plt.subplots(figsize=(9, 0.34 * len(rows) + 1.4))
-    names = [f"{row['model']}, {row['kind']}, batch {row['batch']}, ratio {row['ratio']:g}" for row in rows]
     values = [row["dense_over_converted"] for row in rows]
-    places = range(len(rows))
-    axes.barh(places, values, color=[COLOURS[0] if value >= 1 else COLOURS[1] for value in values], height=0.65)
+    names = [f"{row['model']}, {row['kind']}, batch {row['batch']}, ratio {row['ratio']:g}" for row in rows]
+    bars(axes, names, values, [value >= 1 for value in values])
+    axes.set_xlim(0, max(*values, 1) * 1.1)
+    axes.set_xlabel("time of the dense model ÷ time of the converted one")
+    axes.set_title("Whole models: above 1 the converted model is faster", loc="left")
+    return figure
+
+
+def bars(axes: Axes, names: Sequence[str], values: Sequence[float], faster: Sequence[bool]) -> None:
+    """Draw a bar for each ratio of times, with its value; the colour says whether the converted model is faster."""
+    places = range(len(names))
+    axes.barh(places, values, color=[COLOURS[0] if each else COLOURS[1] for each in faster], height=0.65)
     for place, value in zip(places, values, strict=True):
         text = axes.annotate(
             f"{value:.2f}", (value, place), (4, 0), textcoords="offset points", va="center", fontsize=10
@@ -142,27 +150,24 @@ def models(rows: Sequence[Row]) -> Figure | None:
     line_at_one(axes, horizontal=False)
     axes.set_yticks(places, names)
     axes.invert_yaxis()
-    axes.set_xlim(0, max(*values, 1) * 1.1)
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel("time of the dense model ÷ time of the converted one")
-    axes.set_title("Whole models: above 1 the converted model is faster", loc="left")
-    return figure
+
+
+def save(figures: Mapping[str, Callable[[], Figure | None]], folder: Path) -> dict[str, Path]:
+    """Draw each figure that there are rows for into a file of its name; return the files written, by name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = {}
+    with matplotlib.rc_context({**STYLE, "backend": "agg"}):
+        for name, draw_figure in figures.items():
+            if (figure := draw_figure()) is not None:
+                written[name] = folder / f"{name}.png"
+                # No version or date in the file: the same rows give the same bytes.
+                figure.savefig(written[name], metadata={"Software": None})
+                plt.close(figure)
+    return written
 
 
 def draw(kernel_rows: Sequence[Row], model_rows: Sequence[Row], folder: Path) -> list[Path]:
     """Draw what there are rows for; return the files written."""
-    written = []
-    with matplotlib.rc_context(STYLE), matplotlib.rc_context({"backend": "agg"}):
-        figures = {
-            "linear": linear(kernel_rows),
-            "hashednet": hashednet(kernel_rows),
-            "models": models(model_rows),
-        }
-        for name, figure in figures.items():
-            if figure is not None:
-                path = folder / f"{name}.png"
-                # No version or date in the file: the same rows give the same bytes.
-                figure.savefig(path, metadata={"Software": None})
-                plt.close(figure)
-                written.append(path)
-    return written
+    drawn = {figure.__name__: partial(figure, kernel_rows) for figure in (linear, hashednet)}
+    return list(save({**drawn, "models": partial(models, model_rows)}, folder).values())

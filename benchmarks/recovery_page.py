@@ -1,4 +1,4 @@
-"""The results in docs/recovery.md, from the raw rows."""
+"""The results in docs/recovery.md from the raw rows of a finished measurement."""
 
 from __future__ import annotations
 
@@ -6,89 +6,65 @@ import math
 from pathlib import Path
 from typing import Any
 
-from benchmarks.recovery_runs import DENSE, RECOVERED, SCRATCH
-from benchmarks.signs_tasks import TASKS
-from benchmarks.stats import Difference, mean_and_error
+from benchmarks.documents import insert, measured_on, table
+from benchmarks.rows import FOLDER, Row, load, write
+from benchmarks.stats import mean_text, paired
 
-RESULTS = Path(__file__).parent / "results" / "recovery.json"
+RESULTS = FOLDER / "recovery.json"
 DOCUMENT = Path(__file__).parents[1] / "docs" / "recovery.md"
-BEGIN = "<!-- results: written by `python -m benchmarks.recovery` -->"
+BEGIN = "<!-- results: written by `python -m benchmarks.recovery_page` -->"
+DENSE, RECOVERED, SCRATCH = "dense", "recovered", "scratch"
 # A difference of a larger p is none.
 _UNCLEAR = 0.05
 
 
-def best_rate(rows: list[dict[str, Any]], task: str, ratio: float, arm: str) -> float | None:
-    """Return the learning rate with the best accuracy on held-out examples with the first seed; None before any."""
-    tried = [row for row in rows if (row["task"], row["ratio"], row["arm"], row["seed"]) == (task, ratio, arm, 0)]
-    return max(tried, key=lambda row: row["validation"])["lr"] if tried else None
+class Side:
+    """One side of a comparison: of each seed the row at the learning rate that was chosen.
+
+    The rate is the one of the best accuracy on held-out examples with the first seed.
+    """
+
+    def __init__(self, rows: list[Row], task: str, ratio: float, arm: str) -> None:
+        found = [row for row in rows if (row["task"], row["ratio"], row["arm"]) == (task, ratio, arm)]
+        self.lr = max((row for row in found if row["seed"] == 0), key=lambda row: row["validation"])["lr"]
+        self.by_seed = {row["seed"]: row for row in found if row["lr"] == self.lr}
+
+    def percent(self, name: str = "accuracy") -> dict[int, float]:
+        return {seed: 100 * row[name] for seed, row in self.by_seed.items()}
+
+    def seconds(self) -> str:
+        return f"{sum(row['seconds'] for row in self.by_seed.values()) / len(self.by_seed):.1f}"
+
+    def __str__(self) -> str:
+        steps = next(iter(self.by_seed.values()))["steps"]
+        return f"{mean_text(self.percent().values())} ({steps}, {self.seconds()}, {self.lr:g})"
 
 
-def by_seed(rows: list[dict[str, Any]], task: str, ratio: float, arm: str) -> dict[int, dict[str, Any]]:
-    """Return a cell's rows at the rate that was chosen."""
-    lr = best_rate(rows, task, ratio, arm)
-    return {
-        row["seed"]: row
-        for row in rows
-        if (row["task"], row["ratio"], row["arm"]) == (task, ratio, arm) and row["lr"] == lr
-    }
-
-
-def _percent(values: list[float]) -> str:
-    mean, error = mean_and_error(100 * value for value in values)
-    return f"{mean:.2f}" if len(values) < 2 else f"{mean:.2f} ± {error:.2f}"
-
-
-def _mean(rows: dict[int, dict[str, Any]], key: str) -> float:
-    return sum(row[key] for row in rows.values()) / len(rows)
-
-
-def markdown(result: dict[str, Any] | None) -> str:
-    """Return the results as a table and what it says; without any, that there are none."""
-    if result is None:
-        return "Not measured yet.\n"
+def markdown(result: dict[str, Any]) -> str:
+    """Return the results as a table and what it says."""
     rows, made, settings = result["rows"], result["machine"], result["settings"]
-    cells = sorted(
-        {(row["task"], row["ratio"]) for row in rows if row["arm"] != DENSE},
-        key=lambda cell: (TASKS.index(cell[0]), cell[1]),
-    )
-    versions = f"torch {made['torch']}" + (f", Triton {made['triton']}" if made["triton"] else "")
-    lines = [
+    tasks = {name: task["title"] for name, task in settings.items() if isinstance(task, dict)}
+    cells = {(list(tasks).index(row["task"]), row["ratio"], row["task"]) for row in rows if row["arm"] != DENSE}
+    lines, verdicts = [], []
+    for _, ratio, task in sorted(cells):
+        dense, ours, theirs = (Side(rows, task, *side) for side in ((1.0, DENSE), (ratio, RECOVERED), (ratio, SCRATCH)))
+        difference = paired(ours.percent(), theirs.percent())
+        named = [tasks[task], f"{ratio:g}", f"{mean_text(dense.percent().values())} ({dense.seconds()})"]
+        lines.append([*named, mean_text(ours.percent("projected").values()), str(ours), str(theirs), str(difference)])
+        unclear = math.isnan(difference.p) or difference.p > _UNCLEAR
+        what = "not to be told apart from" if unclear else "above" if difference.mean > 0 else "below"
+        verdicts.append(f"- {tasks[task]}, ratio {ratio:g}: recovered is {what} trained from scratch.")
+    about = (
         f"Test accuracy in %, mean ± standard error over seeds, from [the raw rows](../benchmarks/results/"
-        f"{RESULTS.name}): {made['device']}, {versions}, {made['date']}. Each side takes as many steps as "
-        f"{settings['seconds']:g} s allow by a timing of it beforehand (alignment included); in brackets are steps, "
-        f"the seconds that they then took, and the learning rate. `projected` is the recovered side before anything is "
-        f"done.",
-        "",
-        "| task | ratio | dense (s) | projected | recovered | from scratch | difference |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    verdicts = []
-    for task, ratio in cells:
-        dense, ours, theirs = (
-            by_seed(rows, task, each, arm) for each, arm in ((1.0, DENSE), (ratio, RECOVERED), (ratio, SCRATCH))
-        )
-        seeds = [seed for seed in ours if seed in theirs]
-        pairs = [100 * (ours[seed]["accuracy"] - theirs[seed]["accuracy"]) for seed in seeds]
-        difference = Difference(*mean_and_error(pairs), len(pairs) - 1) if pairs else None
-        title = settings[task]["title"]
-        lines.append(
-            f"| {title} | {ratio:g} | {_cell(dense)} ({_mean(dense, 'seconds'):.1f}) | "
-            f"{_percent([row['projected'] for row in ours.values()]) if ours else '–'} | "
-            f"{_side(ours)} | {_side(theirs)} | {difference or '–'} |"
-        )
-        if difference is not None:
-            unclear = math.isnan(difference.p) or difference.p > _UNCLEAR
-            what = "not to be told apart from" if unclear else "above" if difference.mean > 0 else "below"
-            verdicts.append(f"- {title}, ratio {ratio:g}: recovered is {what} trained from scratch.")
-    return "\n".join([*lines, "", *verdicts, ""])
+        f"{RESULTS.name}): {measured_on(made)}. The measurement is finished. The code that trained the models was that "
+        f"of roastify {made['roastify']}; it is in the git history (`git log -- benchmarks/recovery.py`). Each side "
+        f"takes as many steps as {settings['seconds']:g} s allow by a timing of it beforehand (alignment included); in "
+        f"brackets are steps, the seconds that they then took, and the learning rate. `projected` is the recovered "
+        f"side before anything is done."
+    )
+    head = ["task", "ratio", "dense (s)", "projected", "recovered", "from scratch", "difference"]
+    return "\n".join([about, "", *table(head, lines), "", *verdicts, ""])
 
 
-def _cell(rows: dict[int, dict[str, Any]]) -> str:
-    return _percent([row["accuracy"] for row in rows.values()]) if rows else "–"
-
-
-def _side(rows: dict[int, dict[str, Any]]) -> str:
-    if not rows:
-        return "–"
-    first = next(iter(rows.values()))
-    return f"{_cell(rows)} ({first['steps']}, {_mean(rows, 'seconds'):.1f}, {first['lr']:g})"
+if __name__ == "__main__":
+    write(DOCUMENT, insert(DOCUMENT.read_text(encoding="utf-8"), BEGIN, markdown(load(RESULTS))))

@@ -1,31 +1,33 @@
-"""What files of raw rows have in common: where a row was measured, and writing that a killed run survives."""
+"""Files of raw rows: where rows were measured, which cases a run measures, and writing whole files."""
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
-import platform
+import json
+import re
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import torch
 
-import roastify
+from roastify.checks import clocks
+
+Row = dict[str, Any]
+FOLDER = Path(__file__).parent / "results"
 
 
-def machine(device: str) -> dict[str, Any]:
-    on_gpu = torch.device(device).type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": importlib.metadata.version("triton") if on_gpu else None,
-        "cuda": torch.version.cuda if on_gpu else None,
-        "numpy": np.__version__,
-        "roastify": roastify.__version__,
-        "date": datetime.date.today().isoformat(),
-    }
+def machine(device: str | torch.device, *names: str) -> Row:
+    """Return what rows say of where they were measured: the entries that are named, or all that `roastify bench` has.
+
+    `device` (the GPU's name, or else the CPU's) and `numpy` can be named as well. An entry that the machine lacks is
+    None.
+    """
+    found = clocks.machine(torch.device(device))
+    more = {"device": found.get("gpu", found["cpu"]), "numpy": np.__version__, **found}
+    return {name: more.get(name) for name in names} if names else found
 
 
 def write(path: Path, text: str) -> None:
@@ -34,3 +36,109 @@ def write(path: Path, text: str) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
     part.replace(path)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Return what a file holds: its rows, and what it says of them all; no rows if there is no file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": []}
+
+
+def dump(path: Path, result: dict[str, Any]) -> None:
+    write(path, json.dumps(result, indent=1) + "\n")
+
+
+def dump_lines(path: Path, rows: Sequence[Row]) -> None:
+    """Write rows alone, one a line: thousands of numbers of curves would be a line each."""
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    write(path, f'{{"rows": [\n{lines}\n]}}\n')
+
+
+class Rows:
+    """The rows of a file, which is whole after every row that is added.
+
+    Args:
+        path: of the JSON file; None writes nothing.
+        machine: what the file says of where all its rows were measured, or None: every row says it itself.
+        same: the entries of `machine` that must agree for the rows of an earlier run to stay; default: all but the
+            date.
+        order: what rows are sorted by; default: nothing.
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        machine: Row | None = None,
+        same: Sequence[str] | None = None,
+        order: Callable[[Row], Any] | None = None,
+    ) -> None:
+        self.path, self.machine, self.order = path, machine, order
+        found = load(path) if path is not None else {"rows": []}
+        earlier = found.get("machine", {})
+        if machine is None:
+            same = ()
+        elif same is None:
+            same = [name for name in {**earlier, **machine} if name != "date"]
+        self.rows: list[Row] = found["rows"]
+        if any(earlier.get(name) != (machine or {}).get(name) for name in same):
+            if self.rows:
+                click.echo(f"{path} holds rows of another machine or other versions; they are replaced")
+            self.rows = []
+
+    def add(self, row: Row) -> None:
+        """Add a row, and write the file."""
+        self.rows.append(row)
+        if self.order is not None:
+            self.rows.sort(key=self.order)
+        if self.path is not None:
+            header = {} if self.machine is None else {"machine": self.machine}
+            dump(self.path, {**header, "rows": self.rows})
+
+
+class Cases(Rows):
+    """The rows of a file by their cases: a run measures some of these, and replaces their rows alone.
+
+    Args:
+        path: of the JSON file.
+        pattern: regular expression of cases.
+        minutes: after which no case begins.
+        machine: see `Rows`.
+    """
+
+    def __init__(self, path: Path, pattern: str, minutes: float, machine: Row | None = None) -> None:
+        super().__init__(path, machine)
+        self.minutes = minutes
+        self.measured: list[Row] = []
+        self.left: list[str] = []
+        self._pattern = re.compile(pattern)
+        self._end = time.perf_counter() + minutes * 60
+        self._known: list[str] = []
+
+    def wanted(self, case: str) -> bool:
+        """Whether a case was asked for and can still begin; a case for which no time is left is noted."""
+        self._known.append(case)
+        if not self._pattern.search(case):
+            return False
+        if time.perf_counter() < self._end:
+            return True
+        self.left.append(case)
+        return False
+
+    def add(self, row: Row, said: str = "") -> None:
+        """Keep a row in place of an earlier one of its case, write the file, and print what is said of the row."""
+        self.rows = [other for other in self.rows if other["case"] != row["case"]]
+        super().add(row)
+        self.measured.append(row)
+        click.echo(f"{row['case']}: {row.get('failure') or said}")
+
+    def close(self) -> None:
+        """Say where the rows are and what was left.
+
+        Raises:
+            click.UsageError: no case was asked for.
+        """
+        if self.measured:
+            click.echo(f"written to {self.path}")
+        if self.left:
+            click.echo(f"not begun within {self.minutes:g} minutes: {', '.join(self.left)}")
+        if not self.measured and not self.left:
+            raise click.UsageError(f"no case matches {self._pattern.pattern!r}; the cases are {', '.join(self._known)}")

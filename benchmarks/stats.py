@@ -1,8 +1,9 @@
-"""Means, paired differences, and what can be told from zero."""
+"""Medians, means, paired differences, and what can be told from zero."""
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -14,6 +15,21 @@ def mean_and_error(values: Iterable[float]) -> tuple[float, float]:
     array = np.array(list(values), dtype=np.float64)
     error = array.std(ddof=1) / math.sqrt(len(array)) if len(array) > 1 else math.nan
     return float(array.mean()), float(error)
+
+
+def mean_text(values: Iterable[float]) -> str:
+    """Return a mean and its standard error as the tables have it; of a single value the mean alone."""
+    found = list(values)
+    if not found:
+        return "–"
+    mean, error = mean_and_error(found)
+    return f"{mean:.2f}" if math.isnan(error) else f"{mean:.2f} ± {error:.2f}"
+
+
+def quartiles(times: Sequence[float], unit: str = "ms", count: str = "runs") -> dict[str, float]:
+    """Return what a raw row says of some times: median, quartiles and how many they are."""
+    low, median, high = statistics.quantiles(times, n=4) if len(times) > 1 else (times[0],) * 3
+    return {f"median_{unit}": median, f"q1_{unit}": low, f"q3_{unit}": high, count: len(times)}
 
 
 def two_sided_p(t: float, degrees: int) -> float:

@@ -1,23 +1,22 @@
-"""How the GPU benchmarks measure: graphs of many calls, replayed in turn; and what this machine's memory and units do.
+"""How the GPU benchmarks measure time, and how fast this GPU's memory and units are at best.
 
-A graph holds calls on different layers in a row, so that launches cost what they cost in a model and a dense weight
-comes from memory as it does there. The sides of a comparison alternate, so that all see the same clocks.
+A measurement replays graphs of many calls. A graph holds calls on different layers in a row, so that launches cost what
+they cost in a model and a dense weight comes from memory as it does there. The sides of a comparison alternate, so that
+all see the same clocks.
 """
 
 from __future__ import annotations
 
 import contextlib
-import datetime
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import triton
 import triton.language as tl
 
-import roastify
+from benchmarks.stats import quartiles
 
 Call = Callable[[], object]
 MOST_RUNS = 40
@@ -81,19 +80,13 @@ def replay_us(graphs: Mapping[str, Replayable], most: int, seconds: float = SECO
     return times
 
 
-def spread(times: Sequence[float]) -> dict[str, float]:
-    """Return the median, the quartiles and the number of runs."""
-    low, median, high = statistics.quantiles(times, n=4) if len(times) > 1 else (times[0],) * 3
-    return {"median_us": median, "q1_us": low, "q3_us": high, "runs": len(times)}
-
-
 def measure(
     sides: Mapping[str, Sequence[Call]], most: int = MOST_RUNS, graph: bool = True
 ) -> dict[str, dict[str, float]]:
     """Time one call of each side: medians and quartiles, in microseconds, over the calls in a row."""
     graphs = {name: graphed(calls) if graph else Eager(calls) for name, calls in sides.items()}
     times = replay_us(graphs, most)
-    return {name: spread([value / len(sides[name]) for value in values]) for name, values in times.items()}
+    return {name: quartiles([value / len(sides[name]) for value in values], "us") for name, values in times.items()}
 
 
 @contextlib.contextmanager
@@ -157,15 +150,3 @@ def ceilings() -> dict[str, float]:
         found[f"{name}_tflop_s"] = 2 * 8192**3 / product["median_us"] / 1e6
     torch.cuda.empty_cache()
     return found
-
-
-def machine() -> dict[str, Any]:
-    """Return what a raw row must say about where it was measured."""
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": torch.version.cuda,
-        "roastify": roastify.__version__,
-        "date": datetime.date.today().isoformat(),
-    }

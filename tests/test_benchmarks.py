@@ -23,7 +23,7 @@ pytest.importorskip("triton")
 
 from triton.runtime.errors import OutOfResources  # noqa: E402
 
-from benchmarks import cases, contest, hashednet, kernels, layers, page, plots, timing  # noqa: E402
+from benchmarks import cases, contest, hashednet, kernels, layers, page, plots, stats, timing  # noqa: E402
 from benchmarks.hashednet import Blocks, Hashed  # noqa: E402
 
 # The interpreter computes with NumPy, whose integers warn where a hash wraps on purpose.
@@ -187,11 +187,11 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         for calls in sides.values():
             for call in calls:
                 call()
-        return {name: timing.spread([TIMES[name]] * most) for name in sides}
+        return {name: stats.quartiles([TIMES[name]] * most, "us") for name in sides}
 
     shape = (200, 130)
     monkeypatch.setattr(timing, "measure", measure)
-    monkeypatch.setattr(timing, "machine", lambda: dict(MACHINE))
+    monkeypatch.setattr(kernels, "machine", lambda *_: dict(MACHINE))
     monkeypatch.setattr(timing, "ceilings", lambda: dict(CEILINGS))
     monkeypatch.setattr(layers, "l2_bytes", lambda: 1 << 10)
     monkeypatch.setattr(layers, "_MOST_IN_A_ROW", 3)
@@ -270,7 +270,7 @@ def test_rows_of_other_regimes_stay_only_beside_the_same_machine(
     run("--regime", "float32,training", "--output", str(path))
     regimes = [row["regime"] for row in json.loads(path.read_text())["rows"]]
     assert regimes == ["float32"] * 2 + ["training"] + ["memory"] * 8
-    monkeypatch.setattr(timing, "machine", lambda: MACHINE | {"gpu": "another"})
+    monkeypatch.setattr(kernels, "machine", lambda *_: MACHINE | {"gpu": "another"})
     run("--regime", "training", "--output", str(path))
     assert [row["regime"] for row in json.loads(path.read_text())["rows"]] == ["training"]
 
@@ -294,7 +294,7 @@ def test_the_page_tells_of_whole_models(tmp_path: Path) -> None:
     models = [row | sides, row | {"case": "another", "failed": "no memory"}]
     linear = {"regime": "linear", "shape": [2, 2], "pool_mb": 1, "rows": 1, "sign": "row", "dtype": "x", "layers": 16}
     kernels_found = {"machine": machine, "rows": [linear], "notes": ["What a reader must know."]}
-    document = page.markdown(kernels_found, {"machine": {}, "rows": models})
+    document = page.markdown(kernels_found, {"machine": {"gpu": "a GPU"}, "rows": models})
     assert "| llama | decoding step | 1 | 50 | 44.0 | 3.000 | 2.500 | 1.20 | 1.5 missed | 2000 | 50 |" in document
     assert "failed: no memory" in document and "What a reader must know." in document
     assert [path.name for path in plots.draw([], models, tmp_path)] == ["models.png"]

@@ -169,14 +169,14 @@ def test_reviews_of_one_kind_are_refused(tmp_path: Path) -> None:
         data.read_reviews(tmp_path)
 
 
-def test_a_class_that_training_has_not_is_refused(tmp_path: Path) -> None:
+def test_a_class_without_training_images_is_refused(tmp_path: Path) -> None:
     write_folders(tmp_path)
     for name in (".ipynb_checkpoints", "zebra"):
         (tmp_path / "test" / name).mkdir()
     (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
     check(data.read_images(tmp_path), True)
     (tmp_path / "test" / "zebra" / "1.png").write_bytes(as_file(pictures(1)[0], "PNG"))
-    with pytest.raises(click.ClickException, match=r"test has the classes zebra, which .*train has not"):
+    with pytest.raises(click.ClickException, match=r"test has the classes zebra, that .*train lacks"):
         data.read_images(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Accuracy against stored parameters: trains models from scratch, ours and rivals, and adds their rows to a file.
+"""Trains models of as many stored parameters from scratch, ours and rivals, and records their rows.
 
 Every finished run goes to benchmarks/results/accuracy.json at once, and a run that has a row is not made again, so a
 campaign is resumed by the same command. `python -m benchmarks.accuracy.page` writes docs/accuracy.md from the rows.
@@ -13,7 +13,6 @@ import contextlib
 import fcntl
 import hashlib
 import itertools
-import json
 import math
 import os
 import tempfile
@@ -32,8 +31,8 @@ from benchmarks.accuracy.campaign import Campaign, Failure
 from benchmarks.accuracy.groups import GROUPS
 from benchmarks.accuracy.methods import METHODS, check_changes
 from benchmarks.accuracy.runs import Run, of_row
-from benchmarks.accuracy.table import RESULTS, read_rows
-from benchmarks.rows import write
+from benchmarks.accuracy.table import RESULTS
+from benchmarks.rows import Row, dump_lines, load
 
 OUT = Path(__file__).parents[2] / "out"
 PER_GPU = 3
@@ -105,12 +104,6 @@ def devices_of(device: str | None, gpus: int | None, workers: int | None) -> lis
     return [f"cuda:{index % used}" for index in range(workers or PER_GPU * used)]
 
 
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """One line a row: thousands of numbers of curves would be a line each."""
-    lines = ",\n".join(json.dumps(row) for row in rows)
-    write(path, f'{{"rows": [\n{lines}\n]}}\n')
-
-
 @contextlib.contextmanager
 def alone(out: Path) -> Iterator[None]:
     """Keep other campaigns from the same rows: each writes all that it knows of.
@@ -130,14 +123,14 @@ def alone(out: Path) -> Iterator[None]:
         yield
 
 
-def rows_in(path: Path, smoke: bool) -> list[dict[str, Any]]:
+def rows_in(path: Path, smoke: bool) -> list[Row]:
     """Return a file's rows.
 
     Raises:
         click.ClickException: it holds something else, or rows of a smoke test beside others.
     """
     try:
-        rows = read_rows(path)
+        rows: list[Row] = load(path)["rows"]
         for row in rows:
             of_row(row)
         mixed = any(row["smoke"] != smoke for row in rows)
@@ -151,7 +144,7 @@ def rows_in(path: Path, smoke: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def outcome_text(row: dict[str, Any]) -> str:
+def outcome_text(row: Row) -> str:
     if "unreachable" in row:
         return f"not reachable: {row['unreachable']}"
     captured = "" if row["captured"] or row["machine"]["cuda"] is None else ", without a CUDA graph"
@@ -244,7 +237,7 @@ def main(
                 failed.append(run)
                 progress.console.print(f"{run} failed:\n{outcome.text}", markup=False)
                 continue
-            write_rows(out, campaign.rows)
+            dump_lines(out, campaign.rows)
             progress.console.print(f"[{time.time() - begun:4.0f} s] {run}: {outcome_text(outcome)}", markup=False)
         progress.advance(bar, len(campaign.unchanged))
     done = len(runs) - len(failed) - len(campaign.skipped) - len(campaign.unchanged)

@@ -1,4 +1,4 @@
-"""Many runs on all GPUs: worker processes, one run at a time each, in the order of importance, within a time."""
+"""Many runs on all GPUs: each worker process makes one run at a time, the most important first."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from typing import Any
 import torch
 
 from benchmarks.accuracy import inputs, trials
-from benchmarks.accuracy.runs import Run, of_row
+from benchmarks.accuracy.runs import Run, asked_of_row, of_row
 from benchmarks.accuracy.step import CaptureError
 from benchmarks.accuracy.tasks import Task
 from benchmarks.accuracy.training import train
+from benchmarks.rows import Row
 
-Row = dict[str, Any]
 # What may come on top of a run's expected time before it counts as not to end in time.
 _MARGIN = 1.1
 _RECENT = 4
@@ -44,12 +44,6 @@ def attempt(run: Run, task: Task, folder: Path, device: str, graph: bool) -> Row
         return Failure(traceback.format_exc(), in_capture=True)
     except Exception:
         return Failure(traceback.format_exc())
-
-
-def _asked(row: Mapping[str, Any]) -> Run:
-    """Return the run, without a rate, whose trials chose a row's."""
-    run = of_row(row)
-    return dataclasses.replace(run, rate=None, epochs=run.epochs if row["epochs_asked"] else None)
 
 
 def set_up(device: str, threads: int) -> None:
@@ -150,7 +144,9 @@ class Campaign:
 
         One with a rate has none.
         """
-        return [row for row in self.rows if row.get("tuned") and row["scale"] == self.scale and _asked(row) == asked]
+        return [
+            row for row in self.rows if row.get("tuned") and row["scale"] == self.scale and asked_of_row(row) == asked
+        ]
 
     def _with_epochs(self, run: Run) -> Run:
         """Return a run whose rate is given with the most epochs of its task's grid, unless they are given too."""

@@ -1,4 +1,4 @@
-"""A task's data on the device, prepared once, and batches made there: order, crops, mirrors and holes are tensors."""
+"""A task's data on the device, and the batches that are made there, augmentation included."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""The raw rows → docs/accuracy.md, its pictures and the README's table: `python -m benchmarks.accuracy.page`."""
+"""Writes docs/accuracy.md, its pictures and the README's table of accuracy from the raw rows."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import click
@@ -12,13 +12,13 @@ import click
 from benchmarks.accuracy import picture, readme, trials
 from benchmarks.accuracy.methods import METHODS
 from benchmarks.accuracy.runs import Run, of_row
-from benchmarks.accuracy.table import RESULTS, Row, Table, final, read_rows
+from benchmarks.accuracy.table import RESULTS, Row, Table, final
 from benchmarks.accuracy.tasks import TASKS
 from benchmarks.accuracy.teacher import TEMPERATURE
 from benchmarks.accuracy.verdicts import IMAGE_VARIANTS, TEXT_VARIANT, not_hashed, verdicts
-from benchmarks.marks import insert
-from benchmarks.rows import write
-from benchmarks.stats import Difference, mean_and_error, p_text, paired, sign_flip_p
+from benchmarks.documents import insert
+from benchmarks.rows import load, write
+from benchmarks.stats import Difference, mean_and_error, mean_text, p_text, paired, sign_flip_p
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "accuracy.md"
 IMAGES = DOCUMENT.parent / "images"
@@ -86,19 +86,17 @@ WHEN_NOT = """
 
 
 def table_lines(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+    """Return the lines of a table and an empty one."""
+    return [*(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)), ""]
 
 
-def mean_text(values: Sequence[float]) -> str:
-    mean, error = mean_and_error(values)
-    return f"{mean:.2f}" if math.isnan(error) else f"{mean:.2f} ± {error:.2f}"
+def section(title: str, text: str) -> list[str]:
+    return [f"## {title}", "", *text.strip().splitlines(), ""]
 
 
-def seeds_text(values: Sequence[float]) -> str:
+def seeds_text(values: Collection[float]) -> str:
     """Return the mean over seeds, their number in brackets where it is not three."""
-    if not values:
-        return "–"
-    return mean_text(values) + ("" if len(values) == 3 else f" ({len(values)})")
+    return mean_text(values) + ("" if len(values) in (0, 3) else f" ({len(values)})")
 
 
 def described(table: Table) -> str:
@@ -119,38 +117,31 @@ def comparison(table: Table, task: str) -> Iterator[str]:
     one = table.accuracies(task, "ours", 1.0)
     size = table.stored(task, "dense", 1.0)
     epochs = sorted({row["epochs"] for row in table.chosen if row["task"] == task})
-    yield f"## {TASKS[task].title}"
-    yield ""
+    yield from [f"## {TASKS[task].title}", ""]
     if dense:
-        at_one = f"; through roastify at ratio 1 {mean_text(list(one.values()))}" if one else ""
+        at_one = f"; through roastify at ratio 1 {mean_text(one.values())}" if one else ""
         yield (
-            f"The dense model of {size:,} parameters: {mean_text(list(dense.values()))} %{at_one}. "
+            f"The dense model of {size:,} parameters: {mean_text(dense.values())} %{at_one}. "
             f"{' or '.join(map(str, epochs))} epochs. Mean ± standard error over seeds, their number in brackets where "
             f"it is not three."
         )
         yield ""
-    yield f"![Accuracy against stored parameters]({IMAGES.name}/accuracy-{task}.png)"
-    yield ""
-    rows = []
-    for method in table.methods(task):
-        if METHODS[method].kind == "dense":
-            continue
-        cells = [_cell(table, task, method, ratio) for ratio in ratios]
-        rows.append([METHODS[method].title, *cells])
+    yield from [f"![Accuracy against stored parameters]({IMAGES.name}/accuracy-{task}.png)", ""]
+    rows = [
+        [METHODS[method].title, *(_cell(table, task, method, ratio) for ratio in ratios)]
+        for method in table.methods(task)
+        if METHODS[method].kind != "dense"
+    ]
     if ratios:
-        asked = [f"ratio {ratio:g}" for ratio in ratios]
-        yield from table_lines(["method", *asked], rows)
+        yield from table_lines(["method", *(f"ratio {ratio:g}" for ratio in ratios)], rows)
         stored = [f"{value:,}" if (value := table.stored(task, "ours", ratio)) else "–" for ratio in ratios]
-        yield ""
-        yield f"roastify stores {', '.join(stored)} parameters."
-        yield ""
+        yield from [f"roastify stores {', '.join(stored)} parameters.", ""]
 
 
 def _cell(table: Table, task: str, method: str, ratio: float) -> str:
     if (task, method, ratio) in table.unreachable:
         return "not reachable"
-    values = list(table.accuracies(task, method, ratio).values())
-    text = seeds_text(values)
+    text = seeds_text(table.accuracies(task, method, ratio).values())
     best = table.best(task, ratio, lambda name: METHODS[name].kind != "dense")
     return f"**{text}**" if best and best[0] == method else text
 
@@ -167,7 +158,6 @@ def against(table: Table, other: str, least_ratio: float) -> Iterator[str]:
         total = f"{sum(flat) / len(flat):+.2f} (p = {sign_flip_p(flat):.2g})"
         rows.append(["all", "", str(len(flat)), total])
         yield from table_lines(["task", "ratio", "seeds", f"roastify − {METHODS[other].title}"], rows)
-        yield ""
 
 
 def experiments(table: Table) -> Iterator[str]:
@@ -178,29 +168,20 @@ def experiments(table: Table) -> Iterator[str]:
         beside.append((row, what, table.accuracies(row["task"], row["method"], float(row["ratio"])).get(row["seed"])))
     rows, held_out = _lines(beside), _lines(_held_out(table))
     if rows or held_out:
-        yield "## The recipe"
-        yield ""
-        yield from RECIPE.strip().splitlines()
-        yield ""
+        yield from section("The recipe", RECIPE)
     head = [*NAMED, "stored", "accuracy", "difference"]
     if rows:
-        yield "The last column is the accuracy less that of the same seeds in the comparison above."
-        yield ""
+        yield from ["The last column is the accuracy less that of the same seeds in the comparison above.", ""]
         yield from table_lines(head, rows)
-        yield ""
     if held_out:
         yield (
             "Shorter runs, judged on held-out training examples, by which settings are chosen; the last column is the "
             "accuracy less that of the unchanged recipe."
         )
-        yield ""
-        yield from table_lines(head, held_out)
-        yield ""
+        yield from ["", *table_lines(head, held_out)]
     if rates := list(_rates(table)):
-        yield "Learning rates, likewise judged on held-out examples."
-        yield ""
+        yield from ["Learning rates, likewise judged on held-out examples.", ""]
         yield from table_lines(["task", "method", "ratio", "change", "epochs", "rate: accuracy"], rates)
-        yield ""
 
 
 def _rates(table: Table) -> Iterator[list[str]]:
@@ -226,15 +207,11 @@ def distilled(table: Table) -> Iterator[str]:
         row = _first(with_teacher)
         found, without = ({seed: final(row) for seed, row in by_seed.items()} for by_seed in (with_teacher, alone))
         teachers = [100 * row["teacher_accuracy"] for row in with_teacher.values()]
-        texts = [seeds_text(list(values)) for values in (found.values(), without.values(), teachers)]
+        texts = [seeds_text(values) for values in (found.values(), without.values(), teachers)]
         rows.append([*_named(row, _changes(row)), *texts, str(paired(found, without) or "–")])
     if rows:
-        yield "## Distilled from the dense model"
-        yield ""
-        yield from DISTILLED.strip().splitlines()
-        yield ""
+        yield from section("Distilled from the dense model", DISTILLED)
         yield from table_lines([*NAMED, "accuracy", "labels alone", "teacher", "difference"], rows)
-        yield ""
 
 
 def _first(by_seed: Mapping[int, Row]) -> Row:
@@ -258,7 +235,7 @@ def _lines(experiments: Iterable[tuple[Row, str, float | None]]) -> list[list[st
         if same is not None:
             unchanged[row["seed"]] = same
     return [
-        [*named, f"{row['stored']:,}", seeds_text(list(accuracies.values())), str(paired(accuracies, unchanged) or "–")]
+        [*named, f"{row['stored']:,}", seeds_text(accuracies.values()), str(paired(accuracies, unchanged) or "–")]
         for named, (row, accuracies, unchanged) in found.items()
     ]
 
@@ -305,21 +282,16 @@ def choices(table: Table) -> Iterator[str]:
         best = f"{chosen.rate:g}" if TASKS[task].trial_epochs else f"{chosen.rate:g}, {chosen.epochs} epochs"
         rows.append([TASKS[task].title, METHODS[method].title, f"{ratio:g}", "; ".join(texts), best])
     if rows:
-        yield "## What was chosen"
-        yield ""
         ratios = " and ".join(f"{ratio:g}" for ratio in trials.RATIOS)
-        yield (
+        about = (
             f"Held-out accuracy of each trial. Ratio 1 takes the dense model's choice; ratios beside {ratios} that of "
             f"the nearer of these."
         )
-        yield ""
+        yield from section("What was chosen", about)
         yield from table_lines(["task", "method", "ratio", "tried", "chosen"], rows)
-        yield ""
     if otherwise := list(_longer_choices(table)):
         yield "Longer runs, of one seed and judged on the same examples, put another candidate first:"
-        yield ""
-        yield from otherwise
-        yield ""
+        yield from ["", *otherwise, ""]
 
 
 def _longer_choices(table: Table) -> Iterator[str]:
@@ -368,23 +340,20 @@ def markdown(rows: Sequence[Row]) -> str:
     table = Table(rows)
     lines = ["# Accuracy against stored parameters", "", described(table), "", "## What was to be shown", ""]
     found = [[verdict.aim, verdict.found, verdict.text] for verdict in verdicts(table)]
-    lines += [*table_lines(["aim", "found", ""], found), ""]
+    lines += table_lines(["aim", "found", ""], found)
     for task in table.tasks():
         lines += comparison(table, task)
     # At ratio 1 no kernel has a basis.
     pairs = [*against(table, "local", 10.0), *against(table, "plain", 1.0), *against(table, "whole", 2.0)]
     if pairs:
-        title = "## One pool or many; the preconditioner; kernels from a basis"
-        lines += [title, "", *SHARING.strip().splitlines(), "", *pairs]
-    lines += ["## When not to use roastify", "", *WHEN_NOT.strip().splitlines(), ""]
-    lost = list(losses(table))
-    if lost:
+        lines += [*section("One pool or many; the preconditioner; kernels from a basis", SHARING), *pairs]
+    lines += section("When not to use roastify", WHEN_NOT)
+    if lost := list(losses(table)):
         lines += ["Where something else with as many stored parameters was more accurate:", "", *lost, ""]
     lines += experiments(table)
     lines += distilled(table)
     batches = ", ".join(f"{TASKS[task].batch} ({TASKS[task].title})" for task in table.tasks())
-    lines += ["## Method", "", *METHOD.strip().format(batches=batches).splitlines(), ""]
-    lines += choices(table)
+    lines += [*section("Method", METHOD.format(batches=batches)), *choices(table)]
     return "\n".join(lines)
 
 
@@ -393,7 +362,7 @@ def markdown(rows: Sequence[Row]) -> str:
 @click.option("--document", type=click.Path(dir_okay=False, path_type=Path), default=DOCUMENT)
 def main(path: Path, document: Path) -> None:
     """Write the page and its pictures from the raw rows; beside the page in docs/, the README's table too."""
-    rows = read_rows(path)
+    rows = load(path)["rows"]
     if not rows:
         raise click.ClickException(f"{path} holds no rows; python -m benchmarks.accuracy makes them")
     if document == DOCUMENT and any(row["smoke"] for row in rows):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
-import matplotlib
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from benchmarks.accuracy.methods import METHODS
 from benchmarks.accuracy.table import Table
 from benchmarks.accuracy.tasks import TASKS
-from benchmarks.plots import COLOURS, MARKERS, STYLE
+from benchmarks.plots import COLOURS, MARKERS, save
 from benchmarks.stats import mean_and_error
 
 # Ours in front, in the first colour; the others by their kind.
@@ -69,14 +69,5 @@ def _line(axes: Axes, table: Table, task: str, method: str) -> None:
 
 def draw(table: Table, folder: Path) -> list[Path]:
     """Draw every task that there are rows for; return the files written."""
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    with matplotlib.rc_context(STYLE), matplotlib.rc_context({"backend": "agg"}):
-        for task in table.tasks():
-            figure = compare(table, task)
-            path = folder / f"accuracy-{task}.png"
-            # No version or date in the file: the same rows give the same bytes.
-            figure.savefig(path, metadata={"Software": None})
-            plt.close(figure)
-            written.append(path)
-    return written
+    figures = {f"accuracy-{task}": partial(compare, table, task) for task in table.tasks()}
+    return list(save(figures, folder).values())

@@ -1,4 +1,4 @@
-"""The raw rows → the README's table of accuracy."""
+"""The README's table of accuracy, from the raw rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rivals without hashing: a smaller model of the same kind, and low-rank factors in the place of weights."""
+"""Rivals without hashing: a smaller model of the same kind, and low-rank factors of the weights."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from torch import Tensor, nn
 from benchmarks.accuracy import nets
 from benchmarks.accuracy.budget import TOLERANCE, UnreachableError, largest
 from benchmarks.accuracy.tasks import Task
-
-# A text model of the whole vocabulary that would be no wider than this gives up words instead.
 
 
 def smaller_image_net(task: Task, target: int) -> nn.Module:

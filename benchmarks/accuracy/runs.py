@@ -60,3 +60,11 @@ def of_row(row: Mapping[str, Any]) -> Run:
     fields = {field.name: row[field.name] for field in dataclasses.fields(Run)}
     changes = ((name, tuple(value) if isinstance(value, list) else value) for name, value in row["changes"].items())
     return Run(**{**fields, "changes": tuple(sorted(changes))})
+
+
+def asked_of_row(row: Mapping[str, Any]) -> Run:
+    """Return what was asked for: the row's run, without the rate and the epochs that its trials chose."""
+    run = of_row(row)
+    if not row["tuned"]:
+        return run
+    return dataclasses.replace(run, rate=None, epochs=run.epochs if row["epochs_asked"] else None)

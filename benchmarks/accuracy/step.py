@@ -1,4 +1,4 @@
-"""A training step all of whose inputs lie on the device, so that one CUDA graph holds it from batch to optimizer."""
+"""A training step whose inputs lie on the device, so that one CUDA graph holds all of it."""
 
 from __future__ import annotations
 

@@ -1,27 +1,22 @@
-"""The raw rows as a table: of every cell (task, method, ratio) its accuracy by seed, in percent."""
+"""The raw rows as a table: for every task, method and ratio the accuracy by seed, in percent."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy.methods import METHODS
 from benchmarks.accuracy.runs import Run, of_row
 from benchmarks.accuracy.tasks import TASKS
+from benchmarks.rows import FOLDER
 from benchmarks.stats import Difference, mean_and_error, paired
 
-RESULTS = Path(__file__).parents[1] / "results" / "accuracy.json"
+RESULTS = FOLDER / "accuracy.json"
 Row = Mapping[str, Any]
 Cell = tuple[str, str, float]
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
 
 
 def final(row: Row) -> float:

@@ -1,4 +1,7 @@
-"""The trained dense model: what a run may learn from beside labels (Hinton et al. 2015), and may start from."""
+"""The trained dense model, from which a run may learn beside labels and may start.
+
+Learning from it is distillation (Hinton, Vinyals, Dean, 2015).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One run from initial values to its row."""
+"""One training run, from its initial values to its row."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ from benchmarks.rows import machine
 
 # Part of the steps in which the step size grows; then it falls to zero, both in a line.
 WARM_UP = 0.2
+# What a row says of where it was measured.
+MACHINE = ("device", "python", "torch", "triton", "cuda", "numpy", "roastify", "date")
 # Examples judged at a time.
 _JUDGED = 2000
 
@@ -191,7 +193,7 @@ def train(run: Run, task: Task, folder: Path, device: str, graph: bool = True) -
         teacher = teacher_of(run, task, weights, device) if run.change("distill") is not None else None
     # Only now: training the dense model is no part of what further such runs take.
     begun = time.perf_counter()
-    row = {**as_row(run), "allowed": methods.target(task, run.ratio), "machine": machine(device)}
+    row = {**as_row(run), "allowed": methods.target(task, run.ratio), "machine": machine(device, *MACHINE)}
     try:
         trained = fit(run, task, folder, device, graph, teacher, start)
     except UnreachableError as error:

@@ -1,4 +1,4 @@
-"""How each method gets its step size: short runs judged on held-out training examples, the same number for all."""
+"""How each method gets its step size: by short runs that are judged on held-out training examples."""
 
 from __future__ import annotations
 

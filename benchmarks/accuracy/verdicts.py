@@ -1,4 +1,4 @@
-"""What the measurement was to show, and whether it does."""
+"""The aims of the accuracy measurement, and whether each is met."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.training`: what training costs on this machine, on one GPU or, under torchrun, on several.
+"""Measures what training costs on this machine, on one GPU or, under torchrun, on several.
 
     python -m benchmarks.training
     torchrun --standalone --nproc-per-node 2 -m benchmarks.training --distributed
@@ -14,9 +14,10 @@ from pathlib import Path
 import click
 import torch
 
+from benchmarks.rows import FOLDER, Cases
 from benchmarks.training import distributed, single, tasks
-from benchmarks.training.rows import RESULTS, Rows
-from roastify.checks import clocks
+
+RESULTS = FOLDER / "training.json"
 
 
 @click.command()
@@ -36,7 +37,7 @@ def main(several: bool, only: str, smoke: bool, steps: int, minutes: float, devi
         chosen = tasks.DISTRIBUTED_SMOKE_TASKS if smoke else tasks.DISTRIBUTED_TASKS
         distributed.measure(output, only, minutes, chosen, kind, steps)
         return
-    rows = Rows(output, only, minutes, clocks.machine(torch.device(kind)))
+    rows = Cases(output, only, minutes)
     single.measure(rows, tasks.SMOKE_TASKS if smoke else tasks.TASKS, torch.device(kind), steps)
     rows.close()
 

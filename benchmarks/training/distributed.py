@@ -23,9 +23,11 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import roastify
+from benchmarks.models import free
+from benchmarks.rows import Cases, Row
+from benchmarks.stats import quartiles
 from benchmarks.training.collectives import CountBytes
-from benchmarks.training.rows import Row, Rows
-from benchmarks.training.step import IN_A_ROW, Training, allocated, free, in_a_row, prepare_libraries, spread
+from benchmarks.training.step import IN_A_ROW, Training, allocated, in_a_row, prepare_libraries
 from benchmarks.training.tasks import Task
 from roastify.checks import clocks
 
@@ -94,7 +96,7 @@ def processes(kind: str) -> Iterator[Processes]:
 def measure(output: Path, only: str, minutes: float, tasks: dict[str, Task], kind: str, steps: int) -> None:
     """Measure the cases that were asked for, on as many GPUs as torchrun has started processes for."""
     with processes(kind) as several:
-        rows = Rows(output, only, minutes, clocks.machine(several.device)) if several.rank == 0 else None
+        rows = Cases(output, only, minutes) if several.rank == 0 else None
         prepare_libraries(several.device)
         for name, task in tasks.items():
             _Measurement(several, rows, name, task, steps).run()
@@ -106,7 +108,7 @@ def measure(output: Path, only: str, minutes: float, tasks: dict[str, Task], kin
 class _Measurement:
     """The cases of one model."""
 
-    def __init__(self, several: Processes, rows: Rows | None, name: str, task: Task, steps: int) -> None:
+    def __init__(self, several: Processes, rows: Cases | None, name: str, task: Task, steps: int) -> None:
         self.several, self.rows, self.name, self.task, self.steps = several, rows, name, task, steps
         self.models: dict[str, nn.Module] = {}
         self.expected: dict[tuple[str, int], list[float]] = {}
@@ -154,25 +156,27 @@ class _Measurement:
             return
         row: Row = {"case": case, "task": self.name, "kind": kind, "gpus": size, "side": side}
         row |= {"shape": self.task.shape, "dtype": "bfloat16 autocast"}
+        made = {"machine": clocks.machine(self.several.device)}
         failed = [other for other in everyone if "failure" in other]
         if failed:
-            self.rows.add({**row, "failure": failed[0]["failure"]})
+            self.rows.add({**row, "failure": failed[0]["failure"], **made})
             return
         row |= everyone[0]
         if row["peak"] is not None:
             row["peak"] = max(other["peak"] for other in everyone)
         per_second = self.task.size * 1e3 / row["median_ms"]
-        row |= {"throughput": size * per_second, "said": f"{row['median_ms']:.2f} ms a step"}
+        row |= {"throughput": size * per_second}
+        said = f"{row['median_ms']:.2f} ms a step"
         if kind == ALONE:
             self.alone[side] = row
         else:
-            row |= self._against_one(row, per_second, size, side)
-        self.rows.add(row)
+            found, said = self._against_one(row, said, per_second, size, side)
+            row |= found
+        self.rows.add({**row, **made}, said)
 
-    def _against_one(self, row: Row, per_second: float, size: int, side: str) -> Row:
-        """Compare a case with the same side on one GPU, if that was measured in this run."""
+    def _against_one(self, row: Row, said: str, per_second: float, size: int, side: str) -> tuple[Row, str]:
+        """Compare a case with the same side on one GPU, if that was measured in this run; say so."""
         found: Row = {"efficiency": None, "loss_error": None, "loss_tolerance": TOLERANCE}
-        said = row["said"]
         if side in self.alone:
             found["efficiency"] = per_second / self.alone[side]["throughput"]
             said += f", efficiency {found['efficiency']:.3f}"
@@ -182,7 +186,7 @@ class _Measurement:
             found |= {"expected_losses": expected, "loss_error": max(errors)}
             said += f", losses within {max(errors):.1e}"
         counted = ", ".join(f"{kind} {size / 1e6:.1f} MB" for kind, size in row["bytes"].items())
-        return {**found, "said": f"{said}, {counted or 'collectives not seen'}"}
+        return found, f"{said}, {counted or 'collectives not seen'}"
 
     def _alone(self, side: str) -> Row:
         """Measure one GPU by itself; its losses on the joint batches are what several GPUs are held to."""
@@ -230,7 +234,7 @@ class _Measurement:
                 dist.barrier(group)
             times += in_a_row(training.step, device)
         peak = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else None
-        return {**spread(times), "peak": peak}
+        return {**quartiles(times, count="steps"), "peak": peak}
 
 
 def _shard(model: nn.Module, blocks: str, group: Any, device: torch.device) -> int:

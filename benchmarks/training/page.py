@@ -7,12 +7,14 @@ from pathlib import Path
 
 import click
 
-from benchmarks.page import Column, table
+from benchmarks.documents import measured_on
+from benchmarks.page import Column, number, table
+from benchmarks.rows import FOLDER, Row, load, write
 from benchmarks.training import plots
 from benchmarks.training.distributed import DENSE, KINDS, TOLERANCE
-from benchmarks.training.rows import RESULTS, Row, load
 from benchmarks.training.single import MEMORY_AIM
 
+RESULTS = FOLDER / "training.json"
 DOCUMENT = Path(__file__).parents[2] / "docs" / "training-cost.md"
 IMAGES = "images"
 
@@ -68,6 +70,7 @@ def milliseconds(found: Row) -> str:
     return f"{found['median_ms']:.2f} ({found['q1_ms']:.2f}–{found['q3_ms']:.2f})"
 
 
+HELD = ("parameters", "gradients", "optimizer", "activations", "peak")
 MODEL = [Column("model", lambda row: row["task"]), Column("batch", lambda row: row["shape"])]
 TIME_COLUMNS = [
     *MODEL,
@@ -76,7 +79,7 @@ TIME_COLUMNS = [
     Column("on", lambda row: (row["machine"].get("gpu") or "CPU").removeprefix("NVIDIA ")),
     Column("dense, ms", lambda row: milliseconds(row["dense"])),
     Column("converted, ms", lambda row: milliseconds(row["converted"])),
-    Column("converted ÷ dense", lambda row: f"{row['step_ratio']:.3f}"),
+    Column("converted ÷ dense", number("step_ratio", 3)),
     Column("aim", lambda row: at_most(row["step_ratio"], row["time_aim"])),
 ]
 MEMORY_COLUMNS = [
@@ -85,15 +88,9 @@ MEMORY_COLUMNS = [
     Column("side", lambda row: row["side"]),
     *(
         Column(f"{name}, MB", lambda row, part=part: megabytes(row["memory"][part]))
-        for name, part in (
-            ("parameters", "parameters"),
-            ("gradients", "gradients"),
-            ("AdamW", "optimizer"),
-            ("activations", "activations"),
-            ("peak", "peak"),
-        )
+        for part, name in {**{part: part for part in HELD}, "optimizer": "AdamW"}.items()
     ),
-    Column("state ÷", lambda row: f"{row['state_ratio']:.2f}" if "state_ratio" in row else ""),
+    Column("state ÷", number("state_ratio")),
     Column("aim", lambda row: at_least(row["state_ratio"], row["state_aim"]) if "state_ratio" in row else ""),
 ]
 SEVERAL_COLUMNS = [
@@ -102,17 +99,14 @@ SEVERAL_COLUMNS = [
     Column("GPUs", lambda row: str(row["gpus"])),
     Column("side", lambda row: row["side"].replace("=", " ")),
     Column("step, ms", milliseconds),
-    Column("efficiency", lambda row: "" if row["efficiency"] is None else f"{row['efficiency']:.3f}"),
+    Column("efficiency", number("efficiency", 3)),
     Column("aim", lambda row: row["efficiency_aim"]),
     Column("gradients, MB", lambda row: "" if row["gradient_mb"] is None else f"{row['gradient_mb']:,.1f}"),
     Column("aim", lambda row: row["gradient_aim"]),
     Column("all-gathered, MB", lambda row: megabytes(row["bytes"].get("all-gather"))),
     Column("peak, MB a GPU", lambda row: megabytes(row["peak"])),
     Column("losses differ by", lambda row: "" if row.get("loss_error") is None else f"{row['loss_error']:.1e}"),
-    Column(
-        "aim",
-        lambda row: "" if row.get("loss_error") is None else at_most(row["loss_error"], TOLERANCE),
-    ),
+    Column("aim", lambda row: "" if row.get("loss_error") is None else at_most(row["loss_error"], TOLERANCE)),
 ]
 
 
@@ -166,15 +160,7 @@ def memory_rows(rows: Sequence[Row]) -> list[Row]:
 
 def machines(rows: Iterable[Row]) -> str:
     """Return where rows were measured, each place once."""
-    places = {}
-    for row in rows:
-        made = row["machine"]
-        versions = [f"{name} {made[key]}" for name, key in VERSIONS.items() if key in made]
-        places[", ".join([made.get("gpu") or made["cpu"], *versions, made["date"]])] = None
-    return "; ".join(places)
-
-
-VERSIONS = {"torch": "torch", "Triton": "triton", "transformers": "transformers"}
+    return "; ".join(dict.fromkeys(measured_on(row["machine"]) for row in rows))
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -224,12 +210,10 @@ def has_plot(name: str, single: Sequence[Row], several: Sequence[Row]) -> bool:
 @click.option("--document", type=click.Path(dir_okay=False, path_type=Path), default=DOCUMENT, help="The page.")
 def main(source: Path, document: Path) -> None:
     """Write the page and its plots, beside it, from raw rows."""
-    rows = load(source)
-    document.write_text(markdown(rows))
-    images = document.parent / IMAGES
-    images.mkdir(exist_ok=True)
-    drawn = plots.draw(single_rows(rows), several_rows(rows), images)
-    print(f"written to {', '.join(str(path) for path in (document, *drawn.values()))}")
+    rows = load(source)["rows"]
+    write(document, markdown(rows))
+    drawn = plots.draw(single_rows(rows), several_rows(rows), document.parent / IMAGES)
+    print(f"written to {', '.join(map(str, (document, *drawn)))}")
 
 
 if __name__ == "__main__":

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-import matplotlib
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.plots import COLOURS, STYLE, line_at_one
-from benchmarks.training.rows import Row
+from benchmarks.plots import COLOURS, bars, line_at_one, save
+from benchmarks.rows import Row
 
 # From the axis outwards; their sum is the peak.
 PARTS = {
@@ -73,24 +73,14 @@ def time(rows: Sequence[Row]) -> Figure | None:
     if not rows:
         return None
     figure, axes = plt.subplots(figsize=(9, 0.34 * len(rows) + 1.6))
-    places = range(len(rows))
     values = [row["step_ratio"] for row in rows]
-    axes.barh(places, values, color=[COLOURS[0] if value <= 1 else COLOURS[1] for value in values], height=0.65)
-    for place, row in zip(places, rows, strict=True):
-        value = row["step_ratio"]
-        text = axes.annotate(
-            f"{value:.2f}", (value, place), (4, 0), textcoords="offset points", va="center", fontsize=10
-        )
-        text.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 1})
-    aims = [(row["time_aim"], place) for place, row in zip(places, rows, strict=True) if row["time_aim"] is not None]
+    names = [f"{row['task']}, {row['mode']}, ratio {row['ratio']}" for row in rows]
+    bars(axes, names, values, [value <= 1 for value in values])
+    aims = [(row["time_aim"], place) for place, row in enumerate(rows) if row["time_aim"] is not None]
     if aims:
         axes.plot(*zip(*aims, strict=True), "|", color="#000000", markersize=16, markeredgewidth=2, label="aims")
         axes.legend(frameon=False)
-    line_at_one(axes, horizontal=False)
-    axes.set_yticks(places, [f"{row['task']}, {row['mode']}, ratio {row['ratio']}" for row in rows])
-    axes.invert_yaxis()
     axes.set_xlim(0, max(*values, 1) * 1.12)
-    axes.grid(axis="y", visible=False)
     axes.set_xlabel("time of a converted training step ÷ time of a dense one")
     return figure
 
@@ -125,15 +115,7 @@ def scaling(rows: Sequence[Row]) -> Figure | None:
     return figure
 
 
-def draw(single: Sequence[Row], several: Sequence[Row], folder: Path) -> dict[str, Path]:
-    """Draw what there are rows for; return the files written, by name."""
-    written = {}
-    with matplotlib.rc_context(STYLE), matplotlib.rc_context({"backend": "agg"}):
-        figures = {"memory": memory(single), "time": time(single), "scaling": scaling(several)}
-        for name, figure in figures.items():
-            if figure is not None:
-                written[name] = folder / f"training-{name}.png"
-                # No version or date in the file: the same rows give the same bytes.
-                figure.savefig(written[name], metadata={"Software": None})
-                plt.close(figure)
-    return written
+def draw(single: Sequence[Row], several: Sequence[Row], folder: Path) -> list[Path]:
+    """Draw what there are rows for; return the files written."""
+    figures = {"memory": partial(memory, single), "time": partial(time, single), "scaling": partial(scaling, several)}
+    return list(save({f"training-{name}": figure for name, figure in figures.items()}, folder).values())

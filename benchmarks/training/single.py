@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 import roastify
-from benchmarks.training.rows import Row, Rows
-from benchmarks.training.step import Training, allocated, free, in_turn, memory, prepare_libraries
+from benchmarks.models import free
+from benchmarks.rows import Cases, Row
+from benchmarks.training.step import Training, allocated, in_turn, memory, prepare_libraries
 from benchmarks.training.tasks import Batch, Task, loss_of
 from roastify.checks import clocks
 from roastify.conversion.converted import pool_of
@@ -30,7 +31,7 @@ MEMORY_AIM = 0.95
 STATE = ("parameters", "gradients", "optimizer")
 
 
-def measure(rows: Rows, tasks: dict[str, Task], device: torch.device, steps: int) -> None:
+def measure(rows: Cases, tasks: dict[str, Task], device: torch.device, steps: int) -> None:
     """Measure the tasks' cases that were asked for."""
     prepare_libraries(device)
     for mode in MODES if device.type == "cuda" else (EAGER, COMPILED):
@@ -44,28 +45,34 @@ def measure(rows: Rows, tasks: dict[str, Task], device: torch.device, steps: int
 
 
 def _measure_task(
-    rows: Rows, name: str, task: Task, mode: str, cases: dict[int, str], device: torch.device, steps: int
+    rows: Cases, name: str, task: Task, mode: str, cases: dict[int, str], device: torch.device, steps: int
 ) -> None:
     """Measure one model in one mode; its ratios share the dense side."""
     fields: Row = {"task": name, "mode": mode, "shape": task.shape, "time_aim": task.time_aim}
+    made = clocks.machine(device)
+
+    def failed(ratio: int, error: Exception) -> None:
+        # A failure is a result too: memory that is not there, or a model that this transformers does not have.
+        rows.add({"case": cases[ratio], **fields, "ratio": ratio, "failure": clocks.reason(error), "machine": made})
+
     begun = time.perf_counter()
     try:
         batch = task.data(device)
         dense = _Side(lambda: task.model(device), mode, batch, device)
         dense.prepare(mode)
-    except Exception as error:  # out of memory, or a model that this transformers does not have
-        for ratio, case in cases.items():
-            rows.add({"case": case, **fields, "ratio": ratio, "failure": clocks.reason(error)})
+    except Exception as error:
+        for ratio in cases:
+            failed(ratio, error)
         return
     sides: dict[int, _Side] = {}
-    for ratio, case in cases.items():
+    for ratio in cases:
         try:
             side = _Side(lambda ratio=ratio: _converted(task, ratio, device), mode, batch, device)
             side.error = _check(task, side.training.model, batch, device)
             side.prepare(mode)
             sides[ratio] = side
-        except Exception as error:  # a failure is a result too
-            rows.add({"case": case, **fields, "ratio": ratio, "failure": clocks.reason(error)})
+        except Exception as error:
+            failed(ratio, error)
         free()
     if not sides:
         return
@@ -97,8 +104,9 @@ def _measure_task(
                 "state_ratio": state_ratio,
                 "state_aim": MEMORY_AIM * ratio,
                 "whole_s": time.perf_counter() - begun,
-                "said": f"step {step_ratio:.3f} × dense ({dense_ms:.2f} ms), state ÷ {state_ratio:.2f}",
-            }
+                "machine": made,
+            },
+            f"step {step_ratio:.3f} × dense ({dense_ms:.2f} ms), state ÷ {state_ratio:.2f}",
         )
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.stats import quartiles
 from benchmarks.training.tasks import Batch, loss_of
 from roastify.checks.clocks import wait
 
@@ -76,13 +75,6 @@ class Training:
         return torch.stack([self.step() for _ in range(steps)]).tolist()
 
 
-def free() -> None:
-    """Give back what nothing refers to."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def allocated(device: torch.device) -> int:
     """Return the bytes that tensors take on a GPU now; 0 on a CPU, where nothing counts them."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
@@ -142,9 +134,7 @@ def memory(training: Training, before: int) -> dict[str, int | None]:
     return {**held, **found}
 
 
-def in_turn(
-    sides: Mapping[str, Callable[[], object]], device: torch.device, steps: int
-) -> dict[str, dict[str, float | int]]:
+def in_turn(sides: Mapping[str, Callable[[], object]], device: torch.device, steps: int) -> dict[str, dict[str, float]]:
     """Time at least so many steps of each side, in turn, some in a row as in a training loop.
 
     A step is timed from its beginning to the beginning of the next, without waiting for the GPU in between: where the
@@ -154,7 +144,7 @@ def in_turn(
     for _ in range(-(-steps // (IN_A_ROW - 1))):
         for name, step in sides.items():
             times[name] += in_a_row(step, device)
-    return {name: spread(values) for name, values in times.items()}
+    return {name: quartiles(values, count="steps") for name, values in times.items()}
 
 
 def in_a_row(step: Callable[[], object], device: torch.device) -> list[float]:
@@ -174,9 +164,3 @@ def in_a_row(step: Callable[[], object], device: torch.device) -> list[float]:
         events.append(event)
     wait(device)
     return [begin.elapsed_time(end) for begin, end in itertools.pairwise(events)]
-
-
-def spread(times: Sequence[float]) -> dict[str, float | int]:
-    """Return the median, the quartiles and the number of steps."""
-    low, median, high = statistics.quantiles(times, n=4)
-    return {"median_ms": median, "q1_ms": low, "q3_ms": high, "steps": len(times)}

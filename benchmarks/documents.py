@@ -1,0 +1,41 @@
+"""What the pages share: tables, results between two marks, and where rows were measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+END = "<!-- end -->"
+_VERSIONS = {"torch": "torch", "Triton": "triton", "transformers": "transformers"}
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return the lines of a table."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    return [lines[0], "|" + "---|" * len(head), *lines[1:]]
+
+
+def measured_on(machine: Mapping[str, Any]) -> str:
+    """Return the device, the versions and the date of some rows, as the pages write them."""
+    device = machine.get("device") or machine.get("gpu") or machine["cpu"]
+    versions = [f"{name} {machine[key]}" for name, key in _VERSIONS.items() if machine.get(key)]
+    return ", ".join([device, *versions, machine["date"]])
+
+
+def insert(text: str, begin: str, results: str) -> str:
+    """Return a page with what stands between a mark and the next end replaced.
+
+    Args:
+        text: the page.
+        begin: the mark, alone on its line.
+        results: whole lines.
+
+    Raises:
+        ValueError: the page has no such mark, or no end of its own after it.
+    """
+    before, found, rest = text.partition(f"{begin}\n")
+    replaced, ended, after = rest.partition(END)
+    # An end after the next mark is that one's.
+    if not found or not ended or "<!--" in replaced:
+        raise ValueError(f"the page has no {begin!r} with an {END!r} after it; put both where the results belong")
+    return f"{before}{begin}\n{results}{END}{after}"
