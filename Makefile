@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test zoo map check bench bench-gpu accuracy clean
+.PHONY: help setup demo test test-gpu zoo map check bench bench-gpu accuracy clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -25,6 +25,9 @@ demo: $(READY)  ## Convert a BERT-base of 110 M parameters at ratio 50 and write
 
 test: $(READY)  ## Run the tests; on a CPU the kernels run in Triton's interpreter
 	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist worksteal
+
+test-gpu: $(READY)  ## Run the tests that need a CUDA device, in one process (an environment of your own: BIN=... READY=)
+	$(BIN)/pytest -m gpu
 
 zoo: $(READY)  ## Convert every model of the zoo and write docs/coverage.md
 	cd tests && $(CURDIR)/$(BIN)/python -m zoo

@@ -80,6 +80,14 @@ def poisoned_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
     _set_deterministic(False)
 
 
+@pytest.fixture(autouse=True)
+def synchronization_allowed(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Allow synchronization again after a GPU test that refused it, passed or not: torch keeps that for the process."""
+    yield
+    if request.node.get_closest_marker("gpu") and torch.cuda.get_sync_debug_mode():
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.fixture
 def full_precision() -> Iterator[None]:
     """Keep cuDNN from TensorFloat32, in which a weight's last bit may decide another's tenth."""
