@@ -110,7 +110,7 @@ class Naive:
         for readers in tensors.values():
             # Which element each weight reads, and times what: the weights of pools that are such numbers.
             first = readers[0][1]
-            coefficients = {"basis_index": None, "shape": torch.Size(first.weight.gathered_shape)}
+            coefficients = {"basis_index": None, "shape": torch.Size(first.gathered_shape)}
             shared = dataclasses.replace(first, dtype=torch.float64, **coefficients)
             numbers = torch.arange(pool.numel(), dtype=torch.float64, device=pool.device).view(pool.shape)
             seen = {"table": pool_of(model).table, "parameter": lambda: pool, "stored_dtype": pool.dtype}
