@@ -1,4 +1,4 @@
-"""The figures and initial values that need the dense model's values: each tensor's scale λ, and the pool."""
+"""Initial values from the dense model's weights: each tensor's scale λ, the pool and the bases."""
 
 from __future__ import annotations
 

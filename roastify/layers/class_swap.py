@@ -21,7 +21,10 @@ from roastify.layers.source_scan import uses_in_source
 
 
 class _Swapped:
-    """Added to every class that this file creates: copies and pickles of a class that cannot be imported, and undo."""
+    """A base of every class that this file creates. It supports copies, pickles and the way back.
+
+    Copying and pickling need support because the created classes cannot be imported.
+    """
 
     _roast_original: type[nn.Module]
     _roast: dict[str, PooledWeight]
@@ -140,7 +143,7 @@ def to_roast(module: nn.Module, name: str, shared: PooledWeight) -> None:
 
 
 def to_emptied(module: nn.Module) -> None:
-    """Change the class of a module without any Parameters left, in place, so that its `parameters()` is not empty."""
+    """Change the class of a module that has no Parameter left, in place, so that `parameters()` is not empty."""
     if not isinstance(module, RoastModule):
         module.__class__ = roast_class(type(module), frozenset())
         module.__dict__["_roast"] = {}

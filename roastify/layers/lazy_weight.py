@@ -1,4 +1,4 @@
-"""`LazyWeight`: the object that a module's code reads in place of a shared tensor, if only operations use it.
+"""`LazyWeight`: a shared tensor that is not materialised, for module code that only operates on it.
 
 A lazy weight is not a tensor, and nothing is materialised until an operation needs it. Products, lookups and slices
 read the pool. All other operations of torch get the dense tensor. `reading` decides which code gets a lazy weight.

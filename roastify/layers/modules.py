@@ -1,4 +1,4 @@
-"""The layers on the pool: a subclass of each torch.nn layer, and classes for recurrent layers and transformers."""
+"""The layers on the pool, each a subclass of a torch.nn layer; recurrent layers; transformers' `Conv1D`."""
 
 from __future__ import annotations
 

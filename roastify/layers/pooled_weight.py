@@ -1,4 +1,4 @@
-"""`PooledWeight`: one tensor in the pool, with the operations that read it, and parts of it as tensors."""
+"""`PooledWeight`: one tensor in the pool, the operations that read it, and parts of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a compiled model reads the pool: one gate for each graph, one gradient buffer for each backward pass.
+"""How a compiled model reads the pool: one gate a graph, one gradient buffer a backward pass.
 
 `torch.compile` works in two stages. The first stage turns a model's Python into a graph of operators, where `read` is
 one operator. The second stage runs that graph once, forward and backward, on tensors that record every operation. The

@@ -1,4 +1,4 @@
-"""The gradient gate: one autograd node that sums the pool's gradient, and the nodes that read the pool."""
+"""The gradient gate: the autograd node that sums the pool's gradient, and the nodes that read it."""
 
 from __future__ import annotations
 

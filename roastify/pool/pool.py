@@ -1,4 +1,4 @@
-r"""`RoastPool`: the module that owns the shared Parameter, sets its initial values and divides its gradient."""
+r"""`RoastPool`: the module with the shared Parameter, its initial values and its preconditioner."""
 
 from __future__ import annotations
 
