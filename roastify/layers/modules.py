@@ -1,4 +1,4 @@
-"""The layers on the pool, each a subclass of a torch.nn layer; recurrent layers; transformers' `Conv1D`."""
+"""The layers on the pool: subclasses of torch.nn's layers, recurrent layers, transformers' `Conv1D`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ReadWeight`: the value of a shared attribute, a tensor that computes as any other and refuses writes.
+"""`ReadWeight`: the value of a shared attribute, a tensor that computes as usual and refuses writes.
 
 A write to it would be lost in silence, since the next read materialises the tensor from the pool again. So every
 in-place operation raises an error, through views and `.data` too: `nn.init.*_(layer.weight)`,
