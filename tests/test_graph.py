@@ -169,21 +169,21 @@ def hooked() -> nn.Module:
 @pytest.mark.parametrize(
     ("build", "reason"),
     [
-        (Branching, r"Branching\.forward branches or compares \(line 2"),
+        (Branching, r"Branching\.forward branches or compares \(its line 2"),
         (Optional, "argument 'mask' of its forward is optional"),
         (AnyNumber, r"takes any number of arguments \(\*tokens"),
-        (Asking, "asks by 'isinstance' what a value is"),
+        (Asking, "calls 'isinstance', which inspects a value"),
         (Counting, "sets the attribute 'calls'"),
-        (Constant, "makes a tensor that depends on no input"),
+        (Constant, "creates a tensor that depends on no input"),
         (Helped, "sneaky branches or compares"),
         (Inside, r"Counting\.forward sets the attribute 'calls'"),
         (Shaped, "it cannot be traced: RuntimeError: 'len' is not supported"),
-        (hooked, "modules in it have hooks"),
+        (hooked, "it has modules with hooks"),
     ],
 )
 def test_what_a_graph_would_not_say_is_refused_with_the_reason(build: Callable[[], nn.Module], reason: str) -> None:
     model = build()
-    with pytest.raises(ConversionError, match=rf"^no graph says all that this \w+ does: .*{reason}"):
+    with pytest.raises(ConversionError, match=rf"^one graph cannot do everything that this \w+ does: .*{reason}"):
         roastify.convert(model, 4, emit="graph")
     assert not tracers and type(model.embed) is nn.Embedding
     with pytest.raises(ConfigError, match="emit must be one of model, graph; found 'grph'; closest: 'graph'"):

@@ -353,17 +353,17 @@ class Product(torch.autograd.Function):
 
 
 MATERIALISED: list[tuple[Callable[[Any, Tensor], Any], tuple[int, ...], str]] = [
-    (as_it_is, (96, 64), r"as_it_is uses it in `self\.w \* 2` \(line 2 of it\)"),
-    (on_the_left, (64, 64), r"on_the_left has it on the left of @"),
-    (by_bmm, (4, 64, 32), r"by_bmm gives it to torch\.bmm"),
-    (by_einsum, (4, 96, 64), r"by_einsum gives it to torch\.einsum"),
-    (by_stack, (4, 64, 96), r"by_stack \(line 2 of it\) multiplies with all 3 dimensions of it"),
-    (by_convolution, (96, 64, 1), r"by_convolution gives it to F\.conv1d"),
-    (given_on, (96, 64), r"given_on hands the module itself on"),
-    (changing, (96, 64), r"changing keeps it in 'w', which changes"),
-    (asking, (96, 64), r"asking gives it to isinstance"),
-    (through_autograd, (96, 64), r"through_autograd gives it to Product\.apply"),
-    (by_linear_named, (4000, 8), r"4000×8 is too little for tiles"),
+    (as_it_is, (96, 64), r"as_it_is uses the attribute in `self\.w \* 2` \(its line 2\)"),
+    (on_the_left, (64, 64), r"on_the_left has the attribute on the left of @"),
+    (by_bmm, (4, 64, 32), r"by_bmm passes the attribute to torch\.bmm"),
+    (by_einsum, (4, 96, 64), r"by_einsum passes the attribute to torch\.einsum"),
+    (by_stack, (4, 64, 96), r"by_stack \(its line 2\) multiplies with a tensor of 3 dimensions"),
+    (by_convolution, (96, 64, 1), r"by_convolution passes the attribute to F\.conv1d"),
+    (given_on, (96, 64), r"given_on passes the module itself on"),
+    (changing, (96, 64), r"changing keeps the attribute in the variable 'w', whose value changes"),
+    (asking, (96, 64), r"asking passes the attribute to isinstance"),
+    (through_autograd, (96, 64), r"through_autograd passes the attribute to Product\.apply"),
+    (by_linear_named, (4000, 8), r"a 4000×8 matrix is too small for tiles"),
 ]
 
 
@@ -453,8 +453,8 @@ class Owner(nn.Module):
         (NoGrad, ""),
         (Methods, ""),
         (Above, ""),
-        (AboveLowered, r"AboveLowered\.lowered uses its 'sum'"),
-        (Looking, "Looking looks attributes up by a __getattr__ of its own"),
+        (AboveLowered, r"AboveLowered\.lowered uses the attribute's 'sum'"),
+        (Looking, "Looking has a __getattr__ of its own, which may read it"),
     ],
 )
 def test_the_code_that_a_call_reaches_is_what_counts(build: Any, reason: str) -> None:

@@ -1,1 +1,1 @@
-"""From a dense model to one on the pool and back: tracing, planning, first values, rewriting."""
+"""From a dense model to a model on the pool and back: tracing, planning, initial values, rewriting."""

@@ -1,4 +1,4 @@
-"""Questions to a converted model: its pool, where its shared tensors are, and whether its plan still describes it."""
+"""Queries on a converted model: its pool, its shared tensors, and whether its plan still describes it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ POOL_NAME = "roast_pool"
 
 
 def find_pool(model: nn.Module) -> RoastPool | None:
-    """Return the pool of a converted model, or None for any other."""
+    """Return the pool of a converted model, or None for any other model."""
     return next((module for module in model.modules() if isinstance(module, RoastPool)), None)
 
 
@@ -26,7 +26,7 @@ def pool_of(model: nn.Module) -> RoastPool:
     """Return the pool of a whole converted model.
 
     Raises:
-        ConversionError: the model is not a converted one, or only a part or a wrapper of one.
+        ConversionError: the model is not converted, or it is only a part or a wrapper of a converted model.
     """
     if not isinstance(model, nn.Module):
         raise ConversionError(f"expected a torch.nn.Module; found {type(model).__name__}")
@@ -50,17 +50,17 @@ def pool_of(model: nn.Module) -> RoastPool:
 
 
 def refuse_sharded(model: nn.Module) -> None:
-    """Raise `ConversionError` for a model whose tensors are spread over processes."""
+    """Raise `ConversionError` for a model whose tensors are sharded over processes."""
     name = next((name for name, tensor in model.named_parameters() if is_sharded(tensor)), None)
     if name is not None:
         raise ConversionError(
-            f"{name} is sharded over processes (FSDP2), so this one holds a part of its values; write the artifact "
-            f"with roastify.save(model, path, state_dict=…), and work on what roastify.load returns"
+            f"{name} is sharded over processes (FSDP2), so this process holds a part of its values; write the artifact "
+            f"with roastify.save(model, path, state_dict=…), and use the model that roastify.load returns"
         )
 
 
 def owners(model: nn.Module, tensor: TensorPlan) -> Iterator[tuple[nn.Module, str]]:
-    """Yield every module that holds a tensor, with its name there, each once; places that are gone are passed over."""
+    """Yield every module that holds a tensor, once, with the tensor's name in it. Modules that are gone are skipped."""
     seen = set()
     for alias in tensor.aliases:
         path, _, attribute = alias.rpartition(".")
@@ -74,14 +74,14 @@ def owners(model: nn.Module, tensor: TensorPlan) -> Iterator[tuple[nn.Module, st
 
 
 def matrix(tensor: TensorPlan, dense: torch.Tensor) -> torch.Tensor:
-    """Return a dense tensor as a matrix: the one that the pool holds, or would without a basis."""
+    """Return a dense tensor as a matrix; unless it has a basis, the pool holds this matrix."""
     if tensor.transposed:
         return dense.reshape(tensor.cols, tensor.rows).t()
     return dense.reshape(tensor.rows, -1)
 
 
 def pooled_weight(pool: RoastPool, tensor: TensorPlan) -> PooledWeight:
-    """Return a shared tensor as its layers see it."""
+    """Return a shared tensor as its layers read it."""
     return PooledWeight(
         pool.plan.view(tensor),
         scale_of(tensor),
@@ -114,21 +114,21 @@ def scale_of(tensor: TensorPlan) -> float:
 
 
 def refused_write(model: nn.Module, plan: RoastPlan, error: BaseException | None) -> str | None:
-    """Return the name of the shared tensor that a model tried to write to, if that is what an error says."""
+    """Return the name of the shared tensor that a model tried to write to, or None if the error has another cause."""
     if not isinstance(error, WriteRefused) or error.source is None:
         return None
     return next((tensor.name for tensor in plan.shared if error.source in list(owners(model, tensor))), None)
 
 
 def current_plan(model: nn.Module) -> RoastPlan:
-    """Return the plan of a converted model with the dtypes that it has now.
+    """Return the plan of a converted model, with the model's present dtypes.
 
     Raises:
         ConversionError: a layer on the pool, or a parameter, was replaced, added or removed since the conversion.
     """
     pool = pool_of(model)
     plan: RoastPlan = pool.plan
-    found = dict(model.named_parameters(remove_duplicate=False))
+    unseen = dict(model.named_parameters(remove_duplicate=False))
     tensors = []
     for tensor in plan.tensors:
         if tensor.shared:
@@ -136,21 +136,21 @@ def current_plan(model: nn.Module) -> RoastPlan:
             changed = any(view is None or view.pool is not pool for view in views)
             dtype = None if views[0] is None else views[0].dtype
         else:
-            parameters = [found.pop(alias, None) for alias in tensor.aliases]
+            parameters = [unseen.pop(alias, None) for alias in tensor.aliases]
             changed = any(parameter is None or tuple(parameter.shape) != tensor.shape for parameter in parameters)
             dtype = None if parameters[0] is None else parameters[0].dtype
         if changed:
             raise ConversionError(
                 f"{tensor.name} was replaced or removed since the conversion, so the plan no longer describes the "
-                f"model; go back with roastify.densify(model) and convert again"
+                f"model; call roastify.densify(model) and convert the dense model again"
             )
         tensors.append(dataclasses.replace(tensor, dtype=_dtype_name(dtype)))
     pools = {id(pool.weight), *map(id, pool.bases())}
-    extra = [name for name, parameter in found.items() if id(parameter) not in pools]
+    extra = [name for name, parameter in unseen.items() if id(parameter) not in pools]
     if extra:
         raise ConversionError(
-            f"{extra[0]} was added since the conversion, so the plan does not describe it; go back with "
-            f"roastify.densify(model) and convert again"
+            f"{extra[0]} was added since the conversion, so the plan does not describe it; call "
+            f"roastify.densify(model) and convert the dense model again"
         )
     return dataclasses.replace(plan, tensors=tuple(tensors), dtype=_dtype_name(pool.weight.dtype))
 

@@ -1,8 +1,8 @@
 """The torch.fx pass: module tree → forest of FX graphs → how every parameter is used.
 
-`torch.fx` cannot trace most models whole, so the root is traced with torch.nn's modules as leaves, and wherever a
-submodule's forward cannot be traced it becomes a leaf too and is opened by itself, with the same rule. Every module
-ends up inside a graph, or opaque with a reason.
+`torch.fx` cannot trace most models as one graph. So the root is traced with torch.nn's modules as leaves. If a
+submodule's forward cannot be traced, that submodule becomes a leaf too, and its own submodules are traced by the same
+rule. In the end every module is inside a graph, or is opaque with a reason.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from roastify.layers.kinds import kind_of
 
 @dataclass(frozen=True)
 class TracedRegion:
-    """A module that was traced, or could not be: `graph` or `reason` is set."""
+    """A module that was traced (`graph` is set), or that could not be traced (`reason` is set)."""
 
     path: str
     class_name: str
@@ -34,11 +34,12 @@ class WeightUse:
 
     Args:
         module: path of the module that owns the parameter under this name.
-        attribute: the parameter's name in it.
-        op: the consuming operation; `unseen` for a parameter that only opaque code touches.
-        through: `module` (its own module's call), `function` (an FX node) or `opaque` (code that FX did not see).
-        position: which argument of a function it is.
-        calls: how often the module's call was seen in the graphs; None where its caller is opaque.
+        attribute: the parameter's name in that module.
+        op: the consuming operation; `unseen` if only opaque code can use the parameter, `unused` if no code was seen
+            to use it.
+        through: `module` (its own module's call), `function` (an FX node) or `opaque` (code that FX did not trace).
+        position: index of the parameter among a function's arguments.
+        calls: number of calls of the module in the graphs; None if no graph has one.
     """
 
     module: str
@@ -51,7 +52,7 @@ class WeightUse:
 
 @dataclass
 class ParameterInfo:
-    """Facts about one parameter, tied ones once, under the first name that `named_parameters` gives it."""
+    """Facts about one parameter. A tied parameter has one entry, under its first name in `named_parameters`."""
 
     name: str
     aliases: tuple[str, ...]
@@ -60,11 +61,11 @@ class ParameterInfo:
 
     @property
     def constant(self) -> bool:
-        """Whether all elements are equal, as in a zero-initialised tensor; unknown, so False, on the meta device."""
+        """Whether all elements are equal, as in a zero-initialised tensor; False on the meta device, without values."""
         values = self.parameter.detach()
         if values.is_meta or values.numel() == 0 or values.is_complex():
             return False
-        # Most tensors show it in their first elements.
+        # In most tensors that are not constant, the first elements differ, so the rest is not read.
         head = values.reshape(-1)[:64]
         if bool((head != head[0]).any()):
             return False
@@ -73,16 +74,16 @@ class ParameterInfo:
 
 @dataclass(frozen=True)
 class Forest:
-    """What tracing found: the regions, and every parameter with its uses."""
+    """The result of tracing: the regions, and every parameter with its uses."""
 
     regions: tuple[TracedRegion, ...]
     parameters: tuple[ParameterInfo, ...]
 
 
 class _RegionTracer(fx.Tracer):
-    """torch.fx's tracer, with modules known to be untraceable as leaves, and a record of the modules being traced."""
+    """torch.fx's tracer, with untraceable classes as leaves, and a stack of the modules that it is inside of."""
 
-    # Otherwise in-place updates of buffers would run for real while tracing.
+    # Without this, tracing would execute in-place updates of buffers.
     proxy_buffer_attributes = True
 
     def __init__(self, untraceable: Collection[type[nn.Module]]) -> None:
@@ -101,7 +102,7 @@ class _RegionTracer(fx.Tracer):
 
 
 def trace(model: nn.Module) -> Forest:
-    """Trace a model into a forest; the model, its state and the random generators are left as they were."""
+    """Trace a model into a forest. The model, its state and the random generators do not change."""
     opener = _ForestBuilder()
     opener.open("", model)
     parameters = _collect_parameters(model)
@@ -112,19 +113,19 @@ def trace(model: nn.Module) -> Forest:
 class _ForestBuilder:
     def __init__(self) -> None:
         self.regions: list[TracedRegion] = []
-        # A class that could not be traced in one place is a leaf from then on: a smaller region loses nothing, since
-        # what it leaves out is opened by itself.
+        # Why each untraceable class cannot be traced. Once a class could not be traced in one place, it is a leaf
+        # everywhere. That loses nothing, because each leaf is traced by itself.
         self.reasons: dict[type[nn.Module], str] = {}
         self.covered: set[nn.Module] = set()
         self.opaque: list[nn.Module] = []
 
     def open(self, path: str, module: nn.Module) -> None:
-        """Trace `module` as a region, then open whatever its graph has as a leaf and is not torch.nn's own."""
+        """Trace `module` as a region, then open the leaves of its graph that are not torch.nn's own."""
         if module in self.covered:
             return
         self.covered.add(module)
         if _is_torch_layer(module):
-            # torch.nn's layers are operations, not regions; containers among them may hold users' modules.
+            # A layer of torch.nn is an operation, not a region. But a container of torch.nn may hold users' modules.
             for name, child in module.named_children():
                 self.open(_join(path, name), child)
             return
@@ -144,20 +145,20 @@ class _ForestBuilder:
                 self.covered.add(module.get_submodule(name))
 
     def _trace_region(self, module: nn.Module) -> fx.Graph | None:
-        """Return the module's graph, with submodules that cannot be traced made leaves; None if itself cannot be."""
+        """Return the module's graph, with untraceable submodules as leaves; None if the module cannot be traced."""
         while type(module) not in self.reasons:
             tracer = _RegionTracer(self.reasons.keys())
             try:
                 with random_states_kept(), without_warnings():
                     return tracer.trace(_twin(module))
-            except Exception as error:  # whatever the user's forward raises when it meets a proxy
+            except Exception as error:  # a user's forward may raise any error when it gets a proxy
                 entered = (type(m) for m in reversed(tracer.entered) if not tracer.is_leaf_module(m, ""))
                 self.reasons[next(entered, type(module))] = _describe(error)
         return None
 
 
 def computed_attributes(model: nn.Module) -> Iterator[Tensor]:
-    """Yield plain tensors with a history that modules keep (the old `weight_norm` does), which torch does not copy."""
+    """Yield modules' plain tensors with an autograd history (`weight_norm` keeps one): torch cannot deep-copy them."""
     for module in model.modules():
         for value in vars(module).values():
             if isinstance(value, Tensor) and value.grad_fn is not None:
@@ -165,9 +166,10 @@ def computed_attributes(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _twin(module: nn.Module) -> nn.Module:
-    """Return a copy to trace, so that what a forward does to its modules' attributes is done to the copy.
+    """Return a copy to trace, so that a forward that changes its modules' attributes changes the copy.
 
-    It has the same tensors, which a tracer replaces by proxies, and no hooks, which are the user's own affair.
+    The copy has the same tensors, because the tracer replaces them by proxies. It has no hooks, because a trace must
+    not run the user's hooks.
     """
     tensors = [*module.parameters(), *module.buffers(), *computed_attributes(module)]
     twin = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
@@ -199,7 +201,7 @@ def _leaf_paths(graph: fx.Graph) -> set[str]:
 
 
 def _entered_paths(graph: fx.Graph) -> set[str]:
-    """Return paths of the submodules whose code is inside the graph: FX notes the stack of modules on every node."""
+    """Return the paths of the submodules whose code is inside the graph; FX stores the module stack of every node."""
     paths: set[str] = set()
     for node in graph.nodes:
         stack = node.meta.get("nn_module_stack") or {}
@@ -211,11 +213,11 @@ def _entered_paths(graph: fx.Graph) -> set[str]:
 
 
 def _below(module: nn.Module, leaves: set[str], inside: set[str]) -> Iterator[tuple[str, nn.Module]]:
-    """Yield what must still be opened: leaves of the graph, and modules that it never reached."""
+    """Yield the modules that must still be opened: leaves of the graph, and modules that the graph does not reach."""
     for name, child in module.named_children():
         deeper = {path[len(name) + 1 :] for path in leaves if path.startswith(name + ".")}
         deeper_inside = {path[len(name) + 1 :] for path in inside if path.startswith(name + ".")}
-        # A container such as ModuleList is never called itself, though what it holds is.
+        # A container such as ModuleList is never called itself, but its children are.
         if name not in leaves and (name in inside or deeper or deeper_inside):
             for path, grandchild in _below(child, deeper, deeper_inside):
                 yield _join(name, path), grandchild
@@ -224,14 +226,14 @@ def _below(module: nn.Module, leaves: set[str], inside: set[str]) -> Iterator[tu
 
 
 def _collect_parameters(model: nn.Module) -> list[ParameterInfo]:
-    found: dict[int, ParameterInfo] = {}
+    by_id: dict[int, ParameterInfo] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        info = found.get(id(parameter))
+        info = by_id.get(id(parameter))
         if info is None:
-            found[id(parameter)] = ParameterInfo(name, (name,), parameter)
+            by_id[id(parameter)] = ParameterInfo(name, (name,), parameter)
         else:
             info.aliases += (name,)
-    return list(found.values())
+    return list(by_id.values())
 
 
 def _collect_uses(model: nn.Module, opener: _ForestBuilder, parameters: list[ParameterInfo]) -> None:
@@ -247,7 +249,7 @@ def _collect_uses(model: nn.Module, opener: _ForestBuilder, parameters: list[Par
             elif node.op == "get_attr":
                 name = _join(region.path, str(node.target))
                 functional.setdefault(name, []).extend(_functional_uses(name, node))
-    # Opaque code may read the parameters of anything below it.
+    # Opaque code may read the parameters of its module and of every module below.
     within_opaque = {id(module) for opaque in opener.opaque for module in opaque.modules()}
     for info in parameters:
         for alias in info.aliases:
@@ -277,7 +279,7 @@ def _functional_uses(name: str, node: fx.Node) -> Iterator[WeightUse]:
 
 
 def matrix_of(tensor: Tensor) -> tuple[int, int]:
-    """Return `(rows, cols)` of a parameter as a matrix: its first size by the product of the others."""
+    """Return `(rows, cols)` of a parameter as a matrix: its first size, and the product of its other sizes."""
     if tensor.dim() == 0:
         return 1, 1
     return tensor.shape[0], tensor[0].numel() if tensor.shape[0] else 0

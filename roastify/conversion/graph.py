@@ -1,7 +1,8 @@
-"""One FX graph for a whole converted model, where a graph says all that the model's code does.
+"""One FX graph for a whole converted model, if a graph can do everything that the model's code does.
 
-A traced forward has the control flow of the one call that was traced: a branch on `self.training`, on an optional
-argument or on a shape is gone. So the code is read first, and whatever could go another way is a reason to refuse.
+A traced forward has the control flow of the one call that was traced. A branch on `self.training`, on an optional
+argument or on a shape is missing in the graph. So the source code is checked too, and any code that could take another
+branch is a reason to refuse.
 """
 
 from __future__ import annotations
@@ -26,18 +27,18 @@ from roastify.layers.pooled_weight import PooledWeight
 from roastify.layers.source_scan import UNKNOWN, tree_of, value_of
 
 _READS = "roast_reads"
-# Functions of these are taken as operations; what they do goes by their arguments alone.
+# Functions of these modules count as operations: their arguments alone decide what they do.
 _OPERATIONS = ("torch", "math", "operator")
-# They ask what a traced value is, and a traced value is not what the model will be given.
+# These functions inspect a value. While tracing, the value is a proxy, and the model later gets a tensor.
 _ASKING = {"isinstance", "issubclass", "hasattr", "getattr", "type", "callable", "id", "print", "input", "open"}
 
 
 class _ReadModule(nn.Module):
-    """A node that reads one shared tensor."""
+    """The module of a graph's node that reads one shared tensor."""
 
     def __init__(self, shared: PooledWeight) -> None:
         super().__init__()
-        # In a dictionary, so that the pool is not taken for a child.
+        # In a dictionary, so that torch does not register the pool as a child.
         self._roast = {"value": shared}
 
     def forward(self) -> Tensor:
@@ -49,10 +50,11 @@ def emit_graph(model: nn.Module) -> fx.GraphModule:
     """Return a converted model as one GraphModule on the same pool and the same layers.
 
     Args:
-        model: what `convert` or `load` returned. It stays as it is, and is what `save` and `densify` take.
+        model: the model that `convert` or `load` returned. It does not change. `save` and `densify` take this model,
+            not the graph.
 
     Raises:
-        ConversionError: the model is not a converted one, or a graph would not say all that its code does.
+        ConversionError: the model is not converted, or a graph cannot do everything that its code does.
     """
     pool = pool_of(model)
     reason = _reason_against_calls(model)
@@ -64,7 +66,7 @@ def emit_graph(model: nn.Module) -> fx.GraphModule:
         try:
             with modes_kept(model), random_states_kept(), tracer.recording_reads():
                 graph = tracer.trace(model.train(mode == "train"))
-        except Exception as error:  # whatever the user's forward raises when it meets a proxy
+        except Exception as error:  # a user's forward may raise any error when it gets a proxy
             raise _graph_refusal(model, f"it cannot be traced: {type(error).__name__}: {error}") from error
         for module in [model, *tracer.entered]:
             reason = _reason_against_code(module)
@@ -73,11 +75,11 @@ def emit_graph(model: nn.Module) -> fx.GraphModule:
         constant = next((node for node in graph.nodes if str(node.target).startswith("_tensor_constant")), None)
         if constant is not None:
             raise _graph_refusal(
-                model, "its forward makes a tensor that depends on no input, which a graph keeps as it is now"
+                model, "its forward creates a tensor that depends on no input, which would be a constant of the graph"
             )
         graphs[mode] = graph, tracer
     if str(graphs["train"][0]) != str(graphs["eval"][0]):
-        raise _graph_refusal(model, "its train and eval modes take other ways")
+        raise _graph_refusal(model, "its forward does different things in train and eval mode")
     graph, tracer = graphs["eval" if not model.training else "train"]
     parts = {
         str(node.target): tracer.part(model, node) for node in graph.nodes if node.op in ("get_attr", "call_module")
@@ -93,7 +95,7 @@ def emit_graph(model: nn.Module) -> fx.GraphModule:
 
 
 class _GraphTracer(fx.Tracer):
-    """Traces a converted model: layers on the pool are leaves, and reads of other shared attributes are nodes."""
+    """A tracer of converted models: layers on the pool are leaves, and each read of a shared attribute is a node."""
 
     proxy_buffer_attributes = True
 
@@ -128,7 +130,7 @@ class _GraphTracer(fx.Tracer):
         return self.reads[key][0]
 
     def part(self, model: nn.Module, node: fx.Node) -> Any:
-        """Return what a node names: one of the model's parts, or a read."""
+        """Return the object that a node's target names: a part of the model, or a `_ReadModule`."""
         name = str(node.target)
         if name.startswith(f"{_READS}."):
             return next(read for proxy, read in self.reads.values() if proxy.node.target == name)
@@ -137,7 +139,7 @@ class _GraphTracer(fx.Tracer):
 
 
 def _unbound_signature(model: nn.Module) -> inspect.Signature:
-    """Return the signature of a model's forward as its class has it, with `self`."""
+    """Return the signature of a model's forward with `self`, as its class defines it."""
     bound = signature_of(model) or inspect.signature(model.forward)
     itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return bound.replace(parameters=[itself, *bound.parameters.values()])
@@ -145,8 +147,8 @@ def _unbound_signature(model: nn.Module) -> inspect.Signature:
 
 def _graph_refusal(model: nn.Module, reason: str) -> ConversionError:
     return ConversionError(
-        f"no graph says all that this {type(model).__name__} does: {reason}. Use the converted model itself; "
-        f"torch.compile and torch.export take it as it is"
+        f"one graph cannot do everything that this {type(model).__name__} does: {reason}. Use the converted model "
+        f"itself; torch.compile and torch.export accept it"
     )
 
 
@@ -155,14 +157,14 @@ def _reason_against_calls(model: nn.Module) -> str | None:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             return f"its forward takes any number of arguments ({parameter})"
         if parameter.default is not parameter.empty:
-            return f"argument {name!r} of its forward is optional, and a graph has one way of being called"
+            return f"argument {name!r} of its forward is optional, and a graph takes all of its arguments in every call"
     if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules() if module is not model):
-        return "modules in it have hooks, whose code a graph would leave out"
+        return "it has modules with hooks, and a graph would leave out the hooks' code"
     return None
 
 
 def _reason_against_code(module: nn.Module) -> str | None:
-    """Return what in a module's forward, or in functions that it calls, a graph would not say."""
+    """Return what a module's forward, or a function that it calls, does that a graph cannot; None if nothing."""
     if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
         return None
     return _reason_against_function(type(module).forward, type(module), set())
@@ -175,15 +177,15 @@ def _reason_against_function(function: Any, owner: type | None, seen: set[Any]) 
     where = getattr(function, "__qualname__", str(function))
     tree = tree_of(function)
     if tree is None:
-        return f"the source of {where} is not to be had"
+        return f"the source of {where} is not available"
     for node in ast.walk(tree):
         problem = _problem(node)
         if problem:
-            return f"{where} {problem} (line {getattr(node, 'lineno', '?')} of it)"
+            return f"{where} {problem} (its line {getattr(node, 'lineno', '?')})"
         if isinstance(node, ast.Call):
             called = _callee(node.func, function, owner)
             if called is UNKNOWN:
-                return f"{where} calls {ast.unparse(node.func)}, which is not known before it runs"
+                return f"{where} calls {ast.unparse(node.func)}, and the source does not show which function that is"
             if called is not None:
                 reason = _reason_against_function(called, owner, seen)
                 if reason:
@@ -203,27 +205,27 @@ def _problem(node: ast.AST) -> str | None:
     if isinstance(node, ast.Global | ast.Nonlocal):
         return "sets variables outside it"
     if isinstance(node, ast.Attribute) and node.attr in ("training", "device", "dtype", "is_cuda"):
-        return f"asks for {node.attr!r}"
+        return f"reads the attribute {node.attr!r}"
     if isinstance(node, ast.Name) and node.id in _ASKING:
-        return f"asks by {node.id!r} what a value is"
+        return f"calls {node.id!r}, which inspects a value or has effects"
     return None
 
 
 def _callee(name: ast.expr, function: Any, owner: type | None) -> Any:
-    """Return the function of the user's that a call goes to, None for an operation or a module, or `UNKNOWN`."""
+    """Return the user's function that a call runs; None for an operation or a module; `UNKNOWN` if it is not known."""
     root, depth = name, 0
     while isinstance(root, ast.Attribute):
         root, depth = root.value, depth + 1
     if not isinstance(root, ast.Name):
-        # A method of a result or of `self.layers[0]`: a tensor's or a module's own, but for a base class's forward.
+        # A method of a result or of `self.layers[0]` is a tensor's or a module's own. But `super()` may run user code.
         called_super = isinstance(root, ast.Call) and isinstance(root.func, ast.Name) and root.func.id == "super"
         return UNKNOWN if called_super else None
     if root.id == "self" and owner is not None:
-        found = getattr(owner, name.attr, None) if isinstance(name, ast.Attribute) and depth == 1 else None
-        # What the class does not have is the module's own: a child, whose code is looked at where it is entered.
-        return found if isinstance(found, types.FunctionType) else None
+        member = getattr(owner, name.attr, None) if isinstance(name, ast.Attribute) and depth == 1 else None
+        # An attribute that is no function of the class is a child module. The tracer enters it, so its code is checked.
+        return member if isinstance(member, types.FunctionType) else None
     if value_of(root, function) is UNKNOWN:
-        # A local variable: what is called on it is a tensor's method, and a call of it is that of a module.
+        # A local variable: a method of it is a tensor's method, and a call of it is a call of a module.
         return None
     value = value_of(name, function)
     if value is UNKNOWN:

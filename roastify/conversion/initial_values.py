@@ -1,4 +1,4 @@
-"""What a conversion takes from the dense model's values: each tensor's scale λ, and the pool's first content."""
+"""Initial values from the dense model's weights: each tensor's scale λ, the pool and the bases."""
 
 from __future__ import annotations
 
@@ -14,23 +14,25 @@ from roastify.pool.plan import RoastPlan, TensorPlan
 from roastify.pool.pool import RoastPool
 from roastify.progress import track
 
-# Apart from the mapping's streams, which hash the seed, so that pool and mapping are independent.
+# Added to the seed for the pool's random values, so that they are independent of the mapping's streams.
 _POOL_SEED_OFFSET = 0x5EED
 
-
-# A constant tensor has no spread of its own. It starts within this much of its value (times the value, where that is
-# above 1): the spread that transformers' models commonly give their weights, small beside the ones of a norm.
+# A constant tensor has a standard deviation of 0, so it gets this one (times its value, if that is above 1). It is the
+# standard deviation of most transformers models' initial weights, and small compared with the ones of a norm.
 _CONSTANT_SPREAD = 0.02
 
 
 def complete_plan(model: nn.Module, plan: RoastPlan, init: str) -> RoastPlan:
-    r"""Return the plan with λ of every shared tensor, its center, and the padding rows that are zero.
+    r"""Return the plan with λ and center of every shared tensor, and the padding rows that are zero.
 
-    :math:`\lambda_j = std_j / \sigma` with σ the parameter-weighted root mean square of all shared tensors' standard
-    deviations: every layer starts with the spread its author gave it, and λ is near 1, so that Adam's step keeps its
-    meaning. Vectors and constant tensors (norms, biases) spread around their mean, their center. Where nothing is
-    shared and values are projected, λ is 1, there are no centers, and the weights come back bit for bit (those of
-    coefficients and basis kernels are approximated).
+    .. math:: \lambda_j = std_j / \sigma
+
+    σ is the parameter-weighted root mean square of all shared tensors' standard deviations. So every layer starts with
+    the standard deviation that its author gave it. And λ is near 1, so that a step of Adam moves a weight about as far
+    as in the dense model. For vectors and constant tensors (norms, biases), the center is their mean.
+
+    If no slot is shared and `init` is "project", λ is 1 and there are no centers. Then the weights come back bit for
+    bit, except for tensors with a basis, which are approximated.
 
     Raises:
         ConversionError: a tensor holds NaN or infinite values.
@@ -44,7 +46,7 @@ def complete_plan(model: nn.Module, plan: RoastPlan, init: str) -> RoastPlan:
         if deviations[tensor.name] == 0:
             deviations[tensor.name] = _CONSTANT_SPREAD * max(1.0, abs(mean))
         if tensor.basis_count:
-            # Of the coefficients: the basis is orthonormal.
+            # The deviation of the coefficients: the basis is orthonormal.
             count, positions = tensor.basis_shape
             deviations[tensor.name] *= math.sqrt(positions / count)
         row = _zero_row(model, tensor, dense)
@@ -53,16 +55,17 @@ def complete_plan(model: nn.Module, plan: RoastPlan, init: str) -> RoastPlan:
     spread = _pool_deviation(plan, deviations)
     scales = {name: deviation / spread for name, deviation in deviations.items()}
     if init == "project" and plan.no_sharing:
-        # But for coefficients of basis kernels, which do not bring all of a weight back anyway.
+        # Tensors with a basis keep their λ: they are approximated in any case.
         whole = {tensor.name for tensor in plan.shared if not tensor.basis_count}
         scales, centers = {name: 1.0 if name in whole else scale for name, scale in scales.items()}, {}
     return plan.with_values(scales, centers, zero_rows, spread)
 
 
 def fill_pool(pool: RoastPool, model: nn.Module, plan: RoastPlan, init: str) -> None:
-    """Give the pool its first content: random with `match`, the least-squares fit of the weights with `project`.
+    """Set the pool's initial values: random with `match`, the least-squares fit of the weights with `project`.
 
-    Basis kernels begin as the lowest frequencies, or with `project` as those in which the weight's kernels lose least.
+    Basis kernels start as the lowest frequencies of a cosine transform; with `project`, as the weight's principal
+    kernels.
     """
     with torch.no_grad():
         for tensor, basis in zip(plan.with_basis, pool.bases(), strict=True):
@@ -72,7 +75,11 @@ def fill_pool(pool: RoastPool, model: nn.Module, plan: RoastPlan, init: str) -> 
                 basis.copy_(cosine_basis(tensor.shape[2:], tensor.basis_count))
     if init == "project":
         pool.initialise_projection(
-            (plan.view(tensor), tensor.scale or 0.0, _asked_of(pool, tensor, model.get_parameter(tensor.name).detach()))
+            (
+                plan.view(tensor),
+                tensor.scale or 0.0,
+                _target_matrix(pool, tensor, model.get_parameter(tensor.name).detach()),
+            )
             for tensor in track(plan.shared, "projecting weights")
         )
         return
@@ -80,8 +87,8 @@ def fill_pool(pool: RoastPool, model: nn.Module, plan: RoastPlan, init: str) -> 
     pool.initialise_random(plan.pool_std, plan.seed + _POOL_SEED_OFFSET)
 
 
-def _asked_of(pool: RoastPool, tensor: TensorPlan, dense: torch.Tensor) -> torch.Tensor:
-    """Return the matrix that the pool should hold."""
+def _target_matrix(pool: RoastPool, tensor: TensorPlan, dense: torch.Tensor) -> torch.Tensor:
+    """Return the matrix that the pool should hold for a dense tensor."""
     whole = matrix(tensor, dense - tensor.center if tensor.center else dense)
     basis = basis_of(pool, tensor)
     if basis is None:
@@ -96,7 +103,7 @@ def _mean_and_deviation(tensor: TensorPlan, dense: torch.Tensor) -> tuple[float,
     if not math.isfinite(deviation):
         raise ConversionError(f"{tensor.name} holds NaN or infinite values; repair the weights or exclude the tensor")
     if bool((dense == dense.reshape(-1)[0]).all()):
-        # Rounding gives a constant tensor a mean beside its value and a spread above zero.
+        # Rounding would give a constant tensor a mean that differs from its value, and a deviation above zero.
         return float(dense.reshape(-1)[0]), 0.0
     return mean, deviation
 
@@ -109,7 +116,8 @@ def _pool_deviation(plan: RoastPlan, deviations: dict[str, float]) -> float:
 def _zero_row(model: nn.Module, tensor: TensorPlan, dense: torch.Tensor) -> int | None:
     """Return the padding row if it is zero and every owner treats it as padding.
 
-    A tied output layer reads that row as a weight like any other and trains it, as it does in the dense model.
+    If the table is tied to an output layer, the output layer reads and trains that row as any other, as it does in the
+    dense model.
     """
     tables = nn.Embedding | nn.EmbeddingBag
     rows = {module.padding_idx if isinstance(module, tables) else None for module, _ in owners(model, tensor)}

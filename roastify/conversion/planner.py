@@ -1,7 +1,7 @@
-"""Decides a plan by arithmetic on shapes: which tensors are shared, how they are tiled, how large the pool is.
+"""The planner: decides which tensors are shared, how they are tiled, and how large the pool is.
 
-Nothing here changes a weight, and shapes are enough, so plans are made on the meta device as well. `rewrite` executes a
-plan and decides nothing.
+A plan needs shapes only and changes no weight, so it can be made on the meta device too. `rewrite` executes a plan and
+decides nothing. docs/training.md ("Choices of the planner") lists the measurements behind the constants.
 """
 
 from __future__ import annotations
@@ -22,86 +22,78 @@ from roastify.names import select
 from roastify.pool.mapping import MAPPING_VERSION, TileMap
 from roastify.pool.plan import PoolRegion, RoastPlan, TensorPlan
 
-# Largest first. In a prototype, tile size made no difference to accuracy beyond noise down to 17 slots (ResNet-9 on
-# CIFAR-10), and larger tiles run faster.
+# Tiles, largest first, because larger tiles run faster and tile size made little difference to accuracy. See
+# docs/accuracy.md, "The recipe".
 _TILES = ((128, 64), (64, 64), (32, 32), (16, 16), (8, 8))
 _ENOUGH_SLOTS = 16
 _LITTLE_PADDING = Fraction(1, 10)
-# With fewer slots than this, a sign for each tile leaves too many tiles as copies of each other (a prototype on IMDB at
-# ratio 100, one slot: 71.9 % with a sign a tile, 84.1 % with a sign an element). Later, held out, means of three seeds
-# (docs/accuracy.md), an element's against a row's on IMDB: +0.8 and +0.6 in tiles of 16×16 and 32×32 with 89 and 83
-# slots at ratios 300 and 100, +0.3 and +0.2 with 74 and 112 slots of 128×64 at 15 and 10, +0.5, +0.2 and 0.0 with 295,
-# 332 and 357 smaller ones, and 0.0 to -0.3 with 1,182 and more. The line stays where it is because from it on tiles are
-# 128×64 ones, and a sign for each row of them costs a product nothing.
-# Coefficients of small bases are the other way in few slots too: their rows are many tiles long, a word's are four.
-# ResNet-9 on CIFAR-10, three basis kernels, a sign a row and an element: 84.0 and 83.8 at ratio 100, 78.6 and 77.5 at
-# 300; VGG-11 at 100: 82.1 and 81.7. With larger bases, at lower ratios, it is all the same: ResNet-20 84.5 and 84.5 at
-# ratio 10, 87.2 and 87.3 at 3; ResNet-9 at 10, 79 slots: 88.5 and 88.1 (docs/accuracy.md). How large their share must
-# be is not measured.
+# Pools with fewer slots than this use element signs: with tile or row signs, too many tiles are copies of each other
+# (IMDB, ratio 100, 20 slots: 86.3 % with element signs, 83.5 % with row signs). Pools with more slots use row signs,
+# because their tiles are large, and row signs cost a product nothing. Exception: if three quarters of the shared
+# elements are coefficients of small bases, row signs are at least as accurate (ResNet-9, ratio 300: 78.6 % against
+# 77.5 %). See docs/training.md, "Choices of the planner".
 _FEW_SLOTS, _MOSTLY = 64, Fraction(3, 4)
-# Vectors stay dense up to a fifth of the budget, and beyond that up to three quarters of it as long as they are not
-# over 2 % of the model (98 % of a model's parameters are shared at ratio 10, as they are by the fifth). ResNet-9 on
-# CIFAR-10, its vectors dense and in the pool: 70.7 and 62.6 % at ratio 300, where they are a fifth of the budget, 62.7
-# and 54.7 at 500, 45.0 and 43.6 at 1,000, where they are two thirds; a transformer on IMDB: 84.1 and 84.6 at 300, and
-# 75.8 and 82.6 at 1,000, where they would leave the pool a tenth of the budget and are shared (docs/accuracy.md).
+# Vectors stay dense up to a fifth of the budget. They also stay dense up to three quarters of the budget if they are at
+# most 2 % of the model. ResNet-9 loses 8 points at ratio 300 if its vectors are shared; a transformer at ratio 1,000
+# gains 7, because its dense vectors would leave the pool a tenth of the budget. See docs/training.md, "Choices of the
+# planner".
 _KEPT_OF_BUDGET, _KEPT_OF_MODEL, _MOST_KEPT_OF_BUDGET = Fraction(1, 5), Fraction(1, 50), Fraction(3, 4)
-# Kernels made of a basis: ResNet-9 on CIFAR-10, 12 epochs, held out, means of three seeds (docs/accuracy.md). At ratio
-# 10 4 to 8 basis kernels of nine positions are alike (88.2 to 88.7; whole kernels 87.8). At 30 3 to 6 are alike, above
-# few are best: 3, 5 and 8 give 87.0, 86.7 and 86.2 at 30 (whole: 85.6), 83.8, 83.6 and 83.1 at 100 (81.1), 77.5, 76.6
-# and 76.0 at 300 (70.6), and 2 are too few everywhere. Other kernels were not measured: larger ones, which have more
-# frequencies to leave out, get a basis, those along one dimension and smaller ones do not. Nor were ratios under 3.
+# 3×3 kernels get six basis kernels, and three from ratio 30 on: ResNet-9 gains 1.3 points at ratio 30, 2.1 at 100 and
+# 3.9 at 300 (docs/accuracy.md). Larger kernels get a basis too, because they have more frequencies to leave out.
+# Kernels along one dimension and smaller kernels do not. Neither was measured, nor were ratios under 3. See
+# docs/training.md, "Choices of the planner".
 _LEAST_KERNEL_DIMS, _LEAST_POSITIONS, _LEAST_RATIO_OF_BASIS = 2, 9, 2
 _BASIS_OF_POSITIONS, _SMALL_BASIS_OF_POSITIONS, _LEAST_RATIO_OF_SMALL_BASIS = Fraction(2, 3), Fraction(1, 3), 30
-# Of what a tensor has of the pool by its size, its basis kernels take at most this.
+# A tensor's basis kernels may take at most this fraction of the tensor's part of the budget.
 _BASIS_OF_TENSOR = Fraction(1, 8)
 
 
 def make_plan(
-    model: torch.nn.Module, forest: Forest, config: RoastConfig, held: Mapping[str, str] | None = None
+    model: torch.nn.Module, forest: Forest, config: RoastConfig, unshareable: Mapping[str, str] | None = None
 ) -> RoastPlan:
     """Decide a conversion.
 
     Args:
-        model: shapes and modules are what counts.
-        forest: what tracing found in it.
+        model: the model. Only its modules and its tensors' shapes matter; for constant tensors, their values too.
+        forest: the result of tracing the model.
         config: the settings.
-        held: tensors that are known not to bear sharing, each with the reason.
+        unshareable: tensors that must stay dense, each with the reason.
 
     Raises:
         PlanError: a pattern matches nothing, no tensor is eligible, or the ratio cannot be reached.
     """
-    held = held or {}
+    unshareable = unshareable or {}
     if config.share != "auto":
-        return _make_plan(model, forest, config, held, everything=config.share == "all")
+        return _make_plan(model, forest, config, unshareable, everything=config.share == "all")
     try:
-        plan = _make_plan(model, forest, config, held, everything=False)
+        plan = _make_plan(model, forest, config, unshareable, everything=False)
     except PlanError as error:
         try:
-            return _make_plan(model, forest, config, held, everything=True)
+            return _make_plan(model, forest, config, unshareable, everything=True)
         except PlanError as last:
-            # The error that names the larger of the two reachable ratios; they differ with a region for each tensor.
+            # Raise the error with the larger reachable ratio. With a region for each tensor, either may be the larger.
             raise (last if last.largest_ratio > error.largest_ratio else error) from None
     budget = plan.total_numel / check_ratio(config.ratio)
     if plan.ratio == 1 or plan.kept_numel <= _most_kept(budget, plan.total_numel):
         return plan
     try:
-        everything = _make_plan(model, forest, config, held, everything=True)
-    except PlanError:  # with a region for each tensor, more tensors need more slots than there are
+        everything = _make_plan(model, forest, config, unshareable, everything=True)
+    except PlanError:  # with a region for each tensor, there may be too few slots for all tensors
         return plan
-    # What is kept either way leaves that much less to vectors and the pool.
+    # The tensors that stay dense in both plans reduce the budget for vectors and the pool.
     bound = _most_kept(budget - everything.kept_numel, plan.total_numel)
     return everything if plan.kept_numel - everything.kept_numel > bound else plan
 
 
 def _most_kept(budget: Fraction, total: int) -> Fraction:
-    """Return up to how many elements vectors stay dense, where they and the pool have `budget`."""
+    """Return how many elements of vectors may stay dense, given the budget for vectors and the pool."""
     return max(_KEPT_OF_BUDGET * budget, min(_KEPT_OF_MODEL * total, _MOST_KEPT_OF_BUDGET * budget))
 
 
 def _make_plan(
-    model: torch.nn.Module, forest: Forest, config: RoastConfig, held: Mapping[str, str], everything: bool
+    model: torch.nn.Module, forest: Forest, config: RoastConfig, unshareable: Mapping[str, str], everything: bool
 ) -> RoastPlan:
-    verdicts, trainable = _verdicts(model, forest, config, held, everything)
+    verdicts, trainable = _verdicts(model, forest, config, unshareable, everything)
     eligible = [info for info in forest.parameters if verdicts[info.name].shared]
     ratio = check_ratio(config.ratio)
     if not eligible:
@@ -115,10 +107,10 @@ def _make_plan(
     tile = _choose_tile(shared, room, config, ratio)
     size = tile[0] * tile[1]
     placed, region_tiles = _lay_out(shared, tile, local=config.sharing == "local")
-    # Coefficients of few basis kernels may be fewer than what may be stored.
+    # At most one slot for each tile: with few basis kernels, the coefficients may need less than the budget.
     num_slots = sum(region_tiles) if ratio == 1 else min(room // size, sum(region_tiles))
     if num_slots < least_slots and bases and config.kernel_basis == "auto":
-        return _make_plan(model, forest, config.replace(kernel_basis="none"), held, everything)
+        return _make_plan(model, forest, config.replace(kernel_basis="none"), unshareable, everything)
     if num_slots < least_slots:
         raise _unreachable(total, kept, bases, least_slots * size, ratio, verdicts.values())
     regions = _regions(region_tiles, num_slots, tile, config)
@@ -144,14 +136,14 @@ def _make_plan(
 
 
 def _verdicts(
-    model: torch.nn.Module, forest: Forest, config: RoastConfig, held: Mapping[str, str], everything: bool
+    model: torch.nn.Module, forest: Forest, config: RoastConfig, unshareable: Mapping[str, str], everything: bool
 ) -> tuple[dict[str, TensorPlan], bool]:
     """Return the verdict on every tensor, and whether the pool is trained."""
     included = _match("include", config.include, model, forest)
     excluded = _match("exclude", config.exclude, model, forest)
     reasons: dict[str, str | None] = {}
     for info in forest.parameters:
-        reason = _reason_to_keep(model, info, everything) or held.get(info.name)
+        reason = _reason_to_keep(model, info, everything) or unshareable.get(info.name)
         if reason is None and info.name in excluded:
             reason = f"excluded by {excluded[info.name]!r}"
         elif reason is None and included and info.name not in included:
@@ -180,9 +172,9 @@ def _verdicts(
 
 
 def _trainable(candidates: Sequence[ParameterInfo]) -> bool:
-    """Return whether at least half of what may be shared is trained: a pool is trained or frozen as a whole.
+    """Return whether at least half of the candidates' elements are trained. A pool is trained or frozen as a whole.
 
-    A model that is adapted (LoRA) has nearly all of its weights frozen, and those are what there is to share.
+    In a model with adapters (LoRA), nearly all weights are frozen, so the frozen weights are shared.
     """
     balance = sum(
         info.parameter.numel() if info.parameter.requires_grad else -info.parameter.numel() for info in candidates
@@ -219,7 +211,10 @@ def _op(uses: Sequence[WeightUse]) -> str:
 
 
 def _matrix(model: torch.nn.Module, info: ParameterInfo, config: RoastConfig) -> dict[str, Any]:
-    """Return how a tensor becomes a matrix of tiles, or strips where every consumer wants it whole."""
+    """Return the `TensorPlan` fields that say how a tensor becomes a matrix, and how modules read it.
+
+    The matrix is cut into tiles. If every consumer needs the dense tensor, it is cut into strips instead.
+    """
     kinds, ways = [], []
     for alias in info.aliases:
         path, _, attribute = alias.rpartition(".")
@@ -228,7 +223,7 @@ def _matrix(model: torch.nn.Module, info: ParameterInfo, config: RoastConfig) ->
         ways.append(read_path_of(module, attribute, info.parameter.shape))
     rows, cols = matrix_of(info.parameter)
     if not any(kinds) and info.parameter.dim() > 1:
-        # Rows in the sense of lookups, slices and stacked matrices: all but the last size.
+        # Lookups, slices and stacked matrices take rows along all dimensions but the last.
         rows, cols = info.parameter.shape[:-1].numel(), info.parameter.shape[-1]
     transposed = all(kind is not None and kind.transposed for kind in kinds) or (
         not any(kinds)
@@ -256,7 +251,7 @@ def _matrix(model: torch.nn.Module, info: ParameterInfo, config: RoastConfig) ->
 
 
 def _basis_count(shape: Sequence[int], config: RoastConfig) -> int:
-    """Return how many basis kernels a convolution's weight is made of; 0 for none."""
+    """Return the number of basis kernels for a convolution's weight; 0 for no basis."""
     kernel, positions, ratio = shape[2:], math.prod(shape[2:]), check_ratio(config.ratio)
     if config.kernel_basis == "none" or ratio == 1:
         return 0
@@ -271,7 +266,7 @@ def _basis_count(shape: Sequence[int], config: RoastConfig) -> int:
 
 
 def _match(setting: str, patterns: tuple[str, ...], model: torch.nn.Module, forest: Forest) -> dict[str, str]:
-    """Return the tensors that patterns select, by their own names or a module's around them, each with its pattern."""
+    """Return the tensors that patterns select, by their names or by modules around them, each with its pattern."""
     names = {name: None for name, _ in model.named_modules(remove_duplicate=False) if name}
     names |= dict.fromkeys(name for info in forest.parameters for name in info.aliases)
     holding = {part for info in forest.parameters for name in info.aliases for part in _parts(name)}
@@ -289,7 +284,7 @@ _WHAT = "parameter and no module that has any"
 
 
 def _parts(parameter: str) -> Iterator[str]:
-    """Yield a parameter's name, and those of the modules around it."""
+    """Yield a parameter's name, and the names of the modules around it."""
     while parameter:
         yield parameter
         parameter = parameter.rpartition(".")[0]
@@ -329,8 +324,8 @@ def _choose_sign(config: RoastConfig, num_slots: int, shared: Sequence[TensorPla
 def _lay_out(shared: Sequence[TensorPlan], tile: tuple[int, int], local: bool) -> tuple[list[TensorPlan], list[int]]:
     """Give every tensor its address; return them with the number of tiles in each region.
 
-    Tiled tensors come first, aligned to tiles, then strips, packed: so there is padding between strips nowhere and
-    between the two kinds once.
+    Tensors in tiles come first and are aligned to tiles. Tensors in strips follow without padding between them. So the
+    only padding besides the tiles' own is at the end of a region.
     """
     size = tile[0] * tile[1]
     placed: list[TensorPlan] = []
@@ -353,7 +348,7 @@ def _lay_out(shared: Sequence[TensorPlan], tile: tuple[int, int], local: bool) -
 def _regions(
     region_tiles: Sequence[int], num_slots: int, tile: tuple[int, int], config: RoastConfig
 ) -> tuple[PoolRegion, ...]:
-    """Share the slots out in proportion to tiles, at least one a region, by largest remainder."""
+    """Distribute the slots over regions in proportion to tiles, by largest remainder; each region gets at least one."""
     total = sum(region_tiles)
     shares = [Fraction(tiles * num_slots, total) for tiles in region_tiles]
     slots = [max(1, int(share)) for share in shares]
@@ -373,7 +368,7 @@ def _regions(
 
 
 def _owner(model: torch.nn.Module, shared: Sequence[TensorPlan]) -> str:
-    """Return the module to register the pool in: the root, unless its children are what its forward iterates over."""
+    """Return the path of the module that gets the pool: the root, unless the root's forward iterates over children."""
     containers = (torch.nn.Sequential, torch.nn.ModuleList, torch.nn.ModuleDict)
     if not isinstance(model, containers):
         return ""
@@ -405,13 +400,13 @@ def _nothing_eligible(tensors: Iterable[TensorPlan]) -> str:
 def _unreachable(
     total: int, kept: int, bases: int, least: int, ratio: Fraction, tensors: Iterable[TensorPlan]
 ) -> PlanError:
-    # Rounded down, so that it can be reached; ratio 1, which shares nothing, always can.
+    # Rounded down, so that this ratio is reachable. Ratio 1 shares nothing and is always reachable.
     largest = max(1.0, math.floor(100 * total / (kept + bases + least)) / 100)
-    # Only those of a number that was asked for; by themselves they would have given way.
+    # Only bases that the user asked for get here: with kernel_basis="auto", the plan was made again without bases.
     of_bases = f", the basis kernels that kernel_basis asks for ({bases:,})" if bases else ""
     message = (
         f"ratio {float(ratio):g} is unreachable: it allows {int(total / ratio):,} stored parameters of {total:,}, and "
-        f"what must stay dense ({kept:,}){of_bases} and the smallest pool ({least:,}) take more. The largest reachable "
-        f"ratio is {largest:.2f}. The biggest kept: {_biggest_kept(tensors) or 'none'}"
+        f"the tensors that must stay dense ({kept:,}){of_bases} and the smallest pool ({least:,}) take more. The "
+        f"largest reachable ratio is {largest:.2f}. The biggest kept: {_biggest_kept(tensors) or 'none'}"
     )
     return PlanError(message, largest)

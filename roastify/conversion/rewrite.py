@@ -1,4 +1,4 @@
-"""Applies a plan to a model, and takes it back; it decides nothing."""
+"""Applies a plan to a model, and restores the dense model; it decides nothing."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _M = TypeVar("_M", bound=nn.Module)
 
 
 def copy_without(model: _M, left_out: set[int]) -> _M:
-    """Deep-copy a model, but give the tensors whose ids are in `left_out` no memory: they become meta tensors.
+    """Deep-copy a model. In the copy, tensors whose ids are in `left_out` are meta tensors, without memory.
 
     Raises:
-        ConversionError: the model holds something that cannot be copied.
+        ConversionError: the model holds an object that cannot be copied.
     """
     memo: dict[int, object] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
@@ -39,7 +39,7 @@ def copy_without(model: _M, left_out: set[int]) -> _M:
         memo[id(tensor)] = tensor.detach().clone()
     try:
         return copy.deepcopy(model, memo)
-    except Exception as error:  # any object's own copying may fail in its own way
+    except Exception as error:  # an object's own `__deepcopy__` may raise any error
         raise ConversionError(
             f"the model cannot be deep-copied ({type(error).__name__}: {error}); pass inplace=True to convert the "
             f"model itself"
@@ -69,32 +69,34 @@ def build_pool(plan: RoastPlan, device: torch.device | str) -> RoastPool:
 
 
 def _basis_energy(plan: RoastPlan, tensor: TensorPlan) -> float:
-    """Return the sum of the squared coefficients of a basis kernel, as a random pool has them.
+    """Return the expected sum of squared coefficients of a basis kernel, for a random pool.
 
-    Divided by that, a step of SGD on the basis is the dense one, projected.
+    If the gradient of a basis is divided by this sum, an SGD step on the basis is the projected dense step.
     """
     assert plan.pool_std is not None, "the plan was not measured"
     return max(tensor.matrix_numel / tensor.basis_count * (scale_of(tensor) * plan.pool_std) ** 2, 1e-12)
 
 
 def apply_plan(model: nn.Module, plan: RoastPlan, pool: RoastPool) -> Callable[[], None]:
-    """Turn every module that the plan names into one on the pool and register the pool, in place; all or nothing.
+    """Move every module that the plan names onto the pool, and register the pool, in place.
+
+    If an error is raised, the model is as it was before.
 
     Returns:
-        a function that undoes it, holding on to the dense Parameters for as long as it is kept.
+        a function that restores the dense model. While it exists, it keeps the dense Parameters in memory.
     """
     swapped: list[tuple[nn.Module, str, nn.Parameter | None]] = []
     owner = model.get_submodule(plan.owner)
     own_forward = model.__dict__.get("forward")
     around = {model.get_submodule(path) for path in _paths_to(plan.owner)}
-    # Those that hold the pool have a Parameter.
+    # Without the modules around the pool: they have the pool's Parameter.
     filled = [module for module in model.modules() if module not in around and _holds_parameters(module)]
 
     def undo() -> None:
         owner._modules.pop(POOL_NAME, None)
         _set_forward(model, own_forward)
         forget_ties(model)
-        _fill_again(model)
+        _restore_emptied(model)
         for module, attribute, parameter in reversed(swapped):
             if isinstance(module, RoastModule) and attribute in module._roast:
                 to_dense(module, {attribute: parameter})
@@ -125,7 +127,7 @@ def apply_plan(model: nn.Module, plan: RoastPlan, pool: RoastPool) -> Callable[[
 
 
 def copy_weights(converted: nn.Module, dense: nn.Module) -> None:
-    """Write the weights that a converted model stands for into the dense model it was made from, one at a time."""
+    """Write a converted model's dense weights into the dense model that it was made from, one tensor at a time."""
     pool = pool_of(converted)
     with torch.no_grad():
         for tensor in pool.plan.shared:
@@ -133,7 +135,7 @@ def copy_weights(converted: nn.Module, dense: nn.Module) -> None:
 
 
 def _set_forward(model: nn.Module, forward: Callable[..., Any] | None) -> None:
-    """Give an instance a forward of its own, or take it away."""
+    """Set an instance's own forward, or remove it if `forward` is None."""
     model.__dict__.pop("forward", None)
     model.__dict__.pop("_replicate_for_data_parallel", None)
     if forward is not None:
@@ -151,20 +153,20 @@ def _holds_parameters(module: nn.Module) -> bool:
     return next(module.named_parameters(), None) is not None
 
 
-def _fill_again(model: nn.Module) -> None:
-    """Give modules that had no Parameters left their own classes again."""
+def _restore_emptied(model: nn.Module) -> None:
+    """Give modules that `to_emptied` changed their original classes back."""
     for module in model.modules():
         if isinstance(module, RoastModule) and not module._roast:
             to_dense(module, {})
 
 
 def restore_dense(model: nn.Module) -> None:
-    """Turn a converted model back into a dense one, in place: original classes, names and ties."""
+    """Turn a converted model back into a dense model, in place, with its original classes, names and ties."""
     pool = pool_of(model)
     plan: RoastPlan = pool.plan
     dense: list[tuple[RoastModule, str, nn.Parameter]] = []
     for tensor in plan.shared:
-        # A layer that the user has replaced since is the user's.
+        # A layer that the user has replaced since the conversion stays as it is.
         holders = [
             (module, name)
             for module, name in owners(model, tensor)
@@ -177,8 +179,8 @@ def restore_dense(model: nn.Module) -> None:
     for module, name, parameter in dense:
         to_dense(module, {name: parameter})
     del model.get_submodule(plan.owner)._modules[POOL_NAME]
-    # One that the user has put around it or in its place since is the user's.
+    # A forward that the user has set since the conversion stays as it is.
     if isinstance(forward := model.__dict__.get("forward"), RootForward):
         _set_forward(model, forward.inner)
     forget_ties(model)
-    _fill_again(model)
+    _restore_emptied(model)

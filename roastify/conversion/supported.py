@@ -1,4 +1,4 @@
-"""Which models may be converted at all; every refusal says what was found and what to do."""
+"""Checks whether a model can be converted; each error says what was found and what to do."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from roastify.layers.base import RoastModule
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Return the one device of a model's weights."""
+    """Return the device of a model's weights; the CPU if it has none."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
@@ -47,7 +47,7 @@ def check_convertible(model: object) -> None:
     if len(devices) > 1:
         found = ", ".join(f"{name} on {device}" for device, name in devices.items())
         raise ConversionError(
-            f"the weights are on several devices ({found}) and one pool serves all; move the model to one of them"
+            f"the weights are on several devices ({found}), but they share one pool; move the model to one of them"
         )
 
 

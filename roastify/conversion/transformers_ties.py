@@ -1,4 +1,4 @@
-"""What transformers' models must be told, so that their own methods work on a converted model."""
+"""Keeps the names of tied weights for transformers' own methods, which a converted model must support."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ _METHOD = "get_expanded_tied_weights_keys"
 
 
 class _TiedNames:
-    """Stands for a model's method that looks the names of tied weights up among its parameters.
+    """Replaces the method of a transformers model that looks up the names of tied weights among its parameters.
 
-    Shared weights are not among the parameters, so the names are those that were found before the conversion. Tying
-    what is tied in the pool changes nothing; what left the pool (a resized vocabulary) is tied by the same names.
+    Shared weights are not among a converted model's parameters, so this object returns the names from before the
+    conversion. Weights that are tied in the pool may be tied again without effect. Weights that left the pool (a
+    resized vocabulary) are tied by the same names.
     """
 
     def __init__(self, model: Any) -> None:
@@ -26,20 +27,21 @@ class _TiedNames:
 
 
 def remember_ties(model: nn.Module) -> None:
-    """Have transformers' models in a model that is about to be converted remember which of their weights are tied."""
-    found = [(module, _TiedNames(module)) for module in _pretrained_models(model)]
-    for module, names in found:
+    """Store the names of tied weights in every transformers model inside a model, before it is converted."""
+    # All names are looked up before the first method is replaced.
+    named = [(module, _TiedNames(module)) for module in _pretrained_models(model)]
+    for module, names in named:
         module.__dict__[_METHOD] = names
 
 
 def forget_ties(model: nn.Module) -> None:
-    """Take `remember_ties` back."""
+    """Undo `remember_ties`."""
     for module in _pretrained_models(model):
         module.__dict__.pop(_METHOD, None)
 
 
 def _pretrained_models(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the transformers models in a model: if it has one, transformers is loaded."""
+    """Yield the transformers models inside a model. If transformers is not loaded, there are none."""
     pretrained = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
     if pretrained is not None and hasattr(pretrained, _METHOD):
         yield from (module for module in model.modules() if isinstance(module, pretrained))

@@ -1,1 +1,1 @@
-"""How a module reads from the pool: the classes on the pool, and which class stands for which."""
+"""How a module reads from the pool: the classes on the pool, and which class replaces which."""

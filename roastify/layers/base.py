@@ -1,4 +1,4 @@
-"""What modules on the pool have in common: assignment, copies, casts, and how their shared attributes are read."""
+"""Base classes of modules on the pool: how shared attributes are read, assigned, copied and cast."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from roastify.pool.pool import ReplicatedPool, RoastPool
 
 
 class RoastModule(nn.Module):
-    """What every module on the pool has: its shared attributes read as dense, differentiable tensors.
+    """The base class of every module on the pool: its shared attributes read as dense, differentiable tensors.
 
-    `_roast` names them. The class made for the module has a property for each, and a `None` stays in the Parameter's
-    place among `_parameters`, which keeps the order of a state dict's keys for the way back.
+    `_roast` holds the shared attributes by name. The class that `class_swap` creates for the module has a property for
+    each of them. In `_parameters`, a `None` replaces each shared Parameter, so that a densified model's state dict has
+    its keys in the original order.
     """
 
     _roast: dict[str, PooledWeight]
-    # Set on the classes that `class_swap` makes.
+    # Set on the classes that `class_swap` creates.
     _roast_original: ClassVar[type[nn.Module]]
-    # Takes an attribute out of the pool; `class_swap` makes the classes and knows the way back.
+    # Takes an attribute out of the pool. `class_swap` defines it, because that module changes the class back.
     _leave_pool: Callable[[str], None]
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -37,7 +38,7 @@ class RoastModule(nn.Module):
             super().__setattr__(name, value)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Register a Parameter; one in the place of a shared attribute takes that out of the pool."""
+        """Register a Parameter. If a shared attribute has that name, the attribute leaves the pool."""
         if name in self.__dict__.get("_roast", ()):
             self._assign_shared(name, param)
         else:
@@ -46,15 +47,15 @@ class RoastModule(nn.Module):
     def __delattr__(self, name: str) -> None:
         if name in self.__dict__.get("_roast", ()):
             self._leave_pool(name)
-            # Not super(): the class may no longer be this one.
+            # Not super(): `_leave_pool` may have changed the class of this object.
             delattr(self, name)
         else:
             super().__delattr__(name)
 
     def _assign_shared(self, name: str, value: Any) -> None:
-        """Take what is assigned to a shared attribute: what it reads already, or a Parameter of the module's own."""
+        """Accept the tensor that the attribute reads already, or a new Parameter, which takes it out of the pool."""
         if isinstance(value, ReadWeight):
-            # Tying again what is tied already, as transformers' `tie_weights` does.
+            # A tie to the same shared tensor changes nothing; transformers' `tie_weights` makes such ties.
             if value.source is not None and value.source[2] is self._roast[name]:
                 return
         elif isinstance(value, nn.Parameter):
@@ -63,15 +64,16 @@ class RoastModule(nn.Module):
             return
         raise RoastError(
             f"{name!r} of this {type(self).__name__} lives in the shared pool and cannot be assigned a "
-            f"{type(value).__name__}; train the pool, assign a new nn.Parameter to take it out of the pool, or call "
-            f"roastify.densify(model) to get a model whose weights can be set"
+            f"{type(value).__name__}; train the pool, assign a new nn.Parameter to take {name!r} out of the pool, or "
+            f"call roastify.densify(model) to get a model whose weights can be set"
         )
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """Yield the module's Parameters; where sharing left none, what it reads instead.
+        """Yield the module's Parameters; if sharing left none, the tensors that the module reads from the pool.
 
-        Code asks `next(self.parameters())` for a dtype or a device. What is read answers that, and an optimizer, or
-        `requires_grad = False`, refuses it with an error of its own: neither can be had for a part of the pool.
+        Code reads a dtype or a device from `next(self.parameters())`, and a tensor that was read from the pool has
+        both. An optimizer or `requires_grad = False` raises torch's error for such a tensor, because a part of the pool
+        can be neither optimized nor frozen by itself.
         """
         count = 0
         for parameter in super().parameters(recurse):
@@ -94,13 +96,13 @@ class RoastModule(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RoastModule:
         super()._apply(fn, recurse)
         for shared in self._roast.values():
-            # What `fn` (half, to, …) makes of a tensor of this dtype, asked of an empty one.
+            # `fn` (half, to, …) decides the dtype, so it is applied to an empty tensor of the present dtype.
             shared.dtype = fn(torch.empty(0, dtype=shared.dtype)).dtype
         return self
 
 
 def describe_shared(module: RoastModule) -> str:
-    """Return what a module reads from the pool."""
+    """Return a description of the attributes that a module reads from the pool."""
     parts = []
     for name, shared in module.__dict__.get("_roast", {}).items():
         view = shared.view
@@ -117,7 +119,10 @@ class RoastReader(RoastModule):
     """A module whose own code reads shared attributes."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the module; within the call, its code is given lazy weights, or the same tensors throughout."""
+        """Call the module.
+
+        Within the call, the module's code reads a shared attribute as a lazy weight, or as the same tensor each time.
+        """
         if tracers or torch.compiler.is_compiling():
             return super().__call__(*args, **kwargs)
         calls = running.calls
@@ -132,7 +137,7 @@ class RoastReader(RoastModule):
                 calls[self] = outer
 
     def _runs_its_own_code(self) -> bool:
-        """Whether nothing but the class's code runs in a call: no hooks, and no other forward."""
+        """Whether only the class's code runs in a call: the instance has no hooks and no forward of its own."""
         forward = self.__dict__.get("forward")
         return (
             (forward is None or (isinstance(forward, RootForward) and forward.inner is None))
@@ -142,7 +147,7 @@ class RoastReader(RoastModule):
 
 
 class RoastLookup(RoastModule):
-    """Joined to classes that look their attributes up themselves and may ask for a shared one by another name."""
+    """Added to classes with a `__getattr__` of their own, which may look up a shared attribute by another name."""
 
     def __getattr__(self, name: str) -> Any:
         if name in self.__dict__.get("_roast", ()):
@@ -153,5 +158,5 @@ class RoastLookup(RoastModule):
 class RoastLayer(RoastModule):
     """A layer whose `weight` is in the pool."""
 
-    # A property under a type that lets it stand where the dense layers declare a Tensor.
+    # Annotated as Any, because the dense layers declare a Tensor here and this is a property.
     weight: Any = dense_property("weight")

@@ -1,4 +1,4 @@
-"""The way of a module onto the pool and back: its object stays, its class changes.
+"""Moves a module onto the pool and back by changing its class; the object stays the same.
 
 `to_roast` changes the module's class and takes the dense Parameter out of it. Hooks, modes, attributes and every
 reference to the module stay as they are. `to_dense` reverses it.
@@ -21,20 +21,24 @@ from roastify.layers.source_scan import uses_in_source
 
 
 class _Swapped:
-    """What the classes made here add to a class on the pool: they are not importable, and know the way back."""
+    """A base of every class that this file creates. It supports copies, pickles and the way back.
+
+    Copying and pickling need support because the created classes cannot be imported.
+    """
 
     _roast_original: type[nn.Module]
     _roast: dict[str, PooledWeight]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # Copies and pickles name the original class, and have this one made again.
+        # Copies and pickles name the original class. `_new_module` creates this class again from it.
         return _new_module, (self._roast_original, frozenset(self._roast)), self.__getstate__()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         twin = _new_module(self._roast_original, frozenset(self._roast))
         memo[id(self)] = twin
         if hasattr(super(), "__deepcopy__"):
-            # A class that copies itself would make a dense module. Torch's parametrized ones do so for this state.
+            # The class's own `__deepcopy__` would create a dense module, so it is not called. Torch's parametrized
+            # classes define one, because they refuse `__getstate__`.
             twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         else:
             twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
@@ -42,7 +46,8 @@ class _Swapped:
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
-        # A class that writes its attributes by itself writes what they read; the pool is in the state dict once.
+        # A class with a state-dict method of its own may write a shared attribute's dense tensor. It is removed, since
+        # the state dict has the pool once.
         for name in self._roast:
             destination.pop(prefix + name, None)
 
@@ -50,7 +55,7 @@ class _Swapped:
         to_dense(cast(RoastModule, self), {name: None})
 
     def extra_repr(self) -> str:
-        """Describe the module as its original does, and what it reads from the pool."""
+        """Describe the module as its original class does, and the attributes that it reads from the pool."""
         parts = [super().extra_repr(), describe_shared(cast(RoastModule, self))]  # type: ignore[misc]
         return ", ".join(part for part in parts if part)
 
@@ -59,12 +64,13 @@ _roast_classes: dict[tuple[type[nn.Module], frozenset[str]], type[RoastModule]] 
 
 
 def roast_class(module_class: type[nn.Module], names: frozenset[str]) -> type[RoastModule]:
-    """Return the class on the pool for modules of any class that share these attributes; the same one every time.
+    """Return the class on the pool for a class and its shared attributes; the same arguments give the same class.
 
-    A layer's class on the pool has a `forward` of its own. A user's subclass of a layer keeps its place in front: its
-    `forward` still runs, and where that calls `super().forward`, the pool's comes next. Any other class keeps its code
-    and its name, by which libraries look classes up (wrapping policies, transformers' initialisers); only its shared
-    attributes are read otherwise.
+    - A layer of torch.nn gets a `forward` that reads the pool.
+    - A user's subclass of a layer stays first in the method resolution order: its `forward` still runs, and if it calls
+      `super().forward`, the forward that reads the pool runs next.
+    - Any other class keeps its code, and only its shared attributes are read from the pool. It also keeps its name,
+      because libraries look classes up by name (wrapping policies, transformers' initialisers).
     """
     key = module_class, names
     if key not in _roast_classes:
@@ -81,10 +87,11 @@ def roast_class(module_class: type[nn.Module], names: frozenset[str]) -> type[Ro
             if _looks_up(module_class):
                 bases += (RoastLookup,)
         if names and replaced and bases[0] is module_class:
-            # In front, to be there before the class's own `__call__`; the rest of it stays behind.
+            # `RoastReader` goes first, so that its `__call__` runs before the class's own. Its base `RoastModule` stays
+            # behind the class.
             bases = (RoastReader, *bases)
-        made = type(title, (_Swapped, *bases), attributes)
-        _roast_classes[key] = cast("type[RoastModule]", made)
+        swapped = type(title, (_Swapped, *bases), attributes)
+        _roast_classes[key] = cast("type[RoastModule]", swapped)
     return _roast_classes[key]
 
 
@@ -96,7 +103,7 @@ def _reader(module_class: type[nn.Module], name: str) -> property:
 
 def _other_bases(module_class: type[nn.Module]) -> tuple[type, ...]:
     if issubclass(module_class, nn.RNNBase):
-        # In front: it replaces how these keep count of their Parameters.
+        # `RoastRNN` goes first, because it replaces the recurrent layers' list of Parameters.
         return RoastRNN, module_class
     if module_class is nn.Module:
         return (RoastModule,)
@@ -112,7 +119,8 @@ def _layer_bases(module_class: type[nn.Module], kind: LayerKind) -> tuple[type, 
         return (kind.roast,)
     if kind.roast is not RoastTransformersConv1D:
         return module_class, kind.roast
-    # This one cannot name transformers' class as its base, so that is joined to it first.
+    # `RoastTransformersConv1D` does not have transformers' class as a base, because roastify does not import
+    # transformers. So the base is added here.
     conv1d = cast("type[nn.Module]", transformers_conv1d())
     if module_class is conv1d:
         return kind.roast, conv1d
@@ -125,29 +133,32 @@ def _new_module(module_class: type[nn.Module], names: frozenset[str]) -> RoastMo
 
 
 def to_roast(module: nn.Module, name: str, shared: PooledWeight) -> None:
-    """Turn a module into its class on the pool, in place, or add an attribute to it; the dense Parameter is let go."""
-    held = {**module.__dict__.get("_roast", {}), name: shared}
+    """Move a module's attribute onto the pool, in place: change the module's class and drop the dense Parameter."""
+    attributes = {**module.__dict__.get("_roast", {}), name: shared}
     original = type(module)._roast_original if isinstance(module, RoastModule) else type(module)
     module._parameters[name] = None
-    module.__class__ = roast_class(original, frozenset(held))
-    module.__dict__["_roast"] = held
+    module.__class__ = roast_class(original, frozenset(attributes))
+    module.__dict__["_roast"] = attributes
     _renew_flat_weights(module)
 
 
 def to_emptied(module: nn.Module) -> None:
-    """Turn a module that has no Parameters left below it into a class that answers for them (`parameters`)."""
+    """Change the class of a module that has no Parameter left, in place, so that `parameters()` is not empty."""
     if not isinstance(module, RoastModule):
         module.__class__ = roast_class(type(module), frozenset())
         module.__dict__["_roast"] = {}
 
 
 def to_dense(module: RoastModule, parameters: Mapping[str, nn.Parameter | None]) -> None:
-    """Take attributes of a module out of the pool, with these dense Parameters; its class goes back with the last."""
+    """Take attributes of a module out of the pool and give it these dense Parameters instead.
+
+    If no shared attribute is left, the module gets its original class back.
+    """
     original = type(module)._roast_original
-    held = {name: shared for name, shared in module._roast.items() if name not in parameters}
-    module.__class__ = roast_class(original, frozenset(held)) if held else original  # type: ignore[assignment]
-    if held:
-        module.__dict__["_roast"] = held
+    left = {name: shared for name, shared in module._roast.items() if name not in parameters}
+    module.__class__ = roast_class(original, frozenset(left)) if left else original  # type: ignore[assignment]
+    if left:
+        module.__dict__["_roast"] = left
     else:
         del module.__dict__["_roast"]
     module._parameters.update(parameters)
@@ -155,6 +166,6 @@ def to_dense(module: RoastModule, parameters: Mapping[str, nn.Parameter | None])
 
 
 def _renew_flat_weights(module: nn.Module) -> None:
-    """Have a recurrent module's list of its own Parameters follow what it holds now."""
+    """Rebuild the list that a recurrent module keeps of its Parameters, from its present ones."""
     if isinstance(module, nn.RNNBase):
         module._init_flat_weights()

@@ -1,4 +1,4 @@
-"""The one list of layers whose own operation reads the pool, and how modules of any other class will read from it."""
+"""The one list of layers whose own operation reads the pool, and the read paths of all other modules."""
 
 from __future__ import annotations
 
@@ -35,12 +35,14 @@ class LayerKind:
 
     Args:
         op: the operation's name in reports.
-        roast: the class on the pool.
+        roast: the class on the pool that replaces the layer's class.
         transposed: whether the dense weight is `[in, out]`, so that the pool holds its transpose.
-        materialises: whether the operation wants the whole weight; then it is cut into strips, not tiles.
-        refusal: returns why a module of this kind must keep its weight, or None.
-        keeps: whether its forward, in a training pass, may keep a dense weight until the backward pass.
-        kernels: whether its weight is one kernel, of all sizes but the first two, for each pair of channels.
+        materialises: whether the operation needs the whole dense weight; if so, the weight is cut into strips, not
+            tiles.
+        refusal: a function that returns why a module of this kind must keep its dense weight, or None.
+        keeps: a function that returns whether the layer's forward may keep this dense weight until the backward pass.
+        kernels: whether the weight is a convolution's: one kernel (all dimensions but the first two) for each pair of
+            channels.
     """
 
     op: str
@@ -54,9 +56,9 @@ class LayerKind:
 
 def _refuse_table(module: nn.Embedding | nn.EmbeddingBag) -> str | None:
     if module.max_norm is not None:
-        return "max_norm rewrites rows in place, and a row in the pool has many owners"
+        return "max_norm rewrites rows in place, and other tensors read the same pool elements"
     if module.scale_grad_by_freq:
-        return "scale_grad_by_freq scales a table's own gradient, which does not exist here"
+        return "scale_grad_by_freq scales the table's own gradient, and a shared table has none"
     return None
 
 
@@ -68,7 +70,7 @@ def _keeps_whole(shared: PooledWeight) -> bool:
     return shared.can_be_whole
 
 
-# The one list of layers whose own operation runs on the pool. Whatever else has a Parameter materialises it.
+# The one list of layers whose own operation reads the pool. `read_path_of` decides for all other modules.
 _KINDS: dict[type[nn.Module], LayerKind] = {
     nn.Linear: LayerKind("linear", RoastLinear, keeps=_keeps_product),
     nn.Bilinear: LayerKind("bilinear", RoastBilinear, materialises=True),
@@ -84,12 +86,12 @@ _KINDS: dict[type[nn.Module], LayerKind] = {
 
 
 def transformers_conv1d() -> type[nn.Module] | None:
-    """Return transformers' `Conv1D` if transformers is loaded: a model that has one has loaded it."""
+    """Return transformers' `Conv1D`, or None if transformers is not loaded: then no model has one."""
     return getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
 
 
 def kind_of(module_class: type, attribute: str = "weight") -> LayerKind | None:
-    """Return how modules of this class, or of the layer it derives from, read an attribute; None if materialised."""
+    """Return the kind of the layer that a class derives from; None without one, or for another attribute."""
     if attribute != "weight":
         return None
     for base in module_class.__mro__:
@@ -101,12 +103,12 @@ def kind_of(module_class: type, attribute: str = "weight") -> LayerKind | None:
 
 
 def refusal_of(module: nn.Module, attribute: str) -> str | None:
-    """Return why a module must keep an attribute, or None."""
+    """Return why a module must keep an attribute dense, or None."""
     kind = kind_of(type(module), attribute)
     return kind.refusal(module) if kind else None
 
 
-# Below these, a matrix of tiles is mostly padding, and little is saved by not materialising it.
+# With fewer columns or rows, a matrix of tiles is mostly padding, and materialising it costs little.
 _LEAST_COLS = 32
 _LEAST_ROWS = 8
 
@@ -116,11 +118,11 @@ class ReadPath:
     """How a module reads a shared attribute.
 
     Args:
-        through: `layer` (the layer's own operation), `operation` (those of the module's code), or `attribute` (it is
-            materialised on access).
-        whole: why it is materialised, if it is.
-        tiles: whether what reads it reads tiles.
-        orientations: in which its code multiplies, see `AttributeUses`.
+        through: `layer` (the layer's own operation reads the pool), `operation` (the operations in the module's code
+            read the pool), or `attribute` (the attribute is materialised on access).
+        whole: why the attribute is materialised; empty if it is not.
+        tiles: whether the operations read two-dimensional tiles.
+        orientations: how the module's code multiplies with the attribute, see `AttributeUses`.
     """
 
     through: str
@@ -148,9 +150,10 @@ def has_forward_of_its_own(module_class: type[nn.Module]) -> bool:
 
 
 def keeps_weight(module: RoastModule, attribute: str, shared: PooledWeight) -> bool:
-    """Whether a training pass may gather a module's weight with others': the layer's own forward will read and keep it.
+    """Whether a training pass may gather a module's weight in a group: the layer's own forward reads and keeps it.
 
-    `nn.MultiheadAttention` reads the weight of its projection, and calls no forward of that.
+    The output projection of `nn.MultiheadAttention` is an exception: the attention reads its weight, and never calls
+    its forward.
     """
     original = type(module)._roast_original
     kind = kind_of(original, attribute)
@@ -160,10 +163,10 @@ def keeps_weight(module: RoastModule, attribute: str, shared: PooledWeight) -> b
 
 
 def _other_code_in_call(module: nn.Module) -> str | None:
-    """Return what else than its class's code runs in a module's call, or None."""
+    """Return which code runs in a module's call besides its class's code, or None."""
     forward = module.__dict__.get("forward")
     if forward is not None and not isinstance(forward, RootForward):
-        return f"this {type(module).__name__} has a forward of its own, beside its class's"
+        return f"this {type(module).__name__} has a forward of its own besides its class's"
     if module._forward_hooks or module._forward_pre_hooks:
         return f"this {type(module).__name__} has hooks, whose code may read it"
     return None
@@ -172,5 +175,5 @@ def _other_code_in_call(module: nn.Module) -> str | None:
 def _too_narrow(shape: Sequence[int], kind: LayerKind | None) -> str | None:
     rows, cols = math.prod(shape[:-1]), shape[-1] if shape else 1
     if kind is None and (rows < _LEAST_ROWS or cols < _LEAST_COLS):
-        return f"{rows}×{cols} is too little for tiles"
+        return f"a {rows}×{cols} matrix is too small for tiles"
     return None

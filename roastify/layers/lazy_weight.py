@@ -1,7 +1,7 @@
-"""`LazyWeight`: a shared tensor as the code of a module's forward is given it, where it is read by operations only.
+"""`LazyWeight`: a shared tensor that is not materialised, for module code that only operates on it.
 
-It is no tensor: nothing is materialised until an operation asks. Products, lookups and slices run on the pool; whatever
-else torch is asked to do with it is done with the dense tensor. `reading` says which code may be given one.
+A lazy weight is not a tensor, and nothing is materialised until an operation needs it. Products, lookups and slices
+read the pool. All other operations of torch get the dense tensor. `reading` decides which code gets a lazy weight.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ class LazyWeight:
     """A shared tensor that has not been read yet.
 
     Args:
-        shared: where it lies.
-        read: returns it as a dense tensor.
-        flipped: whether this is its transpose.
-        of_parts: whether a matrix picked from it by a number is an operand too, or is read.
+        shared: the tensor in the pool.
+        read: a function that returns the dense tensor.
+        flipped: whether this object is the tensor's transpose.
+        of_parts: whether a matrix picked by a number (`weight[2]`) is a lazy weight too; if not, it is a tensor.
     """
 
     def __init__(
@@ -42,79 +42,79 @@ class LazyWeight:
 
     @property
     def shape(self) -> torch.Size:
-        """Its shape."""
+        """The tensor's shape."""
         shape = self.shared.shape
         return torch.Size((*shape[:-2], shape[-1], shape[-2]) if self.flipped else shape)
 
     @property
     def ndim(self) -> int:
-        """Its number of dimensions."""
+        """The tensor's number of dimensions."""
         return len(self.shared.shape)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Its dtype."""
+        """The tensor's dtype."""
         return self.shared.current_dtype
 
     @property
     def device(self) -> torch.device:
-        """Its device."""
+        """The tensor's device."""
         return self.shared.pool.weight.device
 
     @property
     def requires_grad(self) -> bool:
-        """Whether gradients reach the pool, where they are recorded."""
+        """Whether the pool requires a gradient."""
         return self.shared.pool.weight.requires_grad
 
     def size(self, dim: int | None = None) -> Any:
-        """Return its shape, or one size of it."""
+        """Return the tensor's shape, or its size along one dimension."""
         return self.shape if dim is None else self.shape[dim]
 
     def dim(self) -> int:
-        """Return its number of dimensions."""
+        """Return the tensor's number of dimensions."""
         return self.ndim
 
     def numel(self) -> int:
-        """Return its number of elements."""
+        """Return the tensor's number of elements."""
         return self.shape.numel()
 
     @property
     def mT(self) -> LazyWeight:
-        """Its transpose."""
+        """The transpose of the last two dimensions."""
         return LazyWeight(self.shared, self.read, not self.flipped)
 
     @property
     def T(self) -> Any:
-        """Its transpose."""
+        """The transpose."""
         return self.mT if self.ndim == 2 else self.dense().T
 
     def t(self) -> Any:
-        """Return its transpose."""
+        """Return the transpose."""
         return self.mT if self.ndim == 2 else self.dense().t()
 
     def matmul(self, other: Any) -> Tensor:
         """Return `weight · other`."""
-        return _from_left(self, _given(other))
+        return _from_left(self, _without_lazy(other))
 
     __matmul__ = matmul
 
     def mm(self, other: Any) -> Tensor:
-        """Return `weight · other`, both of them matrices."""
+        """Return `weight · other` for two matrices."""
         result = _mm(self, other)
-        return self.dense().mm(_given(other)) if result is NotImplemented else result
+        return self.dense().mm(_without_lazy(other)) if result is NotImplemented else result
 
     def __rmatmul__(self, other: Any) -> Tensor:
-        return _from_right(_given(other), self)
+        return _from_right(_without_lazy(other), self)
 
     def __getitem__(self, key: Any) -> Any:
         if self.flipped or self._irregular:
             return self.dense()[key]
         place = key if isinstance(key, tuple) else (key,)
-        found = _picked(self, place)
-        if type(found) is not Tensor or torch.compiler.is_compiling() or _is_copied(place):
-            return found
-        # In the dense model a view of the Parameter, to which one may write.
-        return found.as_subclass(ReadWeight)
+        part = _picked(self, place)
+        if type(part) is not Tensor or torch.compiler.is_compiling() or _is_copied(place):
+            return part
+        # In the dense model the part is a view, and a write to it changes the Parameter. A `ReadWeight` refuses writes.
+        return part.as_subclass(ReadWeight)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.dense()[key] = value
@@ -124,22 +124,27 @@ class LazyWeight:
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Do what torch is asked for: on the pool, or with the dense tensor."""
+        """Run an operation of torch: on the pool if it can be, otherwise with the dense tensor."""
         kwargs = kwargs or {}
         operation = _OPERATIONS.get(function)
         if operation is not None and not (kwargs and operation in _POSITIONAL):
             result = operation(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        return function(*(_given(arg) for arg in args), **{name: _given(arg) for name, arg in kwargs.items()})
+        return function(
+            *(_without_lazy(arg) for arg in args), **{name: _without_lazy(arg) for name, arg in kwargs.items()}
+        )
 
     @property
     def _irregular(self) -> bool:
-        """Whether its elements are not what the pool's operations give: centers, and rows that are zero."""
+        """Whether the pool's operations do not give the tensor's elements, because it has a center or a zero row."""
         return bool(self.shared.center) or self.shared.zero_row is not None
 
     def product(self, x: Tensor, bias: Tensor | None, transposed: bool) -> Tensor | None:
-        """Return `x · weightᵀ + bias`, or if `transposed` `x · weight + bias`; None if that is no matrix's product."""
+        """Return `x · weightᵀ + bias`, or if `transposed`, `x · weight + bias`.
+
+        None if the pool's operations do not support this product.
+        """
         if self.ndim != 2 or self._irregular or x.dim() == 0:
             return None
         if bias is not None and bias.shape != self.shape[transposed : transposed + 1]:
@@ -148,10 +153,11 @@ class LazyWeight:
         return shared.linear_t(x, bias) if transposed != self.flipped else shared.linear(x, bias)
 
 
-def _given(value: Any) -> Any:
+def _without_lazy(value: Any) -> Any:
+    """Return an argument with every lazy weight in it replaced by its dense tensor."""
     if isinstance(value, LazyWeight):
         return value.dense()
-    return type(value)(_given(part) for part in value) if type(value) in (list, tuple) else value
+    return type(value)(_without_lazy(part) for part in value) if type(value) in (list, tuple) else value
 
 
 def _from_right(x: Tensor, weight: LazyWeight) -> Tensor:
@@ -222,12 +228,12 @@ _OPERATIONS: dict[Any, Callable[..., Any]] = {
     Tensor.addmm: _addmm,
     F.embedding: _embedding,
 }
-# What their arguments are called differs; with names, or a tensor to write to, the dense tensor is taken.
+# The names of these functions' arguments differ. If a call has keyword arguments (or `out=`), it gets the dense tensor.
 _POSITIONAL = (_matmul, _mm)
 
 
 def _refusing_operator(operator: str) -> Callable[[LazyWeight, Any], Any]:
-    """Return an in-place operator; the dense tensor that it is done to refuses, and says what to do."""
+    """Return an in-place operator that applies itself to the dense tensor, which refuses with a helpful error."""
     return lambda weight, other: getattr(weight.dense(), operator)(other)
 
 
@@ -236,10 +242,10 @@ for _name in INPLACE_OPERATORS:
 
 
 def _picked(weight: LazyWeight, key: tuple[Any, ...]) -> Any:
-    """Return `weight[key]`, reading no more than the rows that its first places name."""
+    """Return `weight[key]`. Only the rows that the first index of the key selects are read."""
     shape = weight.shape
     if len(shape) == 3 and shape[0] == 1 and _is_all(key[0]) and not _is_special(key[1:]):
-        # A table with a batch's dimension in front of it.
+        # A table with a batch dimension of size 1 before it, as position embeddings have.
         return _rows(weight.shared, shape[1:], key[1:]).unsqueeze(0)
     if _is_special(key) or len(shape) not in (2, 3):
         return weight.dense()[key]
@@ -253,12 +259,12 @@ def _is_all(index: Any) -> bool:
 
 
 def _is_copied(key: tuple[Any, ...]) -> bool:
-    """Whether torch gives a copy of what an index names, not a view."""
+    """Whether indexing by this key gives a copy, not a view."""
     return any(isinstance(index, Tensor) and index.dim() for index in key)
 
 
 def _is_special(key: tuple[Any, ...]) -> bool:
-    """Whether an index is empty, or has more to it than numbers, plain slices, and a tensor of numbers in front."""
+    """Whether a key is empty, or has more than numbers, slices of step 1, and an integer tensor in first place."""
     if not key:
         return True
     for place, index in enumerate(key):
@@ -274,7 +280,7 @@ def _is_special(key: tuple[Any, ...]) -> bool:
 
 
 def _rows(shared: PooledWeight, shape: Sequence[int], key: tuple[Any, ...]) -> Tensor:
-    """Return `matrix[key]` of a matrix of this shape."""
+    """Return `matrix[key]`, where `shape` is the matrix's shape."""
     first, rest = key[0], key[1:]
     if isinstance(first, slice):
         start, stop = _bounds(first, shape[0])
@@ -288,7 +294,7 @@ def _rows(shared: PooledWeight, shape: Sequence[int], key: tuple[Any, ...]) -> T
 
 
 def _matrices(weight: LazyWeight, key: tuple[Any, ...]) -> Any:
-    """Return `weight[key]` of a stack of matrices."""
+    """Return `weight[key]`, where the weight is a stack of matrices."""
     first, rest, shared = key[0], key[1:], weight.shared
     count, rows, cols = weight.shape
     if isinstance(first, slice):
@@ -303,7 +309,7 @@ def _matrices(weight: LazyWeight, key: tuple[Any, ...]) -> Any:
     if not -count <= number < count:
         raise IndexError(f"index {number} is out of bounds for dimension 0 with size {count}")
     number = number % count
-    # Where a part lies is made here, and a compiler wants it to be there before (torch 2.11).
+    # Not under a compiler: `part` creates a new view, and torch 2.11 can only trace views that exist before the call.
     matrix = None if torch.compiler.is_compiling() else shared.part(number * rows, (rows, cols))
     if matrix is not None and rest:
         return _rows(matrix, matrix.shape, rest)
@@ -314,7 +320,7 @@ def _matrices(weight: LazyWeight, key: tuple[Any, ...]) -> Any:
 
 
 def _bounds(index: slice, size: int) -> tuple[int, int]:
-    """Return where a slice begins and ends, as torch cuts it."""
+    """Return where a slice begins and ends, clamped as torch does."""
     start = 0 if index.start is None else index.start
     stop = size if index.stop is None else index.stop
     start = min(max(start + size, 0) if start < 0 else start, size)
@@ -324,19 +330,19 @@ def _bounds(index: slice, size: int) -> tuple[int, int]:
 
 def _span(shared: PooledWeight, start: int, stop: int) -> Tensor:
     if torch.compiler.is_compiling():
-        # Lengths may vary from call to call, and where a tensor lies is a constant of the graph.
+        # Not `rows_between`: the view that it creates is a constant of the graph, and the slice's length may vary.
         return shared.rows(torch.arange(start, stop, device=shared.pool.weight.device))
     return shared.rows_between(start, stop)
 
 
 def _from_start(index: Tensor, size: int, shared: PooledWeight) -> Tensor:
-    """Return an index whose numbers count from the start; torch takes negative ones, and an index from the CPU."""
+    """Return an index without negative numbers and on the pool's device, as torch's indexing accepts both."""
     index = index.to(shared.pool.weight.device)
     return torch.where(index < 0, index + size, index)
 
 
 def _row_index(index: Any, size: int, shared: PooledWeight) -> Tensor:
-    """Return a number as the index of a lookup."""
+    """Return a number as an index tensor for a lookup."""
     if isinstance(index, int) and not -size <= index < size:
         raise IndexError(f"index {index} is out of bounds for dimension 0 with size {size}")
     if not isinstance(index, Tensor):

@@ -1,4 +1,4 @@
-"""The layers on the pool: each class a subclass of the layer of `torch.nn` that it replaces, or joined to any class."""
+"""The layers on the pool: subclasses of torch.nn's layers, recurrent layers, transformers' `Conv1D`."""
 
 from __future__ import annotations
 
@@ -15,48 +15,49 @@ from roastify.layers.reading import tracers
 
 
 class RoastRNN(RoastModule):
-    """`nn.RNN`, `nn.LSTM` and `nn.GRU` on the pool: all that is shared is materialised once a call.
+    """`nn.RNN`, `nn.LSTM` and `nn.GRU` on the pool: every shared attribute is materialised once for each call.
 
-    The dense layers keep a list of their Parameters, and weak references to them, to see when one was replaced.
+    The dense layers keep a list of their Parameters, and weak references to them, to notice when one was replaced. Here
+    the list is read from the attributes each time, so the methods that update it do nothing.
     """
 
     _flat_weights_names: list[str]
 
     @property
     def _flat_weights(self) -> list[Tensor | None]:
-        held = self.__dict__.get("_roast_flat_weights")
-        return held if held is not None else [getattr(self, name, None) for name in self._flat_weights_names]
+        cached = self.__dict__.get("_roast_flat_weights")
+        return cached if cached is not None else [getattr(self, name, None) for name in self._flat_weights_names]
 
     @_flat_weights.setter
     def _flat_weights(self, value: list[Tensor | None]) -> None:
-        """Leave it: there is nothing to keep up to date."""
+        """Do nothing: the list is read from the attributes."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the module with what it reads held for the time of the call: its forward asks for it three times."""
+        """Call the module. The dense tensors are cached during the call, because its forward reads them three times."""
         if tracers:
             return super().__call__(*args, **kwargs)
         self.__dict__["_roast_flat_weights"] = self._flat_weights
         try:
             with warnings.catch_warnings():
-                # cuDNN would rather have the weights in one piece of memory; there is no such piece to be had.
+                # cuDNN warns that the weights are not in one piece of memory. Materialised weights never are.
                 warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous")
                 return super().__call__(*args, **kwargs)
         finally:
             self.__dict__.pop("_roast_flat_weights", None)
 
     def flatten_parameters(self) -> None:
-        """Leave it: what is materialised for a call is not worth moving."""
+        """Do nothing: a tensor that is materialised for one call is not worth moving."""
 
     def _init_flat_weights(self) -> None:
         self.__dict__.pop("_flat_weights", None)
         self._flat_weight_refs: list[Any] = []
 
     def _update_flat_weights(self) -> None:
-        """Leave it: weights are read anew at every call."""
+        """Do nothing: the weights are read again in every call."""
 
 
 class RoastLinear(RoastLayer, nn.Linear):
-    """`nn.Linear` on the pool; no whole weight is materialised for a small batch."""
+    """`nn.Linear` on the pool. For a small batch, the dense weight is not materialised."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Return `input · weightᵀ + bias`."""
@@ -68,10 +69,10 @@ class RoastBilinear(RoastLayer, nn.Bilinear):
 
 
 class RoastEmbedding(RoastLayer, nn.Embedding):
-    """`nn.Embedding` on the pool: only the rows asked for are read, and cost goes with the tokens."""
+    """`nn.Embedding` on the pool: only the rows of the given indices are read."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return the rows of `input`; the gradient of `padding_idx` is blocked, as in the dense layer."""
+        """Return the rows at the indices `input`. The row at `padding_idx` gets no gradient, as in the dense layer."""
         rows = self._roast["weight"].rows(input)
         if self.padding_idx is None or self._roast["weight"].zero_row is not None or not torch.is_grad_enabled():
             return rows
@@ -79,10 +80,10 @@ class RoastEmbedding(RoastLayer, nn.Embedding):
 
 
 class RoastEmbeddingBag(RoastLayer, nn.EmbeddingBag):
-    """`nn.EmbeddingBag` on the pool: the rows asked for are read, then reduced."""
+    """`nn.EmbeddingBag` on the pool: only the rows of the given indices are read, then reduced."""
 
     def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
-        """Return the reduced bags; all modes and arguments of the dense layer."""
+        """Return the reduced bags. All modes and arguments of the dense layer are supported."""
         shared = self._roast["weight"]
         if input.dim() not in (1, 2):
             raise ValueError(f"input has to be 1D or 2D Tensor, but got Tensor of dimension {input.dim()}")
@@ -93,7 +94,7 @@ class RoastEmbeddingBag(RoastLayer, nn.EmbeddingBag):
         position = torch.arange(flat.numel(), device=flat.device, dtype=flat.dtype)
         padding_idx = None
         if self.padding_idx is not None:
-            # The bag operator skips one index, so all padding entries point at one more row.
+            # The bag operator skips one index, so all padding entries point to one additional row.
             padding_idx = flat.numel()
             position = torch.where(flat == self.padding_idx, padding_idx, position)
             rows = torch.cat([rows, rows.new_zeros(1, rows.shape[-1])])
@@ -108,13 +109,14 @@ class RoastEmbeddingBag(RoastLayer, nn.EmbeddingBag):
         )
 
     def _are_plain(self, weights: Tensor | None, input: Tensor) -> bool:
-        """Whether there is nothing about these weights that the bag operator would refuse."""
+        """Whether the bag operator would accept these weights."""
         return weights is None or (self.mode == "sum" and weights.shape == input.shape)
 
     def _reduce(self, rows: Tensor, input: Tensor, weights: Tensor | None) -> Tensor:
-        """Return bags of one length, from their rows `[bags, entries, dim]`.
+        """Return bags of equal length, from their rows `[bags, entries, dim]`.
 
-        The bag operator would do, but a compiler makes a constant of its number of rows, which is the batch's here.
+        The bag operator would be correct too. But a compiler treats its number of rows as a constant, and here that
+        number depends on the batch.
         """
         padding = None if self.padding_idx is None else input == self.padding_idx
         if weights is not None:
@@ -124,7 +126,7 @@ class RoastEmbeddingBag(RoastLayer, nn.EmbeddingBag):
         if self.mode == "max":
             bags = rows.max(1).values
             return bags if padding is None else bags.masked_fill(padding.all(1)[:, None], 0.0)
-        # In the rows' dtype, which autocast would widen.
+        # In the rows' dtype: autocast would sum in float32.
         total = rows.sum(1, dtype=rows.dtype)
         if self.mode != "mean":
             return total
@@ -134,7 +136,7 @@ class RoastEmbeddingBag(RoastLayer, nn.EmbeddingBag):
 
 
 class _RoastConv(RoastLayer):
-    """What convolutions on the pool have in common."""
+    """The base class of convolutions on the pool."""
 
     bias: Tensor | None
     _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -170,9 +172,9 @@ class RoastConvTranspose3d(RoastLayer, nn.ConvTranspose3d):
 
 
 class RoastTransformersConv1D(RoastLayer):
-    """transformers' `Conv1D` (a linear layer that keeps its weight as `[in, out]`) on the pool."""
+    """transformers' `Conv1D` on the pool: a linear layer whose weight is `[in, out]`."""
 
-    # transformers' own would leave out what the pool adds.
+    # transformers' own `__repr__` would leave out `extra_repr`, which describes the pool.
     __repr__ = nn.Module.__repr__
 
     def forward(self, x: Tensor) -> Tensor:

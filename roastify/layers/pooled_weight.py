@@ -1,4 +1,4 @@
-"""`PooledWeight`: one tensor in the pool as its readers see it, and parts of it as tensors of their own."""
+"""`PooledWeight`: one tensor in the pool, the operations that read it, and parts of it."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from roastify.kernels.torch_internals import is_exporting, is_jit_tracing
 from roastify.kernels.view import WeightView
 from roastify.pool.pool import RoastPool
 
-# Elements of a weight from which on its product's time is the GPU's rather than the host's.
+# From this many elements of a weight on, the GPU's time limits a product; below, the host's time does.
 _SMALL_ELEMENTS = 1 << 22
 
 
 @dataclass(eq=False)
 class PooledWeight(WeightView):
-    """One tensor in the pool, as its layers see it: where it lies (`WeightView`), in which pool, and what it reads as.
+    """One tensor in the pool, as its layers read it: its place (`WeightView`), its pool, and its dense values.
 
     Args:
-        pool: the pool's module; its Parameter is read at each use, because sharding replaces it.
-        dtype: of the dense tensor.
-        zero_row: a row that is zero and stays so (an embedding's padding row), or None.
-        center: what is added to every element: the ones that a norm's weights start from.
+        pool: the pool's module. Its Parameter is looked up at each use, because sharding replaces the Parameter.
+        dtype: dtype of the dense tensor.
+        zero_row: a row that is zero and stays zero (an embedding's padding row), or None.
+        center: number that is added to every element, such as 1 for a norm's weights, which start from ones.
     """
 
     pool: RoastPool = field(kw_only=True)
@@ -38,14 +38,14 @@ class PooledWeight(WeightView):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # Looked up in every call, where a property would cost as much as what it tells.
+        # Attributes and not properties, because every call of a layer needs them, and a property is slow.
         self.numel = self.view.numel
         self.is_small = self.numel < _SMALL_ELEMENTS
         self.can_be_whole = not self.center and self.zero_row is None
 
     @property
     def current_dtype(self) -> torch.dtype:
-        """The dtype that the dense tensor would have now.
+        """The dtype that the dense tensor has now.
 
         While a forward pass runs, FSDP2's mixed precision shows every Parameter in the dtype of its policy.
         """
@@ -54,14 +54,14 @@ class PooledWeight(WeightView):
         return self.dtype if shown == pool.stored_dtype else shown
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the dense, differentiable tensor, in a dtype (default: its own)."""
+        """Return the dense, differentiable tensor, in a dtype (default: the tensor's own)."""
         weight = self._gathered(dtype or self.current_dtype)
         if self.center:
             weight = weight + self.center
         if self.zero_row is None:
             return weight
-        # On the device: a copy from the CPU cannot be captured in a CUDA graph. Not `index_fill`: of a gradient that is
-        # one number expanded, as a sum's, Inductor makes zeros everywhere (torch 2.13).
+        # The comparison runs on the device, because a CUDA graph cannot capture a copy from the CPU. Not `index_fill`:
+        # if the gradient is one expanded number (as a sum's is), Inductor of torch 2.13 sets all of it to zero.
         row = torch.arange(weight.shape[0], device=weight.device) == self.zero_row
         return weight.masked_fill(row.view(-1, *(1,) * (weight.dim() - 1)), 0.0)
 
@@ -84,35 +84,35 @@ class PooledWeight(WeightView):
         return self._product(ops.linear if self.transposed else ops.linear_t, x, bias)
 
     def _is_recorded(self) -> bool:
-        """Whether a graph of the pool's gradient is being made."""
+        """Whether autograd records this forward pass for the pool's gradient."""
         if not torch.is_grad_enabled() or not self.pool.parameter().requires_grad:
             return False
-        # What is exported has no backward pass.
+        # An exported graph has no backward pass.
         if torch.compiler.is_compiling():
             return not is_exporting()
         return not is_jit_tracing()
 
     def _kept_for(self, x: Tensor) -> Tensor | None:
-        """Return a product's weight, kept for the backward pass; None for one that the backward pass gathers again.
+        """Return the dense weight for a product if it is kept for the backward pass, which else gathers it again.
 
-        It is kept where its layer is small, so that the host's time counts, and where it has no more elements than its
-        input, which is kept anyway. Nothing but sizes may decide: what is run again for a checkpoint must keep the
-        same.
+        A weight is kept if two conditions hold. It is small: then the host's time limits the layer, and a second gather
+        costs the host time. It has at most as many elements as the layer's input, which autograd keeps anyway. Only
+        sizes may decide, because a recomputed checkpoint must keep the same weights.
         """
         if not self.is_small or not self._is_recorded():
             return None
         if torch.compiler.is_compiling():
-            # Here, because it imports sympy.
+            # Imported here, because this import loads sympy.
             from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-            # A size that is left open decides nothing, and none is fixed for this.
+            # If a size is symbolic, the weight is not kept: a comparison would specialise the graph to the size.
             kept = statically_known_true(x.numel() >= self.numel)
         else:
             kept = x.numel() >= self.numel
         return self._kept(x) if kept else None
 
     def _kept(self, x: Tensor) -> Tensor:
-        """Return the dense tensor for a recorded product with `x`, in the dtype that it runs in."""
+        """Return the dense tensor for a recorded operation on `x`, in the dtype that the operation runs in."""
         dtype = ops.autocast_dtype(x) or self.current_dtype
         if torch.compiler.is_compiling():
             return self._gathered(dtype)
@@ -126,13 +126,13 @@ class PooledWeight(WeightView):
         return ops.combine(gathered, *self.pool.basis(self.basis_index)).view(self.shape)
 
     def whole(self, x: Tensor) -> Tensor:
-        """Return the dense tensor for an operation on `x` that wants all of it, in the dtype that it runs in."""
+        """Return the dense tensor for an operation on `x` that needs all of it, in the operation's dtype."""
         if self.can_be_whole and self._is_recorded():
             return self._kept(x)
         return self.dense(ops.autocast_dtype(x))
 
     def _product(self, product: Callable[..., Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
-        # Read in the dtype that the product runs in, so that autocast finds nothing left to cast.
+        # The pool is read in the dtype that the product runs in, so that autocast does not cast it again.
         pool = self.pool.read(ops.autocast_dtype(x) or self.current_dtype)
         return product(x, pool, bias, self.pool.table, self.view, self.scale)
 
@@ -146,10 +146,9 @@ class PooledWeight(WeightView):
         return rows.masked_fill((index == self.zero_row)[..., None], 0.0)
 
     def part(self, start: int, shape: Sequence[int]) -> PooledWeight | None:
-        """Return the rows of the matrix from `start` on, of this shape, as a tensor of its own in the same tiles.
+        """Return the matrix's rows from `start` on, in this shape, as a tensor of its own on the same tiles.
 
-        None for a part that begins inside a row of tiles, a transposed matrix, one in strips, or one with a row that is
-        zero.
+        None if the part begins inside a row of tiles, or if the tensor is transposed, in strips, or has a zero row.
         """
         view = self.view
         if self.transposed or view.strips or self.zero_row is not None or start % view.tile_rows:
@@ -159,9 +158,10 @@ class PooledWeight(WeightView):
         return dataclasses.replace(self, view=view._replace(rows=rows, base=base), shape=torch.Size(shape))
 
     def rows_between(self, start: int, stop: int) -> Tensor:
-        """Return `weight[start:stop]` of the matrix's rows; the tiles that they touch are read."""
-        ahead = start % self.view.tile_rows
-        part = self.part(start - ahead, (max(stop - start, 0) + ahead, self.view.cols))
+        """Return the matrix's rows `[start:stop]`. Only the tiles that hold these rows are read."""
+        # A part must begin with a row of tiles, so these rows before `start` are read too.
+        extra = start % self.view.tile_rows
+        part = self.part(start - extra, (max(stop - start, 0) + extra, self.view.cols))
         if part is None or stop <= start:
             return self.dense().reshape(-1, self.shape[-1])[start:stop]
-        return part.dense()[ahead:]
+        return part.dense()[extra:]

@@ -1,7 +1,7 @@
-"""`ReadWeight`: what reading a shared attribute gives, a tensor that computes as any other and refuses writes.
+"""`ReadWeight`: the value of a shared attribute, a tensor that computes as usual and refuses writes.
 
-A write to it would be lost without a word, since the next read materialises the tensor from the pool again. So
-whatever changes a tensor in place raises, through views and `.data` as well: `nn.init.*_(layer.weight)`,
+A write to it would be lost in silence, since the next read materialises the tensor from the pool again. So every
+in-place operation raises an error, through views and `.data` too: `nn.init.*_(layer.weight)`,
 `layer.weight.data.normal_()`, `reset_parameters()`.
 """
 
@@ -17,21 +17,22 @@ from roastify.kernels.torch_internals import disabled_torch_function
 
 
 class ReadWeight(Tensor):
-    """A tensor read from the pool. Results of operations on it are plain tensors, and kernels take it as one."""
+    """A tensor read from the pool. Operations and kernels treat it as a plain tensor, and return plain tensors."""
 
-    # As `nn.Parameter` does: operations see a plain tensor, so that torch's fused kernels stay in use.
+    # Disabled, as for `nn.Parameter`: operations see a plain tensor, so torch's fused kernels stay available.
     __torch_function__ = disabled_torch_function
-    # `isinstance(layer.weight, nn.Parameter)` holds as in the dense model: `get_parameter` and tying ask it.
+    # With this, `isinstance(layer.weight, nn.Parameter)` is true, as in the dense model. `get_parameter` and code that
+    # ties weights check it.
     _is_param = True
-    # transformers' initialisers pass over what carries this mark; the pool has its values already.
+    # transformers' initialisers skip tensors with this mark. The pool has its values already.
     _is_hf_initialized = True
 
-    # The attribute that it was read from, as `(module, name, where it lies in the pool)`; the last is None in views.
+    # The attribute that the tensor was read from: `(module, name, PooledWeight)`. The last is None for a view.
     source: tuple[Any, str, Any] | None = None
 
     @property
     def data(self) -> Tensor:
-        """The values without their history, still refusing writes."""
+        """The values without their autograd history. They refuse writes too."""
         return _read_only(Tensor.data.__get__(self), self)  # type: ignore[attr-defined]
 
     @data.setter
@@ -40,13 +41,13 @@ class ReadWeight(Tensor):
             return
         if self.source is None or self.source[2] is None or value.shape == self.shape:
             raise _write_refusal(self, "data")
-        # Another shape (a resized vocabulary): the attribute leaves the pool, as it does when it is assigned to.
+        # With another shape (a resized vocabulary), the attribute leaves the pool, as if a Parameter were assigned.
         module, name, _ = self.source
         setattr(module, name, torch.nn.Parameter(value, requires_grad=self.requires_grad))
 
     @property
     def grad_fn(self) -> Any:  # type: ignore[override]
-        """The node that read the pool; never None, so that no module takes the tensor for a Parameter of its own."""
+        """The node that read the pool. Never None, so that no module registers the tensor as its own Parameter."""
         node = Tensor.grad_fn.__get__(self)  # type: ignore[union-attr]
         return node or "read from roastify's pool without gradients"
 
@@ -64,8 +65,8 @@ def _write_refusal(weight: ReadWeight, operation: str) -> WriteRefused:
     name = f"{weight.source[1]!r} of this {type(weight.source[0]).__name__}" if weight.source else "this tensor"
     return WriteRefused(
         f"{operation} would write to {name}, which lives in the shared pool and has no memory of its own; train the "
-        f"pool, exclude the tensor from the conversion, assign a new nn.Parameter to take it out of the pool, or call "
-        f"roastify.densify(model) to get a model whose weights can be set",
+        f"pool, exclude the tensor from the conversion, assign a new nn.Parameter to take the tensor out of the pool, "
+        f"or call roastify.densify(model) to get a model whose weights can be set",
         weight.source and weight.source[:2],
     )
 
@@ -79,7 +80,7 @@ def _refusing(operation: str) -> Any:
 
 
 def _read_only(result: Any, weight: ReadWeight) -> Any:
-    """Return views of a shared tensor as tensors that refuse writes too."""
+    """Return a view of a shared tensor, or several, as tensors that refuse writes too."""
     if not isinstance(result, Tensor):
         return type(result)(_read_only(part, weight) for part in result)
     view = result.as_subclass(ReadWeight)
@@ -104,7 +105,7 @@ def _viewing_property(attribute: str) -> property:
     return property(lambda self: _read_only(view.__get__(self), self))
 
 
-# These end as writers do and write nothing.
+# The names of these methods end with an underscore, but the methods do not write values.
 _HARMLESS = {"requires_grad_", "share_memory_"}
 INPLACE_OPERATORS = [
     f"__i{name}__" for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift matmul".split()

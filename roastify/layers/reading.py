@@ -1,4 +1,4 @@
-"""How an attribute that lies in the pool is read: as a tensor, or within a module's call as a lazy weight."""
+"""How a shared attribute is read: as a tensor, or within a call of its module as a lazy weight."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from roastify.layers.lazy_weight import LazyWeight
 from roastify.layers.read_weight import ReadWeight
 from roastify.pool.pass_cache import cache_of
 
-# Tracers that record reads instead of having them done; the last one counts. A read is of a module and an attribute.
+# Tracers that record reads (a module and an attribute's name) instead of reading the pool. The last one is active.
 tracers: list[Callable[[Any, str], Any]] = []
 
 
@@ -24,7 +24,7 @@ def read_attribute(module: Any, name: str) -> Tensor:
         return tracers[-1](module, name)
     shared = module._roast[name]
     dense = shared.dense()
-    # A tensor without values is of a class already, and what records operators (`make_fx`) knows no class of ours.
+    # A fake tensor has a class of its own already. `make_fx`, which records operators, does not support `ReadWeight`.
     if torch.compiler.is_compiling() or type(dense) is not Tensor or is_recording_proxies():
         return dense
     weight = dense.as_subclass(ReadWeight)
@@ -33,20 +33,21 @@ def read_attribute(module: Any, name: str) -> Tensor:
 
 
 class ModuleCall:
-    """One call of a module: the tensors that its code has read, and whether its code is given lazy weights.
+    """One call of a module: the tensors that its code has read, and whether its code gets lazy weights.
 
-    Both hold only while what is saved for backward is looked after as it was when the call began. What the module's
-    code checkpoints is run again without the call around it, and must then read as it read before.
+    Neither is used inside a region with another saved-tensors hook than the one at the start of the call, as in a
+    checkpoint. A checkpointed region is recomputed without the module's call around it, so it must read the attributes
+    the same way in both runs: as a new tensor each time.
     """
 
     def __init__(self, lazy: bool) -> None:
         self.lazy = lazy
         self.hook = saved_tensors_hook()
-        self.held: dict[tuple[str, bool], tuple[Any, Tensor]] = {}
+        self.tensors: dict[tuple[str, bool], tuple[Any, Tensor]] = {}
 
 
 class _Running(threading.local):
-    """The calls of modules that this thread is in."""
+    """The calls of modules that this thread is running."""
 
     def __init__(self) -> None:
         self.calls: dict[nn.Module, ModuleCall] = {}
@@ -59,14 +60,14 @@ def dense_property(name: str) -> property:
     """Return the property through which a shared attribute is read as a tensor."""
     return property(
         lambda module: read_in_call(module, name),
-        doc="Materialised from the pool; gradients flow back to it, and writes are refused.",
+        doc="Materialised from the pool. Gradients flow back to the pool, and writes are refused.",
     )
 
 
 def lazy_property(name: str, of_parts: bool) -> property:
-    """Return the property of a shared attribute that the module's own code reads by operations on the pool alone.
+    """Return the property of a shared attribute that only operations in the module's own code use.
 
-    Within a call of the module its code is given a `LazyWeight`; everyone else reads a tensor.
+    Within a call of the module, its code gets a `LazyWeight`. All other code gets a tensor.
     """
 
     def read(module: Any) -> Any:
@@ -79,11 +80,16 @@ def lazy_property(name: str, of_parts: bool) -> property:
                 return read_in_call(module, name)
         return LazyWeight(shared, lambda: read_in_call(module, name), of_parts=of_parts)
 
-    return property(read, doc="Read from the pool by the operations of the module's code; elsewhere materialised.")
+    return property(
+        read, doc="Read from the pool by the operations in the module's code; materialised for all other code."
+    )
 
 
 def read_in_call(module: Any, name: str) -> Tensor:
-    """Return a shared attribute as a tensor: within a call of the module the same one while the pool is the same."""
+    """Return a shared attribute as a tensor. Within one call of the module, every read returns the same tensor.
+
+    If the pool changes during the call, the next read returns a new tensor.
+    """
     if tracers or torch.compiler.is_compiling():
         return read_attribute(module, name)
     call = running.calls.get(module)
@@ -91,6 +97,6 @@ def read_in_call(module: Any, name: str) -> Tensor:
         return read_attribute(module, name)
     cache = cache_of(module._roast[name].pool)
     key = name, torch.is_grad_enabled()
-    if key not in call.held or call.held[key][0] is not cache:
-        call.held[key] = cache, read_attribute(module, name)
-    return call.held[key][1]
+    if key not in call.tensors or call.tensors[key][0] is not cache:
+        call.tensors[key] = cache, read_attribute(module, name)
+    return call.tensors[key][1]

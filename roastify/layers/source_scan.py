@@ -1,7 +1,7 @@
-"""What the code of a module's class does with an attribute, read from its source.
+"""Finds in a class's source code how the code uses an attribute.
 
-Every place where the code names the attribute is looked at, whichever branch it is in, so what is found holds in train
-and eval, for any argument and any shape: nothing is traced, and nothing baked in.
+The scan covers every place where the code names the attribute, in every branch. So its result holds in train and eval
+mode, for all arguments and all shapes. Nothing is traced, so no branch or shape becomes a constant.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Where each function takes a matrix that may stay in the pool: positions and names of the argument.
+# The arguments of each function that may be a matrix in the pool: their positions and names.
 _PRODUCTS: dict[Any, tuple[tuple[int, ...], tuple[str, ...]]] = {
     F.linear: ((1,), ("weight",)),
     torch.matmul: ((0, 1), ("other",)),
@@ -31,7 +31,7 @@ _PRODUCTS: dict[Any, tuple[tuple[int, ...], tuple[str, ...]]] = {
 _METHODS = ("matmul", "mm")
 _LOOKUPS = {F.embedding: ((1,), ("weight",))}
 _TRANSPOSES = ("T", "mT")
-# What they tell is known without the values.
+# Attributes and methods whose results are known without the values.
 _FACTS = ("shape", "dtype", "device", "ndim", "requires_grad", "size", "dim", "numel")
 
 
@@ -40,10 +40,10 @@ class AttributeUses:
     """How a class's code reads an attribute.
 
     Args:
-        whole: why the code must be given the whole tensor, or None if its operations can read from the pool.
+        whole: why the code needs the whole dense tensor, or None if its operations can read from the pool.
         orientations: `out×in` for `F.linear(x, w)`, `in×out` for `x @ w`, `rows` for lookups and slices.
-        of_parts: whether every part picked by a number (`w[2]`) goes into a product too.
-        products: where the attribute as it is, not a part of it, goes into a product, or None.
+        of_parts: whether every part picked by a number (`w[2]`) is used in products only.
+        products: a place in the code that multiplies with the whole attribute, not with a part of it, or None.
     """
 
     whole: str | None = None
@@ -52,18 +52,18 @@ class AttributeUses:
     products: str | None = None
 
     def whole_of(self, dims: int) -> str | None:
-        """Return why a tensor of this many dimensions is read whole, or None."""
+        """Return why the code needs a whole tensor of this many dimensions, or None."""
         if self.whole is None and self.products is not None and dims != 2:
-            return f"{self.products} multiplies with all {dims} dimensions of it"
+            return f"{self.products} multiplies with a tensor of {dims} dimensions"
         return self.whole
 
 
 class _Whole(Exception):
-    """The attribute is used in a way that needs all of it, in the words of the report."""
+    """The code needs the whole tensor. The message is the reason that the report shows."""
 
 
 def tree_of(function: Any) -> ast.FunctionDef | None:
-    """Return the syntax tree of a function as it was written, or None where its source is not to be had."""
+    """Return the syntax tree of a function's source, or None if the source is not available."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function.__code__)))
     except (OSError, TypeError, SyntaxError, AttributeError):
@@ -75,7 +75,7 @@ UNKNOWN = object()
 
 
 def value_of(expression: ast.expr, function: Any) -> Any:
-    """Return what a dotted name stands for outside of a function, or `UNKNOWN`."""
+    """Return the value of a dotted name that is defined outside of a function, or `UNKNOWN`."""
     parts: list[str] = []
     while isinstance(expression, ast.Attribute):
         parts.insert(0, expression.attr)
@@ -91,46 +91,46 @@ def value_of(expression: ast.expr, function: Any) -> Any:
 
 
 def _local_names(code: types.CodeType) -> set[str]:
-    """Return the variables of a function and of those inside it; not those that it has from around it."""
+    """Return the local variables of a function and of the functions inside it, without its closure's variables."""
     inner = (const for const in code.co_consts if isinstance(const, types.CodeType))
     return {*code.co_varnames, *code.co_cellvars}.union(*(_local_names(const) for const in inner))
 
 
 def _closure(function: Any) -> dict[str, Any]:
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-    found = {}
+    variables = {}
     for name, cell in cells:
-        with contextlib.suppress(ValueError):  # a variable that has no value yet
-            found[name] = cell.cell_contents
-    return found
+        with contextlib.suppress(ValueError):  # the variable has no value yet
+            variables[name] = cell.cell_contents
+    return variables
 
 
 def uses_in_source(module_class: type[nn.Module], attribute: str) -> AttributeUses:
-    """Return how the code that runs in a class's forward reads an attribute."""
+    """Return how the code that a class's forward reaches reads an attribute."""
     itself: Any = module_class
     return _uses_in_source(itself, attribute, itself.forward)
 
 
-# With the forward, because classes have theirs replaced.
+# The forward is part of the cache's key, because user code may replace a class's forward.
 @functools.lru_cache(maxsize=4096)
 def _uses_in_source(module_class: Any, attribute: str, forward: Any) -> AttributeUses:
     if module_class.__module__.startswith("torch.nn"):
-        return AttributeUses(whole=f"{module_class.__name__} of torch.nn takes all of it")
+        return AttributeUses(whole=f"{module_class.__name__} of torch.nn needs the whole tensor")
     if module_class.__getattr__ is not nn.Module.__getattr__:
-        return AttributeUses(whole=f"{module_class.__name__} looks attributes up by a __getattr__ of its own")
-    found = _Found(attribute)
+        return AttributeUses(whole=f"{module_class.__name__} has a __getattr__ of its own, which may read it")
+    uses = _UsesOfAttribute(attribute)
     try:
         for function in _running_in_forward(module_class):
-            found.look_at(function)
+            uses.add(function)
     except _Whole as reason:
         return AttributeUses(whole=str(reason))
-    if not found.orientations:
-        return AttributeUses(whole=f"the forward of {module_class.__name__} does not name it")
-    return AttributeUses(None, frozenset(found.orientations), found.of_parts, found.products)
+    if not uses.orientations:
+        return AttributeUses(whole=f"the forward of {module_class.__name__} does not name the attribute")
+    return AttributeUses(None, frozenset(uses.orientations), uses.of_parts, uses.products)
 
 
 def _running_in_forward(module_class: type[nn.Module]) -> Iterator[types.FunctionType]:
-    """Yield `forward` and the methods that it reaches through `self`, as each base class defines them."""
+    """Yield `forward` and every method that it reaches through `self`, each as defined in every base class."""
     names, seen = ["forward", "__call__"], set()
     while names:
         name = names.pop()
@@ -145,7 +145,7 @@ def _running_in_forward(module_class: type[nn.Module]) -> Iterator[types.Functio
 
 
 def _own_names(function: types.FunctionType) -> Iterator[str]:
-    """Yield the names that a method looks up on its module, or on `super()`."""
+    """Yield the names of the attributes that a method reads from a variable or from `super()`."""
     tree = tree_of(function)
     for node in ast.walk(tree) if tree else ():
         if isinstance(node, ast.Attribute):
@@ -155,7 +155,7 @@ def _own_names(function: types.FunctionType) -> Iterator[str]:
 
 
 def _functions(member: Any) -> Iterator[types.FunctionType]:
-    """Yield the functions behind a class's member: a method's, or a property's."""
+    """Yield the functions of a class's member: of a method, or of a property."""
     if isinstance(member, property):
         members = [member.fget, member.fset]
     else:
@@ -163,14 +163,14 @@ def _functions(member: Any) -> Iterator[types.FunctionType]:
     for function in members:
         while hasattr(function, "__wrapped__") and isinstance(function, types.FunctionType):
             if not function.__globals__["__name__"].startswith("torch."):
-                raise _Whole(f"{function.__qualname__} is wrapped by a decorator, which is handed the module")
+                raise _Whole(f"{function.__qualname__} is wrapped by a decorator, which receives the module")
             function = getattr(function, "__wrapped__")  # noqa: B009
         if isinstance(function, types.FunctionType):
             yield function
 
 
-class _Found:
-    """The uses of one attribute."""
+class _UsesOfAttribute:
+    """Collects the uses of one attribute from the methods of a class."""
 
     def __init__(self, attribute: str) -> None:
         self.attribute = attribute
@@ -178,16 +178,16 @@ class _Found:
         self.of_parts = True
         self.products: str | None = None
 
-    def look_at(self, function: types.FunctionType) -> None:
-        """Add what a method does.
+    def add(self, function: types.FunctionType) -> None:
+        """Add the uses in a method.
 
         Raises:
-            _Whole: it does something that needs the whole tensor.
+            _Whole: one of the uses needs the whole tensor.
         """
         self.function = function
         tree = tree_of(function)
         if tree is None:
-            raise _Whole(f"the source of {function.__qualname__} is not to be had")
+            raise _Whole(f"the source of {function.__qualname__} is not available")
         arguments = [*tree.args.posonlyargs, *tree.args.args]
         if not arguments:
             return
@@ -200,21 +200,21 @@ class _Found:
             if isinstance(node, ast.Name) and node.id == itself:
                 parent = self.parents[node]
                 if not (isinstance(parent, ast.Attribute) and parent.value is node):
-                    raise self._whole(node, "hands the module itself on")
+                    raise self._whole(node, "passes the module itself on")
                 if parent.attr == self.attribute and isinstance(parent.ctx, ast.Load):
                     self._use(parent, flipped=False, part=False)
 
     def _whole(self, node: ast.AST, what: str) -> _Whole:
         line = getattr(node, "lineno", 1)
-        return _Whole(f"{self.function.__qualname__} {what} (line {line} of it)")
+        return _Whole(f"{self.function.__qualname__} {what} (its line {line})")
 
     def _use(self, node: ast.expr, flipped: bool, part: bool) -> None:
-        """Classify one use; `part` says that it is a part picked from the tensor, which may be read by itself."""
+        """Classify one use. `part`: a part picked from the tensor is used, which may be read by itself."""
         parent = self.parents[node]
         if isinstance(parent, ast.BinOp) and isinstance(parent.op, ast.MatMult):
             if parent.left is node:
-                # torch.compile turns a product around whose left side is no tensor (2.11 and 2.13 do).
-                raise self._whole(node, "has it on the left of @")
+                # If the left side of a product is not a tensor, torch.compile swaps the two sides (in 2.11 and 2.13).
+                raise self._whole(node, "has the attribute on the left of @")
             self._product(node, flipped, part, right=True)
         elif isinstance(parent, ast.Call) and node is not parent.func:
             self._argument(node, parent, None, flipped, part)
@@ -232,18 +232,18 @@ class _Found:
             try:
                 self._use(parent, flipped=False, part=True)
             except _Whole:
-                # The part is read by itself, as a tensor that may go anywhere.
+                # The part is read by itself, as a tensor, so the code may do anything with it.
                 self.orientations, self.products = before
                 self.of_parts = False
         elif isinstance(parent, ast.Assign) and len(parent.targets) == 1 and isinstance(parent.targets[0], ast.Name):
             self._variable(parent.targets[0], flipped, part)
         else:
-            raise self._whole(node, f"uses it in {_short(parent)}")
+            raise self._whole(node, f"uses the attribute in {_short(parent)}")
 
     def _product(self, node: ast.expr, flipped: bool, part: bool, right: bool) -> None:
         self.orientations.add("in×out" if right != flipped else "out×in")
         if not part:
-            self.products = f"{self.function.__qualname__} (line {node.lineno} of it)"
+            self.products = f"{self.function.__qualname__} (its line {node.lineno})"
 
     def _argument(self, node: ast.expr, call: ast.Call, name: str | None, flipped: bool, part: bool) -> None:
         position = None if name else call.args.index(node)
@@ -262,7 +262,7 @@ class _Found:
             if function is UNKNOWN:
                 self._product(node, flipped, part, right=True)
                 return
-        raise self._whole(node, f"gives it to {ast.unparse(call.func)}")
+        raise self._whole(node, f"passes the attribute to {ast.unparse(call.func)}")
 
     def _member(self, node: ast.expr, member: ast.Attribute, flipped: bool, part: bool) -> None:
         parent = self.parents[member]
@@ -276,13 +276,13 @@ class _Found:
         elif called and member.attr in _METHODS:
             self._product(node, flipped, part, right=False)
         else:
-            raise self._whole(node, f"uses its {member.attr!r}")
+            raise self._whole(node, f"uses the attribute's {member.attr!r}")
 
     def _variable(self, target: ast.Name, flipped: bool, part: bool) -> None:
-        """Follow a local variable that is set once."""
+        """Classify the uses of a local variable that holds the attribute and is set once."""
         names = [node for node in ast.walk(self.tree) if isinstance(node, ast.Name) and node.id == target.id]
         if sum(not isinstance(node.ctx, ast.Load) for node in names) != 1:
-            raise self._whole(target, f"keeps it in {target.id!r}, which changes")
+            raise self._whole(target, f"keeps the attribute in the variable {target.id!r}, whose value changes")
         for node in names:
             if isinstance(node.ctx, ast.Load):
                 self._use(node, flipped, part)

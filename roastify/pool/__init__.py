@@ -1,1 +1,1 @@
-"""What a converted model stores: the mapping, the plan, the pool and how its gradient comes together."""
+"""What a converted model stores: the mapping, the plan, the pool, and the sum of the pool's gradient."""

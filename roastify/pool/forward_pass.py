@@ -1,4 +1,4 @@
-"""The `forward` of a converted model: within it the pool is cast once and has one gate."""
+"""The `forward` of a converted model: within one call, the pool is cast once and has one gate."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ from roastify.pool.pass_cache import Pass, passes
 
 
 class RootForward:
-    """The `forward` of a converted model: within it, the pool is cast once and has one gate.
+    """The `forward` of a converted model: within one call, the pool is cast once and has one gate.
 
-    A copy of the pool is only right for as long as the pool is unchanged (and what is made of bases, for as long as
-    these are), and nothing tells for certain that it is: fused optimizers and writes through `.data` count no version,
-    and a replayed CUDA graph writes without Python. So no copy outlives the call in which it was made, and writes
-    within it are seen but for one kind: one that leaves no trace, made by the model's own forward between two of its
-    layers. (Torch's autocast assumes as much of its whole context.) Layers that are called outside (by themselves, by
-    another thread, or again in backward by checkpointing) make copies of their own.
+    A cached copy of the pool is valid only while the pool is unchanged. A dense weight that was combined from a basis
+    is valid only while the basis is unchanged too. Not every change can be detected: fused optimizers and writes
+    through `.data` do not raise a tensor's version, and a replayed CUDA graph writes without Python. Therefore no
+    cached copy outlives the call in which it was made. Within a call, one kind of write is missed: a write that raises
+    no version, by the model's own forward, between two of its layers. (Torch's autocast makes the same assumption for
+    its whole context.) Layers that run outside of the call make copies of their own: a layer that is called by itself,
+    by another thread, or by checkpointing in a backward pass.
 
-    It stands in the instance's `forward`, where a `finally` always ends what it began. Hooks do not run when the user
-    interrupts, can be cleared one without the other, and keep torch from its fused transformer layers and from
-    `torch.cuda.make_graphed_callables`.
+    This object replaces the instance's `forward` instead of using hooks, because a `finally` always runs. Hooks do not
+    run after a keyboard interrupt. One hook can be removed without the other. Hooks also disable torch's fused
+    transformer layers and `torch.cuda.make_graphed_callables`.
 
     Args:
         model: the model.
-        pool: its pool.
-        inner: the forward that the instance had of its own, or None for the class's.
+        pool: the model's pool.
+        inner: the instance's own forward before the conversion, or None if the class's forward runs.
     """
 
     __name__ = "forward"
@@ -43,7 +44,7 @@ class RootForward:
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
-        """The forward that runs, whose signature this one has."""
+        """The forward that runs. This object has its signature."""
         if self.inner is not None:
             return self.inner
         return types.MethodType(type(self.model).forward, self.model)
@@ -69,10 +70,10 @@ class RootForward:
                 running[pool] = outer
 
     def replicate(self) -> nn.Module:
-        """Return the model's replica for `nn.DataParallel`, whose forward is its own: this one runs the original's.
+        """Return the model's replica for `nn.DataParallel`, without this forward, which would run the original model.
 
-        It stands in the instance's `_replicate_for_data_parallel`, which is what `DataParallel` calls. In a replica
-        every layer casts for itself.
+        This method replaces the instance's `_replicate_for_data_parallel`, which `DataParallel` calls. In a replica
+        every layer casts the pool for itself.
         """
         replica = type(self.model)._replicate_for_data_parallel(self.model)
         del replica.__dict__["forward"], replica.__dict__["_replicate_for_data_parallel"]
@@ -81,7 +82,7 @@ class RootForward:
         return replica
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        # Not through `__wrapped__`: torch.compile traces this, but not the making of a bound method.
+        # Not through `__wrapped__`: torch.compile traces this code, but cannot trace `types.MethodType`.
         if self.inner is not None:
             return self.inner(*args, **kwargs)
         return type(self.model).forward(self.model, *args, **kwargs)

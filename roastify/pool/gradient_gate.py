@@ -1,4 +1,4 @@
-"""The gradient gate: the one node of autograd through which the pool's gradient leaves, and the nodes that read it."""
+"""The gradient gate: the autograd node that sums the pool's gradient, and the nodes that read it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from roastify.pool.preconditioner import divide_, divided
 
 
 class Pool(Protocol):
-    """What a pass needs of a pool: its Parameter and chunk table, 1/Γ and whether to divide by Γ."""
+    """The attributes of a pool that a pass needs: the Parameter, the chunk table, 1/Γ and whether to divide by Γ."""
 
     weight: nn.Parameter
     table: Tensor
@@ -25,27 +25,28 @@ class Pool(Protocol):
     uneven: Tensor
 
     def parameter(self) -> nn.Parameter:
-        """Return `weight`, quickly."""
+        """Return `weight` without the cost of an attribute lookup on a module."""
 
     def group_of(self, weight: WeightView) -> WeightGroup:
-        """Return the weights that are gathered with this one."""
+        """Return the group of weights that a pass gathers together with this one."""
 
     def basis(self, index: int) -> tuple[Tensor, float]:
-        """Return basis kernels, and what their gradient is to be multiplied by."""
+        """Return a layer's basis kernels, and the factor for their gradient."""
 
     def plain_basis(self, index: int) -> nn.Parameter | None:
-        """Return the Parameter that basis kernels are, or None if they are made of something, and do not make them."""
+        """Return the Parameter of a layer's basis kernels, or None if they are computed; compute nothing."""
 
 
 class _GateNode(torch.autograd.Function):
-    """The node between the readers and the pool's Parameter: autograd runs its backward once, after every reader's.
+    """The node between the readers and the pool's Parameter. Autograd runs its backward once, after every reader's.
 
-    Its output is a token: a tensor of the pool's shape that takes no memory and holds no value. Gradients arrive in two
-    ways. Most layers add theirs to the gradient buffer, which the gate empties. Autograd adds up the rest, in the
-    token's dtype: float32 even where the pool is narrower (float64 for float64).
+    The node's output is a token: a tensor of the pool's shape that takes no memory and holds no value. Gradients arrive
+    in two ways. Most layers add their gradient to the gradient buffer, which the gate empties. Autograd sums the other
+    gradients in the token's dtype. That is float64 for a float64 pool, and float32 for every other pool.
 
-    Γ is kept as attributes, not saved for backward. A node that saves nothing may run in a checkpointed region even
-    though the forward pass made it before, and it may run again after its graph was freed.
+    1/Γ is held in attributes instead of being saved for backward, because a node that saves nothing may do two things
+    more. A checkpointed region may use it although it was created before the region began. It may run again after its
+    graph was freed.
     """
 
     @staticmethod
@@ -84,12 +85,13 @@ class _GateNode(torch.autograd.Function):
 
 
 class _ReadNode(torch.autograd.Function):
-    """The node through which layers read a copy of the pool; its gradient goes to the gate's token.
+    """The node through which layers read a copy of the pool. Its gradient goes to the gate's token.
 
-    Operators find the gradient buffer on it (`grad_buffer_of`). It also keeps its gate in use.
+    Operators find the gradient buffer as an attribute of this node (`grad_buffer_of`). The node also keeps its gate
+    alive.
     """
 
-    # Without `setup_context`: with one, torch asks for the signature at each call, which costs more than the rest.
+    # No `setup_context`: with one, torch inspects the signature at each call, which costs more than everything else.
     @staticmethod
     def forward(ctx: Any, token: Tensor, copy: Tensor, gate: Gate | None) -> Tensor:
         ctx.dtype = token.dtype
@@ -105,19 +107,20 @@ class _ReadNode(torch.autograd.Function):
 
 
 class Gate:
-    """A gate's node, by its token, and its gradient buffer.
+    """A gate: the token, which keeps the gate's node alive, and the gradient buffer.
 
-    The node may hold the buffer, but not the token, which is an output of its own. A gate holds no values of the pool.
-    All reads therefore share one, in and outside of a forward pass, for as long as a graph holds it.
+    The node may hold the buffer. It may not hold the token: the token is the node's own output, so that would be a
+    reference cycle. A gate holds no values of the pool. Therefore all reads of the pool can share one gate, inside and
+    outside of a forward pass, for as long as a graph holds the gate.
     """
 
     def __init__(self, pool: Pool, plain: bool) -> None:
-        # Held: while this exists, no other tensor can take the Parameter's identity or memory.
+        # A reference, so that no other tensor gets the Parameter's id or memory while this gate exists.
         self.weight = weight = pool.weight
         self.buffer = GradBuffer(weight.shape, summed_in(weight.dtype), weight.device) if plain else None
         gamma = (pool.per_slot, pool.uneven_slots, pool.uneven) if pool.precondition else (None, None, None)
         self.token: Tensor = _GateNode.apply(weight, self.buffer, *gamma)
 
     def read(self, copy: Tensor) -> Tensor:
-        """Return a copy of the pool as layers read it: its gradient goes to this gate."""
+        """Return a copy of the pool for layers to read. Its gradient goes to this gate."""
         return _ReadNode.apply(self.token, copy, None if self.buffer is None else self)

@@ -1,14 +1,15 @@
 r"""`TileMap`: tile number → (slot, sign), in exact integer arithmetic. Version 1.
 
-This file is the definition. The mapping is model state: what is written here may never change for version 1, and
-nothing that is tuned (block sizes, backend, batch) enters it. `roastify.kernels.reference` holds its twin on tensors.
+This file is the definition of the mapping. The mapping is model state: the formulas here may never change for version
+1, and no tuned setting (block sizes, backend, batch) may enter them. `roastify.kernels.reference` holds the same
+formulas on tensors.
 
 For a pool of ``P`` slots, tile ``t`` lies in chunk ``c = t div P`` at position ``i = t mod P``, and
 
 .. math:: slot(t) = (a_c \cdot i + b_c) \bmod P, \qquad \gcd(a_c, P) = 1,
 
-so that a chunk is a permutation of the slots: tiles of one chunk never collide, and the loads of two slots differ by
-at most one. Chunk 0 is the identity with positive signs, hence at ratio 1 the weights are the pool
+so that each chunk is a permutation of the slots: tiles of one chunk never collide, and the numbers of tiles that read
+two slots differ by at most one. Chunk 0 is the identity with positive signs. So at ratio 1 the weights are the pool
 (Desai and Shrivastava, "In defense of parameter sharing for model-compression", ICLR 2024, section 4.2).
 """
 
@@ -42,12 +43,12 @@ SignName = Literal["none", "row", "tile", "element"]
 MAPPINGS: tuple[str, ...] = get_args(MappingName)
 SIGNS: tuple[str, ...] = get_args(SignName)
 
-# Streams of the seeded generator; each purpose draws from its own.
+# Streams of the seeded generator. Each purpose draws from a stream of its own.
 _STREAM_SIGN = 1
 _STREAM_MULTIPLIER = 2
 _STREAM_OFFSET = 3
 
-# a·i is computed in int64 on every backend.
+# The product a·i must fit into int64: every backend computes it in that type.
 _MAX_SLOTS = 1 << 31
 
 
@@ -60,7 +61,7 @@ def mix64(key: int, counter: int) -> int:
 
 
 def mix32(word: int) -> int:
-    """Return a 32-bit word with every bit of `word` spread over all bits (MurmurHash3's finalizer)."""
+    """Return a 32-bit word in which every bit depends on every bit of `word` (MurmurHash3's finalizer)."""
     word = ((word ^ (word >> 16)) * MIX32_A) & MASK32
     word = ((word ^ (word >> 13)) * MIX32_B) & MASK32
     return word ^ (word >> 16)
@@ -98,9 +99,10 @@ class TileMap:
         num_slots: slots of this map's region of the pool.
         tile: `(rows, cols)` of a tile; a slot is `rows·cols` contiguous elements.
         seed: any integer.
-        kind: `permutation` (ours), or for comparison `cyclic`, `roast` (unaligned tiles), `hashednet` (tile 1×1).
+        kind: `permutation` (the default), or a mapping for comparison: `cyclic`, `roast` (unaligned tiles) or
+            `hashednet` (tile 1×1).
         sign: `none`, `row`, `tile` or `element`.
-        first_slot: where the region begins in the pool; not 0 only with a region for each tensor.
+        first_slot: slot of the pool at which the region begins; always 0 unless each tensor has a region of its own.
         first_chunk: row of the pool's chunk table at which this map's chunks begin.
     """
 
@@ -135,16 +137,16 @@ class TileMap:
 
     @property
     def num_chunks(self) -> int:
-        """Chunks that the tiles fill, the last one perhaps in part; 0 for mappings that have none."""
+        """Chunks that the tiles fill (the last may be partly filled); 0 for mappings without chunks."""
         return -(-self.num_tiles // self.num_slots) if self.kind in ("permutation", "cyclic") else 0
 
     @property
     def key(self) -> int:
-        """The 64-bit key from which signs, and the slots of the hashed mappings, are drawn."""
+        """The 64-bit key from which the signs are drawn, and the slots of the hashed mappings."""
         return stream_key(self.seed, _STREAM_SIGN)
 
     def chunk_table(self) -> list[tuple[int, int, int]]:
-        """Return `(a, b, a⁻¹)` of every chunk: the whole mapping, 24 bytes a unit of ratio."""
+        """Return `(a, b, a⁻¹)` of every chunk: the whole mapping, in 24 bytes for each unit of ratio."""
         return [chunk_coefficients(self.seed, self.num_slots, chunk, self.kind) for chunk in range(self.num_chunks)]
 
     def offset(self, tile: int) -> int:
@@ -160,7 +162,11 @@ class TileMap:
         return start + (a * position + b) % self.num_slots * size
 
     def slot(self, tile: int) -> int:
-        """Return the pool slot of `tile`; only the mappings whose tiles are aligned to slots have one."""
+        """Return the pool slot of `tile`.
+
+        Raises:
+            ValueError: the mapping's tiles are not aligned to slots.
+        """
         if self.kind == "roast":
             raise ValueError("the tiles of mapping 'roast' are not aligned to slots; ask for offset(tile)")
         return self.offset(tile) // self.slot_size
@@ -168,15 +174,20 @@ class TileMap:
     def sign_of(self, tile: int, element: int = 0, row_tile: int | None = None) -> int:
         """Return ±1 for the element at position `element` (row-major) of `tile`.
 
-        With `key(t)` the tile's 64-bit word: per tile, its top bit; per row, the top bit of the word of `row_tile`, the
-        first tile in the tensor's row of tiles (`TileView.row_tile`); per element, bit `element mod 32` of the word
-        `mix32(low(key) + (element div 32)·golden) xor high(key)`. Chunk 0 of a permutation has only +1.
+        Let `key(t)` be the 64-bit word of tile `t`. The sign is -1 if this bit is 1:
+
+        - with `sign="tile"`, the top bit of `key(tile)`;
+        - with `sign="row"`, the top bit of `key(row_tile)`, where `row_tile` is the first tile in the tensor's row of
+          tiles (`TileView.row_tile`);
+        - with `sign="element"`, bit `element mod 32` of `mix32(low(key) + (element div 32)·golden) xor high(key)`.
+
+        Chunk 0 of a permutation has only +1.
 
         Raises:
-            ValueError: the sign is per row, and `row_tile` is missing: only a tensor's view knows its rows.
+            ValueError: the sign is per row and `row_tile` is missing. Only a tensor's view knows the tensor's rows.
         """
         if self.sign == "row" and row_tile is None:
-            raise ValueError("with a sign for each row of tiles, sign_of needs row_tile; view.row_tile(tile) gives it")
+            raise ValueError("with a sign for each row of tiles, sign_of needs row_tile; pass view.row_tile(tile)")
         if self.sign == "none" or (self.num_chunks and tile < self.num_slots):
             return 1
         key = mix64(self.key, tile if row_tile is None or self.sign != "row" else row_tile)
@@ -186,10 +197,10 @@ class TileMap:
         return -1 if word >> (element & 31) & 1 else 1
 
     def view(self, rows: int, cols: int, base: int, strips: bool = False) -> TileView:
-        """Return the operations' description of a `rows × cols` tensor that begins at address `base` of this map.
+        """Return the view that operations take for a `rows × cols` tensor at address `base` of this map.
 
         Raises:
-            ValueError: the tensor reaches past the map's tiles, or a tiled one does not begin with a tile.
+            ValueError: the tensor reaches past the map's tiles, or a tensor in tiles does not begin with a tile.
         """
         kind = {"hashednet": MappingKind.HASHED, "roast": MappingKind.UNALIGNED}.get(self.kind, MappingKind.PERMUTATION)
         view = TileView(

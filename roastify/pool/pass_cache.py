@@ -1,4 +1,4 @@
-"""What a forward pass makes of the pool once for all layers: copies in a compute dtype, dense weights, and its gate."""
+"""The cache of a forward pass: copies of the pool in a compute dtype, dense weights, and the gate."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from roastify.pool.gradient_gate import Gate, Pool
 
 
 class _Combined(NamedTuple):
-    """A dense weight that was made of its basis together with others; `number` is its own among them."""
+    """A dense weight that was combined from its basis together with others; `number` is its index in that group."""
 
     values: Tensor
     number: int
@@ -40,26 +40,27 @@ class _Combined(NamedTuple):
     address: int
 
     def is_of(self, basis: Tensor) -> bool:
-        """Whether a basis is the one that the weight was made of, unchanged."""
+        """Whether the weight was combined from this basis, and the basis has not changed since."""
         return basis is self.basis and basis._version == self.version and basis.data_ptr() == self.address
 
 
 class PoolCache:
-    """What was made of the pool's present content: a copy for each compute dtype, dense weights, and the gate."""
+    """The tensors computed from the pool's present values: a copy for each compute dtype, dense weights, the gate."""
 
     def __init__(self, pool: Pool, whole: bool = False) -> None:
         self.pool = pool
-        # Whether a whole forward pass reads it: then every weight of a group that is gathered will be read.
+        # Whether a whole forward pass reads this cache. If so, every weight of a gathered group will be read.
         self.whole = whole
-        # Held, not only looked at: while this exists, no other tensor can take the Parameter's identity or memory.
+        # A reference, so that no other tensor gets the Parameter's id or memory while this cache exists.
         self.weight = pool.weight
         self.values = pool.weight.detach()
         self.copies: dict[torch.dtype, Tensor] = {}
-        # Copies as layers read them, in a graph. One node serves all of a pass: to make one for each layer costs the
-        # host more than to find this one.
+        # The same copies behind a `_ReadNode`, for layers to read in a graph. All layers of a pass share one node: a
+        # node for each layer takes the host longer than this lookup.
         self.reads: dict[torch.dtype, Tensor] = {}
-        # Dense weights, or coefficients of those with bases. Graphs hold them, so that what a checkpoint lets go of is
-        # freed. `unread` holds those that nothing has read yet, `combined` the weights that coefficients make.
+        # Dense weights; for a weight with a basis, its coefficients. The references are weak: only graphs keep the
+        # tensors alive, so a tensor that a checkpoint drops is freed. `unread` keeps the tensors alive that no layer
+        # has read yet. `combined` has the weights that were combined from coefficients and bases.
         self.dense_values: dict[tuple[WeightView, torch.dtype], weakref.ref[Tensor]] = {}
         self.unread: dict[tuple[WeightView, torch.dtype], Tensor] = {}
         self.combined: dict[tuple[WeightView, torch.dtype], _Combined] = {}
@@ -68,7 +69,10 @@ class PoolCache:
 
     @property
     def outdated(self) -> bool:
-        """Whether the pool has got a gradient since: an optimizer may have stepped, and a fused one leaves no trace."""
+        """Whether the pool has received a gradient since.
+
+        After that an optimizer may have stepped, and a fused optimizer does not raise the Parameter's version.
+        """
         buffer = None if self.gate is None else self.gate.buffer
         return buffer is not None and buffer.times_taken != self.times_taken
 
@@ -81,13 +85,13 @@ class PoolCache:
         return self.copies[dtype]
 
     def read(self, dtype: torch.dtype, tracked: bool) -> Tensor:
-        """Return the pool's values in a dtype; if `tracked`, with their gradient going to the gate."""
+        """Return the pool's values in a dtype. If `tracked`, their gradient goes to the gate."""
         if not tracked:
             return self.copy(dtype)
         if in_func_transform():
             raise RoastError(
-                "a converted model met a transform of torch.func (grad, vmap, jvp, …), which its operators do not "
-                "have; use torch.autograd.grad, or roastify.densify(model) for a model that transforms take"
+                "the operators of a converted model do not support torch.func's transforms (grad, vmap, jvp, …); use "
+                "torch.autograd.grad, or apply the transform to roastify.densify(model)"
             )
         read = self.reads.get(dtype)
         if read is None:
@@ -98,49 +102,50 @@ class PoolCache:
         return read
 
     def dense(self, weight: WeightView, dtype: torch.dtype) -> Tensor:
-        """Return a dense weight, in a graph; a whole forward pass makes its group with it."""
+        """Return a dense weight, in a graph. A whole forward pass gathers the weight's group with it."""
         gathered = self._gathered(weight, dtype)
         if weight.basis_index is None:
             return gathered
         basis, grad_scale = self.pool.basis(weight.basis_index)
-        made = self.combined.pop((weight, dtype), None)
-        if made is not None and made.is_of(basis):
-            return combined_weight(gathered, basis, grad_scale, made.values, made.number)
+        combined = self.combined.pop((weight, dtype), None)
+        if combined is not None and combined.is_of(basis):
+            return combined_weight(gathered, basis, grad_scale, combined.values, combined.number)
         return ops.combine(gathered, basis, grad_scale).view(weight.shape)
 
     def _gathered(self, weight: WeightView, dtype: torch.dtype) -> Tensor:
-        """Return what the pool holds of a weight, which may be its coefficients."""
+        """Return the tensor that the pool holds for a weight: the weight, or its coefficients if it has a basis."""
         key = weight, dtype
         unread = self.unread.pop(key, None)
         if unread is not None:
             return unread
         pool = self.read(dtype, True)
-        if (held := self.dense_values.get(key)) is not None and (values := held()) is not None:
+        if (reference := self.dense_values.get(key)) is not None and (values := reference()) is not None:
             return gathered_again(pool, self.pool.table, weight, values)
         group = self._group_of(weight, dtype)
-        found = gather_group(pool, self.pool.table, group)
-        for other, tensor in zip(group.weights, found, strict=True):
+        tensors = gather_group(pool, self.pool.table, group)
+        for other, tensor in zip(group.weights, tensors, strict=True):
             self.dense_values[other, dtype] = weakref.ref(tensor)
             self.unread[other, dtype] = tensor
-        self._combine_group(group, found, dtype)
+        self._combine_group(group, tensors, dtype)
         return self.unread.pop(key)
 
     def _combine_group(self, group: WeightGroup, coefficients: Sequence[Tensor], dtype: torch.dtype) -> None:
-        """Make the dense weights of a group with bases, if it can be told of every basis when it changes."""
+        """Combine the dense weights of a group with bases, if torch can tell for every basis whether it changed."""
         bases = []
         for weight in group.weights:
             basis = None if weight.basis_index is None else self.pool.plain_basis(weight.basis_index)
             if basis is None or not _is_plain(basis) or basis.shape != weight.basis_shape:
                 return
             bases.append(basis)
-        made = combine_group(group, coefficients, bases)
-        if made is None:
+        combined = combine_group(group, coefficients, bases)
+        if combined is None:
             return
-        for number, (weight, basis, values) in enumerate(zip(group.weights, bases, made, strict=True)):
+        for number, (weight, basis, values) in enumerate(zip(group.weights, bases, combined, strict=True)):
             self.combined[weight, dtype] = _Combined(values, number, basis, basis._version, basis.data_ptr())
 
     def _group_of(self, weight: WeightView, dtype: torch.dtype) -> WeightGroup:
-        # Modes that count operators see each weight where its layer asks for it.
+        # If a dispatch mode is active (such as one that counts operators), each layer gathers its own weight, so that
+        # the mode sees the operator in that layer.
         if self.whole and not num_dispatch_modes():
             group = self.pool.group_of(weight)
             if not any((other, dtype) in self.dense_values for other in group.weights):
@@ -149,10 +154,10 @@ class PoolCache:
 
 
 class Pass:
-    """One forward pass of a converted model, or what a backward pass computes again of one.
+    """One forward pass of a converted model, or the part of one that a backward pass recomputes.
 
     Args:
-        capturing: whether it is captured in a CUDA graph.
+        capturing: whether the pass is captured in a CUDA graph.
         whole: whether it is a whole forward pass.
     """
 
@@ -162,19 +167,21 @@ class Pass:
         self.caches: dict[tuple[Any, ...], PoolCache] = {}
 
     def close(self) -> None:
-        """Let go of what was made."""
+        """Drop the caches."""
         self.caches.clear()
 
 
 class _Passes(threading.local):
-    """What this thread is in the middle of."""
+    """The passes that this thread is running."""
 
     def __init__(self) -> None:
-        # The forward passes, by the pool they read.
+        # The forward passes, by the pool that they read.
         self.running: dict[Pool, Pass] = {}
-        # What backward passes compute again, by the engine's number of the task, which alone holds it, and the pool.
+        # The recomputed parts of forward passes, by the number of autograd's graph task and the pool. Only the graph
+        # task keeps one alive, by a callback.
         self.recomputed: weakref.WeakValueDictionary[tuple[int, int], Pass] = weakref.WeakValueDictionary()
-        # The last gate of each pool, with what was seen of the pool then. Graphs alone hold a gate.
+        # The last gate of each pool, with the pool's state at that time. The references are weak: only graphs keep a
+        # gate alive.
         self.gates: weakref.WeakKeyDictionary[Pool, tuple[tuple[Any, ...], weakref.ref[Gate]]]
         self.gates = weakref.WeakKeyDictionary()
 
@@ -183,10 +190,10 @@ passes = _Passes()
 
 
 def _is_plain(weight: Tensor) -> bool:
-    """Whether a tensor is an ordinary one: torch tells when it changes, and copies of it serve every reader.
+    """Whether a tensor is ordinary: torch counts its versions, and every reader can use the same copy of it.
 
-    Three kinds are not ordinary: subclasses (fake and distributed tensors), tensors in a `torch.func` transform, which
-    are wrapped for its duration, and tensors made in inference mode, which count no versions.
+    Three kinds of tensors are not ordinary: subclasses, such as fake and distributed tensors; tensors inside a
+    `torch.func` transform, which wraps them while it runs; and tensors created in inference mode, without a version.
     """
     return (
         type(weight) in (Tensor, nn.Parameter)
@@ -197,25 +204,25 @@ def _is_plain(weight: Tensor) -> bool:
 
 
 def _seen(weight: Tensor) -> tuple[Any, ...]:
-    """Return by what a change of a plain tensor is seen, and where its copies may be used.
+    """Return a key of a plain tensor's state: the key changes when the tensor does, or when its copies cannot be used.
 
-    A copy made on one stream is not ready on another, and one made in inference mode is of no use to autograd.
+    A copy made on one stream may not be ready on another stream. Autograd cannot use a copy made in inference mode.
     """
-    # The stream's number: the object that torch makes of a stream takes longer than all the rest.
+    # The stream's raw number: to build torch's stream object takes longer than the rest of this function.
     stream = current_raw_stream(weight.get_device()) if weight.is_cuda else None
     inference = torch.is_inference_mode_enabled()
     return id(weight), weight._version, weight.data_ptr(), weight.dtype, stream, inference
 
 
 def _gate_of(pool: Pool) -> Gate:
-    """Return the gate of a pool as it is now: the one that a graph of this thread has already, or a new one.
+    """Return the gate for a pool's present state: the gate that a graph of this thread holds already, or a new one.
 
-    A compiler makes its own gates, and so do transforms, whose tensors are wrapped for their duration.
+    A compiler gets a new gate each time. So does a transform, because it wraps tensors while it runs.
     """
     if torch.compiler.is_compiling() or not _is_plain(pool.weight):
         return Gate(pool, plain=False)
     *content, _, _ = _seen(pool.weight)
-    # On any stream: layers that add to one buffer wait for each other.
+    # Without the stream: layers on several streams may add to one buffer, since they wait for each other.
     seen = (*content, torch.is_inference_mode_enabled(), is_captured(pool.weight), pool.precondition)
     last = passes.gates.get(pool)
     gate = last[1]() if last is not None and last[0] == seen else None
@@ -226,11 +233,12 @@ def _gate_of(pool: Pool) -> Gate:
 
 
 def _running(pool: Pool) -> Pass | None:
-    """Return the forward pass of a pool that this thread is in, or computes again for a backward pass."""
+    """Return the pass that this thread is running: a forward pass, or the part of one that a backward recomputes."""
     running = passes.running.get(pool)
     if running is not None or (task := current_backward_pass()) == NO_PASS:
         return running
-    # Without this every checkpointed layer would make a copy, and all copies of a segment would be there at once.
+    # Without a shared pass, every checkpointed layer would make a copy of the pool, and all copies of a segment would
+    # exist at once.
     recomputed = passes.recomputed.get((task, id(pool)))
     if recomputed is None:
         recomputed = passes.recomputed[task, id(pool)] = Pass(is_captured(pool.weight), whole=False)
@@ -239,15 +247,15 @@ def _running(pool: Pool) -> Pass | None:
 
 
 def is_watched_by_modes() -> bool:
-    """Whether modes see the operators of an eager pass."""
+    """Whether this pass is eager and a dispatch mode sees its operators."""
     return not torch.compiler.is_compiling() and num_dispatch_modes() > 0
 
 
 def unseen(pool: Pool) -> contextlib.AbstractContextManager[Any]:
-    """Return the context for what a pass makes once, hidden from checkpoints that choose what to save.
+    """Return a context that hides the cache's operators from selective checkpoints.
 
-    Their regions must run the same operators when they are run again, but then another layer is the first to read the
-    pool.
+    A selective checkpoint must see the same operators when its region is recomputed. The first layer that reads the
+    pool runs the cache's operators, and in the recomputation another layer is the first.
     """
     if not _is_plain(pool.weight):
         return contextlib.nullcontext()
@@ -259,14 +267,14 @@ def unseen(pool: Pool) -> contextlib.AbstractContextManager[Any]:
 
 
 def cache_of(pool: Pool) -> PoolCache:
-    """Return what the running pass has made of a pool as it is now, which may be nothing yet."""
-    # A compiler cannot trace a cache. Inductor merges the casts of a graph with gradients by itself, and makes those of
-    # a graph without gradients in one kernel.
+    """Return the running pass's cache for a pool's present state, or an empty cache if there is none."""
+    # A compiler cannot trace a cache, and needs none: Inductor merges the casts of a graph with gradients, and computes
+    # the casts of a graph without gradients in one kernel.
     running = None if torch.compiler.is_compiling() else _running(pool)
     if running is None or not _is_plain(weight := pool.parameter()):
         return PoolCache(pool)
     if is_captured(weight) != running.capturing:
-        # A captured graph must make its own copy: it is replayed when this pass is long over.
+        # A captured graph must make its own copy: the graph is replayed after this pass has ended.
         return PoolCache(pool)
     seen = _seen(weight)
     cache = running.caches.get(seen)

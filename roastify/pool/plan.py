@@ -1,4 +1,4 @@
-"""`RoastPlan`: everything a conversion will do, decided, and the figures that follow; as JSON and back."""
+"""`RoastPlan`: every decision of a conversion, the figures that follow from it, and its JSON form."""
 
 from __future__ import annotations
 
@@ -15,31 +15,32 @@ from roastify.pool.mapping import TileMap
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """The verdict on one tensor.
+    """The verdict on one tensor. For a tensor that stays dense, the fields from `through` on keep their defaults.
 
     Args:
-        name: its first name in `named_parameters`.
-        aliases: all its names; several for a tied tensor.
-        shape: of the dense tensor.
-        dtype: such as `float32`.
-        op: what consumes it.
-        shared: the verdict.
-        reason: why.
-        through: how modules read it, if shared: `layer` (the layer's own operation runs on the pool), `operation` (the
-            operations in the module's code do), `attribute` (it is materialised on access), or several of these.
-        rows: of its matrix in the pool; 0 if kept, like all that follow.
-        cols: of its matrix in the pool.
+        name: the tensor's first name in `named_parameters`.
+        aliases: all names of the tensor; a tied tensor has several.
+        shape: shape of the dense tensor.
+        dtype: dtype of the dense tensor, such as `float32`.
+        op: the operations that consume the tensor.
+        shared: whether the tensor goes into the pool.
+        reason: why the tensor is shared or stays dense.
+        through: how modules read the tensor, one or several of: `layer` (the layer's own operation reads the pool),
+            `operation` (the operations in the module's code read the pool), `attribute` (the tensor is materialised on
+            access).
+        rows: rows of the tensor's matrix in the pool.
+        cols: columns of the tensor's matrix in the pool.
         transposed: whether that matrix is the dense tensor's transpose.
-        strips: whether it is cut into strips in memory order instead of two-dimensional tiles.
-        base: its first address in its region.
-        region: the pool region (map) that it is in.
-        num_tiles: tiles that it touches.
+        strips: whether the tensor is cut into strips in memory order instead of two-dimensional tiles.
+        base: the tensor's first address in its region.
+        region: index of the pool region (map) that holds the tensor.
+        num_tiles: number of tiles that hold elements of the tensor.
         scale: λ; None until the model's values are known.
-        zero_row: its row that is zero and stays so (an embedding's padding row), if any.
-        center: what is added to every element read from the pool.
-        whole: why it is materialised, where it is.
-        basis_count: basis kernels that its kernels are combinations of; the matrix then holds the coefficients. 0: it
-            holds the tensor.
+        zero_row: a row that is zero and stays zero (an embedding's padding row), or None.
+        center: number that is added to every element read from the pool.
+        whole: why the tensor is materialised; empty if it is not.
+        basis_count: number of basis kernels that the tensor's kernels are combinations of. If it is not 0, the matrix
+            holds the coefficients; if it is 0, the matrix holds the tensor.
     """
 
     name: str
@@ -70,7 +71,7 @@ class TensorPlan:
 
     @property
     def matrix_numel(self) -> int:
-        """Elements of its matrix, which are what the pool is asked for."""
+        """Elements of the tensor's matrix in the pool."""
         return self.rows * self.cols
 
     @property
@@ -86,7 +87,7 @@ class TensorPlan:
 
 @dataclass(frozen=True)
 class PoolRegion:
-    """A run of pool slots with a mapping of its own: the whole pool, or with `sharing="local"` one tensor's part."""
+    """Consecutive pool slots with one mapping: the whole pool, or with `sharing="local"` the part of one tensor."""
 
     num_tiles: int
     num_slots: int
@@ -96,23 +97,23 @@ class PoolRegion:
 
 @dataclass(frozen=True)
 class RoastPlan:
-    """Everything a conversion will do, decided.
+    """Every decision of a conversion.
 
     Args:
-        model: the model's class.
-        ratio: asked for.
-        seed: of mapping and initial values.
-        tile: `(rows, cols)`.
+        model: name of the model's class.
+        ratio: the ratio that was asked for.
+        seed: seed of the mapping and the initial values.
+        tile: `(rows, cols)` of a tile.
         sign: `none`, `row`, `tile` or `element`.
-        mapping: its name.
-        mapping_version: of the formula.
+        mapping: name of the mapping.
+        mapping_version: version of the mapping's formulas.
         sharing: `global` or `local`.
         precondition: whether the pool's gradient is divided by Γ.
-        num_slots: of the pool.
-        dtype: of the pool.
+        num_slots: slots in the pool.
+        dtype: dtype of the pool.
         trainable: whether the pool requires a gradient.
         owner: path of the module that the pool is registered in; empty for the root.
-        regions: of the pool.
+        regions: regions of the pool.
         tensors: the verdict on every parameter, in `named_parameters` order.
         pool_std: standard deviation of a random pool; None until the model's values are known.
         share: `weights`, or `all` if vectors, constant and small tensors are shared too.
@@ -143,7 +144,7 @@ class RoastPlan:
 
     @property
     def shared(self) -> list[TensorPlan]:
-        """The tensors that go into the pool."""
+        """The tensors that are stored in the pool."""
         return [tensor for tensor in self.tensors if tensor.shared]
 
     @property
@@ -219,13 +220,20 @@ class RoastPlan:
         ]
 
     def view(self, tensor: TensorPlan) -> TileView:
-        """Return where a shared tensor lies, as the operations take it."""
+        """Return the view of a shared tensor, which says where in the pool the operations read it."""
         return self.maps()[tensor.region].view(tensor.rows, tensor.cols, tensor.base, tensor.strips)
 
     def with_values(
         self, scales: dict[str, float], centers: dict[str, float], zero_rows: dict[str, int], pool_std: float
     ) -> RoastPlan:
-        """Return the plan with what only the model's values tell: λ, centers, rows that are zero, the pool's spread."""
+        """Return the plan with the figures that need the model's values.
+
+        Args:
+            scales: λ of every shared tensor, by name.
+            centers: centers of the shared tensors that have one, by name.
+            zero_rows: zero rows of the shared tensors that have one, by name.
+            pool_std: standard deviation of a random pool.
+        """
         tensors = (
             dataclasses.replace(
                 tensor,
@@ -240,7 +248,7 @@ class RoastPlan:
         return dataclasses.replace(self, tensors=tuple(tensors), pool_std=pool_std)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the plan as JSON-ready values, with the figures that follow from it under `summary`."""
+        """Return the plan as values that JSON can hold. `summary` has the figures that follow from the plan."""
         summary = {
             "total_parameters": self.total_numel,
             "stored_parameters": self.stored_numel,

@@ -1,4 +1,4 @@
-r"""`RoastPool`: the owner of the one shared Parameter, its initial values and the preconditioning of its gradient."""
+r"""`RoastPool`: the module with the shared Parameter, its initial values and its preconditioner."""
 
 from __future__ import annotations
 
@@ -22,33 +22,35 @@ from roastify.pool.preconditioner import divide_, inverse_gamma
 
 
 class RoastPool(nn.Module):
-    r"""The pool: one Parameter `weight` of `[num_slots · tile_rows, tile_cols]`, a slot being `tile_rows` rows.
+    r"""The pool: one Parameter `weight` of `[num_slots · tile_rows, tile_cols]`. A slot is `tile_rows` rows of it.
 
-    It is two-dimensional because optimizers' usual parameter groups exempt one-dimensional parameters from weight
-    decay (timm, nanoGPT), which the weights it stands for were not.
+    The Parameter is two-dimensional because common parameter groups (timm, nanoGPT) exempt one-dimensional parameters
+    from weight decay, and the weights that the pool replaces were not exempt.
 
-    Through `read` its gradient is divided, element by element, by
+    `read` divides the pool's gradient, element by element, by
 
     .. math:: \Gamma_e = \sum_{w\ \text{reads}\ e} \lambda_w^2,
 
-    so that an SGD step on the pool is the dense SGD step projected onto what the pool can express (Desai and
-    Shrivastava, ICLR 2024, section 4.1, with λ added). Weight decay is not divided: the dense decay projects to the
-    pool's.
+    so that an SGD step on the pool is the dense SGD step projected onto the weights that the pool can express (Desai
+    and Shrivastava, ICLR 2024, section 4.1, with λ added). Weight decay must not be divided: the projection of the
+    dense weights' decay is the pool's decay.
 
-    Beside it are the basis kernels of convolutions (`basis`), each layer's a Parameter `basis_…` of `[count,
-    positions]`. A step on one moves as many weights as the layer has kernels, so its gradient is divided likewise.
+    The pool module also owns the basis kernels of convolutions (`basis`). Each layer with a basis has a Parameter
+    `basis_…` of `[count, positions]`. A step on a basis kernel moves as many weights as the layer has kernels, so the
+    gradient of a basis is divided too.
 
     Args:
         num_slots: slots in the pool.
         tile: `(rows, cols)` of a tile.
-        maps: the mappings of its regions; one, or one for each tensor.
-        shared: view and λ of every shared tensor; tied tensors once.
-        unread_rows: view, λ and row of every row that is zero instead of read (an embedding's padding row).
-        bases: shape of every basis, and what its gradient is divided by.
-        dtype: of the Parameters.
-        device: of the Parameters.
+        maps: the mappings of the pool's regions: one mapping, or one for each tensor.
+        shared: view and λ of every shared tensor; a tied tensor is listed once.
+        unread_rows: view, λ and row of every row that is zero instead of read from the pool (an embedding's padding
+            row).
+        bases: shape of every basis, and the divisor of its gradient.
+        dtype: dtype of the Parameters.
+        device: device of the Parameters.
         trainable: whether the Parameters require a gradient.
-        precondition: whether `read` divides the gradient by Γ, and `basis` has that of basis kernels divided.
+        precondition: whether the gradients of the pool and of the bases are divided.
     """
 
     table: Tensor
@@ -74,22 +76,23 @@ class RoastPool(nn.Module):
         self.num_slots = num_slots
         self.tile = tile
         self.precondition = precondition
-        # The plan that the pool was built from, for saving and the way back; `rewrite` sets it.
+        # The plan that the pool was built from. Saving and densifying need it; `rewrite` sets it.
         self.plan: Any = None
-        # Weights whose layers may keep them in a training pass, in their order; `rewrite` sets them.
+        # The weights that their layers may keep during a training pass, in the layers' order; `rewrite` sets them.
         self.weights: tuple[WeightView, ...] = ()
         self._groups: dict[WeightView, WeightGroup] | None = None
-        # What the Parameter is kept in. While a forward pass runs, sharding may show it in another dtype.
+        # The dtype that the Parameter is stored in. While a forward pass runs, sharding may show it in another dtype.
         self.stored_dtype = dtype
         shape = (num_slots * tile[0], tile[1])
         self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=trainable)
-        # Not in a ParameterList, which `nn.DataParallel` leaves empty in its replicas.
+        # Not in a ParameterList: `nn.DataParallel` leaves that empty in its replicas.
         for index, (basis_shape, _) in enumerate(bases):
             basis = nn.Parameter(torch.empty(basis_shape, dtype=dtype, device=device), requires_grad=trainable)
             self.register_parameter(_basis_name(index), basis)
         self._basis_energy = tuple(energy for _, energy in bases)
-        # Derived from the plan, so never part of a state dict. The masters stay on the CPU whatever the default device
-        # is: `_apply` copies from them, which keeps the buffers right through `to_empty` and exact through `half`.
+        # The chunk table and 1/Γ follow from the plan, so they are never part of a state dict. The masters stay on the
+        # CPU, whatever the default device is. `_apply` copies from the masters, so the buffers stay correct through
+        # `to_empty` and exact through `half`.
         with torch.device("cpu"):
             rows = [row for tile_map in maps for row in tile_map.chunk_table()]
             self._masters = {"table": torch.tensor(rows, dtype=torch.int64).view(-1, 3)}
@@ -103,10 +106,11 @@ class RoastPool(nn.Module):
         return self.tile[0] * self.tile[1]
 
     def read(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the pool for use in a forward pass, in a dtype (default: its own).
+        """Return the pool's values for a forward pass, in a dtype (default: the pool's own).
 
-        Its gradient arrives summed over all readers of the pass, in float32, and divided by Γ. Within its
-        model's forward (`RootForward`) the cast is made once, and so is the node that divides; elsewhere, each time.
+        The pool's gradient is summed over all readers of the pass in float32 (float64 for a float64 pool), and divided
+        by Γ. Within the model's forward (`RootForward`) the pool is cast once. Outside of it, each read casts the pool
+        again.
 
         Raises:
             RoastError: the pool is sharded and its values are not gathered now.
@@ -116,7 +120,7 @@ class RoastPool(nn.Module):
         tracked = torch.is_grad_enabled() and weight.requires_grad
         if not tracked and dtype == weight.dtype:
             return weight
-        # An exported graph has no backward pass, and may run where this operator does not exist.
+        # Not for an exported graph: that has no backward pass, and may run where the operator `read` does not exist.
         if tracked and torch.compiler.is_dynamo_compiling() and not is_exporting():
             return compiled_read.read(self, dtype)
         if is_watched_by_modes():
@@ -125,9 +129,10 @@ class RoastPool(nn.Module):
         return cache_of(self).read(dtype, tracked)
 
     def read_weight(self, weight: WeightView, dtype: torch.dtype) -> Tensor:
-        """Return a dense weight in a dtype, in a graph, for use in a forward pass that is recorded.
+        """Return a dense weight in a dtype, in a graph, for a forward pass that autograd records.
 
-        Within its model's forward it is gathered once, together with others like it; elsewhere, each time.
+        Within the model's forward, the weight is gathered once, together with the weights of its group. Outside of it,
+        each read gathers the weight again.
 
         Raises:
             RoastError: the pool is sharded and its values are not gathered now.
@@ -143,42 +148,44 @@ class RoastPool(nn.Module):
         return [getattr(self, _basis_name(index)) for index in range(len(self._basis_energy))]
 
     def basis(self, index: int) -> tuple[Tensor, float]:
-        """Return a layer's basis kernels, and what their gradient is to be multiplied by; see the class."""
+        """Return a layer's basis kernels, and the factor for their gradient; see the class."""
         return getattr(self, _basis_name(index)), 1 / self._basis_energy[index] if self.precondition else 1.0
 
     def plain_basis(self, index: int) -> nn.Parameter | None:
-        """Return the Parameter that a basis is, or None if it is made of something; nothing is made for this."""
-        found = self.__dict__["_parameters"].get(_basis_name(index))
-        return found if type(found) is nn.Parameter else None
+        """Return the Parameter of a layer's basis, or None if the basis is computed (as by a parametrization)."""
+        # Read from the dictionary: attribute access would run the computation.
+        basis = self.__dict__["_parameters"].get(_basis_name(index))
+        return basis if type(basis) is nn.Parameter else None
 
     def group_of(self, weight: WeightView) -> WeightGroup:
-        """Return the weights that a pass gathers with this one."""
+        """Return the group of weights that a pass gathers together with this one."""
         if self._groups is None:
             self._groups = make_groups(self.weights)
         return self._groups.get(weight) or WeightGroup([weight])
 
     def parameter(self) -> nn.Parameter:
-        """Return `weight` at a tenth of what it costs to look it up: there are several times a layer."""
-        found = self.__dict__["_parameters"].get("weight")
-        # A replica has it elsewhere.
-        return self.weight if found is None else found
+        """Return `weight` in a tenth of the time of an attribute lookup; each layer needs it several times a call."""
+        weight = self.__dict__["_parameters"].get("weight")
+        # A replica of `nn.DataParallel` has no Parameters: its `weight` is a plain attribute.
+        return self.weight if weight is None else weight
 
     def _whole(self) -> nn.Parameter:
         weight = self.parameter()
         if is_sharded(weight):
             raise RoastError(
-                "the pool is sharded over processes and not gathered now, which FSDP2 does while the forward of the "
-                "module it was sharded with runs. Shard the whole model last, fully_shard(model), and call that; to "
-                "read weights or call a part of it, model.unshard() first and model.reshard() afterwards"
+                "the pool is sharded over processes and is not gathered now; FSDP2 gathers it only while the forward "
+                "of the module that it was sharded with runs. Shard the whole model last, with fully_shard(model), and "
+                "call the whole model. To read weights or to call a part of the model, call model.unshard() first and "
+                "model.reshard() afterwards"
             )
         return weight
 
     def forward(self, x: Any) -> Any:
-        """Return `x`: a model whose forward runs through its children meets its pool among them."""
+        """Return `x`, because some models' forward calls every child in turn, and the pool is one of the children."""
         return x
 
     def initialise_random(self, std: float, seed: int) -> None:
-        """Fill the pool with N(0, std²), the same numbers on every device; the global generators are not touched."""
+        """Fill the pool with N(0, std²): the same numbers on every device, without use of the global generators."""
         generator = torch.Generator().manual_seed(seed % (1 << 63))
         values = torch.empty(self.weight.shape, dtype=torch.float32, device="cpu").normal_(
             0.0, std, generator=generator
@@ -190,7 +197,7 @@ class RoastPool(nn.Module):
         r"""Set the pool to the least-squares fit of dense tensors: :math:`pool_e = \sum \lambda\,sign\,w / \Gamma_e`.
 
         Args:
-            tensors: view, λ and dense matrix `[rows, cols]` of every shared tensor; tied tensors once.
+            tensors: view, λ and dense matrix `[rows, cols]` of every shared tensor; a tied tensor is given once.
         """
         dtype = summed_in(self.weight.dtype)
         with torch.no_grad():
@@ -215,7 +222,7 @@ class RoastPool(nn.Module):
         return self
 
     def _from_master(self, master: Tensor) -> Tensor:
-        """Return a master for use: where the pool is, and 1/Γ in the dtype that gradients are summed in."""
+        """Return a master on the pool's device; 1/Γ in the dtype that gradients are summed in."""
         dtype = summed_in(self.weight.dtype) if master.is_floating_point() else master.dtype
         return master.to(self.weight.device, dtype)
 
@@ -229,14 +236,15 @@ def _basis_name(index: int) -> str:
     return f"basis_{index}"
 
 
-# Of every pool, what `nn.DataParallel` made of it for each device; it makes them anew for every forward.
+# The replicas of every pool, one for each device. `nn.DataParallel` makes new replicas for every forward.
 _replicas: weakref.WeakKeyDictionary[RoastPool, weakref.WeakSet[RoastPool]] = weakref.WeakKeyDictionary()
 
 
 class ReplicatedPool:
-    """Stands for a pool in replicas of the modules that read it: `nn.DataParallel` runs each with its device current.
+    """Replaces the pool in replicas of the modules that read it, and forwards to the pool's replica on their device.
 
-    Modules hold their pool outside the tree of modules, so replicating the tree does not lead them to its replica.
+    Modules hold their pool outside of the module tree, so replicating the tree does not give them the pool's replica.
+    `nn.DataParallel` runs each replica with its device current, so the current device selects the pool's replica.
     """
 
     def __init__(self, pool: RoastPool) -> None:
@@ -248,10 +256,10 @@ class ReplicatedPool:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is spread over processes (a `DTensor`), so that this one holds a part of its values."""
+    """Whether a tensor is sharded over processes (a `DTensor`), so that this process holds a part of its values."""
     return type(tensor) is not nn.Parameter and hasattr(tensor, "placements")
 
 
 def current_device() -> torch.device:
-    """Return the device whose replica is running."""
+    """Return the device of the replica that is running."""
     return torch.device("cuda", torch.cuda.current_device())

@@ -1,4 +1,4 @@
-"""The preconditioner 1/Γ: counted from the mapping, a tile at a time, and how a gradient is multiplied by it."""
+"""The preconditioner 1/Γ: computed from the mapping, tile by tile, and applied to a gradient."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from roastify.kernels import reference
 from roastify.kernels.view import MappingKind, SignKind, TileView
 
-# Tiles that are looked at element by element, at a time.
+# Number of tiles whose elements are counted at a time, which bounds the memory for it.
 _TILES = 4096
 
 Shared = Sequence[tuple[TileView, float]]
@@ -21,10 +21,10 @@ UnreadRows = Sequence[tuple[TileView, float, int]]
 def inverse_gamma(
     num_slots: int, tile: tuple[int, int], table: Tensor, shared: Shared, unread_rows: UnreadRows
 ) -> dict[str, Tensor]:
-    """Return 1/Γ as a number for each slot, and element by element for the slots whose elements differ.
+    """Return 1/Γ: one number for each slot, and one for each element of the slots whose elements differ.
 
-    They differ where a reader is padded or begins inside a tile. Elements that nothing reads get the slot's number: no
-    gradient reaches them.
+    The elements of a slot differ if a tensor that reads the slot is padded there, or begins inside a tile. An element
+    that no tensor reads gets its slot's number, because no gradient reaches the element.
     """
     size = tile[0] * tile[1]
     if _nothing_shared(num_slots, shared):
@@ -36,7 +36,7 @@ def inverse_gamma(
             "uneven_slots": torch.empty(0, dtype=torch.int64),
             "uneven": torch.empty(0, size, dtype=torch.float64),
         }
-    # In float64: rows are subtracted, and λ may differ by orders of magnitude.
+    # In float64, because zero rows are subtracted and the λ of tensors may differ by orders of magnitude.
     if any(view.mapping == MappingKind.UNALIGNED for view, _ in shared):
         gamma, slots = torch.empty(num_slots, dtype=torch.float64), torch.arange(num_slots)
         by_slot = _of_every_element(num_slots, size, table, shared, unread_rows)
@@ -56,7 +56,7 @@ def inverse_gamma(
 
 
 def _of_whole_tiles(num_slots: int, table: Tensor, shared: Shared, unread_rows: UnreadRows) -> tuple[Tensor, Tensor]:
-    """Return Γ of each slot, right where all of its tiles are whole, and the slots where one is not."""
+    """Return Γ of each slot, as if all tiles were whole, and the slots that a partly filled tile reads."""
     gamma = torch.zeros(num_slots, dtype=torch.float64)
     in_part = torch.zeros(num_slots, dtype=torch.bool)
     for view, scale in shared:
@@ -72,7 +72,7 @@ def _of_whole_tiles(num_slots: int, table: Tensor, shared: Shared, unread_rows: 
 def _of_slots(
     slots: Tensor, num_slots: int, size: int, table: Tensor, shared: Shared, unread_rows: UnreadRows
 ) -> Tensor:
-    """Return Γ of the elements of some slots, `[len(slots), size]`."""
+    """Return Γ of every element of the given slots, `[len(slots), size]`."""
     gamma = torch.zeros(len(slots), size, dtype=torch.float64)
     place = torch.full((num_slots,), -1)
     place[slots] = torch.arange(len(slots))
@@ -91,7 +91,7 @@ def _of_slots(
 
 
 def _of_every_element(num_slots: int, size: int, table: Tensor, shared: Shared, unread_rows: UnreadRows) -> Tensor:
-    """Return Γ, `[num_slots, size]`, by reading every weight: tiles may begin at any element."""
+    """Return Γ, `[num_slots, size]`, by reading every weight, for mappings whose tiles may begin at any element."""
     gamma = torch.zeros(num_slots * size, dtype=torch.float64)
     for view, scale in shared:
         unsigned = view._replace(sign=int(SignKind.NONE))
@@ -117,7 +117,7 @@ def _tiles_of_row(view: TileView, row: int) -> Tensor:
 
 
 def _num_elements(view: TileView, tiles: Tensor) -> Tensor:
-    """Return how many elements of each tile hold the tensor's."""
+    """Return how many elements of each tile belong to the tensor (the others are padding)."""
     if view.strips:
         begin, end = (tiles * view.slot_size - view.base).clamp(min=0), (tiles + 1) * view.slot_size - view.base
         return end.clamp(max=view.numel) - begin
@@ -127,7 +127,7 @@ def _num_elements(view: TileView, tiles: Tensor) -> Tensor:
 
 
 def _elements(view: TileView, tiles: Tensor, row: int | None = None) -> Tensor:
-    """Return 1 for the elements of tiles that hold the tensor's, or one row's, `[len(tiles), slot size]`; else 0."""
+    """Return 1 for each element that belongs to the tensor (or to one row of it), else 0: `[len(tiles), slot size]`."""
     if view.strips:
         address = tiles[:, None] * view.slot_size - view.base + torch.arange(view.slot_size)
         first, last = (0, view.numel) if row is None else (row * view.cols, (row + 1) * view.cols)
@@ -140,7 +140,7 @@ def _elements(view: TileView, tiles: Tensor, row: int | None = None) -> Tensor:
 
 
 def _grid_place(view: TileView, tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the row and column of tiles among a tensor's."""
+    """Return the row and the column of tiles in a tensor's grid of tiles."""
     index = tiles - view.first_tile
     return index // view.grid_cols, index % view.grid_cols
 
@@ -160,12 +160,13 @@ def divided(grad: Tensor, per_slot: Tensor, uneven_slots: Tensor, uneven: Tensor
     by_slot = grad.reshape(per_slot.shape[0], -1)
     factors = per_slot[:, None].to(grad.dtype)
     if uneven_slots.numel():
-        # Of all elements, by themselves: a compiler that meets several gates computes them once.
+        # The factors of all elements are computed apart from the gradient: if a graph has several gates, a compiler
+        # computes the factors once.
         factors = factors.expand_as(by_slot).index_copy(0, uneven_slots, uneven.to(grad.dtype))
     return (by_slot * factors).view_as(grad)
 
 
-# Elements of the uneven slots that are divided at a time, so that no second tensor of the pool's size comes to be.
+# Number of elements of uneven slots that are divided at a time, so that no second tensor of the pool's size is needed.
 _UNEVEN_ELEMENTS = 1 << 22
 
 
@@ -173,7 +174,7 @@ def divide_(grad: Tensor, per_slot: Tensor, uneven_slots: Tensor, uneven: Tensor
     """Divide a contiguous gradient by Γ in place."""
     by_slot = grad.view(per_slot.shape[0], -1)
     by_slot.mul_(per_slot.index_fill(0, uneven_slots, 1.0)[:, None])
-    # Torch 2.11 cannot split nothing where it records.
+    # Torch 2.11 cannot split an empty tensor while it records a graph.
     if uneven_slots.numel():
         step = max(1, _UNEVEN_ELEMENTS // by_slot.shape[1])
         for slots, factors in zip(uneven_slots.split(step), uneven.split(step), strict=True):
