@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -88,6 +89,18 @@ MODELS: dict[str, type[nn.Module]] = {
     "convolutions": Convolutions,
     "recurrent": Recurrent,
 }
+
+
+@functools.cache
+def cpu_trains_lstm(dtype: torch.dtype) -> bool:
+    """Whether torch can train an LSTM under autocast on this CPU: oneDNN has kernels for some processors alone."""
+    x = torch.zeros(1, 1, 2)
+    try:
+        with torch.autocast("cpu", dtype):
+            nn.LSTM(2, 2, batch_first=True)(x)[0].float().sum().backward()
+    except RuntimeError:
+        return False
+    return True
 
 
 class Naive:

@@ -18,11 +18,11 @@ from zoo.awkward import MODELS, Lora, Raw, Recurrent, normal
 
 import roastify
 import roastify.api
-import roastify.pool.pool
 from roastify import RoastConfig, RoastError
-from roastify.conversion.converted import pool_of
+from roastify.conversion.converted import current_plan, pool_of
 from roastify.layers.base import RoastModule
 from roastify.layers.read_weight import ReadWeight
+from roastify.pool import pool as pool_module
 
 transformers.utils.logging.set_verbosity_error()
 
@@ -300,7 +300,7 @@ def test_transformers_ties_and_initialises_again(build: Callable[[], Any], share
         again()
         assert torch.equal(converted(tokens).logits, before)
         assert converted.get_output_embeddings().weight.shape == (120, 32)
-    roastify.current_plan(converted)
+    current_plan(converted)
 
 
 @pytest.mark.parametrize("build", [gpt2, bert])
@@ -338,7 +338,7 @@ def test_a_replica_of_data_parallel_reads_the_pools_replica(name: str, monkeypat
                 setattr(replica, key, parameter * 0.5)
         for key, buffer in module._buffers.items():
             setattr(replica, key, buffer)
-    monkeypatch.setattr(roastify.pool, "current_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(pool_module, "current_device", lambda: torch.device("cpu"))
     halved = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in halved.parameters():

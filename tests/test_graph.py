@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import roastify
-import roastify.conversion.graph
 from roastify.conversion.converted import pool_of
+from roastify.conversion.graph import emit_graph
 from roastify.errors import ConfigError, ConversionError
 from roastify.layers.reading import tracers
 
@@ -68,7 +68,7 @@ INPUTS = torch.arange(10).view(2, 5), torch.ones(2, 5)
 def emitted(**settings: Any) -> tuple[nn.Module, fx.GraphModule]:
     model = Straight()
     converted = roastify.convert(model, 4, seed=3, inplace=True, **settings)
-    return converted, roastify.graph.emit_graph(converted)  # type: ignore[attr-defined,return-value]
+    return converted, emit_graph(converted)  # type: ignore[attr-defined,return-value]
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -192,4 +192,4 @@ def test_what_a_graph_would_not_say_is_refused_with_the_reason(build: Callable[[
 
 def test_a_graph_is_emitted_from_a_converted_model_only() -> None:
     with pytest.raises(ConversionError, match="holds no roastify pool"):
-        roastify.graph.emit_graph(Straight())  # type: ignore[attr-defined]
+        emit_graph(Straight())  # type: ignore[attr-defined]

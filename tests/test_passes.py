@@ -100,7 +100,7 @@ def nodes(output: Tensor) -> list[Any]:
 
 def gates(*outputs: Tensor) -> int:
     """Return how many gates the graphs of these outputs have together."""
-    return sum(node.name() == "_GateBackward" for node in nodes(torch.stack([output.sum() for output in outputs])))
+    return sum(node.name() == "_GateNodeBackward" for node in nodes(torch.stack([output.sum() for output in outputs])))
 
 
 def reference_gradient(model: Any, *inputs: Tensor, autocast: bool = False) -> Tensor:

@@ -233,7 +233,7 @@ def test_gradients_are_those_of_layers_that_gather_for_themselves(
     for one, other in zip(found, expected, strict=True):
         assert other.any()
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10 * float(other.abs().max()))
-    assert not passes.running and not passes.again
+    assert not passes.running and not passes.recomputed
 
 
 def test_a_weight_is_gathered_once_a_step_and_with_others_of_its_kind(gathers: Gathers) -> None:
