@@ -66,14 +66,14 @@ def test_smoke_run_trains_records_and_resumes(data: Path) -> None:
     assert page.startswith("# Recovering a pretrained model") and "Not measured yet" not in page
 
 
-def test_another_length_of_training_is_not_mixed_in(data: Path) -> None:
+def test_rows_of_another_length_of_training_are_not_mixed_in(data: Path) -> None:
     smoke(data, "--seeds", "1")
     fixed = ["--data", str(data), "--smoke", "--device", "cpu", "--seconds", "1", "--resume"]
     found = CliRunner().invoke(recovery.main, [*fixed, "--out", str(data / "recovery.json")])
     assert found.exit_code == 1 and "another seconds (0.3, now 1.0)" in found.output
 
 
-def test_nothing_starts_after_the_time_is_up(data: Path) -> None:
+def test_no_run_starts_after_the_time_is_up(data: Path) -> None:
     out = data / "recovery.json"
     fixed = ["--data", str(data), "--smoke", "--device", "cpu", "--task", "imdb", "--minutes", "0"]
     found = CliRunner().invoke(recovery.main, [*fixed, "--out", str(out)])
@@ -115,7 +115,7 @@ def test_the_page_is_the_committed_results() -> None:
     assert marks.insert(text, recovery_page.BEGIN, recovery_page.markdown(result)) == text
 
 
-def test_results_are_put_between_marks_or_not_at_all() -> None:
+def test_results_are_written_between_marks_or_not_at_all() -> None:
     page = "Before\n<!-- of: a -->\nold\n<!-- end -->\nAfter\n<!-- of: b -->\nother\n<!-- end -->\n"
     assert marks.insert(page, "<!-- of: a -->", "new\n") == page.replace("old", "new")
     endless = page.replace("<!-- end -->", "")

@@ -72,7 +72,7 @@ def test_smoke_run_trains_records_and_resumes(data: Path) -> None:
         assert row["loss"][-1] < row["loss"][0], row
         assert row["accuracy"][-1] > 0.9, row
         assert (row["slots"] == 0) == (row["sign"] == "dense")
-    # The signs must be what differs: the same losses would mean that the setting never arrived.
+    # Only the signs differ: equal losses would mean that the setting has no effect.
     losses = {row["sign"]: row["loss"] for row in rows if row["task"] == "imdb" and row["seed"] == 0}
     assert len({tuple(values) for values in losses.values()}) == len(losses)
     assert (data / "signs.md").read_text() == signs_page.markdown(result)
@@ -97,7 +97,7 @@ def test_a_failed_run_keeps_the_others(data: Path, monkeypatch: pytest.MonkeyPat
     assert len(json.loads((data / "signs.json").read_text())["rows"]) == 4
 
 
-def test_a_seed_gives_every_sign_the_same_start_and_slots() -> None:
+def test_a_seed_gives_every_kind_of_sign_the_same_pool_and_slots() -> None:
     models = [signs_tasks.build(signs_tasks.Run("imdb", 10, sign, 3), signs_tasks.QUICK) for sign in ("row", "element")]
     for (name, ours), (_, theirs) in zip(*(model.named_parameters() for model in models), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, msg=name)
@@ -113,8 +113,8 @@ def test_crops_and_mirrors() -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-def test_statistics_are_the_textbooks() -> None:
-    # Two-sided 5 % points of Student's t.
+def test_statistics_equal_a_textbooks_table() -> None:
+    # Student's t at a two-sided p of 5 %.
     for degrees, t in ((1, 12.706), (3, 3.182), (12, 2.179), (60, 2.000)):
         assert stats.two_sided_p(t, degrees) == pytest.approx(0.05, abs=2e-4)
         assert stats.two_sided_p(-t, degrees) == stats.two_sided_p(t, degrees)
@@ -138,8 +138,8 @@ def test_conclusions_follow_the_numbers() -> None:
     assert better.mean == pytest.approx(2.0) and better.degrees == 2
 
 
-def test_full_settings_ask_the_question(capsys: pytest.CaptureFixture[str]) -> None:
-    """Every pool of the real run has enough slots, and every tensor in it is of tiles: strips have no rows."""
+def test_the_full_settings_can_answer_the_question(capsys: pytest.CaptureFixture[str]) -> None:
+    """In the full run every pool has enough slots and every tensor has tiles: strips have no row signs."""
     runs = signs.planned_runs(signs_tasks.TASKS, (10.0, 30.0), signs_tasks.SIGNS, 4)
     signs.report_slots(runs, signs_tasks.FULL, quick=False)
     assert capsys.readouterr().out.count("slots of 32x32") == 4

@@ -1,4 +1,4 @@
-"""One model through everything that a conversion promises; what is found becomes a row of the coverage table."""
+"""Examines one model for everything that a conversion promises; the result is a row of the coverage table."""
 
 from __future__ import annotations
 
