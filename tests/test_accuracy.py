@@ -921,7 +921,7 @@ def test_verdicts_follow_the_numbers() -> None:
     assert worse[-2].met is False and "not above: ResNet-9 on CIFAR-10 at ratio 100" in worse[-2].found
 
 
-def test_the_page_shows_losses_experiments_and_what_is_not_reachable() -> None:
+def test_the_page_shows_losses_experiments_and_unreachable_ratios() -> None:
     rows = comparison_rows(
         {("resnet9", "dense", 1.0): 10, ("resnet9", "ours", 100.0): 3, ("resnet9", "snip", 100.0): 15}
     )
@@ -955,7 +955,7 @@ def test_the_page_command_writes_the_readme_beside_the_page_in_docs_alone(
     assert front.read_text() == before.replace("<!-- end -->", readme.markdown(rows) + "<!-- end -->")
 
 
-def test_the_readme_has_the_means_and_what_is_missing() -> None:
+def test_the_readme_shows_means_and_marks_missing_results() -> None:
     cells = {
         ("imdb", "dense", 1.0): 7,
         ("imdb", "ours", 10.0): 6,

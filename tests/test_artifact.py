@@ -426,7 +426,7 @@ GOLDEN_SIGNS = [
 ]
 
 
-def test_an_artifact_of_format_1_loads_as_it_always_has(tmp_path: Path) -> None:
+def test_an_artifact_of_format_1_loads_with_its_golden_values(tmp_path: Path) -> None:
     # Golden values: what this format's first version wrote for one 16×16 layer at ratio 2. If this test fails, users'
     # artifacts are read differently: restore the old reading, or raise the format version.
     class Tiny(nn.Module):

@@ -255,7 +255,7 @@ def test_a_graph_captures_lookups_and_their_sums(name: str, dtype: torch.dtype) 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_sums_of_many_tokens_are_the_same_bits_every_time(dtype: torch.dtype) -> None:
-    """As large as a real batch: 16384 tokens of a table of 50000 × 768, a third of them padding."""
+    """The lookup is as large as in training: 16384 tokens of a table of 50000 × 768, a third of them padding."""
     case = Case(50000, 768, (128, 64), 100)
     tile_map = TileMap(-(-50000 // 128) * 12, 100, (128, 64), 3)
     table = torch.tensor(tile_map.chunk_table(), device=DEVICE).view(-1, 3)

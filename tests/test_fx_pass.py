@@ -380,7 +380,7 @@ def test_a_parameter_of_opaque_code_is_unseen() -> None:
 
 
 @pytest.mark.parametrize("name", ["opaque.holder.p", "opaque.w"])
-def test_nothing_that_opaque_code_may_read_is_called_unused(name: str) -> None:
+def test_a_parameter_that_opaque_code_may_read_is_not_called_unused(name: str) -> None:
     class Holder(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -213,7 +213,7 @@ def test_golden_offsets_and_signs(
     assert _pack([tile_map.sign_of(far, element, far) for element in last]) == last_signs
 
 
-# What the design promises of every seed and size.
+# Properties that hold for every seed and size.
 
 
 @given(SEEDS, POOLS, st.integers(0, 60), PERMUTATIONS)
@@ -475,7 +475,7 @@ def test_signs_beyond_two_to_the_33_elements(
 # A region for each tensor (`sharing="local"`).
 
 
-def test_regions_are_apart_and_each_is_the_mapping_of_its_own(chunk_table: Callable[..., Tensor]) -> None:
+def test_regions_do_not_overlap_and_each_has_its_own_mapping(chunk_table: Callable[..., Tensor]) -> None:
     sizes = ((30, 7), (12, 12), (5, 1))
     alone = [TileMap(num_tiles, num_slots, (8, 8), 21) for num_tiles, num_slots in sizes]
     regions, first_slot, first_chunk = [], 0, 0

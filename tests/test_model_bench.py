@@ -621,7 +621,7 @@ def test_on_a_gpu_both_models_are_checked_and_timed(
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_each_sides_peak_is_its_own() -> None:
+def test_on_a_gpu_each_models_peak_memory_is_measured_alone() -> None:
     # The weights are large compared with cuBLAS's workspace.
     size, rows = 8192, 64
     model = nn.Sequential(nn.Linear(size, size, bias=False), nn.Linear(size, size, bias=False))

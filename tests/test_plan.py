@@ -463,7 +463,7 @@ def test_projection_without_sharing_has_no_scales() -> None:
         ((1024, 93), "global", 1, (32, 32)),
     ],
 )
-def test_tile_sizes_change_where_they_should(
+def test_tile_sizes_change_at_the_expected_ratios(
     edge: tuple[int, int], sharing: str, ratio: float, tile: tuple[int, int]
 ) -> None:
     with torch.device("meta"):
@@ -558,7 +558,7 @@ def test_a_pattern_does_not_match_a_module_without_parameters() -> None:
         shared(exclude="encoder.1.1")
 
 
-def test_include_lifts_min_numel_and_nothing_else() -> None:
+def test_include_overrides_min_numel_and_no_other_rule() -> None:
     assert "small.weight" not in shared()
     assert shared(include=["small", "encoder.0"]) == {"small.weight", "encoder.0.weight"}
     with pytest.raises(PlanError, match=r"no weight of the model is eligible.*not named by include"):

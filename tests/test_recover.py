@@ -1135,7 +1135,7 @@ def test_a_resumed_run_repeats_an_evaluation_that_failed(teacher: nn.Module, tmp
     assert torch.equal(pool_of(resumed).weight, pool_of(whole).weight)
 
 
-def test_an_evaluation_that_fails_loses_nothing(teacher: nn.Module, tmp_path: Path) -> None:
+def test_a_failed_evaluation_loses_no_training(teacher: nn.Module, tmp_path: Path) -> None:
     called = 0
 
     def evaluate(model: nn.Module) -> Any:

@@ -45,7 +45,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in roastify.densify(model).named_parameters()}
 
 
-# What a step means.
+# Which dense step a step on the pool stands for.
 
 
 @pytest.mark.parametrize("precondition", [True, False])

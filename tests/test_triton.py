@@ -983,7 +983,7 @@ def test_a_pool_may_be_written_to_before_the_backward_pass(
     assert calls
 
 
-def test_nothing_of_a_group_with_bases_outlives_the_graph(convolutions: tuple[Any, Any, list[int]]) -> None:
+def test_a_group_with_bases_frees_its_weights_in_the_backward_pass(convolutions: tuple[Any, Any, list[int]]) -> None:
     model, _, _ = convolutions
     made = []
     combined = group.Group.combine

@@ -1,4 +1,4 @@
-"""What verification finds, what it lets pass, and that it leaves models as they were."""
+"""Which differences verification finds, and which it allows; it leaves models as they were."""
 
 from __future__ import annotations
 
@@ -326,7 +326,7 @@ def test_both_models_and_the_random_generator_are_left_as_they_were(training: bo
     assert (_traces(original), _traces(converted)) == before
 
 
-def test_a_failure_too_leaves_both_models_as_they_were() -> None:
+def test_a_failed_comparison_leaves_both_models_as_they_were() -> None:
     class Failing(Stateful):
         def forward(self, x: Tensor) -> Tensor:
             super().forward(x)

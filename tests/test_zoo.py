@@ -117,7 +117,7 @@ def test_the_program_for_other_packages(tmp_path: Path) -> None:
     assert "**2 of 2 models pass** with torch" in text and "| bert | encoder |" in text
 
 
-def test_a_model_that_takes_too_long_is_a_row_and_the_rest_is_named(tmp_path: Path) -> None:
+def test_a_model_that_takes_too_long_is_a_row_and_models_not_run_are_named(tmp_path: Path) -> None:
     last, results = run_outside(tmp_path / "late.json", "--processes", "1", "--timeout", "0.001", "bert")
     assert last == "0 of 1 pass, 0 not run" and results["rows"][0]["failure"] == "took over 0.001 s"
     last, results = run_outside(tmp_path / "none.json", "--processes", "1", "--minutes", "0", "bert", "gpt2")

@@ -166,7 +166,7 @@ class Choosing(nn.Module):
 
     @dataclass
     class Result:
-        """What it gives."""
+        """The output of `Choosing`."""
 
         logits: Tensor
         hidden: tuple[Tensor, ...]

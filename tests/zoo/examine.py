@@ -34,10 +34,10 @@ class Entry:
     """A model of the zoo.
 
     Args:
-        name: in the table.
+        name: its name in the table.
         family: such as `encoder`, `vision`, `awkward`.
-        build: makes it.
-        inputs: what it runs on; None to have them guessed.
+        build: builds it.
+        inputs: its inputs; None to have them guessed.
     """
 
     name: str
