@@ -77,7 +77,7 @@ def main() -> None:
     if dist.get_rank() == 0:
         roastify.save(converted, settings.output, state_dict=values)
         print(f"written to {settings.output}")
-    # Nobody leaves while another is still at work.
+    # No process ends while another still works.
     dist.barrier()
     dist.destroy_process_group()
 

@@ -15,7 +15,7 @@ def losses_of_replays_and_of_steps(
 ) -> tuple[list[float], list[float]]:
     """Return the losses of a model whose whole step is replayed for each batch, and of its twin, which steps eagerly.
 
-    Three steps on the first batch come before, as a capture needs them.
+    Both take three steps on the first batch before that, because a capture needs warm-up steps.
     """
     run, eager = step_of(model), step_of(twin)
     static = xs[0].clone()

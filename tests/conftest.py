@@ -14,15 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 
-# Two threads, so that code which depends on their number shows it, on any machine. Beside another worker one: four
-# threads on two cores wait for each other more than they work.
+# Two threads on every machine, so that a dependence on the number of threads shows. If several test workers run, each
+# has one thread: four threads on two cores mostly wait for each other.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
-# Reproducible: a failure in CI is a failure here. No deadline: the first example pays for torch's start.
+# Derandomized, so that a failure in CI is a failure here. No deadline: the first example includes torch's start.
 hypothesis.settings.register_profile("roastify", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("roastify")
 
-# By its path: the repository's root on sys.path would offer the folder kernels/ as a top-level package.
+# `benchmarks` is imported by its path: with the repository's root on sys.path, kernels/ would be a top-level package.
 _BENCHMARKS = Path(__file__).parents[1] / "benchmarks" / "__init__.py"
 _spec = importlib.util.spec_from_file_location("benchmarks", _BENCHMARKS)
 assert _spec is not None
@@ -63,14 +63,14 @@ def _set_deterministic(enabled: bool) -> None:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fill fresh floating memory with NaN, so that whoever reads what nobody wrote fails."""
+    """Fill new floating-point memory with NaN, so that a test fails if an element is read before it is written."""
     if request.node.get_closest_marker("compiled"):
-        # Dynamo cannot trace the allocators below, and what it compiles allocates in other ways.
+        # Dynamo cannot trace the replaced allocators, and compiled code does not call them.
         yield
         return
     if request.node.get_closest_marker("gpu"):
-        # On a GPU torch's deterministic mode swaps the algorithms that ship and refuses cuBLAS without an environment
-        # variable; on a CPU it changes none that we use.
+        # On a GPU torch's deterministic mode replaces algorithms that users run, and refuses cuBLAS without an
+        # environment variable. On a CPU it changes no algorithm that roastify uses.
         for owner, name in _ALLOCATORS:
             monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
         yield
@@ -90,7 +90,7 @@ def synchronization_allowed(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def full_precision() -> Iterator[None]:
-    """Keep cuDNN from TensorFloat32, in which a weight's last bit may decide another's tenth."""
+    """Turn TensorFloat32 off in cuDNN: it rounds to ten bits, so a difference in a last bit may become a large one."""
     kinds: list[Any] = [torch.backends.cudnn.conv, torch.backends.cudnn.rnn]
     before = [kind.fp32_precision for kind in kinds]
     for kind in kinds:
@@ -102,13 +102,13 @@ def full_precision() -> Iterator[None]:
 
 @pytest.fixture
 def shipped_algorithms(poisoned_memory: None) -> None:
-    """Leave torch's deterministic mode, for tests that ask whether results repeat without it."""
+    """Turn torch's deterministic mode off, for tests that check whether results repeat without it."""
     _set_deterministic(False)
 
 
 @pytest.fixture
 def chunk_table() -> Callable[..., Tensor]:
-    """Return a function from the mappings of a pool's regions, in order, to the pool's chunk table."""
+    """Return a function that builds a pool's chunk table from the mappings of its regions, in order."""
 
     def build(*maps: Any) -> Tensor:
         rows: Sequence[tuple[int, int, int]] = [row for tile_map in maps for row in tile_map.chunk_table()]

@@ -60,7 +60,7 @@ class Net(nn.Module):
 
 
 class Checkpointed(Net):
-    """The same, its blocks computed again in backward; the reentrant kind has a backward pass of its own for each."""
+    """The same model with checkpointed blocks; reentrant checkpointing runs a backward pass for each block."""
 
     def __init__(self, use_reentrant: bool) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class Checkpointed(Net):
 
 
 class Experts(nn.Module):
-    """A model that a batch leads past everything that is shared."""
+    """A model in which a batch may use none of the shared tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ def train_together(
     parts: int = 1,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> nn.Module:
-    """Train on this process's batches, each in so many parts that are accumulated."""
+    """Train on this process's batches; each batch is cut into `parts`, whose gradients accumulate."""
     rank = dist.get_rank()
     optimizer = optimizer or optimizer_of(model)
     for step in steps:
@@ -170,7 +170,7 @@ def train_together(
 
 
 class Counted:
-    """How many elements were all-reduced, and how often the pool was among them."""
+    """Counts how many elements were all-reduced, and how often the pool was among them."""
 
     def __init__(self, pool: nn.Parameter) -> None:
         self.pool = pool
@@ -186,7 +186,7 @@ def count_and_average(counted: Counted, bucket: dist.GradBucket) -> torch.future
 
 
 def ddp(settings: dict[str, Any], name: str, skips: tuple[Any, ...], parts: int) -> tuple[Values, Values, Any]:
-    """Return what one process and two come to, and how often the pool and how many elements were all-reduced."""
+    """Return the weights of one process and of two, how often the pool was all-reduced, and how many elements were."""
     model = DistributedDataParallel(converted(name), **settings)
     counted = Counted(model.module.roast_pool.weight)
     model.register_comm_hook(counted, count_and_average)
@@ -197,7 +197,7 @@ def ddp(settings: dict[str, Any], name: str, skips: tuple[Any, ...], parts: int)
 
 
 def ddp_refusal(name: str) -> str:
-    """Return what DDP without settings says to a model that it does not take."""
+    """Return the error that DDP without settings raises for a model that it refuses."""
     try:
         train_together(DistributedDataParallel(converted(name)))
     except RuntimeError as error:
@@ -206,7 +206,7 @@ def ddp_refusal(name: str) -> str:
 
 
 def ddp_narrow() -> tuple[Values, Values]:
-    """Return what one process comes to, and what two come to that exchange float16 (bfloat16 needs NCCL)."""
+    """Return the weights of one process, and of two that exchange gradients in float16 (bfloat16 needs NCCL)."""
     model = DistributedDataParallel(converted())
     model.register_comm_hook(dist.group.WORLD, default_hooks.fp16_compress_hook)
     return train_alone(converted()).state_dict(), train_together(model).module.state_dict()
@@ -220,18 +220,18 @@ def shard(model: nn.Module, by_block: bool, **settings: Any) -> nn.Module:
 
 
 def fsdp(name: str, by_block: bool, settings: dict[str, Any]) -> tuple[Values, Values, int]:
-    """Return what one process and two come to, and how much of the pool each holds."""
+    """Return the weights of one process and of two, and how many elements of the pool this process holds."""
     model = train_together(shard(converted(name), by_block, **settings))
     alone = train_alone(converted(name)).state_dict()
     return alone, get_model_state_dict(model, options=FULL), find_pool(model).weight.to_local().numel()
 
 
 def fsdp_accumulating(way: str) -> tuple[Values, Values, list[int]]:
-    """Return what one process and two come to that accumulate, and how many gradients each backward pass shared out.
+    """Return the weights of one process and of two that accumulate gradients, and how many each backward pass sharded.
 
     Args:
-        way: "sync": gradients stay whole, and are shared out in the last backward pass; "last": each pass shares them
-            out, and the last one also ends what the others began.
+        way: "sync": gradients stay whole until the last backward pass shards them; "last": each backward pass shards
+            them, and the last one also waits for the communication of the others.
     """
     model = shard(converted(), True)
     optimizer = optimizer_of(model)
@@ -252,7 +252,7 @@ def fsdp_accumulating(way: str) -> tuple[Values, Values, list[int]]:
 
 
 def fsdp_narrow() -> tuple[Values, Values, set[torch.dtype], set[torch.dtype]]:
-    """Return as `fsdp` with mixed precision, the dtypes that layers give, and those that are kept."""
+    """Return what `fsdp` does, with mixed precision; then the dtypes of layers' outputs and those of parameters."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     model = shard(converted(), True, mp_policy=policy)
     seen: set[torch.dtype] = set()
@@ -265,11 +265,11 @@ def fsdp_narrow() -> tuple[Values, Values, set[torch.dtype], set[torch.dtype]]:
 
 
 def resume(folder: str, wrapped: str) -> tuple[Values, Values, Tensor, Tensor]:
-    """Save after two steps with torch.distributed.checkpoint and go on in a new model; then load into a plain one.
+    """Save after two steps with torch.distributed.checkpoint, resume in a new model, and load into a plain model too.
 
     Returns:
-        the weights of a run without a break, those of the resumed one, and both outputs of the loading: the wrapped
-        model's and the plain one's.
+        the weights of a run without a break and of the resumed run; the outputs of the saved model and of the plain
+        model that loaded the checkpoint.
     """
 
     def wrap() -> nn.Module:
@@ -303,7 +303,7 @@ def resume(folder: str, wrapped: str) -> tuple[Values, Values, Tensor, Tensor]:
 
 
 def artifact(folder: str, wrapped: str) -> tuple[Tensor, Tensor, list[str]]:
-    """Write an artifact as documented; return both models' outputs, and what was said to who did not."""
+    """Write an artifact as documented; return both models' outputs, and the errors of undocumented attempts."""
     model = converted()
     model = shard(model, False) if wrapped == "fsdp" else DistributedDataParallel(model)
     train_together(model)
@@ -328,7 +328,7 @@ def artifact(folder: str, wrapped: str) -> tuple[Tensor, Tensor, list[str]]:
 
 
 def read_in_parts() -> tuple[list[str], Tensor, Tensor]:
-    """Read a sharded model's weight outside of its forward: what is said, and what it is once it is gathered."""
+    """Read a sharded model's weight outside of its forward; return the errors, the gathered weight and the expected."""
     model = shard(converted(), False)
     refusals = []
     for attempt in (lambda: model.head.weight, lambda: model.head(torch.zeros(1, WIDTH))):

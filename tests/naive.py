@@ -47,7 +47,7 @@ class Transformer(nn.Module):
         self.again: Callable[..., Tensor] = lambda function, x: function(x)
 
     def block(self, x: Tensor) -> Tensor:
-        # With its weights, in plain products, which have a second derivative.
+        # `need_weights` makes attention compute plain products; those have a second derivative.
         x = x + self.attention(x, x, x, need_weights=True)[0]
         return self.norm(x + self.down(self.up(x).relu()))
 
@@ -104,7 +104,7 @@ def cpu_trains_lstm(dtype: torch.dtype) -> bool:
 
 
 class Naive:
-    """The dense model, each of its shared weights made from a pool by torch's indexing, the gradient divided by Γ.
+    """The dense model; torch's indexing makes each shared weight from a pool, and the pool's gradient is divided by Γ.
 
     Basis kernels stay as they are.
     """
@@ -121,7 +121,7 @@ class Naive:
                 tensors.setdefault((shared.view, shared.scale), []).append((f"{path}.{name}", shared))
         gamma = torch.zeros_like(pool).flatten()
         for readers in tensors.values():
-            # Which element each weight reads, and times what: the weights of pools that are such numbers.
+            # A pool of element numbers gives the element that each weight reads, and a pool of ones gives its factor.
             first = readers[0][1]
             coefficients = {"basis_index": None, "shape": torch.Size(first.gathered_shape)}
             shared = dataclasses.replace(first, dtype=torch.float64, **coefficients)
@@ -154,7 +154,7 @@ class Naive:
         return self.dense(x)
 
     def projected(self) -> Tensor:
-        """Return the pool that is nearest to the dense model's own weights; of no model with basis kernels."""
+        """Return the pool that is nearest to the dense model's own weights; the model must not have basis kernels."""
         assert not any(self.bases)
         total = torch.zeros_like(self.pool).flatten()
         for owners, places, factors in self.made:
@@ -163,7 +163,7 @@ class Naive:
         return total.view_as(self.pool) / self.gamma
 
     def write(self, pool: Tensor) -> None:
-        """Set the dense model's own weights to what a pool stands for; of no model with basis kernels."""
+        """Set the dense model's own weights to those that a pool stands for; the model must not have basis kernels."""
         assert not any(self.bases)
         with torch.no_grad():
             for owners, places, factors in self.made:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 SIZE = 2
-# One that fails leaves the other waiting: for so many seconds.
+# If one process fails, the other waits for it: at most so many seconds.
 SECONDS = 90
 
 

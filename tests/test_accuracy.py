@@ -130,7 +130,7 @@ def test_rivals_store_what_is_allowed(name: str, method: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet9", "imdb"])
-def test_hashed_models_store_at_most_what_is_allowed_and_less_by_under_a_slot(name: str) -> None:
+def test_hashed_models_stay_below_the_target_by_less_than_a_slot(name: str) -> None:
     task = tasks.TASKS[name]
     with torch.device("meta"):
         model = nets.dense_net(task)
@@ -146,7 +146,7 @@ def no_batch() -> pruning.Batch:
     raise AssertionError("this method looks at no data")
 
 
-def test_largest_meets_a_target_or_says_why_not() -> None:
+def test_the_largest_size_below_a_target_is_found_or_the_error_says_why_not() -> None:
     def count(sizes: tuple[int, ...]) -> int:
         return 3 * sizes[0] + sizes[0] * sizes[1] + 5
 
@@ -167,7 +167,7 @@ def test_low_rank_factors_are_the_truncated_decomposition() -> None:
 
 
 @pytest.mark.parametrize("layer", [nn.Conv2d(4, 16, 3, 2, 1, bias=False), nn.Linear(30, 20)])
-def test_low_rank_layers_compute_what_their_product_says(layer: nn.Module) -> None:
+def test_low_rank_layers_compute_with_the_product_of_their_factors(layer: nn.Module) -> None:
     found = rivals.LowRank(layer, 3)
     if isinstance(layer, nn.Conv2d):
         x, weight = torch.randn(2, 4, 8, 8), (found.left @ found.right.flatten(1)).view_as(layer.weight)
@@ -179,7 +179,7 @@ def test_low_rank_layers_compute_what_their_product_says(layer: nn.Module) -> No
     torch.testing.assert_close(weight.norm(), layer.weight.norm(), rtol=1e-4, atol=0)
 
 
-def test_a_model_of_fewer_words_takes_the_others_for_unknown() -> None:
+def test_a_smaller_vocabulary_maps_all_other_words_to_unknown() -> None:
     model = rivals.FewerWords(nn.Embedding(5, 3), 5)
     assert torch.equal(model(torch.tensor([4, 5, 99])), model(torch.tensor([4, 0, 0])))
 
@@ -199,7 +199,7 @@ def test_snip_is_weight_times_gradient_and_leaves_the_model_as_it_was() -> None:
 
 @pytest.mark.parametrize("name", ["magnitude", "random"])
 def test_small_layers_are_pruned_less(name: str) -> None:
-    """One share of what each layer's sizes allow, so that every channel still has something to say."""
+    """Kept weights ÷ the sum of a layer's sizes is the same in every pruned layer: no channel is pruned whole."""
     torch.manual_seed(0)
     model = nets.image_net(tasks.TASKS["resnet9"])
     weights = {path: weight.detach().clone() for path, weight in pruning.prunable(model).items()}
@@ -233,8 +233,8 @@ def a_step(
     return step.Step(model, optimizer, factors, rates, examples, epoch, task.batch, 0, 0.0, torch.enable_grad, learned)
 
 
-def test_a_step_is_the_plain_one(data: Path, cache: Path) -> None:
-    """Against a loop written out with a learning rate that is a number."""
+def test_a_training_step_equals_that_of_a_plain_loop(data: Path, cache: Path) -> None:
+    """The plain loop is written out here, with a number as its learning rate."""
     folder = prepared(IMAGES, data, cache)
     torch.manual_seed(0)
     ours, theirs = nets.image_net(IMAGES), nets.image_net(IMAGES)
@@ -257,7 +257,7 @@ def test_a_step_is_the_plain_one(data: Path, cache: Path) -> None:
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.zero_grad()
-        # In the step's memory format: convolutions in the other one round otherwise, and three steps magnify that.
+        # The memory format is the step's: in another one convolutions round differently, and three steps magnify that.
         batch = torch.stack(images).contiguous(memory_format=torch.channels_last)
         loss = F.cross_entropy(theirs(batch), y[chosen])
         loss.backward()
@@ -269,8 +269,8 @@ def test_a_step_is_the_plain_one(data: Path, cache: Path) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_warming_up_leaves_no_trace(data: Path, cache: Path, optimizer: str) -> None:
-    """What a capture does before it captures: the run after it is the run without it."""
+def test_warm_up_steps_change_no_later_step(data: Path, cache: Path, optimizer: str) -> None:
+    """A capture takes warm-up steps first: a run after them equals a run without them."""
     folder = prepared(IMAGES, data, cache)
     task = dataclasses.replace(IMAGES, optimizer=optimizer)
     found = []
@@ -290,7 +290,7 @@ def test_warming_up_leaves_no_trace(data: Path, cache: Path, optimizer: str) -> 
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
-def test_what_is_pruned_stays_zero_under_momentum_and_decay(data: Path, cache: Path) -> None:
+def test_pruned_weights_stay_zero_under_momentum_and_decay(data: Path, cache: Path) -> None:
     folder = prepared(IMAGES, data, cache)
     run = Run("resnet9", "random", 10.0, changes=(("decay", 0.1),))
     built = methods.build(run, IMAGES, "cpu", no_batch)
@@ -354,7 +354,9 @@ DISTILLED = (("distill", 0.9),)
 DISTILLED_RUN = Run("resnet9", "ours", 10.0, 1, 0.01, 1, changes=DISTILLED)
 
 
-def test_a_teacher_is_the_dense_run_made_once(data: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_teacher_is_the_dense_run_and_is_trained_once(
+    data: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = prepared(IMAGES, data, cache)
     fitted: list[Run] = []
 
@@ -367,7 +369,7 @@ def test_a_teacher_is_the_dense_run_made_once(data: Path, cache: Path, monkeypat
         return real(run, *arguments)
 
     def clock() -> float:
-        # Dense runs take a thousand seconds.
+        # On this clock each dense run takes a thousand seconds.
         return time.perf_counter() + 1000 * sum(run.method == "dense" for run in fitted)
 
     real = training.fit
@@ -390,7 +392,7 @@ def test_a_teacher_is_the_dense_run_made_once(data: Path, cache: Path, monkeypat
 def test_a_warm_run_starts_from_the_trained_dense_model(method: str, data: Path, cache: Path) -> None:
     folder = prepared(IMAGES, data, cache)
     run = Run("resnet9", method, 1.0 if method == "dense" else 2.0, 1, 0.0, 1, changes=(("warm", True),))
-    # At rate 0 nothing moves but running statistics, which the dense model has had for as long.
+    # At rate 0 only running statistics change, and the dense model's were updated as often.
     row = training.train(run, IMAGES, folder, "cpu")
     start = load_file(teacher.path_of(teacher.dense_run(run, IMAGES), IMAGES, folder, "cpu"))
     built = methods.build(run, IMAGES, "cpu", lambda: (torch.zeros(1), torch.zeros(1)), start)
@@ -406,7 +408,7 @@ def test_a_warm_run_starts_from_the_trained_dense_model(method: str, data: Path,
         kept = found(built) != 0
         assert torch.equal(found(built)[kept], weight[kept]) and 0 < kept.sum() < kept.numel()
     elif method == "ours":
-        # The least-squares fit, so near to what it was fitted to, which a random pool is not.
+        # A warm pool is the least-squares fit, so its weights are near the dense ones; a random pool's weights are not.
         cold = methods.build(dataclasses.replace(run, changes=()), IMAGES, "cpu", lambda: None)
         far = [float((found(made) - weight).norm() / weight.norm()) for made in (built, cold)]
         assert far[0] < 0.9 and far[1] > 1.1
@@ -414,8 +416,8 @@ def test_a_warm_run_starts_from_the_trained_dense_model(method: str, data: Path,
         methods.check_changes(dataclasses.replace(run, method="smaller"))
 
 
-def test_teachers_are_told_apart_by_all_that_they_depend_on(tmp_path: Path) -> None:
-    """A trial's above all: it must not know the examples that the trial is judged on."""
+def test_a_teachers_file_depends_on_every_setting_of_its_training(tmp_path: Path) -> None:
+    """A trial's teacher matters most: it must not have seen the examples that the trial is judged on."""
     run = DISTILLED_RUN
     larger = dataclasses.replace(IMAGES, scale=0.5)
     other_rate, longer = (dataclasses.replace(IMAGES, grid=(first,)) for first in ((0.2, 1), (0.4, 2)))
@@ -426,7 +428,7 @@ def test_teachers_are_told_apart_by_all_that_they_depend_on(tmp_path: Path) -> N
     paths = [teacher.path_of(teacher.dense_run(run, task), task, tmp_path, device) for run, task, device in cases]
     assert len(set(paths)) == len(cases)
     assert teacher.dense_run(dataclasses.replace(run, trial=True), IMAGES).trial
-    # What only the student has makes no other teacher, and a machine's GPUs share theirs.
+    # Settings of the student alone do not change the teacher, and all GPUs of a machine share one teacher.
     longer_run = dataclasses.replace(run, method="snip", ratio=100.0, rate=1.0, epochs=96)
     otherwise = dataclasses.replace(run, changes=(("cutout", 8), ("distill", 0.5), ("temperature", 2.0)))
     for other in (longer_run, otherwise):
@@ -439,7 +441,7 @@ def test_teachers_are_told_apart_by_all_that_they_depend_on(tmp_path: Path) -> N
     [({"distill": 0.0}, "above 0 and at most 1, not 0.0"), ({"distill": 1.5}, "above 0 and at most 1, not 1.5"),
      ({"temperature": 4.0}, "add distill"), ({"distill": 0.5, "temperature": 0.0}, "must be above 0, not 0.0")],
 )  # fmt: skip
-def test_distillation_without_a_meaning_is_refused(changes: dict[str, float], message: str) -> None:
+def test_distillation_settings_that_make_no_sense_are_refused(changes: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         methods.check_changes(Run("resnet9", "ours", 10.0, changes=tuple(changes.items())))
     methods.check_changes(Run("resnet9", "ours", 10.0, changes=(("distill", 1.0), ("temperature", 0.5))))
@@ -450,7 +452,7 @@ def read(model: nn.Module, name: str) -> Tensor:
     return getattr(model.get_submodule(path), attribute)
 
 
-def test_evaluation_uses_running_statistics_and_leaves_them() -> None:
+def test_evaluation_uses_running_statistics_and_does_not_change_them() -> None:
     torch.manual_seed(0)
     model = nets.image_net(IMAGES)
     model(torch.randn(16, 3, 32, 32))
@@ -464,7 +466,7 @@ def test_evaluation_uses_running_statistics_and_leaves_them() -> None:
         assert torch.equal(value, before[name]), name
 
 
-def test_holes_are_squares_of_grey_around_the_torus() -> None:
+def test_cutout_holes_are_grey_squares_that_wrap_around_the_image() -> None:
     images = torch.full((2, 40, 40, 3), 255, dtype=torch.uint8)
     epoch = inputs.Epoch.empty(2, "cpu")
     epoch.hole_top.copy_(torch.tensor([10, 0]))
@@ -544,7 +546,7 @@ def test_smoke_run_chooses_trains_records_and_resumes(data: Path, cache: Path, t
     assert refused.exit_code == 1 and "smoke test, which say nothing" in refused.output
 
 
-def test_distilled_runs_take_the_methods_choice_and_their_teachers_accuracy(
+def test_distilled_runs_use_the_methods_choice_and_record_their_teachers_accuracy(
     data: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes = (("distill", 0.9), ("temperature", 2.0))
@@ -566,7 +568,7 @@ def test_distilled_runs_take_the_methods_choice_and_their_teachers_accuracy(
     assert again.exit_code == 0 and "nothing to do: every run asked for has a row in" in again.output
 
 
-def test_worker_processes_do_the_same(data: Path, cache: Path, tmp_path: Path) -> None:
+def test_worker_processes_give_the_losses_of_this_process(data: Path, cache: Path, tmp_path: Path) -> None:
     out = tmp_path / "rows.json"
     arguments = ["--task", "resnet9", "--method", "random", "--ratio", "10", "--rate", "0.4", "--seeds", "2"]
     fixed = ["--data", str(data), "--cache", str(cache), "--out", str(out), "--smoke", "--device", "cpu"]
@@ -584,7 +586,7 @@ def test_worker_processes_do_the_same(data: Path, cache: Path, tmp_path: Path) -
 
 @pytest.fixture
 def threads(monkeypatch: pytest.MonkeyPatch) -> list[campaign.Worker]:
-    """Workers that are threads: what a run gives is then the test's to say."""
+    """Run workers as threads, so that a test can replace what a run does."""
     made: list[campaign.Worker] = []
 
     class Thread(campaign.Worker):
@@ -609,7 +611,7 @@ def a_row(run: Run, value: float, seconds: float = 1.0) -> dict[str, Any]:
             "loss": [1.0], "allowed": 1, "note": "", "machine": {"device": "x", "torch": "y", "date": "z"}}  # fmt: skip
 
 
-def test_runs_wait_for_their_trials_and_take_the_best(
+def test_runs_wait_for_their_trials_and_use_the_best_candidate(
     data: Path, tmp_path: Path, threads: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order = []
@@ -630,10 +632,10 @@ def test_runs_wait_for_their_trials_and_take_the_best(
     assert not found.missing(asked)
 
 
-def test_other_candidates_are_tried_and_only_what_they_change_is_made_again(
+def test_new_candidates_are_tried_and_only_runs_whose_choice_changes_are_repeated(
     data: Path, tmp_path: Path, threads: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A row of an overtaken choice would be taken for its method's accuracy."""
+    """If a row of an old choice stayed, it would be taken for its method's accuracy."""
     monkeypatch.setattr(
         campaign, "attempt", lambda run, *_: a_row(run, 0.9 if run.rate == {"ours": 3.0}.get(run.method, 0.4) else 0.5)
     )
@@ -647,7 +649,7 @@ def test_other_candidates_are_tried_and_only_what_they_change_is_made_again(
 
     wider = dataclasses.replace(IMAGES, grid=(*IMAGES.grid, (3.0, 1)))
     found = campaign.Campaign({**SMOKE, "resnet9": wider}, data, tmp_path, ["cpu"] * 2, found.rows)
-    # Not of this campaign: other lengths, and rates that nobody's trials chose.
+    # Rows of other campaigns: other lengths, and rates that no trial chose.
     others = [{**row, "scale": 0.5, "epochs": 3} for row in found.rows if row["tuned"]]
     others += [{**row, "tuned": False, "rate": 0.7} for row in found.rows if row["tuned"]]
     found = campaign.Campaign({**SMOKE, "resnet9": wider}, data, tmp_path, ["cpu"] * 2, [*found.rows, *others])
@@ -687,17 +689,17 @@ def test_a_step_that_cannot_be_captured_runs_again_without_a_graph(
         "snip": "CaptureError: not permitted",
         "ours": None,
     }
-    # A fresh process after each failure: the first, one for the capture, two for the failed runs.
+    # A new process starts after each failure: the first one, one after the capture, two after the failed runs.
     assert len(threads) == 4
 
 
 def failing(*rates: float) -> Callable[..., dict[str, Any] | campaign.Failure]:
-    """Return what runs come to if those of some rates fail."""
+    """Return a replacement of `attempt` in which runs of the given rates fail."""
     return lambda run, *_: campaign.Failure("on purpose") if run.rate in rates else a_row(run, 0.5)
 
 
 @pytest.mark.parametrize("rates", [(0.4,), (0.4, 1.0)])
-def test_a_run_is_not_made_while_a_trial_fails(
+def test_a_run_waits_until_all_of_its_trials_succeed(
     data: Path, tmp_path: Path, threads: list, monkeypatch: pytest.MonkeyPatch, rates: tuple[float, ...]
 ) -> None:
     monkeypatch.setattr(campaign, "attempt", failing(*rates))
@@ -705,7 +707,7 @@ def test_a_run_is_not_made_while_a_trial_fails(
     asked = Run("resnet9", "ours", 10.0)
     came = dict(found.outcomes(found.missing([asked])))
     assert "A trial of it gave no row" in came[asked].text and len(found.rows) == 2 - len(rates)
-    # The same command tries them again.
+    # The same command tries the failed trials again.
     again = found.missing([asked])
     assert asked in again and len(again) == 1 + len(rates)
     monkeypatch.setattr(campaign, "attempt", failing())
@@ -714,7 +716,7 @@ def test_a_run_is_not_made_while_a_trial_fails(
     assert len(found.rows) == 3 and not found.missing([asked])
 
 
-def test_a_run_whose_trial_did_not_fit_is_left(
+def test_a_run_is_skipped_if_time_is_too_short_for_one_of_its_trials(
     data: Path, tmp_path: Path, threads: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(campaign, "attempt", failing())
@@ -739,7 +741,7 @@ def test_a_run_whose_trial_did_not_fit_is_left(
         (("--group", "main", "--rate", "1"), "--rate is for the cells that --task and --method name"),
     ],
 )
-def test_arguments_that_do_not_do(
+def test_invalid_arguments_are_refused(
     data: Path, cache: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
 ) -> None:
     out = tmp_path / "rows.json"
@@ -747,7 +749,7 @@ def test_arguments_that_do_not_do(
     assert found.exit_code == 2 and message in found.output and not out.exists()
 
 
-def test_a_file_of_something_else_is_left_alone(data: Path, cache: Path, tmp_path: Path) -> None:
+def test_a_file_that_holds_no_rows_is_refused_and_left_alone(data: Path, cache: Path, tmp_path: Path) -> None:
     out = tmp_path / "rows.json"
     for content in ("{", "[1]", "{}", '{"rows": 5}', '{"rows": [1]}', '{"rows": [{}]}'):
         out.write_text(content)
@@ -755,7 +757,7 @@ def test_a_file_of_something_else_is_left_alone(data: Path, cache: Path, tmp_pat
         assert found.exit_code == 1 and "is no file of rows" in found.output and out.read_text() == content
 
 
-def test_a_smoke_tests_rows_and_real_ones_are_kept_apart(data: Path, cache: Path, tmp_path: Path) -> None:
+def test_smoke_rows_are_not_added_to_rows_of_real_runs(data: Path, cache: Path, tmp_path: Path) -> None:
     out = tmp_path / "rows.json"
     arguments = "--task", "resnet9", "--method", "dense", "--rate", "0.4", "--seeds", "1"
     assert smoke(data, cache, out, *arguments).exit_code == 0
@@ -765,7 +767,7 @@ def test_a_smoke_tests_rows_and_real_ones_are_kept_apart(data: Path, cache: Path
     assert found.exit_code == 1 and "has rows of real runs" in found.output and out.read_text() == content
 
 
-def test_what_keeps_its_choice_is_said_and_not_made_again(
+def test_runs_whose_choice_stays_the_same_are_reported_and_not_repeated(
     data: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "rows.json"
@@ -788,8 +790,8 @@ def test_ties_go_to_the_smaller_rate_and_the_shorter_run() -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet9", "resnet20", "vgg11", "imdb"])
-def test_the_grids_first_is_what_the_dense_model_chose(name: str) -> None:
-    """Teachers train by it."""
+def test_the_first_candidate_of_a_grid_is_the_dense_models_choice(name: str) -> None:
+    """Teachers are trained with that candidate."""
     task, made = tasks.TASKS[name], table.Table(files.load(table.RESULTS)["rows"]).trials()
     chosen = trials.choose(Run(name, "dense", 1.0), task, made)
     assert (chosen.rate, chosen.epochs) == task.grid[0]
@@ -832,7 +834,7 @@ def test_data_that_does_not_fit_the_task(data: Path, cache: Path, tmp_path: Path
         inputs.prepare(dataclasses.replace(IMAGES, train=88), copied, cache)
 
 
-def test_no_run_starts_that_cannot_end_in_time(
+def test_a_run_that_cannot_end_in_time_is_not_started(
     data: Path, tmp_path: Path, threads: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(campaign, "attempt", lambda run, *_: a_row(run, 0.5, seconds=100.0 * run.epochs))
@@ -842,7 +844,7 @@ def test_no_run_starts_that_cannot_end_in_time(
     assert set(dict(found.outcomes(asked))) == {asked[0], asked[2]} and found.skipped == [asked[1]]
 
 
-def test_every_group_names_runs_that_can_be_made() -> None:
+def test_every_group_names_valid_runs() -> None:
     for name, group in groups.GROUPS.items():
         made = list(group())
         assert made and len(set(made)) == len(made), name
@@ -887,11 +889,11 @@ def test_tied_spread_makes_every_scale_one() -> None:
 
 
 def comparison_rows(gains: dict[tuple[str, str, float], float]) -> list[dict[str, Any]]:
-    """Rows in which each cell's accuracy is 80 % and its gain, a little more or less by seed."""
+    """Return rows in which each cell's accuracy is 80 % plus its gain, a little more or less for each seed."""
     rows = []
     for (task, method, ratio), gain in gains.items():
         for seed, wobble in enumerate((-0.1, 0.0, 0.1)):
-            # Another wobble for each method, so that paired differences have a spread.
+            # Each method has another wobble, so that paired differences have a spread.
             value = 80 + gain + wobble * (1 + list(methods.METHODS).index(method))
             row = a_row(Run(task, method, ratio, seed, 0.4, 24), value / 100)
             rows.append({**row, "tuned": True, "epochs_asked": False, "scale": 1.0, "smoke": False})
@@ -913,7 +915,7 @@ def test_verdicts_follow_the_numbers() -> None:
     assert "+2.50" in rival.found and "smaller dense model" in rival.found
     sharing = next(verdict for aim, verdict in found.items() if "one pool" in aim)
     assert "p = 0.031 over 6 pairs" in sharing.found
-    # Of longer training that was begun, what is missing is shown; of what was not, nothing.
+    # If longer training was begun, the page shows what is missing; if it was not, the page has no aim for it.
     assert not any("epochs" in aim for aim in found)
     rows = comparison_rows({("resnet9", "dense", 1.0): 10, ("resnet9", "ours", 10.0): 9.5})
     longer = [{**row, "epochs": 96} for row in rows]
@@ -930,7 +932,7 @@ def test_verdicts_follow_the_numbers() -> None:
     assert worse[-2].met is False and "not above: ResNet-9 on CIFAR-10 at ratio 100" in worse[-2].found
 
 
-def test_the_page_shows_losses_experiments_and_what_is_not_reachable() -> None:
+def test_the_page_shows_losses_experiments_and_unreachable_ratios() -> None:
     rows = comparison_rows(
         {("resnet9", "dense", 1.0): 10, ("resnet9", "ours", 100.0): 3, ("resnet9", "snip", 100.0): 15}
     )
@@ -964,7 +966,7 @@ def test_the_page_command_writes_the_readme_beside_the_page_in_docs_alone(
     assert front.read_text() == before.replace("<!-- end -->", readme.markdown(rows) + "<!-- end -->")
 
 
-def test_the_readme_has_the_means_and_what_is_missing() -> None:
+def test_the_readme_shows_means_and_marks_missing_results() -> None:
     cells = {
         ("imdb", "dense", 1.0): 7,
         ("imdb", "ours", 10.0): 6,
@@ -980,7 +982,7 @@ def test_the_readme_has_the_means_and_what_is_missing() -> None:
     assert text.count("\n") == 2 + len(readme.CELLS) and text.endswith("|\n")
 
 
-def test_an_experiment_of_several_seeds_is_one_line_and_without_its_like_has_no_difference() -> None:
+def test_an_experiment_of_several_seeds_is_one_line_and_shows_a_difference_only_if_a_baseline_exists() -> None:
     rows = comparison_rows({("resnet9", "ours", 100.0): 3})
     changed = [{**row, "changes": {"sign": "none"}, "accuracy": [row["accuracy"][0] - 0.02]} for row in rows]
     alone = [{**row, "changes": {"decay": 0.1}, "trial": True, "rate": 7.0, "accuracy": [0.6]} for row in rows]
@@ -990,7 +992,7 @@ def test_an_experiment_of_several_seeds_is_one_line_and_without_its_like_has_no_
     assert text.count("sign none") == text.count("decay 0.1") == 1
 
 
-def test_the_page_has_kernels_from_a_basis_beside_whole_ones() -> None:
+def test_the_page_compares_basis_kernels_with_whole_ones() -> None:
     at_one = {("resnet9", "ours", 1.0): 9, ("resnet9", "whole", 1.0): 6.75}
     rows = comparison_rows({("resnet9", "ours", 100.0): 4, ("resnet9", "whole", 100.0): 2.5, **at_one})
     text = page.markdown(rows)
@@ -999,8 +1001,8 @@ def test_the_page_has_kernels_from_a_basis_beside_whole_ones() -> None:
     assert "+2.25" not in text
 
 
-def test_the_page_says_where_longer_runs_would_have_chosen_otherwise() -> None:
-    """A short trial's choice is every method's alike, but not always the best."""
+def test_the_page_says_where_longer_trials_choose_another_rate() -> None:
+    """Short trials choose for every method alike, but a short trial's choice is not always the best."""
     rows = comparison_rows({("resnet9", "ours", 100.0): 3, ("resnet9", "snip", 100.0): 2})
     # By method and rate: after the trial's 8 epochs, and after all 24.
     tried = {("ours", 0.4): (0.70, 0.86), ("ours", 1.0): (0.72, 0.84), ("snip", 0.4): (0.60, 0.70),
@@ -1012,16 +1014,16 @@ def test_the_page_says_where_longer_runs_would_have_chosen_otherwise() -> None:
     text = page.markdown(rows)
     assert "- ResNet-9 on CIFAR-10, roastify, ratio 100: 0.4, 2.00 points above 1." in text
     assert text.count("- ResNet-9 on CIFAR-10, ") == 1
-    # With a change it is another model's.
+    # A row with a change belongs to another model.
     changed = [{**row, "changes": {"sign": "none"}} if row["trial"] and row["epochs"] == 24 else row for row in rows]
     assert "Longer runs, of one seed" not in page.markdown(changed)
-    # One rate alone at full length says nothing.
+    # A single rate at full length allows no comparison.
     assert "Longer runs, of one seed" not in page.markdown(
         [row for row in rows if (row["rate"], row["epochs"]) != (1.0, 24)]
     )
 
 
-def test_what_learned_nothing_does_not_press_a_plot_together() -> None:
+def test_a_method_that_learned_nothing_does_not_stretch_a_plots_axis() -> None:
     cells = {("resnet9", "ours", 100.0): 4, ("resnet9", "smaller", 100.0): 3}
     for worst, cut in ((2, False), (-60, True)):
         figure = picture.compare(table.Table(comparison_rows({**cells, ("resnet9", "snip", 100.0): worst})), "resnet9")
@@ -1030,14 +1032,14 @@ def test_what_learned_nothing_does_not_press_a_plot_together() -> None:
         assert lowest > 70 and ("in the table" in figure.axes[0].get_xlabel()) is cut
 
 
-def test_the_page_has_distilled_runs_beside_the_same_on_labels_alone() -> None:
+def test_the_page_compares_distilled_runs_with_the_same_runs_on_labels_alone() -> None:
     rows = comparison_rows({("resnet9", "dense", 1.0): 10, ("resnet9", "ours", 100.0): 3})
     ours = [row for row in rows if row["method"] == "ours"]
     plain = page.markdown(rows)
     assert "istill" not in plain
     learned = [{**row, "changes": {"distill": 0.9}, "epochs_asked": True, "accuracy": [row["accuracy"][0] + 0.02],
                 "teacher_accuracy": 0.91} for row in ours]  # fmt: skip
-    # Of longer runs, one has its like: it is no gain over the shorter ones.
+    # One of the longer runs has a counterpart on labels alone; the shorter runs are no counterpart of longer ones.
     longer = [{**row, "epochs": 96, "accuracy": [0.9]} for row in learned[:2]]
     alone = {**ours[1], "epochs": 96, "epochs_asked": True, "accuracy": [0.88]}
     tried = {"trial": True, "epochs": 12, "epochs_asked": False}
@@ -1052,7 +1054,7 @@ def test_the_page_has_distilled_runs_beside_the_same_on_labels_alone() -> None:
     rival = [{**row, "method": "snip", "accuracy": [row["accuracy"][0] + 0.01]} for row in learned]
     above = "- ResNet-9 on CIFAR-10, 24 epochs, distilled, ratio 100, no hashing: pruned by SNIP is 1.00 points above"
     assert above in page.markdown([*rows, *learned, *rival]) and above not in text
-    # The comparison is what it was.
+    # Distilled runs do not change the comparison of methods.
     start = plain.index("## ResNet-9")
     assert plain[start : plain.index("## When not")] == text[text.index("## ResNet-9") : text.index("## When not")]
 
@@ -1066,7 +1068,7 @@ CAPTURED = ("dense", "ours", "plain", "local", "elementwise", "roast", "cyclic",
     ("method", "changes"),
     [*((method, ()) for method in CAPTURED), *((method, DISTILLED) for method in ("dense", "ours", "snip"))],
 )
-def test_a_captured_run_is_the_run_without_a_graph(
+def test_a_captured_run_gives_the_losses_of_the_run_without_a_graph(
     data: Path, cache: Path, name: str, method: str, changes: tuple[tuple[str, Any], ...]
 ) -> None:
     task = dataclasses.replace(SMOKE[name], scale=0.5, words=min(SMOKE[name].words, 2_000))
@@ -1075,7 +1077,7 @@ def test_a_captured_run_is_the_run_without_a_graph(
     run = Run(name, method, 1.0 if method == "dense" else 10.0, 0, 1e-3, 2, changes=changes)
     found = [training.train(run, task, folder, "cuda", graph) for graph in (True, False)]
     assert [row["captured"] for row in found] == [True, False]
-    # bfloat16, sums in another order, and on text dropout, whose draws differ between the two.
+    # The runs differ by bfloat16's rounding, by the order of sums and, on text, by the random draws of dropout.
     assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=0.1 if name == "imdb" else 0.03)
     assert found[0]["stored"] == found[1]["stored"]
 

@@ -1,4 +1,4 @@
-"""Addresses beyond 2³¹: of tiles, of the tensor's elements, of the pool's, of tokens times columns."""
+"""Addresses beyond 2³¹: tile numbers, elements of a tensor, elements of the pool, tokens times columns."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("kernels", KERNELS.values(), ids=KERNELS.keys())
 @pytest.mark.parametrize("name", CASES)
 def test_tiles_of_large_numbers(name: str, kernels: Any, first_tile: int) -> None:
-    """Across 2³¹ and 2³², and far beyond."""
+    """Tile numbers cross 2³¹ and 2³², and go far beyond."""
     tile_map, view, table, shape = CASES[name].build(first_tile)
     elements, signs = layout(tile_map, view)
     factors = torch.from_numpy(signs).to(DEVICE) * SCALE
@@ -162,7 +162,7 @@ def _start_kernel(p_table, p_tile, p_out, key, num_slots, first_slot, first_chun
 @pytest.mark.parametrize(("num_slots", "first_slot"), [(2**31 - 1, 0), (7, 2**31 - 8), (2**20 + 7, 2**20), (1, 2**30)])
 @pytest.mark.parametrize("mapping", ["permutation", "cyclic", "hashednet", "roast"])
 def test_places_in_a_large_pool(mapping: str, num_slots: int, first_slot: int) -> None:
-    """No pool is needed to ask where a tile begins in one of 2⁴⁴ elements."""
+    """The kernel computes where tiles begin in a pool of 2⁴⁴ elements; the test needs no such pool."""
     tile_map = TileMap(2 * num_slots, num_slots, (128, 64), 5, mapping, "none", first_slot=first_slot)
     view = tile_map.view(128, 64, 0, False)
     tiles = [0, 1, num_slots - 1, num_slots, 2 * num_slots - 1, num_slots // 2, num_slots // 3, num_slots + 1]
@@ -193,7 +193,7 @@ def _place_kernel(p_tile, p_place, p_inside, base, rows, cols, first_tile, grid_
 @pytest.mark.parametrize("strips", [False, True])
 @pytest.mark.parametrize(("rows", "cols"), [(70001, 60001), (2**31 + 5, 3), (5, 2**31 + 1)])
 def test_places_in_a_large_tensor(rows: int, cols: int, strips: bool, first_tile: int) -> None:
-    """Nor a tensor, to ask where in it a tile's elements stand."""
+    """The kernel computes where a tile's elements are in a large tensor; the test needs no such tensor."""
     tile_map = TileMap(2**62, 7, (4, 4), 5)
     view = tile_map.view(rows, cols, first_tile * 16 + (3 if strips else 0), strips)
     last = view.first_tile + view.num_tiles - 1
@@ -218,7 +218,7 @@ def test_places_in_a_large_tensor(rows: int, cols: int, strips: bool, first_tile
 
 @pytest.mark.parametrize("tile", [(128, 256), (100, 100), (2, 5000)], ids=str)
 def test_slots_larger_than_a_program(tile: tuple[int, int]) -> None:
-    """And in one dimension of the grid: the others have room for 65535 programs."""
+    """Several programs share a slot, in one dimension of the grid: the other dimensions hold at most 65535 programs."""
     assert tile[0] * tile[1] > tuning.MOST_ELEMENTS
     tile_map = TileMap(50, 3, tile, 5)
     view = tile_map.view(2 * tile[0] - 1, 2 * tile[1] - 3, tile[0] * tile[1], False)
@@ -230,7 +230,7 @@ def test_slots_larger_than_a_program(tile: tuple[int, int]) -> None:
     torch.testing.assert_close(found, reference.reduce(weight, table, view, SCALE, shape), rtol=1e-5, atol=1e-5)
 
 
-# On a GPU, where the memory is.
+# On a GPU, which has enough memory.
 
 
 @dataclass(frozen=True)
@@ -280,7 +280,7 @@ def test_a_large_tensor_is_gathered_and_summed(name: str) -> None:
     torch.testing.assert_close(weight[-end.rows :], tail, rtol=1e-2, atol=1e-2)
     middle = whole.rows // 2
     assert weight[middle].isfinite().all() and weight[middle].any()
-    # Only its last rows have a gradient, so the sum is theirs.
+    # Only the last rows have a gradient that is not zero, so the sum is theirs.
     weight.zero_()
     weight[-end.rows :] = tail
     found = ops.reduce(weight, table, whole, SCALE, shape)
@@ -291,7 +291,7 @@ def test_a_large_tensor_is_gathered_and_summed(name: str) -> None:
 
 @pytest.mark.gpu
 def test_many_tokens_are_looked_up_and_summed() -> None:
-    """Tokens × columns beyond 2³¹."""
+    """Tokens × columns exceed 2³¹."""
     tile_map = TileMap(10**5, 300, (128, 64), 11)
     view = tile_map.view(5000, 1024, 0, False)
     table = torch.tensor(tile_map.chunk_table(), device=DEVICE)
@@ -313,7 +313,7 @@ def test_many_tokens_are_looked_up_and_summed() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("mapping", ["permutation", "roast"])
 def test_the_far_end_of_a_large_pool(mapping: str) -> None:
-    """A region of its own behind 2³¹ elements of others."""
+    """The tensor's region lies behind 2³¹ elements of another region."""
     first_slot, num_slots, tile = 2**18 + 5, 50, (128, 64)
     tile_map = TileMap(10**4, num_slots, tile, 11, mapping, first_slot=first_slot)
     near = TileMap(10**4, num_slots, tile, 11, mapping)

@@ -61,12 +61,12 @@ def test_a_good_model_passes_everything() -> None:
         ("state elsewhere", "state is kept outside the state dict"),
     ],
 )
-def test_a_model_that_loses_something_fails(what: str, message: str) -> None:
+def test_a_model_that_loses_copies_state_or_gradients_fails(what: str, message: str) -> None:
     with pytest.raises(OutputMismatch, match=message):
         verified(what)
 
 
-def test_what_the_original_cannot_do_either_is_left_out() -> None:
+def test_checks_that_the_original_fails_too_are_left_out() -> None:
     model = Net()
     converted = roastify.convert(model, 2)
     model.what = converted.what = "no copy"
@@ -75,12 +75,12 @@ def test_what_the_original_cannot_do_either_is_left_out() -> None:
     assert roastify.verify(frozen, roastify.convert(frozen, 2), X).behaviour == ("deepcopy", "state dict")
 
 
-def test_behind_a_head_that_starts_at_zero_neither_has_gradients() -> None:
+def test_the_gradient_check_is_left_out_behind_a_head_of_zeros() -> None:
     model = nn.Sequential(nn.Linear(24, 48), nn.Linear(48, 24))
     nn.init.zeros_(model[1].weight)
     converted = roastify.convert(model, 1.5, config=roastify.RoastConfig(share="weights"))
     assert roastify.verify(model, converted, X).behaviour == ("deepcopy", "state dict")
-    # Where the original's have them, the pool must.
+    # If the original's weights get gradients, the pool must get one.
     nn.init.ones_(model[1].weight)
     with pytest.raises(OutputMismatch, match="no gradient reaches the pool"):
         roastify.verify(model, converted, X)

@@ -48,7 +48,7 @@ def assert_near(actual: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sign", [True, False])
 @pytest.mark.parametrize("batch, rows, cols, size", SHAPES)
-def test_hashednet_and_every_gradient(
+def test_hashednets_output_and_every_gradient_equal_the_reference(
     batch: int, rows: int, cols: int, size: int, sign: bool, dtype: torch.dtype
 ) -> None:
     weight = Hashed(rows, cols, seed=0x9ABCDEF1, sign=sign)
@@ -86,7 +86,7 @@ def test_hashednet_spreads_its_weights_evenly() -> None:
     chi2 = float(((counts - expected).square() / expected).sum())
     assert len(counts) == size and abs(chi2 - size) < 4 * (2 * size) ** 0.5
     assert abs(float(sign.double().mean())) < 0.01
-    # Neighbours in a row and in a column: neither the same element more often than chance, nor signs in step.
+    # Neighbours in a row or a column read one element no more often than by chance, and their signs are independent.
     for step in (index[:, 1:] == index[:, :-1], index[1:] == index[:-1]):
         assert float(step.double().mean()) < 2 / size
     for pair in (sign[:, 1:] * sign[:, :-1], sign[1:] * sign[:-1]):
@@ -99,12 +99,12 @@ def test_hashednet_is_tried_with_many_settings(num_rows: int) -> None:
         assert len(found) >= 8 and len(set(found)) == len(found)
 
 
-def test_the_bandwidth_kernel_reads_what_it_says() -> None:
+def test_the_bandwidth_kernel_reads_every_element_in_every_pass() -> None:
     data, out = torch.ones(3 * 4096, device=DEVICE), torch.empty(2, device=DEVICE)
     assert timing.read(data, out, passes=4) == 4 * float(out.sum()) == 4 * 4 * data.numel()
 
 
-def test_hashednet_passes_over_blocks_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hashednet_skips_block_sizes_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     def measure(sides: Mapping[str, Sequence[Callable[[], Any]]], most: int) -> dict[str, Any]:
         sides["rival"][0]()
         return {"rival": {"median_us": times.pop(0)}}
@@ -216,7 +216,7 @@ def run(*arguments: str) -> tuple[int, str]:
 
 
 @pytest.mark.slow
-def test_every_regime_measures_and_the_page_tells_of_it(small: None, tmp_path: Path) -> None:
+def test_every_regime_is_measured_and_shown_on_the_page(small: None, tmp_path: Path) -> None:
     path = tmp_path / "kernels.json"
     code, output = run("--output", str(path))
     assert code == 0, output
@@ -235,8 +235,8 @@ def test_every_regime_measures_and_the_page_tells_of_it(small: None, tmp_path: P
     document = page.markdown(results)
     assert "| 200×130 | 0.05 | 16 | row | bfloat16 | 12.00 | 10.00 | 1.20 | 2 missed |" in document
     assert "| 200×130 | 0.05 | 1 | row | bfloat16 | 12.00 | 10.00 | 1.20 | 1 met |" in document
-    # Of the aims: 1 row is met, 16 rows and 16 rows in float16 are not; training is met; HashedNet's 50 is missed and
-    # 25 met, in two dtypes.
+    # The aim for 1 row is met; those for 16 rows and for 16 rows in float16 are not; that for training is met. Of
+    # HashedNet's aims 50 is missed and 25 is met, in two dtypes.
     assert "4 of 8 aims are met" in document
     drawn = plots.draw(results["rows"], [], tmp_path)
     assert [path.name for path in drawn] == ["linear.png", "hashednet.png"]
@@ -262,7 +262,7 @@ def test_a_case_that_fails_is_a_row_and_the_others_are_measured(
     assert "failed: RuntimeError: out of / something |" in page.markdown(results)
 
 
-def test_rows_of_other_regimes_stay_only_beside_the_same_machine(
+def test_rows_of_other_regimes_are_kept_only_if_the_machine_is_the_same(
     small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "kernels.json"
@@ -275,18 +275,18 @@ def test_rows_of_other_regimes_stay_only_beside_the_same_machine(
     assert [row["regime"] for row in json.loads(path.read_text())["rows"]] == ["training"]
 
 
-def test_a_quick_run_writes_nothing_of_itself(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quick_run_writes_no_file_by_default(small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "RESULTS", tmp_path / "kernels.json")
     code, output = run("--quick", "--regime", "linear,memory")
     assert code == 0 and "0 failed" in output and not list(tmp_path.iterdir())
 
 
-def test_an_unknown_regime_is_named(small: None) -> None:
+def test_the_error_names_an_unknown_regime(small: None) -> None:
     code, output = run("--regime", "linear,wrong")
     assert code == 2 and "unknown: wrong; there are linear, float32" in output
 
 
-def test_the_page_tells_of_whole_models(tmp_path: Path) -> None:
+def test_the_page_shows_whole_models(tmp_path: Path) -> None:
     machine = MACHINE | {"tile": [128, 64]}
     row = {"case": "llama-1.1b/ratio=50/batch=1", "model": "llama", "kind": "decoding step", "batch": 1, "ratio": 50}
     dense, converted = ({"time": {"median_ms": ms}, "peak_bytes": size} for ms, size in ((3.0, 2e9), (2.5, 5e7)))

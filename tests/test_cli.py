@@ -43,7 +43,7 @@ GOOD = """
     example_inputs = torch.ones(2, 64)
 """
 
-# Its outputs are others once a layer is not exactly nn.Linear.
+# Its outputs differ if its layer's class is not exactly nn.Linear.
 MINDING = """
     import torch
     from torch import nn
@@ -65,7 +65,7 @@ MINDING = """
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return a folder with `good.py`, made the current one, without the environment's wishes for colours and widths."""
+    """Return the current folder, which has a `good.py`; environment variables for colours and widths are unset."""
     for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "CLICOLOR_FORCE", "COLUMNS", "NO_COLOR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
@@ -177,7 +177,7 @@ def test_check_passes_a_good_model(folder: Path) -> None:
     assert "same in eval and train" in output
     assert output.splitlines()[-1].strip() == "ok: good.py at ratio 4"
     _write(folder, "bare.py", "from torch import nn\nmodel = nn.Linear(64, 64)\n")
-    # Inputs of a model that brings none are guessed, and asked for where no guess fits.
+    # If a model brings no inputs, they are guessed; if no guess fits, the message asks for them.
     guessed = _run("check", "bare.py", "--ratio", 2).stdout
     assert "float32[2, 64]" in guessed and "deepcopy, state dict, gradients" in guessed
     _write(
@@ -324,7 +324,7 @@ def test_traceback_shows_one(folder: Path, arguments: list[str]) -> None:
         _run(*arguments, "--ratio", 5000)
 
 
-def test_a_config_file_is_read_and_options_go_before_it(folder: Path) -> None:
+def test_a_config_file_is_read_and_options_override_it(folder: Path) -> None:
     _write(folder, "my.toml", 'ratio = 3.0\nseed = 8\nexclude = ["last"]\n')
 
     def plan(*arguments: object) -> dict[str, Any]:
@@ -335,7 +335,7 @@ def test_a_config_file_is_read_and_options_go_before_it(folder: Path) -> None:
 
     default = plan("--ratio", 1.5)
     assert default["seed"] == 0 and shared(default) == {"first.weight", "last.weight"}
-    # Kept parameters allow no more than this.
+    # The kept parameters allow no higher ratio.
     values = plan("--config", "my.toml", "--ratio", 1.5)
     assert (values["ratio"], values["seed"]) == (1.5, 8) and shared(values) == {"first.weight"}
     values = plan("--config", "my.toml", "--exclude", "first", "--ratio", 1.25, "--seed", 9)
@@ -405,7 +405,7 @@ def test_wrong_usage_exits_with_2_and_says_what_is_wrong(folder: Path, arguments
         (["nan.py"], "error: weight holds NaN or infinite values; repair the weights or exclude the tensor"),
     ],
 )
-def test_a_conversion_that_cannot_be_exits_with_1(
+def test_an_impossible_conversion_exits_with_1(
     folder: Path, command: list[str], arguments: list[str], message: str
 ) -> None:
     _write(
@@ -416,7 +416,7 @@ def test_a_conversion_that_cannot_be_exits_with_1(
     assert message in _refusal(*command, *arguments, exit_code=1)
 
 
-def test_an_artifact_that_is_none_exits_with_1(folder: Path) -> None:
+def test_a_folder_that_is_no_artifact_exits_with_1(folder: Path) -> None:
     assert "error: there is no artifact folder gone" in _refusal("densify", "gone", "-o", "d.safetensors", exit_code=1)
     (folder / "empty").mkdir()
     refusal = _refusal("densify", "empty", "-o", "d.safetensors", exit_code=1)
@@ -550,7 +550,7 @@ def test_recover_converts_trains_and_writes(folder: Path) -> None:
     assert "holds a checkpoint of a recovery; resume it" in _refusal("recover", *common, "-o", "out", exit_code=2)
 
 
-def test_recover_goes_on_with_an_artifact(folder: Path) -> None:
+def test_recover_continues_from_an_artifact(folder: Path) -> None:
     _write(folder, "data.py", DATA + MORE)
     _run("good.py", "--ratio", 4, "--init", "project", "-o", "first")
     arguments = ("recover", "good.py", "--artifact", "first", "--data", "data.py:labelled", "--device", "cpu")
@@ -579,7 +579,7 @@ def test_recover_goes_on_with_an_artifact(folder: Path) -> None:
         (("--data", "data.py", "--device", "tpu"), 2, "device must be cpu, cuda or cuda:N; found 'tpu'"),
     ],
 )
-def test_recover_refuses(folder: Path, arguments: tuple[str, ...], exit_code: int, message: str) -> None:
+def test_recover_refuses_wrong_usage(folder: Path, arguments: tuple[str, ...], exit_code: int, message: str) -> None:
     _write(folder, "data.py", DATA)
     _write(folder, "broken.py", "1 / 0")
     _write(folder, "wrong.py", "import torch\ndata = [torch.ones(8, 3)]")

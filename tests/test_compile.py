@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
 ]
 
-# Inductor warns of much, itself and the device included.
+# Inductor warns of many things, of itself and of the device among them.
 inductor = pytest.mark.filterwarnings("ignore")
 
 
@@ -111,7 +111,7 @@ def assert_near(found: list[Tensor], expected: list[Tensor], tolerance: float = 
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * float(other.abs().max()))
 
 
-# Inductor leaves out roundings to autocast's dtype between what it makes one kernel of.
+# Inductor fuses operations into one kernel, and leaves out the rounding to autocast's dtype between them.
 FUSED = {False: 1e-5, True: 1e-2}
 
 
@@ -147,7 +147,7 @@ def test_all_sizes_dynamic(name: str) -> None:
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
     assert_near(step(compiled, model, tokens(4)), step(model, model, tokens(4)))
-    # λ is a number that torch first takes for a variable, finds that it is not, and begins again.
+    # torch first takes the number λ for a variable; once it finds that λ is constant, it compiles again.
     first = counter.frame_count
     assert first in (1, 2)
     for batch in (7, 12):
@@ -199,8 +199,8 @@ def test_compiled_models_see_what_training_writes(autocast: bool) -> None:
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_a_compiled_layer_in_a_model_that_is_not(autocast: bool) -> None:
-    """It is called within the model's pass, of which it must not see anything while it is traced."""
+def test_a_compiled_layer_in_a_model_that_is_not_compiled(autocast: bool) -> None:
+    """The layer is called within the model's forward pass; while torch traces it, it must not use that pass's cache."""
     model = convert(Tokens())
     x = tokens(4)
     expected = step(model, model, x, autocast)
@@ -227,25 +227,25 @@ def test_an_exported_program_runs() -> None:
     program = torch.export.export(model, (tokens(4),), dynamic_shapes=({0: batch},))
     for size in (4, 7):
         torch.testing.assert_close(program.module()(tokens(size)), model(tokens(size)))
-    # What a compiled model reads the pool by is for its backward pass.
+    # `roastify.read` serves a compiled backward pass, and an exported program has none.
     assert "roastify.embedding" in str(program.graph) and "roastify.read" not in str(program.graph)
 
 
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
-def test_operators_that_are_recorded(mode: str) -> None:
+def test_a_step_recorded_by_make_fx(mode: str) -> None:
     model = convert(Tokens())
     recorded = make_fx(functools.partial(step, model, model), tracing_mode=mode, _allow_non_fake_inputs=True)(tokens(4))
     assert "roastify.linear_reduce_" in str(recorded.graph)
     assert_near(recorded(tokens(4, seed=1)), step(model, model, tokens(4, seed=1)))
 
 
-def test_a_model_met_by_tensors_without_values() -> None:
+def test_a_model_runs_on_fake_tensors() -> None:
     model = convert(Tokens())
     other = copy.deepcopy(model)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         out = model(fake.from_tensor(tokens(4)))
     assert isinstance(out, FakeTensor) and out.shape == (4, 9, 96) and out.requires_grad
-    # Nothing without values is left behind for those with them.
+    # The run on fake tensors leaves none of them behind for later runs.
     assert_near(step(model, model, tokens(4)), step(other, other, tokens(4)))
 
 
@@ -274,7 +274,7 @@ def test_inductor_and_a_sum_of_a_table_with_a_padding_row() -> None:
 
 
 class Stack(nn.Module):
-    """An embedding, then blocks that `how` says how to run."""
+    """An embedding, then blocks; `how` runs a block."""
 
     def __init__(self, how: Callable[..., Tensor], depth: int = 4) -> None:
         super().__init__()
@@ -342,7 +342,7 @@ def test_gradients_of_layers_that_share_a_graph(how: Callable[..., Tensor], auto
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_gradients_of_passes_and_pools_that_share_a_graph(backend: str) -> None:
+def test_gradients_of_forward_passes_and_pools_that_share_a_graph(backend: str) -> None:
     both = nn.ModuleList(convert(Stack(plain), seed=seed) for seed in (1, 2))
 
     def objective(x: Tensor) -> Tensor:
@@ -354,7 +354,7 @@ def test_gradients_of_passes_and_pools_that_share_a_graph(backend: str) -> None:
     assert_near(found, expected)
 
 
-def test_a_compiled_pass_that_is_gone_through_twice() -> None:
+def test_a_second_backward_pass_through_a_compiled_graph() -> None:
     model = convert(Stack(plain))
     weight = pool_of(model).weight
     (expected,) = torch.autograd.grad(model(tokens(4)).square().mean(), weight)
@@ -381,7 +381,7 @@ def test_layers_add_to_one_gradient_of_the_pool(precondition: bool, autocast: bo
         math.prod(map(int, re.findall(r"\d+", size)))
         for size in re.findall(r"= empty_strided_\w+\((\(.*?\))", backward)
     ]
-    # The sum, and what it is divided by Γ to.
+    # One tensor is the sum of the gradients; with the preconditioner another is the sum divided by Γ.
     assert made.count(pool_of(model).weight.numel()) == (2 if precondition else 1)
 
 
@@ -393,8 +393,8 @@ def test_layers_add_to_one_gradient_of_the_pool(precondition: bool, autocast: bo
 @pytest.mark.compiled
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("sign", ["tile", "element"])
-def test_one_graph_across_the_kernels_regimes(sign: str, autocast: bool) -> None:
-    """How many rows there are decides which kernel runs, inside the operator, so that no graph depends on it."""
+def test_one_graph_for_any_choice_of_kernel(sign: str, autocast: bool) -> None:
+    """The operator chooses its kernel by the number of rows, so no graph depends on that number."""
     model = convert(Rows(), "cuda", sign=sign)
     counter = CompileCounterWithBackend("inductor")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
@@ -448,7 +448,7 @@ def test_reduce_overhead(training: bool, autocast: bool) -> None:
 
 
 def warm_up(run: Callable[[], Any], times: int = 3) -> None:
-    """Run on a side stream, as torch asks before a capture; kernels are compiled by then."""
+    """Run on a side stream, as torch requires before a capture; this compiles the kernels too."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -475,7 +475,7 @@ def test_a_captured_forward_pass(batch: int, autocast: bool) -> None:
         out = run()
     for seed in range(3):
         x.copy_(rows(batch, "cuda", seed=seed))
-        # Without a trace, and after the capture: a replay must read the weights that are there.
+        # torch does not count this write, and it comes after the capture: a replay must read the new weights.
         pool_of(model).weight.data.add_(0.01)
         graph.replay()
         assert_near([out], [run()], 1e-2 if autocast else 1e-4)
@@ -522,7 +522,7 @@ def test_a_captured_training_step(name: str, autocast: bool) -> None:
 
 @pytest.mark.gpu
 def test_graphed_callables() -> None:
-    """Torch captures forward and backward of a whole model, which it refuses to do for one with hooks."""
+    """Torch captures forward and backward of a whole model; it refuses a model with hooks."""
     model = convert(Rows(), "cuda")
     plain = copy.deepcopy(model)
     graphed = torch.cuda.make_graphed_callables(model, (rows(64, "cuda"),))
@@ -556,7 +556,7 @@ def test_two_streams_side_by_side(autocast: bool, grad: bool) -> None:
             with torch.cuda.stream(stream):
                 found.append(run(x))
         torch.cuda.synchronize()
-        # Not to the bit: cuBLAS has a workspace for each stream, and may choose by it.
+        # The bits may differ: cuBLAS has a workspace for each stream, and may choose its algorithm by it.
         for one, other in zip(found, expected, strict=True):
             assert_near(one, other, 1e-2 if autocast else 1e-4)
 

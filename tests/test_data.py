@@ -20,7 +20,7 @@ COUNTS = {"train": 10, "test": 4}
 
 
 def pictures(count: int) -> np.ndarray:
-    """Images that are one colour each, with the blue channel telling which."""
+    """Return images of one colour each; the blue channel says which image it is."""
     images = np.zeros((count, 32, 32, 3), dtype=np.uint8)
     images[..., 0], images[..., 1] = 200, 100
     images[..., 2] = np.arange(count)[:, None, None] * 10
@@ -34,7 +34,7 @@ def as_file(pixels: np.ndarray, kind: str) -> bytes:
 
 
 def check(found: data.Images, exact: bool) -> None:
-    """Labels are the images' numbers modulo 3, and every image is there once."""
+    """Check that every image is there once, and that its label is its number modulo 3."""
     for split, count in COUNTS.items():
         images, labels = found[split]
         assert images.shape == (count, 32, 32, 3) and images.dtype == np.uint8 and labels.dtype == np.int64
@@ -56,7 +56,7 @@ def write_packed(folder: Path) -> None:
 
 
 def write_batches(folder: Path) -> None:
-    """As the public files are: protocol 2, bytes for keys, pixels by channel."""
+    """Write files as the public ones are: pickle protocol 2, bytes for keys, pixels by channel."""
     (folder / "cifar-10-batches-py").mkdir()
     parts = {f"data_batch_{number}": ("train", range(2 * number - 2, 2 * number)) for number in range(1, 6)}
     for name, (split, chosen) in {**parts, "test_batch": ("test", range(4))}.items():
@@ -100,7 +100,7 @@ def test_a_batch_with_anything_but_arrays_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "attacked").exists()
 
 
-def test_images_of_another_size_are_named(tmp_path: Path) -> None:
+def test_the_error_names_images_of_another_size(tmp_path: Path) -> None:
     write_folders(tmp_path)
     odd = tmp_path / "train" / "class1" / "odd.jpg"
     odd.write_bytes(as_file(np.zeros((40, 32, 3), dtype=np.uint8), "JPEG"))
@@ -130,7 +130,7 @@ def test_reviews_in_both_formats(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("write", [write_packed, write_batches], ids=lambda write: write.__name__)
-def test_damaged_images_are_named(tmp_path: Path, write) -> None:
+def test_the_error_names_damaged_images(tmp_path: Path, write) -> None:
     write(tmp_path)
     path = data.source(tmp_path, "images")
     path = path / "data_batch_2" if path.is_dir() else path
@@ -143,7 +143,7 @@ def test_damaged_images_are_named(tmp_path: Path, write) -> None:
             data.read_images(tmp_path)
 
 
-def test_a_damaged_picture_is_named(tmp_path: Path) -> None:
+def test_the_error_names_a_damaged_picture(tmp_path: Path) -> None:
     write_folders(tmp_path)
     path = tmp_path / "train" / "class0" / "0.png"
     path.write_bytes(path.read_bytes()[:60])
@@ -151,7 +151,7 @@ def test_a_damaged_picture_is_named(tmp_path: Path) -> None:
         data.read_images(tmp_path)
 
 
-def test_damaged_reviews_are_named(tmp_path: Path) -> None:
+def test_the_error_names_damaged_reviews(tmp_path: Path) -> None:
     with lzma.open(tmp_path / "imdb.jsonl.xz", "wt", encoding="utf-8") as lines:
         lines.writelines(json.dumps({"split": "train", "label": 1, "text": str(n)}) + "\n" for n in range(1000))
     path = tmp_path / "imdb.jsonl.xz"
@@ -160,7 +160,7 @@ def test_damaged_reviews_are_named(tmp_path: Path) -> None:
         data.read_reviews(tmp_path)
 
 
-def test_reviews_of_one_kind_are_refused(tmp_path: Path) -> None:
+def test_reviews_with_one_label_only_are_refused(tmp_path: Path) -> None:
     for split in ("train", "test"):
         folder = tmp_path / "aclImdb" / split / "neg"
         folder.mkdir(parents=True)
@@ -169,7 +169,7 @@ def test_reviews_of_one_kind_are_refused(tmp_path: Path) -> None:
         data.read_reviews(tmp_path)
 
 
-def test_a_class_without_training_images_is_refused(tmp_path: Path) -> None:
+def test_a_test_class_that_training_data_lacks_is_refused(tmp_path: Path) -> None:
     write_folders(tmp_path)
     for name in (".ipynb_checkpoints", "zebra"):
         (tmp_path / "test" / name).mkdir()

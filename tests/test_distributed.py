@@ -1,4 +1,4 @@
-"""Two processes on the CPU: DDP and FSDP2 come to what one process comes to on the joint batch; checkpoints."""
+"""Two processes on the CPU: DDP and FSDP2 give the weights that one process gets on the joint batch; checkpoints."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ def test_ddp(two: Processes, name: str, settings: dict[str, Any]) -> None:
     for alone, together, (pools, share) in two.run(cases.ddp, settings, name, ((), ()), 1):
         assert_same(together, alone)
         assert moved(together, name)
-        # The pool travels once a step, and nothing but the parameters does.
+        # The pool is all-reduced once a step, and only parameters are all-reduced.
         assert pools == STEPS and share == STEPS
 
 
-def test_ddp_with_accumulation_talks_once_a_step(two: Processes) -> None:
+def test_ddp_with_accumulation_communicates_once_a_step(two: Processes) -> None:
     for alone, together, (pools, share) in two.run(cases.ddp, {}, "net", ((), ()), 2):
         assert_same(together, alone)
         assert pools == STEPS and share == STEPS
@@ -71,21 +71,21 @@ def test_ddp_with_accumulation_talks_once_a_step(two: Processes) -> None:
     ids=["plain", "accumulating", "reentrant"],
 )
 def test_ddp_with_checkpointing(two: Processes, name: str, settings: dict[str, Any], parts: int) -> None:
-    """The reentrant kind gives the pool a gradient for each segment, which DDP takes where it knows the graph."""
+    """Reentrant checkpointing gives the pool a gradient for each segment; DDP accepts that with `static_graph`."""
     for alone, together, (pools, share) in two.run(cases.ddp, settings, name, ((), ()), parts):
         assert_same(together, alone)
         assert moved(together)
         assert pools == STEPS and share == STEPS
 
 
-def test_ddp_refuses_reentrant_checkpointing_of_a_graph_that_it_does_not_know(two: Processes) -> None:
+def test_ddp_refuses_reentrant_checkpointing_without_static_graph(two: Processes) -> None:
     for message in two.run(cases.ddp_refusal, "reentrant"):
         assert "mark a variable ready only once" in message and "roast_pool.weight" in message, message
 
 
 @pytest.mark.parametrize("skips", [((True,), (True,)), ((True,), (False,))], ids=["both", "one"])
 @pytest.mark.parametrize("name", ["net", "convolutions", "experts"])
-def test_ddp_of_layers_that_a_process_does_not_use(two: Processes, name: str, skips: tuple[Any, ...]) -> None:
+def test_ddp_with_layers_that_a_process_does_not_use(two: Processes, name: str, skips: tuple[Any, ...]) -> None:
     for alone, together, _ in two.run(cases.ddp, {"find_unused_parameters": True}, name, skips, 1):
         assert_same(together, alone)
 
@@ -102,7 +102,7 @@ def test_ddp_in_float16(two: Processes) -> None:
 @pytest.mark.parametrize("name", ["net", "sequential", "convolutions"])
 def test_fsdp(two: Processes, name: str, by_block: bool, settings: dict[str, Any]) -> None:
     found = two.run(cases.fsdp, name, by_block, settings)
-    # Every process takes part in gathering; the first is given what was gathered.
+    # Every process takes part in gathering; only the first process gets the gathered values.
     alone, together, _ = found[0]
     assert_same(together, alone)
     (size,) = (value.numel() for name, value in alone.items() if name.endswith("roast_pool.weight"))
@@ -114,7 +114,7 @@ def test_fsdp_with_accumulation(two: Processes, way: str) -> None:
     alone, together, shared_out = two.run(cases.fsdp_accumulating, way)[0]
     assert_same(together, alone)
     assert moved(together)
-    # Where gradients stay whole, no parameter has its part of one until the last backward pass of a step.
+    # If gradients stay whole, no parameter has its shard of one before the last backward pass of a step.
     assert shared_out == [0 if way == "sync" else len(alone), len(alone)] * STEPS
 
 
@@ -142,13 +142,13 @@ def test_artifacts(two: Processes, tmp_path: Path, wrapped: str, message: str) -
         assert all(re.search(message, refusal) for refusal in refusals), refusals
 
 
-def test_a_sharded_weight_is_read_once_it_is_gathered(two: Processes) -> None:
+def test_a_sharded_weight_can_be_read_only_while_it_is_gathered(two: Processes) -> None:
     for refusals, weight, expected in two.run(cases.read_in_parts):
         assert len(refusals) == 2 and all("model.unshard() first" in refusal for refusal in refusals), refusals
         torch.testing.assert_close(weight, expected, rtol=0.0, atol=0.0)
 
 
-def test_an_artifact_of_other_values(tmp_path: Path) -> None:
+def test_an_artifact_has_the_values_of_a_given_state_dict(tmp_path: Path) -> None:
     model = cases.converted()
     values = {name: value + 1 for name, value in model.state_dict().items()}
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -191,7 +191,7 @@ def test_the_example(tmp_path: Path, settings: list[str]) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     for _ in range(3):
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=90)
-        # A thread of gloo's that is still there when a process ends aborts it, once in many runs.
+        # Once in many runs, a thread of gloo still runs when a process ends, and aborts the process.
         if "terminate called without an active exception" not in done.stderr:
             break
     assert done.returncode == 0, done.stderr

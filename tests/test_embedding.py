@@ -1,4 +1,4 @@
-"""Looking rows up and the pool's gradient from them: Triton kernels, held to the plain-torch reference."""
+"""Looking up rows, and the pool's gradient from them: the Triton kernels against the plain-torch reference."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Case:
         rows = [(0, 0, 0)] * self.first_chunk + tile_map.chunk_table()
         table = torch.tensor(rows, dtype=torch.int64, device=DEVICE).view(-1, 3)
         view = tile_map.view(self.rows, self.cols, self.first_tile * size + self.offset, self.strips)
-        # One slot after the region belongs to another.
+        # One slot after the region belongs to another region.
         return table, view, [(self.first_slot + self.num_slots + 1) * self.tile[0], self.tile[1]]
 
 
@@ -114,7 +114,7 @@ def test_sums_of_looked_up_rows(name: str, dtype: torch.dtype) -> None:
 @each_dtype
 @each_case
 def test_adding_looked_up_rows_to_a_sum(name: str, dtype: torch.dtype) -> None:
-    """In the sum's float32 whatever the gradient's dtype, and untouched where no row is."""
+    """Sums are in float32 whatever the gradient's dtype; elements that no row reads stay unchanged."""
     table, view, shape = CASES[name].build()
     index, grad, before = indices(view.rows, 4, 9), randn(4, 9, view.cols, dtype=dtype), randn(*shape, seed=2)
     results = []
@@ -132,8 +132,10 @@ def test_adding_looked_up_rows_to_a_sum(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("steps", [1, 2, 16])
 @pytest.mark.parametrize("elements", [1, 64, 1024])
 @pytest.mark.parametrize("name", ["padded", "one slot", "one column of tiles", "element by element"])
-def test_runs_however_they_are_cut(monkeypatch: pytest.MonkeyPatch, name: str, elements: int, steps: int) -> None:
-    """Down to one lookup a chunk, so that every run of two is joined from parts, and long runs from many."""
+def test_runs_are_summed_whatever_the_chunk_size(
+    monkeypatch: pytest.MonkeyPatch, name: str, elements: int, steps: int
+) -> None:
+    """With one lookup a chunk, a run of two is joined from two parts, and a long run from many."""
     table, view, shape = CASES[name].build()
     index = indices(view.rows, 23)
     grad = randn(23, view.cols)
@@ -150,7 +152,7 @@ def test_runs_however_they_are_cut(monkeypatch: pytest.MonkeyPatch, name: str, e
 
 @pytest.mark.parametrize("count", [1, 2, 15, 16, 17, 32, 33, 64])
 def test_one_row_looked_up_again_and_again(count: int) -> None:
-    """One run of all tokens, whose length is below, at and above that of one chunk and of several."""
+    """All tokens are one run; its length is below, at and above that of one chunk and of several chunks."""
     name = "one column of tiles"
     table, view, shape = CASES[name].build()
     index = torch.full((count,), 7, device=DEVICE)
@@ -161,7 +163,7 @@ def test_one_row_looked_up_again_and_again(count: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_narrow_gradients_are_added_in_float32(dtype: torch.dtype) -> None:
-    """4096 and then 64 times 1, which would vanish one by one."""
+    """The gradients are 4096 and then 64 times 1; in a narrow dtype each 1 would vanish."""
     table, view, shape = CASES["one column of tiles"].build()
     grad = torch.ones(65, view.cols, dtype=dtype, device=DEVICE)
     grad[0] = 4096
@@ -182,7 +184,7 @@ def test_an_empty_lookup(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["padded", "sign per element", "element by element"])
 def test_an_index_outside_the_table_adds_nothing(name: str) -> None:
-    """A GPU raises nothing; the tiles of such an index would be another tensor's, or none."""
+    """A GPU kernel cannot raise; the tiles of such an index would belong to another tensor, or to none."""
     table, view, shape = CASES[name].build()
     index = torch.tensor([3, -1, view.rows, 3, 2**31 + 5, -(2**40), view.rows - 1], device=DEVICE)
     known = torch.tensor([0, 3, 6], device=DEVICE)
@@ -205,8 +207,8 @@ def test_strided_and_expanded_arguments(name: str) -> None:
         assert_near(found, expected_sum(value.contiguous(), index.contiguous(), name), torch.float32)
 
 
-def test_infinite_gradients_stay_where_they_belong() -> None:
-    """As the loss scaling of float16 makes them; every other sum must be right."""
+def test_infinite_gradients_reach_only_their_own_sums() -> None:
+    """Loss scaling in float16 gives infinite gradients; every other sum must be right."""
     table, view, shape = CASES["whole tiles"].build()
     index = torch.arange(40, device=DEVICE).repeat(2)
     grad = randn(80, view.cols)
@@ -227,7 +229,7 @@ def test_infinite_gradients_stay_where_they_belong() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @each_case
 def test_a_graph_captures_lookups_and_their_sums(name: str, dtype: torch.dtype) -> None:
-    """Capturing fails where anything waits for the GPU; replay gives the sums of the indices that are then there."""
+    """A capture fails if anything waits for the GPU; a replay gives the sums of the current indices."""
     table, view, shape = CASES[name].build()
     pool = randn(*shape, dtype=dtype).requires_grad_()
     index = indices(view.rows, 4, 9)
@@ -253,7 +255,7 @@ def test_a_graph_captures_lookups_and_their_sums(name: str, dtype: torch.dtype) 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_sums_of_many_tokens_are_the_same_bits_every_time(dtype: torch.dtype) -> None:
-    """As large as a real batch: 16384 tokens of a table of 50000 × 768, a third of them padding."""
+    """The lookup is as large as in training: 16384 tokens of a table of 50000 × 768, a third of them padding."""
     case = Case(50000, 768, (128, 64), 100)
     tile_map = TileMap(-(-50000 // 128) * 12, 100, (128, 64), 3)
     table = torch.tensor(tile_map.chunk_table(), device=DEVICE).view(-1, 3)

@@ -56,7 +56,7 @@ def dense_gradients(model: nn.Module, inputs: object) -> None:
 
 
 def reference_pool_gradient(converted: nn.Module, dense: nn.Module) -> np.ndarray:
-    """The pool's gradient from the dense model's, tile by tile with the mapping's Python definition."""
+    """Return the pool's gradient from the dense model's, tile by tile with the mapping's Python definition."""
     plan = converted.roast_pool.plan
     (region,) = plan.regions
     tile_map = TileMap(region.num_tiles, region.num_slots, plan.tile, plan.seed, plan.mapping, plan.sign)
@@ -69,7 +69,7 @@ def reference_pool_gradient(converted: nn.Module, dense: nn.Module) -> np.ndarra
     for tensor in plan.shared:
         gradient = dense.get_parameter(tensor.name).grad.double().numpy().reshape(tensor.shape)
         if tensor.basis_count:
-            # Of its kernels' coefficients.
+            # The gradient of the kernels' coefficients.
             kernels = bases[tensor.name].detach().double().numpy()
             gradient = gradient.reshape(-1, kernels.shape[1]) @ kernels.T
         gradient = gradient.T if tensor.transposed else gradient.reshape(tensor.rows, tensor.cols)
@@ -92,7 +92,7 @@ def reference_pool_gradient(converted: nn.Module, dense: nn.Module) -> np.ndarra
     return (total / np.where(gamma == 0, 1.0, gamma)).reshape(converted.roast_pool.weight.shape)
 
 
-def test_stores_what_was_promised(source: Source) -> None:
+def test_a_model_stores_what_was_promised(source: Source) -> None:
     converted = roastify.convert(source.model, 50, example_inputs=source.example_inputs)
     total = sum(parameter.numel() for parameter in source.model.parameters())
     stored = sum(parameter.numel() for parameter in converted.parameters())
@@ -104,7 +104,7 @@ def test_stores_what_was_promised(source: Source) -> None:
 
 
 def test_pool_gradient_equals_the_projected_dense_gradient(source: Source) -> None:
-    # A sign for each tile, so that the reference is one Python call a tile; test_layers has signs for each element.
+    # With a sign for each tile, the reference is one Python call a tile; test_layers.py tests signs for each element.
     converted = roastify.convert(source.model, 50, config=roastify.RoastConfig(sign="tile"))
     dense = roastify.densify(converted)
     assert_equal_outputs(converted, dense, source.example_inputs)

@@ -95,7 +95,7 @@ def test_a_graph_is_one_module_with_the_models_signature() -> None:
     assert [name for name, _ in graph.named_parameters() if "pool" in name] == ["roast_pool.weight"]
     targets = [str(node.target) for node in graph.graph.nodes if node.op == "call_module"]
     assert "blocks.0.layers.1" in targets and sum(target.startswith("roast_reads.") for target in targets) == 3
-    # Another length, which a graph that had taken the shape for a constant could not do.
+    # Another length works too: the graph has not recorded the shape as a constant.
     assert graph(torch.arange(14).view(2, 7), torch.ones(2, 7))[0].shape == (2, 7, 48)
     twin = copy.deepcopy(graph)
     with torch.no_grad():
@@ -181,7 +181,9 @@ def hooked() -> nn.Module:
         (hooked, "it has modules with hooks"),
     ],
 )
-def test_what_a_graph_would_not_say_is_refused_with_the_reason(build: Callable[[], nn.Module], reason: str) -> None:
+def test_code_that_a_graph_cannot_express_is_refused_with_the_reason(
+    build: Callable[[], nn.Module], reason: str
+) -> None:
     model = build()
     with pytest.raises(ConversionError, match=rf"^one graph cannot do everything that this \w+ does: .*{reason}"):
         roastify.convert(model, 4, emit="graph")

@@ -1,4 +1,4 @@
-"""Every operation on the pool, and the pool itself, held to an oracle that builds W one element at a time."""
+"""Every operation on the pool, and the pool itself, against an oracle that builds W one element at a time."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from roastify.pool.mapping import TileMap
 from roastify.pool.pool import RoastPool
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-# Of the largest value expected. bfloat16 rounds λ, the weight and each panel's product to 8 bits.
+# Relative to the largest expected value. bfloat16 rounds λ, the weight and each panel's product to 8 bits.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 2e-2}
 
 
@@ -52,7 +52,7 @@ class Case:
     @functools.cached_property
     def tile_map(self) -> TileMap:
         size = self.tile[0] * self.tile[1]
-        # Ample: how many tiles the map places changes none of them.
+        # More tiles than needed: their number does not change where a tile is.
         num_tiles = self.base // size + (self.rows + self.tile[0]) * (self.cols + self.tile[1]) // size + 2
         return TileMap(
             num_tiles, self.num_slots, self.tile, self.seed, self.kind, self.sign, self.first_slot, self.first_chunk
@@ -64,13 +64,13 @@ class Case:
 
     @functools.cached_property
     def table(self) -> Tensor:
-        """The chunk table; the chunks of other regions, which come first, are numbers that would move every tile."""
+        """The chunk table; the chunks of other regions come first, with numbers that would move every tile."""
         rows = [(1, 1 + chunk, 1) for chunk in range(self.first_chunk)] + self.tile_map.chunk_table()
         return torch.tensor(rows, dtype=torch.int64).view(-1, 3)
 
     @property
     def pool_shape(self) -> list[int]:
-        # Two slots after the region belong to others.
+        # Two slots after the region belong to other regions.
         return [(self.first_slot + self.num_slots + 2) * self.tile[0], self.tile[1]]
 
     @property
@@ -123,7 +123,7 @@ class Oracle:
         return torch.from_numpy(total).view(self.pool_shape)
 
     def read(self) -> Tensor:
-        """Which pool elements the tensor reads, of the pool's shape."""
+        """A mask of the pool's shape: the pool elements that the tensor reads."""
         marks = torch.zeros(self.pool_shape[0] * self.pool_shape[1], dtype=torch.bool)
         marks[torch.from_numpy(self.elements).flatten()] = True
         return marks.view(self.pool_shape)
@@ -135,7 +135,7 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Ten
 
 
 def make_pool(case: Case, dtype: torch.dtype, unread: float = float("nan")) -> Tensor:
-    """Return a pool in which no element that the tensor has no business with is a number."""
+    """Return a pool in which every element that the tensor must not read is NaN."""
     pool = randn(*case.pool_shape, dtype=dtype, seed=5)
     return torch.where(Oracle(case).read(), pool, torch.tensor(unread, dtype=dtype)).requires_grad_()
 
@@ -156,7 +156,7 @@ def gradients(output: Tensor, cotangent: Tensor, **inputs: Tensor) -> dict[str, 
 
 
 CASES = [
-    # Every tile, each mapping and each kind of sign with most of them, whole and padded.
+    # Every tile size; most of them with each mapping and each kind of sign, whole and padded.
     Case("8x8", (8, 8), 77, 123, 23),
     Case("8x8-exact-element", (8, 8), 40, 72, 7, sign="element", scale=0.37),
     Case("8x8-unsigned-cyclic", (8, 8), 77, 123, 23, "cyclic", "none", scale=-2.5),
@@ -174,7 +174,7 @@ CASES = [
     Case("64x64-hashed-element", (64, 64), 130, 70, 2, "hashednet", "element", scale=0.9),
     Case("128x64", (128, 64), 77, 123, 1, sign="element", scale=0.05),
     Case("128x64-later", (128, 64), 130, 123, 3, base=2 * 8192, scale=2.0),
-    # HashedNet's own tile, and tiles whose rows are not in step with a word of signs.
+    # HashedNet's own tile, and tiles whose rows are no multiple of a word of signs.
     Case("1x1-hashednet", (1, 1), 23, 41, 97, "hashednet", "tile", scale=0.8),
     Case("1x1-permutation-element", (1, 1), 23, 41, 97, sign="element"),
     Case("3x5-element", (3, 5), 23, 41, 8, sign="element", scale=1.1),
@@ -206,7 +206,7 @@ CASES = [
     Case("strips-cyclic-region", (16, 16), 30, 41, 3, "cyclic", base=700, strips=True, first_slot=3, first_chunk=1),
 ]
 
-# Read slot by slot: few rows of activations, signs per tile, slots of at least 256 elements, twice as many tiles.
+# Cases that are read slot by slot: few rows, signs for each tile, slots of at least 256 elements, twice as many tiles.
 BY_SLOT_CASES = [
     Case("by-slot", (16, 16), 80, 128, 20),
     Case("by-slot-padded", (16, 16), 77, 123, 13, scale=0.7),
@@ -224,7 +224,7 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtyp
 
 
 def test_the_oracle_reads_what_the_cases_say() -> None:
-    """Cases that lost their point would pass for nothing."""
+    """Each case must have the property that its name says; otherwise it tests nothing."""
     by_name = {case.name: case for case in CASES}
     oracle = Oracle(by_name["identity"])
     assert (oracle.signs == 1).all()
@@ -266,7 +266,7 @@ def test_reduce(case: Case, dtype: torch.dtype) -> None:
 
 
 def _check_linear(case: Case, x: Tensor, pool: Tensor, transposed: bool = False) -> None:
-    """Hold `linear` (or `linear_t`) and its gradients for x, pool and bias to the dense products."""
+    """Compare `linear` (or `linear_t`) and its gradients for x, pool and bias with the dense products."""
     dtype, oracle = x.dtype, Oracle(case)
     operation = ops.linear_t if transposed else ops.linear
     weight = oracle.weight(pool).t() if transposed else oracle.weight(pool)
@@ -276,7 +276,7 @@ def _check_linear(case: Case, x: Tensor, pool: Tensor, transposed: bool = False)
     out = operation(x, pool, bias, *case.arguments)
     expected = (flat @ weight.t() + bias.detach().double()).view(*x.shape[:-1], weight.shape[0])
     assert_near(out, expected, dtype, "output")
-    # Without a bias, which would hide an error in the few outputs that it exceeds.
+    # Once more without a bias: a bias would hide an error in outputs that are small beside it.
     assert_near(operation(x, pool, None, *case.arguments), expected - bias.detach().double(), dtype, "without bias")
 
     cotangent = randn(*expected.shape, dtype=dtype, seed=3)
@@ -309,7 +309,7 @@ def test_linear_t(case: Case, dtype: torch.dtype) -> None:
 def test_linear_by_slot(case: Case, num_rows: int, dtype: torch.dtype) -> None:
     x = randn(num_rows, case.cols, dtype=dtype).requires_grad_()
     assert reference._worth_reading_by_slot(num_rows, case.view)
-    # Slots of other regions are not read at all; a slot that only padding reads meets zeros, so it must be a number.
+    # Slots of other regions are never read. A slot that only padding reads is multiplied by zeros: it must be finite.
     oracle, pool = Oracle(case), make_pool(case, dtype, unread=1.0)
     region = torch.zeros(case.pool_shape, dtype=torch.bool)
     region[case.first_slot * case.tile[0] : (case.first_slot + case.num_slots) * case.tile[0]] = True
@@ -375,7 +375,7 @@ def test_embedding_reduce(case: Case, dtype: torch.dtype) -> None:
 
 # Shapes and layouts of the arguments.
 
-# The three roads of `linear`: panels, slot by slot, strips.
+# The three algorithms of `linear`: panels, slot by slot, strips.
 PANELS = Case("panels", (16, 16), 77, 123, 6, sign="element", scale=0.37)
 BY_SLOT = Case("slots", (16, 16), 77, 123, 13, scale=0.7)
 STRIPS = Case("strips", (16, 16), 77, 123, 13, base=301, strips=True, scale=0.7)
@@ -417,7 +417,7 @@ def test_strided_arguments_of_products(case: Case, transposed: bool, relay: Call
 
 @pytest.mark.parametrize("relay", [_spread, _turned])
 @each_road
-def test_strided_arguments_of_the_others(case: Case, relay: Callable[[Tensor], Tensor]) -> None:
+def test_strided_arguments_of_the_other_operations(case: Case, relay: Callable[[Tensor], Tensor]) -> None:
     oracle, dtype = Oracle(case), torch.float32
     pool = relay(make_pool(case, dtype).detach())
     weight = oracle.weight(pool)
@@ -440,7 +440,7 @@ def test_strided_arguments_of_the_others(case: Case, relay: Callable[[Tensor], T
 
 @each_road
 def test_expanded_cotangents(case: Case) -> None:
-    """`sum().backward()` hands every backward a tensor whose elements share one address."""
+    """`sum().backward()` gives every backward a tensor whose elements share one address."""
     oracle, pool = Oracle(case), make_pool(case, torch.float32, unread=1.0)
     x = randn(4, case.cols).requires_grad_()
     bias = randn(case.rows).requires_grad_()
@@ -459,7 +459,7 @@ def test_expanded_cotangents(case: Case) -> None:
 
 
 @each_road
-def test_only_the_gradients_that_are_asked_for(case: Case) -> None:
+def test_only_requested_gradients_are_computed(case: Case) -> None:
     x, pool, bias = randn(4, case.cols), make_pool(case, torch.float32, unread=1.0).detach(), randn(case.rows)
     for name in ("x", "pool", "bias"):
         inputs = {"x": x.clone(), "pool": pool.clone(), "bias": bias.clone()}
@@ -469,7 +469,7 @@ def test_only_the_gradients_that_are_asked_for(case: Case) -> None:
 
 
 @each_road
-def test_lookups_of_nothing_and_of_one(case: Case) -> None:
+def test_lookups_of_no_row_and_of_one_row(case: Case) -> None:
     oracle, pool = Oracle(case), make_pool(case, torch.float32)
     for shape in ((0,), (2, 0), (), (1,)):
         index = torch.full(shape, 2, dtype=torch.int64)
@@ -484,7 +484,7 @@ def test_lookups_of_nothing_and_of_one(case: Case) -> None:
 @pytest.mark.parametrize("sign", ["none", "row", "tile", "element"])
 @pytest.mark.parametrize("bytes_in_panel", [1, 3 * 123 * 16 * 8])
 def test_matrices_of_many_panels(monkeypatch: pytest.MonkeyPatch, sign: str, bytes_in_panel: int) -> None:
-    """One tile row a panel, and several with fewer in the last; the matrices of the other tests fit in one."""
+    """Panels of one tile row, and of several with fewer in the last. In the other tests a matrix fits in one panel."""
     monkeypatch.setattr(reference, "_PANEL_BYTES_FEW_ROWS", bytes_in_panel)
     monkeypatch.setattr(reference, "_PANEL_BYTES_MANY_ROWS", bytes_in_panel)
     case = Case("many", (16, 16), 77, 123, 15, sign=sign, base=256, scale=0.7)
@@ -500,8 +500,8 @@ def test_matrices_of_many_panels(monkeypatch: pytest.MonkeyPatch, sign: str, byt
                 _check_linear(case, x, make_pool(case, dtype), transposed)
 
 
-def test_the_roads_of_linear_agree() -> None:
-    """The row count that changes the road must not change the numbers."""
+def test_the_algorithms_of_linear_agree() -> None:
+    """The number of rows chooses the algorithm; it must not change the result."""
     pool, x = make_pool(BY_SLOT, torch.float64, unread=1.0), randn(17, 123, dtype=torch.float64)
     together = ops.linear(x, pool, None, *BY_SLOT.arguments)
     apart = torch.cat(
@@ -571,8 +571,8 @@ def test_numerical_derivatives_by_slot() -> None:
     assert gradgradcheck(operation, inputs, fast_mode=True)
 
 
-def test_what_scales_the_gradient_of_a_basis_scales_every_derivative_by_it() -> None:
-    """As if the basis were `b.detach() + 0.3 · (b - b.detach())`."""
+def test_the_factor_of_a_basis_gradient_scales_every_derivative_by_the_basis() -> None:
+    """The derivatives are those of the basis `b.detach() + 0.3 · (b - b.detach())`."""
     coefficients = randn(20, 4, dtype=torch.float64).requires_grad_()
     basis = randn(4, 9, dtype=torch.float64, seed=1).requires_grad_()
     found = []
@@ -591,7 +591,7 @@ def test_what_scales_the_gradient_of_a_basis_scales_every_derivative_by_it() -> 
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_sizes_without_a_product_are_refused(device: str) -> None:
+def test_sizes_that_cannot_be_multiplied_are_refused(device: str) -> None:
     three, five = torch.zeros(10, 3, device=device), torch.zeros(5, 9, device=device)
     with pytest.raises(RuntimeError, match=r"product|cannot be multiplied"):
         ops.combine(three, five)
@@ -622,7 +622,7 @@ def _operator_arguments(case: Case, dtype: torch.dtype) -> dict[str, tuple[Any, 
     }
 
 
-# Each adds what the operator of its name without the underscore returns.
+# Each of them adds the result of the operator whose name lacks the underscore.
 ADDING = ("reduce_", "linear_reduce_", "embedding_reduce_")
 each_adding = pytest.mark.parametrize("name", ADDING)
 
@@ -638,7 +638,7 @@ def test_every_operator_is_tested() -> None:
     registered = {
         name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("roastify::")
     }
-    # `read` is how a compiler sees the pool; test_compile.py holds it.
+    # Compiled models read the pool through `read`; test_compile.py tests it.
     assert registered == {*OPERATIONS, *ADDING, "read"}
 
 
@@ -646,7 +646,7 @@ def test_every_operator_is_tested() -> None:
 @each_adding
 @each_case
 def test_adding_to_a_sum(case: Case, name: str, dtype: torch.dtype) -> None:
-    """In the sum's dtype, whatever the gradient's, and nowhere but where the tensor reads."""
+    """Values are added in the sum's dtype, whatever the gradient's dtype, and only where the tensor reads."""
     arguments = _adding_arguments(case, name, dtype)
     wide = [value.double() if isinstance(value, Tensor) and value.is_floating_point() else value for value in arguments]
     expected = getattr(torch.ops.roastify, name.removesuffix("_"))(*wide, case.pool_shape)
@@ -654,7 +654,7 @@ def test_adding_to_a_sum(case: Case, name: str, dtype: torch.dtype) -> None:
     total = randn(*case.pool_shape, dtype=sum_dtype, seed=3)
     before = total.clone()
     assert getattr(torch.ops.roastify, name)(total, *arguments) is None
-    # The product of narrow tensors is narrow before it is summed.
+    # A product of narrow tensors is rounded to their dtype before it is summed.
     tolerance = dtype if name == "linear_reduce_" else sum_dtype
     assert_near((total.double() - before.double()).to(tolerance), expected, tolerance, name)
     assert expected.any() and torch.equal(total[~Oracle(case).read()], before[~Oracle(case).read()])
@@ -740,7 +740,7 @@ def test_sums_are_the_same_bits_every_time(case: Case, dtype: torch.dtype) -> No
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("strips", [False, True])
 def test_narrow_gradients_are_summed_in_float32(strips: bool, dtype: torch.dtype) -> None:
-    """All tiles share one slot: 4096 in the first and 1 in 64 others, which would vanish one by one."""
+    """All tiles share one slot: 4096 in the first and 1 in 64 others; in a narrow dtype each 1 would vanish."""
     case = Case("narrow", (8, 8), 8, 8 * 65, 1, sign="none", strips=strips)
     grad_weight = torch.ones(case.rows, case.cols, dtype=dtype)
     if strips:
@@ -781,7 +781,7 @@ def test_autocast_of_linear() -> None:
 
 
 def test_autocast_leaves_float64_alone() -> None:
-    """As torch does for the dense product."""
+    """Torch does the same for the dense product."""
     pool = make_pool(PANELS, torch.float64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = ops.linear(randn(2, 123, dtype=torch.float64), pool, None, *PANELS.arguments)
@@ -848,7 +848,7 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 class _LargestStorage(TorchDispatchMode):
-    """Record the elements of the largest memory that any torch operation takes, inside our operators as well."""
+    """Records the elements of the largest allocation of any torch operation, inside roastify's operators as well."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -864,7 +864,7 @@ class _LargestStorage(TorchDispatchMode):
             with self:
                 return getattr(reference, name)(*args[:place], TileView(*args[place]), *args[place + 1 :])
         out = func(*args, **(kwargs or {}))
-        # Views, and results written into memory that was asked for before, take no more of it.
+        # Views, and results written into existing memory, allocate nothing.
         known = {tensor.untyped_storage().data_ptr() for tensor in _tensors((args, kwargs))}
         for tensor in _tensors(out):
             if tensor.untyped_storage().data_ptr() not in known:
@@ -880,8 +880,8 @@ LARGE = {
 
 
 @pytest.mark.parametrize("case", LARGE.values(), ids=LARGE.keys())
-def test_one_row_makes_no_whole_weight(case: Case) -> None:
-    """Nor does its gradient: the weight has twice the elements of the largest panel."""
+def test_a_product_with_one_row_allocates_no_whole_weight(case: Case) -> None:
+    """Its gradient does not either; the weight has twice the elements of the largest panel."""
     assert reference._worth_reading_by_slot(1, case.view) is (case.name == "by-slot")
     pool = torch.ones(case.pool_shape).requires_grad_()
     limit = max(case.rows * case.cols // 16, pool.numel())
@@ -890,7 +890,7 @@ def test_one_row_makes_no_whole_weight(case: Case) -> None:
         with _LargestStorage() as forward:
             out = operation(x, pool, None, *case.arguments)
         assert forward.operators == [operation.__name__]
-        # More than the output, so that the mode is known to have seen inside the operator.
+        # The largest allocation exceeds the output, so the mode did see inside the operator.
         assert out.numel() < forward.numel <= limit, operation.__name__
         with _LargestStorage() as backward:
             torch.autograd.grad(out.sum(), (x, pool))
@@ -946,10 +946,10 @@ GROUPS = {
     "unaligned": _with(SHARED, kind="roast", sign="element"),
     "hashed": _with(SHARED, kind="hashednet"),
     "one-slot": _with(SHARED, num_slots=1, sign="element"),
-    # Slots to spare, but two strips in one tile.
+    # There are more slots than tiles, but two strips lie in one tile.
     "touching": _with(SHARED, num_slots=40),
     "regions": REGIONS,
-    # No other tensor overlaps it, and yet it shares: with itself.
+    # No other tensor overlaps this one, but it shares slots with itself.
     "one-tensor": (Case("one-tensor", (8, 8), 21, 13, 4, sign="element", scale=0.5),),
     "alone": ALONE,
     "alone-regions": ALONE_REGIONS,
@@ -1014,7 +1014,7 @@ def _assert_preconditioned(pool: RoastPool, cases: Sequence[Case], rtol: float =
     np.testing.assert_allclose(actual, expected, rtol=rtol, atol=rtol * np.abs(expected).max())
 
 
-def test_the_groups_have_what_they_are_for() -> None:
+def test_every_group_has_the_property_that_it_is_for() -> None:
     for name, cases in GROUPS.items():
         pool = _build(cases)
         gamma = _gamma(pool, cases).reshape(pool.num_slots, -1)
@@ -1042,7 +1042,7 @@ def test_the_gradient_without_preconditioner(cases: Sequence[Case]) -> None:
 
 @each_group
 def test_an_sgd_step_is_the_dense_step_projected(cases: Sequence[Case]) -> None:
-    """The reason for Γ: the pool that a step leads to is the least-squares pool of the dense weights after theirs."""
+    """The reason for Γ: the pool after a step is the least-squares fit of the dense weights after their step."""
     stepped, fitted = _build(cases, dtype=torch.float64), _build(cases, dtype=torch.float64)
     read = np.flatnonzero(_gamma(stepped, cases))
     stepped.initialise_random(1.0, 3)
@@ -1058,8 +1058,8 @@ def test_an_sgd_step_is_the_dense_step_projected(cases: Sequence[Case]) -> None:
 
 
 @each_group
-def test_rows_that_are_zero_instead_of_read(cases: Sequence[Case]) -> None:
-    """An embedding's padding row reads nothing, so that Γ must not count it; here the last row of every tensor."""
+def test_a_zero_row_is_not_counted_by_gamma(cases: Sequence[Case]) -> None:
+    """An embedding's padding row reads nothing, so Γ must not count it. Here it is the last row of every tensor."""
     pool = _build(cases, unread_rows=[(case.view, case.scale, case.rows - 1) for case in cases])
     pool.initialise_random(1.0, 0)
     gamma = np.zeros(pool.weight.numel())
@@ -1098,7 +1098,7 @@ def _least_squares(cases: tuple[Case, ...], pool_numel: int) -> np.ndarray:
     design[np.arange(len(places)), columns] = factors
     values = torch.cat([target.flatten() for target in _cotangents(cases)]).double().numpy()
     fit = np.zeros(pool_numel)
-    # The normal equations: what is read is determined, so they have one solution.
+    # Every element that is read is determined, so the normal equations have one solution.
     fit[read] = np.linalg.solve(design.T @ design, design.T @ values)
     return fit
 
@@ -1173,8 +1173,8 @@ MOVES: dict[str, Callable[[RoastPool], RoastPool]] = {
 
 @pytest.mark.parametrize("move", MOVES.values(), ids=MOVES.keys())
 @pytest.mark.parametrize("group", ["tile", "regions", "alone"])
-def test_moves_and_casts_leave_table_and_gamma_right(group: str, move: Callable[[RoastPool], RoastPool]) -> None:
-    """Γ beyond float16's range and precision would come back from `half` changed."""
+def test_moves_and_casts_keep_the_table_and_gamma_right(group: str, move: Callable[[RoastPool], RoastPool]) -> None:
+    """Γ exceeds float16's range and precision, so it must not be cast by `half`."""
     cases = GROUPS[group][:1] + _with(GROUPS[group][1:], scale=300.1)
     before = _build(cases)
     pool = move(_build(cases))
@@ -1188,15 +1188,15 @@ def test_moves_and_casts_leave_table_and_gamma_right(group: str, move: Callable[
     _assert_preconditioned(pool, cases)
 
 
-def test_a_half_pool_has_its_gradient_divided_too() -> None:
+def test_the_gradient_of_a_float16_pool_is_divided_too() -> None:
     pool = _build(SHARED).half()
     pool.initialise_random(1.0, 0)
     assert _backward(pool, SHARED, _cotangents(SHARED)).dtype == torch.float16
     _assert_preconditioned(pool, SHARED, rtol=5e-3)
 
 
-def test_who_looks_sees_the_operators() -> None:
-    """Past the dispatcher only where nothing is between an operator and its kernels."""
+def test_dispatch_modes_profilers_and_tracers_see_the_operators() -> None:
+    """A call skips the dispatcher only if nothing observes the operator."""
     case = CASES[0]
     pool, table = torch.randn(case.pool_shape, requires_grad=True), case.table
     view, x = case.view, torch.randn(3, case.view.cols)

@@ -1,4 +1,4 @@
-"""Launches that remember their compiled kernels: what they check, what they hold, and what they tell apart."""
+"""Launches that cache their compiled kernels: which arguments they check, and when they compile another kernel."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ def assert_near(actual: Tensor, expected: Tensor) -> None:
 
 
 def gather_arguments(view: TileView) -> dict[str, Any]:
-    """Return what `gather` fixes of its kernel, but for what a test leaves out or adds."""
+    """Return the arguments that `gather` fixes for its kernel; a test leaves some out or adds one."""
     return {"base": 0, "num_tiles": view.num_tiles, "BE": 2048, "BT": 1, "STRIPS": 0, **view_arguments(view)}
 
 
-def test_names_are_checked() -> None:
+def test_names_of_kernel_arguments_are_checked() -> None:
     view, table = mapped()
     fixed = gather_arguments(view)
     with pytest.raises(TypeError, match="_gather_kernel has no parameters BLOCK; it has p_pool, p_table, p_out, scale"):
@@ -79,8 +79,8 @@ def test_names_are_checked() -> None:
         Launch(gather._gather_kernel, (1,), **fixed)(**good, p_x=pool)
 
 
-def test_kinds_tell_apart_what_kernels_are_compiled_for() -> None:
-    """Dtypes, addresses that are no multiples of 16, and boxes; not values, sizes or other addresses."""
+def test_arguments_that_need_other_kernels_have_other_kinds() -> None:
+    """A kind depends on the dtype, whether the address is a multiple of 16, and the box; not on values or sizes."""
     pool = randn(*POOL_SHAPE)
     assert launch._kind(pool) == launch._kind(pool[1:]) == launch._kind(pool.clone()[:3, 0])
     kinds = [
@@ -97,7 +97,7 @@ def test_kinds_tell_apart_what_kernels_are_compiled_for() -> None:
 
 
 def computations(view: TileView, table: Tensor, dtype: torch.dtype, offset: int = 0) -> dict[str, tuple[Any, Any]]:
-    """Return by name a computation through every kernel, and the same by the reference in float64."""
+    """Return, by name, a computation by each kernel and the same computation by the reference in float64."""
     pool = randn(*POOL_SHAPE, dtype=dtype, offset=offset)
     bias = randn(view.rows, seed=2, dtype=dtype, offset=offset)
     weight = randn(view.rows, view.cols, seed=3, dtype=dtype, offset=offset)
@@ -156,7 +156,7 @@ def assert_all_compute(view: TileView, table: Tensor, dtype: torch.dtype, offset
             raise AssertionError(f"{name}, {dtype}, {offset} elements past an aligned address: {error}") from None
 
 
-def test_tensors_are_not_held() -> None:
+def test_launches_keep_no_tensor_alive() -> None:
     view, table = mapped()
     before = [weakref.ref(table)]
     for compute, _ in computations(view, table, torch.bfloat16).values():
@@ -191,7 +191,7 @@ def forget() -> None:
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
-    """Return the kernels that are launched, each with what is fixed of it."""
+    """Return the kernels that are launched, each with its fixed arguments."""
     found: list[tuple[str, dict[str, Any]]] = []
 
     def record(self: Launch, run: Any = Launch.__call__, **arguments: Any) -> None:
@@ -204,13 +204,13 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]
 
 @pytest.fixture
 def precision() -> Iterator[None]:
-    """Put torch's precision of float32 products back."""
+    """Restore torch's precision of float32 products after the test."""
     before = torch.backends.cuda.matmul.fp32_precision
     yield
     torch.backends.cuda.matmul.fp32_precision = before
 
 
-def test_what_is_remembered_follows_torchs_precision(
+def test_a_launch_is_compiled_again_for_another_precision(
     launched: list[tuple[str, dict[str, Any]]], precision: None
 ) -> None:
     view, table = mapped()
@@ -225,8 +225,8 @@ def test_what_is_remembered_follows_torchs_precision(
         assert fixed["PRECISION"] == (asked if dtype == torch.float32 else "ieee")
 
 
-def test_what_is_remembered_follows_bias_and_dtype(launched: list[tuple[str, dict[str, Any]]]) -> None:
-    """One after the other on the same view, each way round, with the results of each."""
+def test_a_launch_is_compiled_again_for_another_bias_or_dtype(launched: list[tuple[str, dict[str, Any]]]) -> None:
+    """Dtype and bias change forth and back on one view, and every result is checked."""
     view, table = mapped()
     for dtype in (torch.float32, torch.bfloat16, torch.float32):
         for name, (compute, expect) in computations(view, table, dtype).items():
@@ -236,7 +236,7 @@ def test_what_is_remembered_follows_bias_and_dtype(launched: list[tuple[str, dic
                 assert launched[-1][1]["BIAS"] == name.endswith("True")
 
 
-def test_what_is_remembered_follows_the_pools_size() -> None:
+def test_a_launch_is_compiled_again_for_a_pool_that_needs_wide_integers() -> None:
     view, _ = mapped()
     device = torch.device(DEVICE, 0) if DEVICE == "cuda" else torch.device(DEVICE)
     split = tuning.split_settings(view, 3, 2, 232_448)
@@ -259,7 +259,7 @@ def test_what_is_remembered_follows_the_pools_size() -> None:
 
 
 @pytest.mark.gpu
-def test_a_second_launch_does_not_ask_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_launch_skips_tritons_search_for_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     view, table = mapped()
     found = computations(view, table, torch.bfloat16)
     before = {name: compute() for name, (compute, _) in found.items()}
@@ -270,8 +270,8 @@ def test_a_second_launch_does_not_ask_triton(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.gpu
-def test_addresses_and_dtypes_after_others_of_the_same_shapes() -> None:
-    """A kernel compiled for addresses that are multiples of 16 would fault, or read wrong numbers, on others."""
+def test_launches_of_the_same_shapes_at_other_addresses_and_in_other_dtypes() -> None:
+    """A kernel compiled for addresses that are multiples of 16 would fault, or read wrong numbers, at others."""
     view, table = mapped()
     forget()
     for dtype in (*TOLERANCE, *TOLERANCE):
@@ -280,7 +280,7 @@ def test_addresses_and_dtypes_after_others_of_the_same_shapes() -> None:
 
 
 @pytest.mark.gpu
-def test_two_devices() -> None:
+def test_launches_on_two_devices() -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
     view, table = mapped("cuda:0")
@@ -310,7 +310,7 @@ def hooked() -> Iterator[list[dict[str, Any]]]:
 
 @pytest.mark.gpu
 def test_launch_hooks_and_streams(hooked: list[dict[str, Any]]) -> None:
-    """Every launch, the first and later ones, is told to Triton's hooks, and goes to the stream that is current."""
+    """Triton's hooks are told of every launch, first or later, and every launch goes to the current stream."""
     view, table = mapped()
     pool = randn(*POOL_SHAPE, dtype=torch.bfloat16)
     expected = reference.gather(pool.double(), table, view, SCALE)
@@ -327,12 +327,12 @@ def test_launch_hooks_and_streams(hooked: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.gpu
-def test_first_launches_within_a_cuda_graph() -> None:
-    """What is remembered begins in a capture; later calls of it outside, and replays, compute the same."""
+def test_first_launches_within_a_cuda_graph_capture() -> None:
+    """The first launch is cached in a capture; replays, and later calls outside of the graph, compute the same."""
     view, table = mapped()
     for dtype in TOLERANCE:
         pool, x = randn(*POOL_SHAPE, dtype=dtype), randn(3, view.cols, seed=1, dtype=dtype)
-        # cuBLAS makes no part of this: the weight is gathered, and rows are multiplied by a kernel.
+        # cuBLAS is not used here: one kernel gathers the weight, and another multiplies the rows.
         forget()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

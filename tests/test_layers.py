@@ -1,4 +1,4 @@
-"""Every supported layer against its densified twin, and what a converted module keeps of the module it was."""
+"""Every supported layer against its densified twin, and what a converted module keeps of the original module."""
 
 from __future__ import annotations
 
@@ -88,8 +88,8 @@ class SuperConv2d(nn.Conv2d):
 def readers(plan: RoastPlan, tensor: TensorPlan) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Return which pool element each element of a tensor's matrix reads, and with which λ·sign.
 
-    From the definition of the mapping on Python integers; it shares no code with the operations. An element of a zero
-    padding row reads nothing.
+    This follows the definition of the mapping on Python integers, and shares no code with the operations. An element
+    of a zero padding row reads nothing.
     """
     base, tile_map = plan.view(tensor).base, plan.maps()[tensor.region]
     tile_rows, tile_cols = plan.tile
@@ -133,7 +133,7 @@ def leaves(values: Any) -> list[Tensor]:
 
 
 def run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
-    """Return outputs and the gradients of the inputs, under a fixed random cotangent; parameters get theirs too."""
+    """Return outputs and the gradients of the inputs, under a fixed random cotangent; parameters get gradients too."""
 
     def fresh(value: Any) -> Any:
         if isinstance(value, Tensor) and value.is_floating_point():
@@ -152,9 +152,9 @@ def run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tupl
 def assert_equals_dense(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None, **settings: Any
 ) -> nn.Module:
-    """Convert a float64 model and hold outputs, weights and every gradient to those of its densified twin."""
+    """Convert a float64 model, and compare outputs, weights and every gradient with those of its densified twin."""
     kwargs = kwargs or {}
-    # The pool holds the weights themselves; for basis kernels see `test_basis.py`.
+    # The pool holds the weights themselves; test_kernel_basis.py tests basis kernels.
     defaults = {"ratio": 3, "min_numel": 64, "seed": 7, "kernel_basis": "none"}
     converted = roastify.convert(model, config=RoastConfig(**defaults | settings))
     pool = pool_of(converted)
@@ -221,7 +221,7 @@ def test_linear_takes_any_leading_shape(tile: str, shape: tuple[int, ...]) -> No
 @pytest.mark.parametrize("mapping", ["permutation", "cyclic", "roast", "hashednet"])
 @pytest.mark.parametrize("sharing", ["global", "local"])
 @pytest.mark.parametrize("precondition", [True, False])
-def test_every_mapping_serves_tiles_and_strips(mapping: str, sharing: str, precondition: bool) -> None:
+def test_tiles_and_strips_work_with_every_mapping(mapping: str, sharing: str, precondition: bool) -> None:
     model = nn.Sequential(nn.Conv1d(5, 11, 3), nn.Flatten(), nn.Linear(11 * 4, 37), nn.Linear(37, 9)).double()
     assert_equals_dense(model, (normal(2, 5, 6),), mapping=mapping, sharing=sharing, precondition=precondition)
 
@@ -258,7 +258,7 @@ def test_embedding(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 def test_a_zero_padding_row_stays_zero(padding_idx: int) -> None:
     tokens = torch.tensor([[padding_idx % 61, 3, 3], [60, padding_idx % 61, 0]])
     model = Wrap(nn.Embedding(61, 23, padding_idx=padding_idx).double())
-    # Without the division by Γ: see the next test for that.
+    # The division by Γ is off; the next test has it.
     converted = assert_equals_dense(model, (tokens,), precondition=False)
     layer = converted.layer
     row = layer.padding_idx
@@ -328,7 +328,7 @@ def test_embedding_bag(mode: str, bags: tuple[tuple[Any, ...], dict[str, Any]]) 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("mode", ["sum", "mean", "max"])
 def test_embedding_bags_of_narrow_dtypes_under_autocast(mode: str, dtype: torch.dtype) -> None:
-    """Which widens sums, but not those of the bag operator."""
+    """Autocast widens sums, but not those of the bag operator."""
     dense = Wrap(nn.EmbeddingBag(61, 23, mode=mode, padding_idx=2)).to(dtype)
     converted = roastify.convert(dense, 3)
     with torch.autocast("cpu", torch.bfloat16):
@@ -360,7 +360,7 @@ def test_embedding_bag_leaves_padding_out(mode: str, zero: bool) -> None:
     embedding = nn.EmbeddingBag(61, 23, mode=mode, padding_idx=3).double()
     if not zero:
         nn.init.normal_(embedding.weight)
-    # Bags with padding inside, of padding only, of none and empty.
+    # Bags with some padding, with padding only, without padding, and an empty bag.
     flat = torch.tensor([3, 5, 3, 3, 60, 0, 3, 3, 5])
     for args in ((flat, torch.tensor([0, 2, 4, 4, 6])), (flat.view(3, 3),)):
         assert_equals_dense(Wrap(embedding), args, precondition=not zero)
@@ -496,7 +496,7 @@ def test_an_embedding_tied_to_an_output_layer(padding_idx: int | None) -> None:
     model = tied(nn.Embedding(61, 23, padding_idx=padding_idx), nn.Linear(23, 61))
     converted = assert_equals_dense(model, (torch.tensor([[3, 0, 60], [5, 3, 3]]),))
     plan = pool_of(converted).plan
-    # The output layer trains the padding row, as it does in the dense model, so it cannot be held at zero.
+    # The output layer trains the padding row, as it does in the dense model, so the row cannot stay zero.
     assert [tensor.zero_row for tensor in plan.shared] == [None]
     dense = roastify.densify(converted)
     assert dense.first.weight is dense.second.weight
@@ -588,7 +588,7 @@ def test_the_fast_path_of_a_transformer_encoder_layer(monkeypatch: pytest.Monkey
         fast, expected = converted(x), dense(x)
     assert len(calls) == 2
     torch.testing.assert_close(fast, expected)
-    # With gradients both take the layers' own forward.
+    # With gradients both models run the layers' own forward.
     torch.testing.assert_close(converted(x), dense(x))
     assert len(calls) == 2
 
@@ -643,7 +643,7 @@ def test_hooks_stay_and_fire(inplace: bool, tokens: Tensor) -> None:
             layer.register_full_backward_pre_hook(lambda m, go, name=name: fired.append(f"backward pre {name}"))
     converted = roastify.convert(model, 3, inplace=inplace)
     assert (converted is model) == inplace
-    # Whether the conversion itself fires them is for the tests of tracing.
+    # test_fx_pass.py tests that the conversion itself runs no hook.
     fired.clear()
     converted(tokens).sum().backward()
     forward = [f"{when} {name}" for name in _SHARED_LAYERS for when in ("pre", "forward")]
@@ -661,7 +661,7 @@ def test_a_forward_hook_still_replaces_the_output(tokens: Tensor) -> None:
     assert (roastify.convert(model, 3)(tokens) == 5).all()
 
 
-def test_hook_handles_still_remove_after_an_inplace_conversion(tokens: Tensor) -> None:
+def test_hook_handles_still_remove_hooks_after_an_inplace_conversion(tokens: Tensor) -> None:
     fired: list[str] = []
     model = Mixed()
     handles = [
@@ -712,7 +712,7 @@ def test_weight_reads_as_the_dense_differentiable_tensor() -> None:
             assert not layer.weight.requires_grad
 
 
-def test_assigning_a_weight_is_refused_with_a_way_out(tokens: Tensor) -> None:
+def test_assigning_a_weight_is_refused_with_advice(tokens: Tensor) -> None:
     converted = roastify.convert(Mixed(), 3)
     before, keys = converted(tokens), list(converted.state_dict())
     for layer in layers_of(converted):
@@ -777,7 +777,7 @@ def test_a_deep_copy_is_independent(tokens: Tensor) -> None:
     assert all(layer.weight.dtype == torch.float32 for layer in layers_of(converted))
 
 
-def test_a_deep_copied_layer_brings_a_pool_of_its_own() -> None:
+def test_a_deep_copied_layer_has_a_pool_of_its_own() -> None:
     converted = roastify.convert(Mixed(), 3)
     layer = copy.deepcopy(converted.mix)
     assert type(layer) is type(converted.mix)
@@ -905,7 +905,7 @@ def test_a_state_dict_round_trip(tokens: Tensor) -> None:
     assert torch.equal(twin(tokens), before)
 
 
-def test_a_dense_state_dict_does_not_slip_in() -> None:
+def test_a_dense_state_dict_is_refused() -> None:
     model = Mixed()
     converted = roastify.convert(model, 3)
     with pytest.raises(RuntimeError, match=r"roast_pool\.weight.*[\s\S]*head\.weight"):
@@ -1001,7 +1001,7 @@ def test_an_sgd_step_on_the_pool_is_the_projected_dense_step(sign: str, seed: in
         F.cross_entropy(model(tokens), targets).backward()
         torch.optim.SGD(model.parameters(), lr=lr).step()
 
-    # One row a weight: W = A · pool. `dense` has taken its step by now.
+    # W = A · pool, with one row of A for each weight. `dense` has already taken its step.
     total = sum(tensor.numel for tensor in plan.shared)
     expand, stepped, row = np.zeros((total, plan.pool_numel)), np.zeros(total), 0
     for tensor in plan.shared:
@@ -1014,14 +1014,14 @@ def test_an_sgd_step_on_the_pool_is_the_projected_dense_step(sign: str, seed: in
     assert rank == plan.pool_numel
     found = pool_of(converted).weight.detach().flatten().numpy()
     np.testing.assert_allclose(found, expected, rtol=_GAMMA_RTOL, atol=1e-8)
-    # The same step with the plain gradient lands elsewhere: the agreement above is the preconditioner's.
+    # The same step with the plain gradient gives another pool, so the agreement above is due to the preconditioner.
     assert not np.allclose(pool_of(plain).weight.detach().flatten().numpy(), expected, rtol=1e-3)
     for tensor in plan.kept:
         name = tensor.name
         torch.testing.assert_close(converted.get_parameter(name), dense.get_parameter(name), rtol=1e-10, atol=1e-12)
 
 
-def test_a_root_that_runs_through_its_children() -> None:
+def test_a_root_that_iterates_over_its_children() -> None:
     class Loop(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -29,7 +29,7 @@ from roastify.pool.mapping import (
 # A seed is any Python integer.
 SEEDS = st.one_of(st.integers(), st.integers(-(2**200), 2**200), st.sampled_from((0, -1, 2**63, 2**64 - 1)))
 PERMUTATIONS = st.sampled_from(("permutation", "cyclic"))
-# Primes, powers of two and numbers of many divisors: what is coprime to them differs most.
+# Primes, powers of two and numbers with many divisors: their sets of coprime numbers differ most.
 POOLS = st.one_of(st.integers(1, 300), st.sampled_from((1, 2, 3, 64, 97, 210, 256, 1000)))
 
 
@@ -213,7 +213,7 @@ def test_golden_offsets_and_signs(
     assert _pack([tile_map.sign_of(far, element, far) for element in last]) == last_signs
 
 
-# What the design promises of every seed and size.
+# Properties that hold for every seed and size.
 
 
 @given(SEEDS, POOLS, st.integers(0, 60), PERMUTATIONS)
@@ -241,7 +241,7 @@ def test_ratio_one_is_the_identity(seed: int, num_slots: int, kind: str, sign: s
 
 @given(SEEDS, POOLS, st.integers(0, 2000), st.integers(1, 300))
 def test_a_row_of_tiles_is_walked_by_addition(seed: int, num_slots: int, first_tile: int, length: int) -> None:
-    """What a kernel does: add a[c] and subtract P at most once; at a chunk's border start again from b[c]."""
+    """A kernel adds a[c] and subtracts P at most once; at a chunk's border it starts again from b[c]."""
     tile_map = TileMap(first_tile + length, num_slots, (8, 8), seed)
     table = tile_map.chunk_table()
     chunk, position = divmod(first_tile, num_slots)
@@ -259,7 +259,7 @@ def test_a_row_of_tiles_is_walked_by_addition(seed: int, num_slots: int, first_t
 
 @given(SEEDS, st.one_of(POOLS, st.integers(1, 2**31)), st.integers(0, 10**6), PERMUTATIONS, st.data())
 def test_the_inverse_finds_the_position(seed: int, num_slots: int, chunk: int, kind: str, data: st.DataObject) -> None:
-    """The reader of a slot in a chunk, which gradients without atomics are summed by."""
+    """Gradients are summed without atomics, and need the reader of a slot in a chunk."""
     a, b, inverse = chunk_coefficients(seed, num_slots, chunk, kind)
     assert math.gcd(a, num_slots) == 1
     assert 0 <= a < num_slots or num_slots == 1
@@ -317,7 +317,7 @@ def test_signs_per_tile_are_balanced(kind: str, seed: int) -> None:
     signs = np.array([tile_map.sign_of(tile) for tile in range(100, 12000)])
     assert set(signs) == {-1, 1}
     assert abs(signs.mean()) < 4 / math.sqrt(len(signs))
-    # Neighbours along a row, and the readers of one slot in neighbouring chunks of a rotation, are no more alike.
+    # Signs of neighbours in a row, and of one slot's readers in neighbouring chunks of a rotation, are independent.
     for lag in (1, 2, 100):
         assert abs(np.mean(signs[lag:] * signs[:-lag])) < 4 / math.sqrt(len(signs) - lag)
     assert all(tile_map.sign_of(5000, element) == signs[4900] for element in (0, 1, 31, 32, 63))
@@ -360,7 +360,7 @@ def test_seeds_give_unrelated_signs(sign: str) -> None:
 
 @pytest.mark.parametrize("kind", MAPPINGS)
 def test_a_row_of_tiles_takes_the_sign_of_its_first_tile(kind: str, chunk_table: Callable[..., Tensor]) -> None:
-    """Of a tensor of 6 × 5 tiles that begins at tile 4, among slots enough that its rows cross chunk borders."""
+    """The tensor has 6 × 5 tiles and begins at tile 4; its rows cross chunk borders."""
     by_row, by_tile = (TileMap(100, 7, (4, 8), 5, kind, sign) for sign in ("row", "tile"))
     view = by_row.view(6 * 4, 5 * 8, 4 * 32)
     expected = []
@@ -408,7 +408,7 @@ def test_the_twin_has_the_same_offsets(
     seed: int, num_slots: int, kind: str, first_slot: int, first_chunk: int, tiles: list[int]
 ) -> None:
     tile_map = TileMap(5001, num_slots, (4, 8), seed, kind, "tile", first_slot, first_chunk)
-    # Other regions' chunks come first; here numbers that would move every tile.
+    # Other regions' chunks come first; their numbers would move every tile.
     strangers = torch.tensor([[3, 1 + 7 * row, 5] for row in range(first_chunk)], dtype=torch.int64).view(-1, 3)
     table = torch.cat([strangers, torch.tensor(tile_map.chunk_table(), dtype=torch.int64).view(-1, 3)])
     assert _offsets_twin(tile_map, table, tiles) == [tile_map.offset(tile) for tile in tiles]
@@ -425,7 +425,7 @@ def test_the_twin_has_the_same_offsets(
 def test_the_twin_has_the_same_signs(
     seed: int, num_slots: int, kind: str, sign: str, tile: tuple[int, int], first_tile: int
 ) -> None:
-    """Tiles whose rows are shorter than a word of 32 signs, longer, and not in step with it."""
+    """Tiles have rows that are shorter than a word of 32 signs, longer, and no multiple of it."""
     tile_map = TileMap(first_tile + 5, num_slots, tile, seed, kind, sign)
     table = torch.tensor(tile_map.chunk_table(), dtype=torch.int64).view(-1, 3)
     expected = [
@@ -438,7 +438,7 @@ def test_the_twin_has_the_same_signs(
 @pytest.mark.parametrize("kind", MAPPINGS)
 @pytest.mark.parametrize("num_slots", [2**31, 2**31 - 1, 3**19, 1_000_003])
 def test_beyond_two_to_the_31_elements(kind: str, num_slots: int, chunk_table: Callable[..., Tensor]) -> None:
-    """Tile numbers, slots and addresses that fit no 32-bit integer; `a·i` just fits 63 bits."""
+    """Tile numbers, slots and addresses fit no 32-bit integer; `a·i` just fits 63 bits."""
     # A small pool still serves addresses above 2**33, through some hundred chunks.
     num_tiles = max(3 * num_slots, 300 * 1_000_003)
     tile_map = TileMap(num_tiles, num_slots, (8, 8), -3, kind)
@@ -451,7 +451,7 @@ def test_beyond_two_to_the_31_elements(kind: str, num_slots: int, chunk_table: C
     assert _offsets_twin(tile_map, chunk_table(tile_map), tiles) == expected
     assert max(expected) > min(2**33, num_slots * 32)
     if kind == "permutation":
-        # In exact integers, from the formula itself.
+        # The expected offset comes from the formula itself, in exact integers.
         for tile, offset in zip(tiles, expected, strict=True):
             a, b, _ = chunk_coefficients(-3, num_slots, tile // num_slots, kind)
             assert offset == (a * (tile % num_slots) + b) % num_slots * 64
@@ -463,7 +463,7 @@ def test_signs_beyond_two_to_the_33_elements(
     kind: str, sign: str, tile: tuple[int, int], chunk_table: Callable[..., Tensor]
 ) -> None:
     size = tile[0] * tile[1]
-    # As many slots as keep the chunk table of this address short.
+    # With this number of slots the chunk table is short, even at this address.
     num_slots, first_tile = 2**20 // size + 3, 2**34 // size + 17
     tile_map = TileMap(first_tile + 50, num_slots, tile, 9, kind, sign)
     signs = _signs_twin(tile_map, chunk_table(tile_map), first_tile, 50)
@@ -475,7 +475,7 @@ def test_signs_beyond_two_to_the_33_elements(
 # A region for each tensor (`sharing="local"`).
 
 
-def test_regions_are_apart_and_each_is_the_mapping_of_its_own(chunk_table: Callable[..., Tensor]) -> None:
+def test_regions_do_not_overlap_and_each_has_its_own_mapping(chunk_table: Callable[..., Tensor]) -> None:
     sizes = ((30, 7), (12, 12), (5, 1))
     alone = [TileMap(num_tiles, num_slots, (8, 8), 21) for num_tiles, num_slots in sizes]
     regions, first_slot, first_chunk = [], 0, 0

@@ -30,7 +30,7 @@ from roastify.pool.mapping import MAPPINGS
 from roastify.pool.plan import TensorPlan
 
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
-# Whatever else has a parameter wants it whole.
+# Modules of any other class read their parameters as a whole.
 _TILED = (nn.Linear, Conv1D, *_TABLES)
 
 
@@ -198,7 +198,7 @@ def test_the_ratio_that_an_error_names_is_reachable_and_the_largest(model: nn.Mo
     plan = roastify.plan(model, largest, config=config)
     # At ratio 1 nothing is shared, and padding may store more than the dense model.
     assert plan.achieved_ratio >= largest or largest == 1
-    # It is rounded down to two decimals.
+    # The named ratio is rounded down to two decimals.
     assert isinstance(planned(model, config.replace(ratio=largest + 0.02)), PlanError)
     assert named_ratio(planned(model, config.replace(ratio=largest + 0.02))) == largest
 
@@ -303,7 +303,7 @@ def test_regions_divide_the_pool_between_them(model: nn.Module, config: RoastCon
     assert spans[0][0] == 0 and spans[-1][1] == plan.num_slots
     assert all(one[1] == following[0] for one, following in itertools.pairwise(spans))
     assert all(1 <= region.num_slots <= region.num_tiles for region in plan.regions)
-    # Slots are dealt out by size, the largest remainders rounded up, but for the one that every region gets.
+    # Every region gets one slot; the rest are dealt out by size, and the largest remainders are rounded up.
     tiles = sum(region.num_tiles for region in plan.regions)
     shares = [Fraction(region.num_tiles * plan.num_slots, tiles) for region in plan.regions]
     if min(shares) >= 1:
@@ -350,7 +350,7 @@ def test_a_measured_plan_survives_json() -> None:
 
 
 @pytest.mark.parametrize("change", [{"surplus": 1}, {"tile": None}, {"tensors": [{"name": "x"}]}])
-def test_a_plan_is_not_rebuilt_from_something_else(change: dict[str, Any]) -> None:
+def test_a_plan_is_not_rebuilt_from_other_values(change: dict[str, Any]) -> None:
     values = roastify.plan(nn.Linear(64, 64), 2).to_dict()
     assert RoastPlan.from_dict(values)
     with pytest.raises((TypeError, KeyError)):
@@ -449,21 +449,21 @@ def test_projection_without_sharing_has_no_scales() -> None:
 @pytest.mark.parametrize(
     ("edge", "sharing", "ratio", "tile"),
     [
-        # As few whole slots as are enough, and one fewer.
+        # Just enough whole slots for a tile size, then one slot too few.
         ((1024, 1024), "global", 8, (128, 64)),
         ((1024, 1024), "global", 8.01, (64, 64)),
         ((1024, 1024), "global", 16.01, (32, 32)),
         ((1024, 1024), "global", 10**4, (8, 8)),
-        # With a region for each of two tensors, twice as many.
+        # With a region for each of two tensors, twice as many slots are needed.
         ((1024, 1024), "local", 8, (128, 64)),
         ((1024, 1024), "local", 8.01, (64, 64)),
-        # Little padding is accepted, more is not: of 66 columns 64 are two tiles of 32, the rest begins a third.
+        # Little padding is accepted, more is not: 66 columns are two tiles of 32 and the beginning of a third.
         ((1024, 1022), "global", 2, (128, 64)),
         ((1024, 66), "global", 1, (8, 8)),
         ((1024, 93), "global", 1, (32, 32)),
     ],
 )
-def test_tile_sizes_change_where_they_should(
+def test_tile_sizes_change_at_the_expected_ratios(
     edge: tuple[int, int], sharing: str, ratio: float, tile: tuple[int, int]
 ) -> None:
     with torch.device("meta"):
@@ -474,7 +474,7 @@ def test_tile_sizes_change_where_they_should(
 
 @pytest.mark.parametrize("tile", ["8x8", "5x7", "1x64", "64x1", "1x1", "100x3"])
 @pytest.mark.parametrize("mapping", ["permutation", "cyclic", "roast"])
-def test_an_explicit_tile_is_taken(tile: str, mapping: str) -> None:
+def test_an_explicit_tile_is_used(tile: str, mapping: str) -> None:
     plan = roastify.plan(nn.Linear(60, 60), config=RoastConfig(ratio=3, tile=tile, mapping=mapping))
     assert f"{plan.tile[0]}x{plan.tile[1]}" == tile
 
@@ -489,7 +489,7 @@ def test_hashednet_is_element_by_element() -> None:
 
 
 @pytest.mark.parametrize(("slots", "sign"), [(63, "element"), (64, "row")])
-def test_few_slots_take_a_sign_for_every_element(slots: int, sign: str) -> None:
+def test_a_pool_of_few_slots_has_a_sign_for_every_element(slots: int, sign: str) -> None:
     with torch.device("meta"):
         model = nn.Linear(1024, 1024, bias=False)
     plan = roastify.plan(model, config=RoastConfig(ratio=1024 * 1024 / (slots * 64), tile="8x8"))
@@ -513,7 +513,7 @@ def shared(**settings: Any) -> set[str]:
     return {tensor.name for tensor in roastify.plan(Named(), 1, **settings).shared}
 
 
-def test_exclude_goes_before_include_and_names_the_first_pattern() -> None:
+def test_exclude_overrides_include_and_the_reason_names_the_first_pattern() -> None:
     everything = {"embed.weight", "encoder.0.weight", "encoder.1.0.weight", "raw"}
     assert shared() == everything
     assert shared(include=["enc*", "embed"], exclude="encoder.1") == {"embed.weight", "encoder.0.weight"}
@@ -526,13 +526,13 @@ def test_exclude_goes_before_include_and_names_the_first_pattern() -> None:
 
 
 @pytest.mark.parametrize("pattern", ["head.weight", "head", "h*d", "re:head", "embed", "re:.*embed.weight"])
-def test_a_tie_answers_to_any_of_its_names(pattern: str) -> None:
+def test_a_pattern_may_match_any_name_of_a_tied_tensor(pattern: str) -> None:
     assert shared(include=pattern) == {"embed.weight"}
     assert shared(exclude=pattern) == {"encoder.0.weight", "encoder.1.0.weight", "raw"}
 
 
-def test_a_pattern_names_whole_names() -> None:
-    # Neither a prefix of a name nor a regular expression that matches in the middle.
+def test_a_pattern_matches_whole_names_only() -> None:
+    # A prefix of a name matches nothing, and neither does a regular expression that fits in the middle of a name.
     for pattern in ("enc", "encoder.1.", "re:coder", "re:encode", "weight"):
         with pytest.raises(PlanError, match="matched no parameter"):
             shared(include=pattern)
@@ -544,7 +544,7 @@ def test_a_pattern_names_whole_names() -> None:
     ("setting", "pattern", "near"),
     [("include", "encodr", "encoder"), ("exclude", "embed.wieght", "embed.weight"), ("exclude", "haed", "head")],
 )
-def test_a_pattern_that_matches_nothing_names_the_closest(setting: str, pattern: str, near: str) -> None:
+def test_the_error_of_a_pattern_without_a_match_names_the_closest_name(setting: str, pattern: str, near: str) -> None:
     with pytest.raises(PlanError) as caught:
         shared(**{setting: ["encoder", pattern]})
     message = str(caught.value)
@@ -553,12 +553,12 @@ def test_a_pattern_that_matches_nothing_names_the_closest(setting: str, pattern:
     assert re.search(rf"closest: '{near}'", message), message
 
 
-def test_a_module_without_parameters_matches_nothing() -> None:
+def test_a_pattern_does_not_match_a_module_without_parameters() -> None:
     with pytest.raises(PlanError, match=r"'encoder\.1\.1' matched no parameter and no module that has any"):
         shared(exclude="encoder.1.1")
 
 
-def test_include_lifts_min_numel_and_nothing_else() -> None:
+def test_include_overrides_min_numel_and_no_other_rule() -> None:
     assert "small.weight" not in shared()
     assert shared(include=["small", "encoder.0"]) == {"small.weight", "encoder.0.weight"}
     with pytest.raises(PlanError, match=r"no weight of the model is eligible.*not named by include"):
@@ -574,7 +574,7 @@ def test_min_numel_is_the_smallest_size_that_is_shared() -> None:
 
 
 class Subclassed(nn.Parameter):
-    """A user's parameter, whose behaviour a pool would lose."""
+    """A user's subclass of Parameter; the pool could not keep its behaviour."""
 
 
 def reason_for(weight: nn.Parameter) -> str:
@@ -613,7 +613,7 @@ def test_a_weight_tied_to_a_raw_parameter_is_shared_as_tiles() -> None:
     model["holder"].scale = layer.weight
     verdicts = {tensor.name: tensor for tensor in roastify.plan(model, 1, include="*").tensors}
     verdict = verdicts["layer.weight"]
-    # Tiles, because the layer multiplies with them; a raw parameter alone is materialised, so it takes strips.
+    # The layer multiplies with the weight, so it has tiles; a raw parameter alone is materialised, so it has strips.
     assert verdict.shared and verdict.aliases == ("layer.weight", "holder.scale") and not verdict.strips
     assert verdict.through == "layer, attribute"
     plan = roastify.plan(Holder(nn.Linear(64, 64), 640), 1)
@@ -652,7 +652,7 @@ def verdicts_of(**settings: Any) -> tuple[RoastPlan, dict[str, TensorPlan]]:
     return plan, {tensor.name: tensor for tensor in plan.tensors}
 
 
-def test_vectors_are_shared_only_where_the_ratio_needs_it() -> None:
+def test_vectors_are_shared_only_if_the_ratio_needs_it() -> None:
     for asked, share in (
         ({"ratio": 1}, "weights"),
         ({"ratio": 1.5, "share": "weights"}, "weights"),
@@ -673,27 +673,27 @@ def test_vectors_are_shared_only_where_the_ratio_needs_it() -> None:
 @pytest.mark.parametrize(
     ("layer", "last"),
     [
-        # 64 of 2,112 parameters are the bias: over 2 % of the model, a fifth of the budget at ratio 6.6.
+        # The bias has 64 of 2,112 parameters: over 2 % of the model, and a fifth of the budget at ratio 6.6.
         (nn.Linear(32, 64), 6.6),
-        # 64 of 4,160: under 2 %, three quarters of the budget at ratio 48.75.
+        # The bias has 64 of 4,160 parameters: under 2 %, and three quarters of the budget at ratio 48.75.
         (nn.Linear(64, 64), 48.75),
     ],
     ids=["much", "little"],
 )
-def test_vectors_join_where_they_would_take_too_much(layer: nn.Module, last: float) -> None:
+def test_vectors_are_shared_if_they_would_take_too_much_of_the_budget(layer: nn.Module, last: float) -> None:
     for ratio, share in ((last - 0.05, "weights"), (last + 0.05, "all")):
         plan = roastify.plan(layer, ratio, config=RoastConfig(tile="4x4"))
         assert plan.share == share and plan.achieved_ratio >= ratio
 
 
-def test_vectors_join_by_what_others_leave_of_the_budget() -> None:
-    # Of 181 elements 100 are kept anyway: 64 in a vector are over three quarters of the rest.
+def test_vectors_are_shared_by_the_budget_that_other_kept_tensors_leave() -> None:
+    # Of the budget of 181 elements 100 are kept anyway: the vector's 64 are over three quarters of the rest.
     model = nn.ModuleList([nn.Linear(64, 64), nn.Linear(10, 10, bias=False)])
     assert roastify.plan(model, 23.5, exclude="1", config=RoastConfig(tile="4x4")).share == "all"
     assert roastify.plan(model, 22, exclude="1", config=RoastConfig(tile="4x4")).share == "weights"
 
 
-def test_what_cannot_be_shared_does_not_have_vectors_join() -> None:
+def test_tensors_that_cannot_be_shared_do_not_cause_vectors_to_be_shared() -> None:
     frozen = nn.ModuleList([nn.Linear(64, 64), nn.Linear(10, 100).requires_grad_(False)])
     assert roastify.plan(frozen, 3, include="0").share == "weights"
 
@@ -713,7 +713,7 @@ def test_bytes_are_counted_in_each_tensors_dtype() -> None:
     assert plan.total_nbytes == 4160 * 8 + 4160 * 2
     assert plan.stored_nbytes == plan.pool_numel * 8 + 64 * 8 + 64 * 2
     halves = nn.ModuleList([nn.Linear(64, 64).half(), nn.Linear(64, 64).bfloat16()])
-    # Neither of the two narrow dtypes holds the other.
+    # Neither narrow dtype holds the other's values.
     assert roastify.plan(halves, 2).dtype == "float32"
 
 
@@ -741,15 +741,15 @@ def test_frozen_tensors_are_kept_unless_nothing_is_trained() -> None:
     model.requires_grad_(False)
     plan = roastify.plan(model, 1)
     assert not plan.trainable and {tensor.name for tensor in plan.shared} == shared()
-    # What is trained but cannot be shared anyway makes no difference.
+    # Trained tensors that cannot be shared make no difference.
     model.small.requires_grad_(True)
     model.head.bias.requires_grad_(True)
     plan = roastify.plan(model, 1)
     assert not plan.trainable and {tensor.name for tensor in plan.shared} == shared()
 
 
-def test_a_pool_is_frozen_where_most_of_what_it_could_hold_is() -> None:
-    # As in a model with adapters: most is frozen, and little is trained.
+def test_the_pool_is_frozen_if_most_of_what_it_could_hold_is_frozen() -> None:
+    # Most tensors are frozen and few are trained, as in a model with adapters.
     model = Named().requires_grad_(False)
     model.raw.requires_grad_(True)
     plan = roastify.plan(model, 1)
@@ -758,7 +758,7 @@ def test_a_pool_is_frozen_where_most_of_what_it_could_hold_is() -> None:
     model.embed.requires_grad_(True)
     plan = roastify.plan(model, 1)
     assert plan.trainable and {tensor.name for tensor in plan.shared} == {"raw", "embed.weight"}
-    # Only what may be shared counts.
+    # Only tensors that may be shared count.
     assert not roastify.plan(model, 1, exclude="embed").trainable
 
 
@@ -845,7 +845,7 @@ def test_an_unknown_setting_names_the_closest_and_all() -> None:
         (b"init = '\xff'", r"is not valid TOML"),
     ],
 )
-def test_a_config_files_errors_name_it(tmp_path: Path, content: bytes, message: str) -> None:
+def test_errors_of_a_config_file_name_the_file(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "mine.toml"
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=message) as caught:
@@ -853,14 +853,14 @@ def test_a_config_files_errors_name_it(tmp_path: Path, content: bytes, message: 
     assert str(path) in str(caught.value)
 
 
-def test_a_config_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+def test_the_error_names_a_config_file_that_cannot_be_read(tmp_path: Path) -> None:
     for path in (tmp_path / "none.toml", tmp_path):
         with pytest.raises(ConfigError, match="cannot read the config file") as caught:
             RoastConfig.from_toml(path)
         assert str(path) in str(caught.value)
 
 
-def test_a_config_file_fills_in_what_it_leaves_out(tmp_path: Path) -> None:
+def test_settings_that_a_config_file_leaves_out_have_their_defaults(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text('ratio = 4\nexclude = ["*.bias"]\ntile = "8x8"\n', encoding="utf-8")
     expected = RoastConfig(ratio=4, exclude=("*.bias",), tile="8x8")

@@ -110,10 +110,10 @@ def options(**changes: Any) -> RecoverOptions:
     return RecoverOptions(**changes)
 
 
-# What it is for
+# What recovery improves
 
 
-def test_a_recovered_model_does_again_what_the_teacher_does(teacher: nn.Module) -> None:
+def test_recovery_brings_the_student_near_the_teachers_accuracy(teacher: nn.Module) -> None:
     student = converted(teacher, 12)
     before = accuracy(student)
     report = roastify.recover(
@@ -135,7 +135,7 @@ def test_a_recovered_model_does_again_what_the_teacher_does(teacher: nn.Module) 
     assert report.logits == ("output",)
 
 
-def test_alignment_makes_the_training_that_follows_better(teacher: nn.Module) -> None:
+def test_training_after_alignment_ends_better(teacher: nn.Module) -> None:
     errors = []
     for steps in (0, 30):
         student = converted(teacher)
@@ -184,7 +184,7 @@ def layer_error(student: nn.Module, teacher: nn.Module, x: Tensor, names: list[s
 
 
 def test_alignment_finds_the_least_squares_solution() -> None:
-    """Against dense linear algebra: every layer's error as rows of one system in the pool."""
+    """Dense linear algebra gives the expected pool: every layer's error is rows of one linear system in the pool."""
     torch.manual_seed(0)
     teacher = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 24, bias=False)).double().eval()
     student = converted(teacher, 3)
@@ -214,7 +214,7 @@ def test_alignment_finds_the_least_squares_solution() -> None:
     torch.testing.assert_close(found.view(-1), expected.view(-1), rtol=1e-3, atol=3e-5)
 
 
-def test_alignment_moves_biases_to_where_means_are_the_teachers(teacher: nn.Module) -> None:
+def test_alignment_moves_biases_so_that_output_means_are_the_teachers(teacher: nn.Module) -> None:
     student = converted(teacher)
     x = torch.cat(batches(4))
     before = layer_error(student, teacher, x, ["embed", "blocks.0.up", "blocks.1.down"])
@@ -293,7 +293,7 @@ def test_alignment_of_transformers(build: Callable[[], Any]) -> None:
 
 
 def test_constant_tensors_do_not_spoil_the_alignment() -> None:
-    """Biases of zeros and fresh norms are all error where the pool shares them, next to themselves."""
+    """If the pool shares biases of zeros and fresh norms, their error is huge compared with their own size."""
     torch.manual_seed(0)
     layers = (nn.Linear(32, 128), nn.LayerNorm(128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 10))
     model = nn.Sequential(*layers).eval()
@@ -318,7 +318,7 @@ def test_nothing_is_left_to_align_at_ratio_1(teacher: nn.Module) -> None:
         torch.testing.assert_close(value, weights[name], rtol=0, atol=0)
 
 
-def test_few_samples_do_not_spoil_what_they_say_nothing_about() -> None:
+def test_few_samples_do_not_spoil_directions_that_they_do_not_cover() -> None:
     torch.manual_seed(0)
     teacher = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)).eval()
     student = converted(teacher, 4)
@@ -329,7 +329,7 @@ def test_few_samples_do_not_spoil_what_they_say_nothing_about() -> None:
     assert layer_error(student, teacher, unseen, ["0", "2"]) < 1.1 * before
 
 
-# What is learned from
+# Losses and training settings
 
 
 def test_divergence_of_logits_is_the_definition() -> None:
@@ -346,7 +346,7 @@ def test_divergence_of_logits_is_the_definition() -> None:
     torch.testing.assert_close(output_loss(*images, ("output",), temperature), each.mean())
 
 
-def test_impossible_classes_teach_nothing() -> None:
+def test_classes_of_probability_zero_leave_loss_and_gradient_finite() -> None:
     ours = torch.randn(4, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
     theirs = torch.zeros(4, 5)
     theirs[:, 2] = -torch.inf
@@ -415,7 +415,7 @@ def test_each_loss_can_stand_alone(teacher: nn.Module) -> None:
         assert report.losses[-1].loss < report.losses[0].loss
 
 
-def test_weights_scale_their_parts(teacher: nn.Module) -> None:
+def test_loss_weights_scale_their_terms(teacher: nn.Module) -> None:
     weights = {"output_weight": 2.0, "feature_weight": 0.5, "task_weight": 3.0}
     report = roastify.recover(
         converted(teacher), teacher, batches(2), 1, loss_fn=lambda out, batch: out.square().mean(), **weights
@@ -429,7 +429,7 @@ def test_accumulated_batches_are_one_large_batch(teacher: nn.Module) -> None:
     found = []
     for size, accumulate in ((64, 1), (16, 4)):
         student = converted(teacher)
-        # The mean of squares over the mean of squares is not linear in the batch; the task's loss is.
+        # The relative squared error is not linear in the batch; the task's loss is.
         settings = {
             "output_weight": 0,
             "feature_weight": 0,
@@ -469,7 +469,7 @@ def test_the_rate_warms_up_and_falls() -> None:
     assert {options(schedule="constant", warmup=0).rate(step) for step in range(1000)} == {1.0}
 
 
-def test_an_optimizer_of_ones_own_keeps_its_rates(teacher: nn.Module) -> None:
+def test_a_users_optimizer_keeps_its_learning_rates(teacher: nn.Module) -> None:
     student: Any = converted(teacher)
     groups = [{"params": [pool_of(student).weight], "lr": 0.02}, {"params": [student.head.bias], "lr": 0.5}]
     optimizer = torch.optim.SGD(groups, momentum=0.9)
@@ -606,7 +606,7 @@ def test_language_models() -> None:
     assert report.after.error < report.before.error
 
 
-# Everything is left as it was found
+# Models and random states are left as they were
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:
@@ -671,7 +671,7 @@ def test_the_result_depends_on_the_seed_alone(teacher: nn.Module) -> None:
 
 
 class Augmented(Dataset):
-    """Samples that draw from every generator when they are read."""
+    """Samples that draw from every random generator when they are read."""
 
     def __init__(self) -> None:
         self.x = samples(200, 2)[0]
@@ -813,7 +813,7 @@ def test_a_killed_save_leaves_the_old_checkpoint_whole(tmp_path: Path, renames: 
     assert len(list(tmp_path.glob("*.safetensors"))) == 1
 
 
-def test_a_checkpoint_gives_back_what_it_was_given(tmp_path: Path) -> None:
+def test_a_checkpoint_returns_the_values_that_were_saved(tmp_path: Path) -> None:
     shared = torch.arange(4.0)
     state = {
         "numbers": (1, 2.5, None, True, "text", float("inf")),
@@ -879,14 +879,14 @@ def test_a_damaged_checkpoint_is_refused(teacher: nn.Module, tmp_path: Path) -> 
     assert resume().resumed_at == 2
 
 
-def test_data_that_ended_sooner_is_refused(teacher: nn.Module, tmp_path: Path) -> None:
+def test_a_resumed_run_refuses_data_that_ends_sooner(teacher: nn.Module, tmp_path: Path) -> None:
     roastify.recover(converted(teacher), teacher, batches(8), 6, folder=tmp_path, align_batches=1)
     with pytest.raises(CheckpointError, match="holds 4 batches in epoch 0, and the checkpoint was written after 6"):
         roastify.recover(converted(teacher), teacher, batches(8)[:4], 6, folder=tmp_path, align_batches=1, resume=True)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
-def test_a_folder_that_cannot_be_written(teacher: nn.Module, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_reported(teacher: nn.Module, tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(CheckpointError, match=r"cannot write the checkpoint .*: Permission denied"):
         roastify.recover(converted(teacher), teacher, batches(), 2, folder=tmp_path / "x")
@@ -895,7 +895,7 @@ def test_a_folder_that_cannot_be_written(teacher: nn.Module, tmp_path: Path) -> 
 # Refusals
 
 
-def test_models_that_do_not_belong_together(teacher: nn.Module) -> None:
+def test_models_that_do_not_belong_together_are_refused(teacher: nn.Module) -> None:
     student = converted(teacher)
     with pytest.raises(ConversionError, match="this Net holds no roastify pool"):
         roastify.recover(teacher, teacher, batches())
@@ -925,7 +925,7 @@ def test_models_that_do_not_belong_together(teacher: nn.Module) -> None:
 
 
 class Outputs(nn.Module):
-    """One layer, and whatever is made of its output."""
+    """One layer, and a function that makes the model's output of the layer's."""
 
     def __init__(self, make: Callable[[nn.Module, Tensor], Any]) -> None:
         super().__init__()
@@ -936,7 +936,7 @@ class Outputs(nn.Module):
         return self.make(self, self.layer(x))
 
 
-def test_outputs_that_cannot_be_compared() -> None:
+def test_outputs_that_cannot_be_compared_are_refused() -> None:
     data = [torch.randn(4, 64)]
     dense = Outputs(lambda module, y: y.argmax(-1))
     with pytest.raises(RecoveryError, match="no output of the teacher is a floating-point tensor of several elements"):
@@ -965,7 +965,7 @@ def test_outputs_of_several_kinds() -> None:
     assert report.logits == ("logits",)
 
 
-def test_data_that_does_not_do(teacher: nn.Module) -> None:
+def test_unusable_data_is_refused(teacher: nn.Module) -> None:
     student = converted(teacher)
     with pytest.raises(ConfigError, match=r"data must be an iterable of batches .*; found a int"):
         roastify.recover(student, teacher, 3)
@@ -1006,7 +1006,7 @@ def test_data_that_does_not_do(teacher: nn.Module) -> None:
         ({"loss_fn": lambda out, batch: out.sum().detach()}, "loss_fn returned float32.* without a gradient; expected"),
     ],
 )
-def test_settings_that_do_not_do(teacher: nn.Module, settings: dict[str, Any], message: str) -> None:
+def test_invalid_settings_are_refused(teacher: nn.Module, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         roastify.recover(converted(teacher), teacher, batches(2), **settings)
 
@@ -1024,7 +1024,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(teacher: nn.Module, tmp_path: Pa
     message = (
         r"the loss is not finite by step 4 \(.*task nan\); lower the learning rate.*checkpoint in .* is from before"
     )
-    # Whether the curve has a point there or not.
+    # This holds whether or not the loss curve has a point there.
     for every in (1, 50):
         seen = 0
         folder = tmp_path / str(every)
@@ -1037,7 +1037,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(teacher: nn.Module, tmp_path: Pa
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run(teacher: nn.Module, tmp_path: Path) -> None:
-    """The loss of that step is finite, and a checkpoint of its parameters would be of no use."""
+    """The loss of that step is finite, but a checkpoint of its parameters would be useless."""
     seen = 0
 
     def explode(outputs: Tensor, batch: Tensor) -> Tensor:
@@ -1058,7 +1058,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run(teacher: nn.Module, tmp_path
     assert ["step", 2] in found["state"]["dict"]
     assert_same(state_of(student), before)
     assert optimizer.param_groups[0]["lr"] == 0.01
-    # With nothing left of it in the optimizer either.
+    # The optimizer holds nothing of the failed run either.
     roastify.recover(student, teacher, batches(), 4, optimizer=optimizer)
 
 
@@ -1105,7 +1105,7 @@ def test_a_parameter_that_is_infinite_by_design_is_no_failure(teacher: nn.Module
     assert report.steps == 4
 
 
-def test_alignment_looks_at_inputs_that_likeness_does_not(teacher: nn.Module) -> None:
+def test_alignment_checks_inputs_of_batches_that_the_report_does_not_compare(teacher: nn.Module) -> None:
     data = batches()
     data[6][3, 2] = torch.nan
     student = converted(teacher)
@@ -1115,8 +1115,8 @@ def test_alignment_looks_at_inputs_that_likeness_does_not(teacher: nn.Module) ->
     assert_same(state_of(student), before)
 
 
-def test_an_evaluation_in_between_that_failed_is_made_up_for(teacher: nn.Module, tmp_path: Path) -> None:
-    """The run goes on from there as if it had never stopped: features of an evaluation are none of the next step."""
+def test_a_resumed_run_repeats_an_evaluation_that_failed(teacher: nn.Module, tmp_path: Path) -> None:
+    """The run then continues as if it had never stopped: no feature of the evaluation enters the next step's loss."""
 
     def evaluate(model: nn.Module) -> Any:
         if failing:
@@ -1135,7 +1135,7 @@ def test_an_evaluation_in_between_that_failed_is_made_up_for(teacher: nn.Module,
     assert torch.equal(pool_of(resumed).weight, pool_of(whole).weight)
 
 
-def test_an_evaluation_that_fails_loses_nothing(teacher: nn.Module, tmp_path: Path) -> None:
+def test_a_failed_evaluation_loses_no_training(teacher: nn.Module, tmp_path: Path) -> None:
     called = 0
 
     def evaluate(model: nn.Module) -> Any:
@@ -1153,7 +1153,7 @@ def test_an_evaluation_that_fails_loses_nothing(teacher: nn.Module, tmp_path: Pa
     for _ in range(2):
         report = roastify.recover(second, teacher, batches(), 4, evaluate=evaluate, folder=tmp_path, resume=True)
         assert report.resumed_at == 4 and called == 2
-        # Evaluated once, in numbers that JSON has.
+        # The report has one evaluation, in numbers that JSON can hold.
         assert json.loads(json.dumps(report.to_dict()))["evaluations"] == [[4, {"accuracy": 0.5, "loss": 2.0}]]
     assert torch.equal(pool_of(first).weight, pool_of(second).weight)
 

@@ -1,4 +1,4 @@
-"""From what a user types to one model: Python files, names in them, transformers' folders; and every refusal."""
+"""Which model a user's SOURCE means: Python files, names in them, transformers' folders; and every refusal."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _net_and(text: str) -> str:
 
 
 def _refusal(name: object) -> str:
-    """Return the message with which a source is refused; nothing of the attempt stays behind."""
+    """Return the message with which a source is refused; check that the attempt leaves nothing behind."""
     path = list(sys.path)
     with pytest.raises(SourceError) as caught:
         load_source(str(name))
@@ -65,7 +65,7 @@ def _refusal(name: object) -> str:
         ("def anything() -> Net:\n    return Net(12)", 12),
         ("def anything() -> 'Net':\n    return Net(12)", 12),
         ("def helper(width):\n    return Net(width)", 8),
-        # An instance goes before a builder, and a builder before a class.
+        # An instance is preferred to a builder, and a builder to a class.
         ("def build_model():\n    return Net(10)\nmine = Net(9)", 9),
         ("", 8),
     ],
@@ -136,7 +136,7 @@ def test_an_imported_class_or_builder_is_not_the_files_own(write: Callable[..., 
 
 
 def test_files_beside_it_can_be_imported(write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    # `sibling_first` also lies elsewhere on the path: the one beside the file is meant, as when a script is run.
+    # Another `sibling_first` is on the path: the one beside the file is imported, as when a script is run.
     elsewhere = write("raise ImportError('the wrong one')", "decoy.py").parent / "elsewhere"
     elsewhere.mkdir()
     (elsewhere / "sibling_first.py").write_text("WIDTH = 1", encoding="utf-8")
@@ -186,7 +186,7 @@ def test_example_inputs_are_a_value_or_a_function(write: Callable[..., Path], re
     source = load_source(str(write(_net_and(rest))) + ":Net")
     assert isinstance(source.example_inputs, Tensor)
     assert torch.equal(source.example_inputs, torch.full((2, 8), 3.0))
-    # Nor is a function of that name taken for the model's builder.
+    # A function of that name is not taken for the model's builder.
     assert type(load_source(str(write(_net_and(rest), "whole.py"))).model).__name__ == "Net"
 
 
@@ -200,7 +200,7 @@ def test_example_inputs_that_fail_are_reported(write: Callable[..., Path]) -> No
     [
         ("import torch\n\nimport no_such_module\n", "ModuleNotFoundError: No module named 'no_such_module'", 3),
         ("x = 1\ny = x / 0\n", "ZeroDivisionError: division by zero", 2),
-        # The line is the file's own, where the error came from below it.
+        # The named line is the file's own, although the error was raised in another file.
         ("import json\n\n\n\njson.loads('{')\n", "JSONDecodeError: Expecting property name", 5),
         ("def f(:\n    pass\n", "SyntaxError: invalid syntax", 1),
         ("if True:\nx = 1\n", "IndentationError: expected an indented block", 2),
@@ -236,7 +236,7 @@ def test_a_script_that_exits_is_reported(write: Callable[..., Path], text: str) 
         _net_and("def build_model(width):\n    return Net(width)\nclass Net(Net):\n    def __init__(self, w): ...\n"),
     ],
 )
-def test_a_file_without_a_model_is_told_what_would_be_one(write: Callable[..., Path], text: str) -> None:
+def test_the_error_of_a_file_without_a_model_says_what_counts_as_a_model(write: Callable[..., Path], text: str) -> None:
     path = write(text)
     refusal = _refusal(path)
     assert refusal.startswith(f"{path} holds no model; expected a torch.nn.Module, a function without required arg")
@@ -256,12 +256,12 @@ def test_a_file_with_several_models_lists_them_and_how_to_choose(
 ) -> None:
     path = write(_net_and(rest))
     assert _refusal(path) == f"{path} holds several models ({', '.join(names)}); name one: {path}:{names[0]}"
-    # The advice works, for each of them.
+    # The error's advice works for each name.
     for name in names:
         assert isinstance(load_source(f"{path}:{name}").model, nn.Module)
 
 
-def test_a_name_that_does_not_exist_is_answered_with_the_closest(write: Callable[..., Path]) -> None:
+def test_the_error_of_an_unknown_name_names_the_closest_one(write: Callable[..., Path]) -> None:
     path = write(_net_and("def build_model():\n    return Net()"))
     assert _refusal(f"{path}:bild_model") == f"{path} has no name 'bild_model'; closest: 'build_model'"
     assert _refusal(f"{path}:zzz") == f"{path} has no name 'zzz'"
@@ -285,7 +285,7 @@ def test_a_builder_that_gives_no_model_is_reported(
     assert _refusal(f"{path}{name}").startswith(f"{path}{message}")
 
 
-def test_what_is_no_python_file_is_reported(tmp_path: Path, write: Callable[..., Path]) -> None:
+def test_a_source_that_is_no_python_file_is_reported(tmp_path: Path, write: Callable[..., Path]) -> None:
     assert _refusal(tmp_path / "gone.py") == f"{tmp_path}/gone.py: there is no file {tmp_path}/gone.py"
     assert _refusal(f"{tmp_path}/gone.py:Net") == f"{tmp_path}/gone.py:Net: there is no file {tmp_path}/gone.py"
     expected = "expected file.py, file.py:NAME or hf:DIRECTORY"
@@ -308,10 +308,10 @@ def test_a_scheme_of_another_library_says_what_to_do_instead(scheme: str) -> Non
 
 @pytest.fixture
 def transformers(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Return transformers, offline: a test that reaches for the network fails."""
+    """Return transformers in offline mode: a test that uses the network fails."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     transformers = pytest.importorskip("transformers")
-    # The variable is read when the hub's package is imported, which may have been before.
+    # huggingface_hub reads the variable when it is imported, and it may have been imported before.
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -349,7 +349,7 @@ def test_a_folder_with_a_config_gives_a_new_model(tmp_path: Path, transformers: 
     assert source.model(**source.example_inputs).logits.shape[-1] == 60
 
 
-def test_dummy_inputs_outside_the_vocabulary_are_not_taken(tmp_path: Path, transformers: Any) -> None:
+def test_dummy_inputs_outside_the_vocabulary_are_not_used(tmp_path: Path, transformers: Any) -> None:
     config = _config(transformers, architectures=["BertModel"])
     config.vocab_size = 5
     config.save_pretrained(tmp_path)
@@ -375,7 +375,7 @@ def test_a_config_without_architectures_gives_the_base_model(tmp_path: Path, tra
     assert type(load_source(f"hf:{tmp_path}").model) is transformers.BertModel
 
 
-def test_an_architecture_that_transformers_lacks_is_named(tmp_path: Path, transformers: Any) -> None:
+def test_the_error_names_an_architecture_that_transformers_lacks(tmp_path: Path, transformers: Any) -> None:
     _config(transformers, architectures=["BertForDreaming"]).save_pretrained(tmp_path)
     assert _refusal(f"hf:{tmp_path}") == (
         f"hf:{tmp_path}: the config names the architecture 'BertForDreaming', unknown to transformers"

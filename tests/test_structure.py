@@ -1,4 +1,4 @@
-"""The repository's own rules: imports go one way, importing starts nothing, what is installed is what is here."""
+"""The repository's own rules: imports go one way, importing starts nothing, the wheel has every file."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ ROOT = Path(__file__).parents[1]
 
 PACKAGE, KERNELS = ROOT / "roastify", ROOT / "kernels"
 
-# From the outermost in: a file imports only from its own room or from rooms further in. A room is a folder, or files
-# that stand beside the folders.
-ROOMS = [
+# The levels of the package, the highest first: a file imports only from its own level or from lower ones. A level is
+# one folder, or some files beside the folders.
+LEVELS = [
     {"cli"},
     {"report", "source"},
     {"api"},
@@ -40,7 +40,7 @@ ROOMS = [
 
 
 def module_name(path: Path) -> str:
-    """The dotted name by which a file of the package is imported."""
+    """Return the dotted name by which a file of the package is imported."""
     parts = ["kernels", *path.relative_to(KERNELS).parts] if path.is_relative_to(KERNELS) else []
     parts = parts or list(path.relative_to(PACKAGE).parts)
     parts[-1] = parts[-1].removesuffix(".py")
@@ -52,15 +52,15 @@ FILES = {module_name(path): path for folder in (PACKAGE, KERNELS) for path in so
 MODULES = {name: path for name, path in FILES.items() if path.name != "__init__.py"}
 
 
-def room_of(module: str) -> int:
-    room = module.split(".")[1]
-    found = [level for level, names in enumerate(ROOMS) if room in names]
-    assert found, f"{module} is in no room of ROOMS"
+def level_of(module: str) -> int:
+    name = module.split(".")[1]
+    found = [level for level, names in enumerate(LEVELS) if name in names]
+    assert found, f"{module} is in no level of LEVELS"
     return found[0]
 
 
 def imported_modules(path: Path) -> set[str]:
-    """Names of roastify's modules that a file imports, at its top or inside functions."""
+    """Return the names of roastify's modules that a file imports, at its top or inside functions."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "roastify":
@@ -74,11 +74,11 @@ def imported_modules(path: Path) -> set[str]:
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_go_one_way(module: str) -> None:
     for imported in imported_modules(MODULES[module]):
-        assert room_of(imported) >= room_of(module), f"{module} imports {imported}"
+        assert level_of(imported) >= level_of(module), f"{module} imports {imported}"
 
 
-def test_rooms_are_the_packages_files_and_folders() -> None:
-    assert {name.split(".")[1] for name in MODULES} == set().union(*ROOMS)
+def test_every_file_and_folder_of_the_package_has_a_level() -> None:
+    assert {name.split(".")[1] for name in MODULES} == set().union(*LEVELS)
 
 
 def test_no_import_cycles() -> None:
@@ -96,13 +96,13 @@ def test_no_import_cycles() -> None:
         visit(module, ())
 
 
-def test_rooms_import_nothing_by_themselves() -> None:
+def test_init_files_of_folders_import_nothing_of_the_package() -> None:
     for name, path in FILES.items():
         if path.name == "__init__.py" and name != "roastify":
-            assert not imported_modules(path), f"{name} makes its whole room part of every import from it"
+            assert not imported_modules(path), f"{name} makes its whole folder part of every import from it"
 
 
-def test_only_the_folder_for_gpus_imports_triton() -> None:
+def test_only_the_gpu_folder_imports_triton() -> None:
     for name, path in MODULES.items():
         tree = ast.parse(path.read_text())
         imported = [node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
@@ -111,12 +111,12 @@ def test_only_the_folder_for_gpus_imports_triton() -> None:
             assert name.startswith("roastify.kernels.gpu."), name
 
 
-# An operator has one name in its reference, its launcher and the function that calls it, and a command is the function
-# of its name; the device twin of the mapping has the mapping's names.
+# These modules share names on purpose: an operator has one name in its reference, its launcher and the function that
+# calls it; a command has the name of its Python function; the mapping on the GPU has the mapping's names.
 TWINS = {"cli", "api", "kernels.ops", "kernels.reference", "pool.mapping"}
 
 
-def test_one_name_for_one_thing() -> None:
+def test_no_two_modules_define_the_same_name() -> None:
     found: dict[str, list[str]] = {}
     for name, path in MODULES.items():
         for node in ast.parse(path.read_text()).body:
@@ -143,7 +143,7 @@ def test_private_parts_of_torch_have_one_home() -> None:
 
 
 def test_numerics_import_no_user_interface() -> None:
-    """Rich is for the command line: `import roastify` does not load it, nor sympy."""
+    """Only the command line needs rich: `import roastify` loads neither rich, click nor sympy."""
     for name, path in MODULES.items():
         at_top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
         modules = [node.module or "" if isinstance(node, ast.ImportFrom) else node.names[0].name for node in at_top]
@@ -184,7 +184,7 @@ def test_installed_wheel_works(tmp_path: Path) -> None:
         f"assert Path(roastify.__file__).is_relative_to({str(site)!r}), roastify.__file__; "
         "m = roastify.convert(torch.nn.Linear(64, 64), 4); print(m(torch.zeros(1, 64)).shape)"
     )
-    # -S and an explicit path keep the editable installation out of the way.
+    # With -S and an explicit path Python does not find the editable installation.
     packages = sysconfig.get_paths()["purelib"]
     command = [sys.executable, "-S", "-c", f"import sys; sys.path[:0] = [{str(site)!r}, {packages!r}]; {code}"]
     output = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout

@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer, Accelerate and Lightning train a converted model, save it and go on from where they were."""
+"""Hugging Face's Trainer, Accelerate and Lightning train a converted model, save it and resume."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import roastify
 
 WORDS, LENGTH, BATCH = 96, 8, 4
 RATIO = 4
-# What the trainers themselves say of workers, logging and old interfaces is theirs.
+# The trainers themselves warn of workers, logging and old interfaces.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -89,7 +89,7 @@ def trainer_of(model: nn.Module, folder: Path, **settings: Any) -> Any:
     return transformers.Trainer(model, arguments, train_dataset=Sentences(32), eval_dataset=Sentences(8))
 
 
-def test_trainer_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
+def test_trainer_resumes_from_a_checkpoint(tmp_path: Path) -> None:
     whole = trainer_of(converted_bert(), tmp_path / "whole", max_steps=4, save_steps=2)
     start = values(whole.model)
     whole.train()
@@ -99,8 +99,8 @@ def test_trainer_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     assert_same(values(resumed.model), values(whole.model))
 
 
-def test_trainer_brings_the_best_model_back(tmp_path: Path) -> None:
-    # After the first evaluation the learning rate leaps, so that the best model is not the last.
+def test_trainer_loads_the_best_model_at_the_end(tmp_path: Path) -> None:
+    # After the first evaluation the learning rate rises sharply, so that the best model is not the last.
     trainer = trainer_of(
         converted_bert(),
         tmp_path,
@@ -129,7 +129,7 @@ def test_trainer_brings_the_best_model_back(tmp_path: Path) -> None:
     assert_same(values(trainer.model), seen[0])
 
 
-def test_trainer_saves_what_loads(tmp_path: Path) -> None:
+def test_trainer_saves_a_file_that_loads(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     trainer = trainer_of(converted_bert(), tmp_path / "run", max_steps=2, save_strategy="no")
@@ -138,7 +138,7 @@ def test_trainer_saves_what_loads(tmp_path: Path) -> None:
     found = load_file(tmp_path / "saved" / "model.safetensors")
     other = converted_bert()
     missing, unexpected = other.load_state_dict(found, strict=False)
-    # Tied to what is there, as in the dense model's file.
+    # The missing tensor is tied to one in the file, as in the dense model's file.
     assert set(missing) <= {"cls.predictions.decoder.bias"} and not unexpected
     rows = words(2)
     trained = trainer.model.eval()
@@ -184,7 +184,7 @@ def plain_training(steps: int) -> dict[str, Tensor]:
     return values(model)
 
 
-def test_accelerate_is_the_plain_loop(tmp_path: Path) -> None:
+def test_accelerate_gives_the_weights_of_a_plain_loop(tmp_path: Path) -> None:
     accelerate = pytest.importorskip("accelerate")
     steps = 4
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
@@ -213,7 +213,7 @@ def test_accelerate_is_the_plain_loop(tmp_path: Path) -> None:
     assert_same(values(roastify.load(tmp_path / "artifact", Net())), trained)
 
 
-def test_lightning_is_the_plain_loop(tmp_path: Path) -> None:
+def test_lightning_gives_the_weights_of_a_plain_loop(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         lightning = pytest.importorskip("lightning")

@@ -18,7 +18,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import roastify
 from roastify.conversion.converted import pool_of
 
-# cuDNN would rather have a recurrent layer's weights in one piece of memory.
+# cuDNN warns if a recurrent layer's weights are not in one piece of memory.
 pytestmark = pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous:UserWarning")
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -45,17 +45,17 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in roastify.densify(model).named_parameters()}
 
 
-# What a step means.
+# Which dense step a step on the pool stands for.
 
 
 @pytest.mark.parametrize("precondition", [True, False])
 @pytest.mark.parametrize("name", MODELS)
 def test_sgd_on_the_pool_is_dense_sgd_projected(name: str, precondition: bool) -> None:
-    """Momentum and weight decay included: Γ divides gradients alone, and the decay of λ·s·pool projects to the pool's.
+    """With momentum and weight decay: Γ divides only gradients, and decay of λ·s·pool projects to decay of the pool.
 
-    The dense twin steps, leaves what the pool can express, and is brought back to the nearest it can.
+    After each step the dense twin's weights are projected back onto what the pool can express.
     """
-    # With basis kernels weights are products, whose steps are no projections.
+    # With basis kernels a weight is a product of two parameters, so its step is no projection.
     model, dense = pair(name, torch.float64, precondition=precondition, kernel_basis="none")
     naive = Naive(model, dense)
     naive.write(pool_of(model).weight)
@@ -149,7 +149,7 @@ def regression(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[floa
 
 
 def test_learning_rates() -> None:
-    """At a ratio of 50: where the dense model trains so does the pool, with SGD slower and up to higher rates."""
+    """At ratio 50 the pool trains at the dense model's rates; with SGD it is slower, and trains at higher rates too."""
     torch.manual_seed(0)
     widths = (64, 256, 256, 256)
     layers = [part for sizes in itertools.pairwise(widths) for part in (nn.Linear(*sizes), nn.Tanh())]
@@ -172,12 +172,12 @@ def test_learning_rates() -> None:
     # Without Γ a step is larger by the number of readers.
     assert final(sgd, True, lr=3.0) < 0.5
     assert not final(sgd, False, lr=3.0) < 1.0
-    # Adam's steps do not know the gradient's scale: the dense rate is the pool's, with Γ or without.
+    # Adam's steps do not depend on the gradient's scale: the dense rate suits the pool, with Γ or without.
     adam = [final(torch.optim.AdamW, precondition, lr=3e-3) for precondition in (None, True, False)]
     assert max(adam) < 0.1, adam
 
 
-# Optimizers and what stands beside them.
+# Optimizers and gradient clipping.
 
 OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "sgd": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}),
@@ -192,7 +192,7 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
 @pytest.mark.parametrize("way", ["foreach", "fused"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizers(name: str, way: str, device: str) -> None:
-    """The ways of an optimizer agree, and train the pool as they train a dense weight of its values and gradients."""
+    """An optimizer's implementations agree, and train the pool as a dense weight with its values and gradients."""
     kind, options = OPTIMIZERS[name]
     if way == "fused" and (name == "rmsprop" or (name == "adagrad" and device == "cuda")):
         pytest.skip(f"torch has no fused {name} on {device}")
@@ -416,7 +416,7 @@ def test_a_compiled_backward_pass_of_an_eager_model() -> None:
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.filterwarnings("ignore")
 def test_blocks_compiled_by_themselves() -> None:
-    """Where a block lies in the pool is a constant of its graph, so torch's limit on graphs must allow one for each."""
+    """A block's place in the pool is a constant of its graph, so torch's limit must allow one graph for each block."""
     _, model = blocks(10)
     twin = copy.deepcopy(model)
     counter = CompileCounterWithBackend("aot_eager")
@@ -424,7 +424,7 @@ def test_blocks_compiled_by_themselves() -> None:
         block.compile(backend=counter, fullgraph=True)
     with torch._dynamo.config.patch(recompile_limit=16):
         found = train(model, model)
-    # λ is a number that torch first takes for a variable, finds that it is not, and begins again.
+    # torch first takes the number λ for a variable; once it finds that λ is constant, it compiles again.
     assert counter.frame_count in (10, 11)
     torch.testing.assert_close(found, train(twin, twin), rtol=1e-4, atol=0)
 

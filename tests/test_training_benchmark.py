@@ -53,7 +53,7 @@ def rows_of(path: Path) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_one_device_and_the_page(tmp_path: Path) -> None:
+def test_rows_of_one_device_and_their_page(tmp_path: Path) -> None:
     output = tmp_path / "rows.json"
     settings = ("--smoke", "--steps", "5", "--device", "cpu", "--output", str(output))
     run("benchmarks.training", *settings, "--only", "(deep|resnet).*eager")
@@ -77,12 +77,12 @@ def test_one_device_and_the_page(tmp_path: Path) -> None:
     text = write_page(output, tmp_path / "page.md")
     assert "| 123.000 |" in text and "≥ 3.8 met" in text and "Several GPUs" not in text
     assert "≤ 1.15" in text
-    # A CPU counts no memory.
+    # Memory is not measured on a CPU, so there is no plot of it.
     assert [path.name for path in (tmp_path / "images").iterdir()] == ["training-time.png"]
 
 
 @pytest.mark.slow
-def test_two_processes(tmp_path: Path) -> None:
+def test_rows_of_two_processes(tmp_path: Path) -> None:
     output = tmp_path / "rows.json"
     settings = ("--smoke", "--steps", "5", "--device", "cpu", "--output", str(output), "--only", "llama")
     started = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
@@ -106,7 +106,7 @@ def test_two_processes(tmp_path: Path) -> None:
     assert (tmp_path / "images" / "training-scaling.png").is_file()
 
 
-def test_nothing_matches_and_nothing_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pattern_that_matches_no_case_starts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = ["--smoke", "--device", "cpu", "--output", str(tmp_path / "rows.json")]
     done = CliRunner().invoke(main, [*settings, "--only", "nothing"])
     assert done.exit_code == 2 and "the cases are bert-base/eager/ratio=4" in done.output

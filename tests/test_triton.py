@@ -1,4 +1,4 @@
-"""The Triton kernels, held to the plain-torch reference: on a GPU, or in Triton's interpreter on a CPU."""
+"""The Triton kernels against the plain-torch reference: on a GPU, or in Triton's interpreter on a CPU."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_reduce(name: str, dtype: torch.dtype) -> None:
     assert torch.equal(found, reduce.reduce(grad, table, view, 0.7, list(shape)))
 
 
-# Those whose tiles are fewer than the slots: in one chunk, and in two, of which the second begins in the tensor.
+# Cases with fewer tiles than slots: in one chunk, and in two chunks, the second of which begins in the tensor.
 ADDED = CASES | {
     "fewer tiles than slots": Case(40, 30, (16, 16), 40, first_tile=5, sign="row"),
     "fewer tiles, in two chunks": Case(77, 123, (16, 16), 53, first_tile=30, sign="row"),
@@ -141,7 +141,7 @@ ADDED = CASES | {
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ADDED)
 def test_reduce_to_a_sum(monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype) -> None:
-    """In the sum's float32 whatever the gradient's dtype, and untouched where the tensor does not read."""
+    """Sums are in float32 whatever the gradient's dtype; elements that the tensor does not read stay unchanged."""
     view, table, shape = ADDED[name].build()
     by_tile = []
     monkeypatch.setattr(reduce, "_by_tile", lambda *args, run=reduce._by_tile: (by_tile.append(True), run(*args)))
@@ -175,7 +175,7 @@ def test_linear_reduce_to_a_sum(monkeypatch: pytest.MonkeyPatch, name: str, scra
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_narrow_gradients_are_summed_in_float32(dtype: torch.dtype) -> None:
-    """All tiles share one slot: 4096 in the first and 1 in 64 others, which would vanish one by one."""
+    """All tiles share one slot: 4096 in the first and 1 in 64 others; in a narrow dtype each 1 would vanish."""
     view, table, shape = Case(16, 16 * 65, (16, 16), 1, sign="none").build()
     grad = torch.ones(view.rows, view.cols, dtype=dtype, device=DEVICE)
     grad[:, :16] = 4096
@@ -209,7 +209,7 @@ FEW_ROWS = [
 def product_case(
     name: str, num_rows: int, dtype: torch.dtype, bias: bool = True
 ) -> tuple[tuple[Tensor, Tensor, Tensor | None, Tensor, TileView, float], Tensor]:
-    """Return a product's arguments and what it must be, in float64."""
+    """Return a product's arguments, and the expected result in float64."""
     view, table, shape = CASES[name].build()
     pool, x = randn(*shape, dtype=dtype), randn(num_rows, view.cols, dtype=dtype, seed=1)
     b = randn(view.rows, dtype=dtype, seed=2) if bias else None
@@ -262,7 +262,7 @@ def test_split(monkeypatch: pytest.MonkeyPatch, name: str, num_rows: int, tiles:
 
 @pytest.fixture
 def tf32() -> Iterator[None]:
-    """Let float32 products take the matrix unit's precision; on a CPU the interpreter computes them exactly."""
+    """Let float32 products use the matrix unit's precision; on a CPU the interpreter computes them exactly."""
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     yield
@@ -286,8 +286,8 @@ def test_many_rows(
     assert_computes(many_rows.many_rows, arguments, expected)
 
 
-def test_every_way_is_taken(tf32: None) -> None:
-    """By shape: each kernel of the product is somebody's, and what none of them takes is gathered."""
+def test_every_kernel_of_the_product_is_chosen_for_some_shape(tf32: None) -> None:
+    """If no kernel fits a shape, the weight is gathered."""
 
     def way(case: Case, num_rows: int, dtype: torch.dtype = torch.bfloat16) -> str:
         view, _, shape = case.build()
@@ -332,8 +332,8 @@ def test_float32_follows_torchs_precision(tf32: None) -> None:
 
 @pytest.mark.parametrize("num_rows", [1, 3])
 @pytest.mark.parametrize("name", ["padding alone", "sign per element", "large tiles"])
-def test_memory_that_is_padding_is_not_read(name: str, num_rows: int) -> None:
-    """Only what the tensor reads is finite: everything else in the pool is NaN."""
+def test_padding_is_not_read(name: str, num_rows: int) -> None:
+    """Only elements that the tensor reads are finite: all others in the pool are NaN."""
     view, table, shape = CASES[name].build()
     pool = torch.full(shape, float("nan"), device=DEVICE)
     ones = torch.ones(view.rows, view.cols, device=DEVICE)
@@ -349,7 +349,7 @@ def test_memory_that_is_padding_is_not_read(name: str, num_rows: int) -> None:
 
 @pytest.fixture
 def wide_integers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[TileView]]:
-    """Let the products compute addresses in 64 bits; return the views for which it was asked."""
+    """Let the products compute addresses in 64 bits; return the views whose address type was asked for."""
     asked: list[TileView] = []
 
     def address_type(pool_numel: int, view: TileView, num_rows: int) -> triton.language.dtype:
@@ -368,7 +368,7 @@ def wide_integers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[TileView]]:
 
 @pytest.mark.parametrize("name", ["many chunks, padded", "whole columns, many chunks", "sign per element", "a region"])
 def test_products_in_wide_integers(wide_integers: list[TileView], name: str) -> None:
-    """What large pools take: the same results from 64-bit addresses."""
+    """Large pools need 64-bit addresses; the results must be the same."""
     arguments, expected = product_case(name, 1, torch.bfloat16)
     ways = [few_rows.one_row, few_rows.split]
     ways += [few_rows.by_slot] if CASES[name].sign != "element" else []
@@ -378,7 +378,7 @@ def test_products_in_wide_integers(wide_integers: list[TileView], name: str) -> 
     assert wide_integers == [arguments[4]] * len(ways)
 
 
-def test_address_type_by_what_must_be_counted() -> None:
+def test_the_address_type_depends_on_the_largest_address() -> None:
     view, _, shape = CASES["sign per row"].build()
     numel = shape[0] * shape[1]
     narrow, wide = triton.language.int32, triton.language.int64
@@ -413,7 +413,7 @@ def test_split_settings_fit_a_multiprocessor(
 ) -> None:
     tile_map = TileMap(40000, num_slots * 128 * 64 // (tile[0] * tile[1]), tile, sign="tile")
     found = tuning.split_settings(tile_map.view(*shape, 0), num_rows, itemsize, shared_bytes)
-    # All the way to 128 rows in bfloat16, and to 32 in float32, there is room for the usual tiles.
+    # Shared memory holds the usual tiles up to 128 rows in bfloat16, and up to 32 rows in float32.
     assert found is not None or (itemsize == 4 and num_rows > 32) or tile[1] > 64
     if found is not None:
         rows = min(found.block_rows, tile[0]) + max(triton.next_power_of_2(num_rows), 16 // found.stacked)
@@ -429,8 +429,8 @@ def test_split_with_the_tables_settings(name: str, num_rows: int, dtype: torch.d
     assert_computes(few_rows.split, *product_case(name, num_rows, dtype))
 
 
-def test_a_slot_is_read_once_only_where_that_fits() -> None:
-    """Not with many chunks, not with padded columns, and not where partial sums take more than the scratch."""
+def test_reading_slot_by_slot_is_chosen_only_where_it_fits() -> None:
+    """It does not fit with many chunks, with padded columns, or if partial sums exceed the scratch memory."""
 
     def reads(shape: tuple[int, int], num_slots: int, tile: tuple[int, int] = (128, 64), num_rows: int = 4) -> bool:
         return tuning.reads_by_slot(TileMap(3_000_000, num_slots, tile).view(*shape, 0), num_rows)
@@ -472,7 +472,7 @@ def test_products_in_panels(monkeypatch: pytest.MonkeyPatch, name: str, scratch:
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize("num_rows", [1, 5, 200])
-def test_tensors_of_a_device_that_is_not_the_current_one(num_rows: int) -> None:
+def test_tensors_on_a_device_that_is_not_the_current_one(num_rows: int) -> None:
     from roastify.kernels import ops
 
     arguments, expected = product_case("whole columns", num_rows, torch.bfloat16)
@@ -512,7 +512,7 @@ def test_a_converted_model_on_a_gpu(dtype: torch.dtype) -> None:
     assert torch.equal(captured, out)
 
 
-# Weights of a group: sizes, first tile, where in it, λ, and whether transposed.
+# Weights of a group: rows, columns, first tile, offset in that tile, λ, and whether transposed.
 GROUPS = {
     "one shape": (Case(64, 64, (16, 16), 9, sign="row"), [(64, 64, 0, 0, 0.7, False), (64, 64, 16, 0, -1.3, False)]),
     "padded, many chunks": (
@@ -583,7 +583,9 @@ def test_reduce_of_a_group(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(("run", "together"), [(3, True), (2, True), (1, False)])
-def test_most_gradients_of_a_group_go_by_its_kernel(run: int, together: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_groups_kernel_adds_the_gradients_if_most_of_the_group_has_one(
+    run: int, together: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -612,7 +614,7 @@ def test_most_gradients_of_a_group_go_by_its_kernel(run: int, together: bool, mo
 
 
 # Convolutions of a group whose kernels have bases: `(basis kernels, kernel)`, then each one's channels, first tile,
-# where in it, and λ.
+# offset in that tile, and λ.
 WITH_BASES = {
     "of nine positions": (
         Case(0, 0, (16, 16), 5, strips=True, sign="row"), (3, (3, 3)),
@@ -651,7 +653,7 @@ def test_combine_of_a_group(name: str, dtype: torch.dtype) -> None:
         assert torch.equal(coefficients.view(weight.view[:2]), gather.gather(pool, table, weight.view, weight.scale))
         assert coefficients.shape == weight.gathered_shape and weight.basis_shape == basis.shape
         assert found.shape == weight.shape and found.data_ptr() % 16 == 0 and found.is_contiguous()
-        # As for one weight by itself, to the bit: a checkpoint may make it so.
+        # The bits are those of one weight alone, because a checkpoint may recompute one weight alone.
         assert torch.equal(found.view(-1, basis.shape[1]), combine.combine(coefficients, basis))
         expected = in_float64(reference.combine, coefficients, basis)
         assert_near(found, expected.view(weight.shape), dtype)
@@ -662,7 +664,7 @@ def test_combine_of_a_group(name: str, dtype: torch.dtype) -> None:
 def test_reduce_of_a_group_with_bases(name: str, dtype: torch.dtype) -> None:
     made, table, shape, bases = build_with_bases(name)
     grads = [randn(*weight.shape, dtype=dtype, seed=seed) for seed, weight in enumerate(made.weights)]
-    # As cuDNN gives them for images whose channels are last, and as a sum does.
+    # One gradient has its channels last, as cuDNN gives it; another is expanded, as a sum gives it.
     grads[0] = grads[0].to(memory_format=torch.channels_last)
     grads[-1] = randn(1, dtype=dtype, seed=8).expand(made.weights[-1].shape) if len(grads) > 1 else grads[-1]
     before = randn(*shape, seed=9)
@@ -675,13 +677,13 @@ def test_reduce_of_a_group_with_bases(name: str, dtype: torch.dtype) -> None:
         total = before.clone()
         made.reduce_(total, grads, table, torch.cat(bases))
         found.append(total)
-    # Gradients of coefficients are rounded to their dtype, as those of one weight by itself.
+    # Gradients of coefficients are rounded to their dtype, as for one weight alone.
     assert_near(found[0].to(dtype), expected, dtype)
     assert torch.equal(*found)
 
 
-def test_a_group_is_not_found_before_all_of_it_is_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another thread may look for it then."""
+def test_a_group_is_registered_only_when_all_of_it_is_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise another thread could use a part of it."""
     made, table, shape, _ = build_with_bases("of nine positions")
     seen = []
     bring_to = group.GroupCombine.bring_to
@@ -704,7 +706,7 @@ def test_large_bases_have_no_kernel_for_a_group() -> None:
 
 
 class Convolutions(nn.Module):
-    """Three alike, of which some are run."""
+    """Three equal convolutions; `run` of them are called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -720,7 +722,7 @@ class Convolutions(nn.Module):
 
 @pytest.fixture
 def convolutions(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any, list[int]]:
-    """A model on the group's kernels, its copy in float64, which has none, and how many bases each kernel was given."""
+    """Return a model on the group's kernels, its float64 copy without them, and how many bases each launch got."""
     calls: list[int] = []
     reduce_ = group.Group.reduce_
 
@@ -768,7 +770,7 @@ def test_gradients_of_a_group_with_bases_are_those_in_float64(
         for index in frozen:
             pool_of(each).bases()[index].requires_grad_(False)
     assert_steps_alike(model, dense, loss_and_gradients)
-    # By the group's kernel where most of it runs; where it is one layer, by that layer's.
+    # The group's kernel runs if most of the group does; a single layer uses its own kernel.
     assert calls == ([3] if run > 1 else [])
     bases = pool_of(model).bases()
     assert [basis.grad is None for basis in bases] == [index >= run or index in frozen for index in range(3)]
@@ -805,7 +807,7 @@ def a_layer_twice(model: Any, x: Tensor) -> list[Tensor | None]:
 
 
 def checkpointed(model: Any, x: Tensor) -> list[Tensor | None]:
-    """Within a pass weights are made together; those that are made again in backward are made one by one."""
+    """A forward pass makes the weights together; backward recomputes them one by one."""
     model.again = functools.partial(checkpoint, use_reentrant=False)
     return loss_and_gradients(model, x)
 
@@ -823,7 +825,7 @@ def written_between_layers(model: Any, x: Tensor) -> list[Tensor | None]:
 
 
 def stepped_in_hooks(model: Any, x: Tensor, **options: Any) -> list[Tensor | None]:
-    """A basis may change as soon as it has its gradient, before the pool has its own."""
+    """A basis may change as soon as it has its gradient, before the pool has one."""
     for basis in pool_of(model).bases():
         optimizer = torch.optim.SGD([basis], lr=0.01, **options)
         basis.register_post_accumulate_grad_hook(lambda _, optimizer=optimizer: optimizer.step())
@@ -842,7 +844,7 @@ def parametrized(model: Any, x: Tensor) -> list[Tensor | None]:
 
 
 def parametrized_and_checkpointed(model: Any, x: Tensor) -> list[Tensor | None]:
-    """Reading a basis then runs code, which must run as often when a region is run again."""
+    """Reading a parametrized basis runs code; a recomputed region must run that code as often as before."""
     model.again = functools.partial(checkpoint, use_reentrant=False)
     return parametrized(model, x)
 
@@ -880,7 +882,7 @@ def test_a_compiled_backward_pass_of_an_eager_group_with_bases(
 ) -> None:
     model, dense, _ = convolutions
     torch.compiler.reset()
-    # The dense model's is not compiled.
+    # The dense model's backward pass is not compiled.
     expected = loss_and_gradients(dense, randn(2, 24, 9, 9).double())
     with compiled_autograd._enable(torch.compile(backend="eager")):
         found = loss_and_gradients(model, randn(2, 24, 9, 9))
@@ -889,7 +891,7 @@ def test_a_compiled_backward_pass_of_an_eager_group_with_bases(
         assert_near(one.detach(), other.detach(), torch.float32)
 
 
-def test_a_parametrized_basis_is_made_once_a_layer(convolutions: tuple[Any, Any, list[int]]) -> None:
+def test_a_parametrized_basis_is_computed_once_a_layer(convolutions: tuple[Any, Any, list[int]]) -> None:
     model, _, calls = convolutions
     made = []
 
@@ -902,7 +904,7 @@ def test_a_parametrized_basis_is_made_once_a_layer(convolutions: tuple[Any, Any,
         nn.utils.parametrize.register_parametrization(pool_of(model), f"basis_{index}", Watched())
     made.clear()
     model(randn(2, 24, 9, 9)).square().sum().backward()
-    # Its coefficients go by the group's kernel all the same.
+    # The group's kernel still makes the coefficients' gradients, without bases.
     assert len(made) == 3 and calls == [0]
 
 
@@ -913,7 +915,7 @@ def test_a_basis_of_another_shape_is_refused(convolutions: tuple[Any, Any, list[
         model(randn(2, 24, 9, 9))
 
 
-def test_a_failed_backward_pass_leaves_nothing(convolutions: tuple[Any, Any, list[int]]) -> None:
+def test_a_failed_backward_pass_leaves_no_gradient_behind(convolutions: tuple[Any, Any, list[int]]) -> None:
     model, _, _ = convolutions
     left = []
     leave = weights._DeferredGrads.leave
@@ -967,7 +969,7 @@ def test_a_basis_written_to_before_the_backward_pass_raises(convolutions: tuple[
 def test_a_pool_may_be_written_to_before_the_backward_pass(
     convolutions: tuple[Any, Any, list[int]], full_precision: None
 ) -> None:
-    """Coefficients are kept, as weights without a basis are."""
+    """The graph keeps coefficients, as it keeps weights without a basis."""
 
     def step(model: Any, x: Tensor) -> list[Tensor | None]:
         out = model(x).square().sum()
@@ -981,7 +983,7 @@ def test_a_pool_may_be_written_to_before_the_backward_pass(
     assert calls
 
 
-def test_nothing_of_a_group_with_bases_outlives_the_graph(convolutions: tuple[Any, Any, list[int]]) -> None:
+def test_a_group_with_bases_frees_its_weights_in_the_backward_pass(convolutions: tuple[Any, Any, list[int]]) -> None:
     model, _, _ = convolutions
     made = []
     combined = group.Group.combine
@@ -996,11 +998,11 @@ def test_nothing_of_a_group_with_bases_outlives_the_graph(convolutions: tuple[An
         loss = model(randn(2, 24, 9, 9)).square().sum()
     assert len(made) == 6 and not any(reference.expired() for reference in made)
     loss.backward()
-    # The graph is there, what it saved is not.
+    # The graph still exists, but what it saved is freed.
     assert all(reference.expired() for reference in made)
 
 
-def test_weights_of_a_group_are_alike() -> None:
+def test_weights_of_a_group_are_of_one_kind() -> None:
     views = [Case(64, 64, (16, 16), slots).build()[0] for slots in (5, 6)]
     with pytest.raises(AssertionError, match="differ in more than"):
         group.Group([WeightView(view, 1.0, (64, 64), False) for view in views])
@@ -1014,7 +1016,7 @@ def test_combine(rows: int, count: int, size: int, dtype: torch.dtype) -> None:
     coefficients, basis = randn(rows, count, dtype=dtype), randn(count, size, seed=1)
     expected = in_float64(reference.combine, coefficients, basis)
     assert_near(combine.combine(coefficients, basis), expected, dtype)
-    # As it is multiplied by in the backward pass.
+    # The backward pass multiplies by the transposed basis.
     grad = randn(rows, size, dtype=dtype, seed=2)
     assert_near(combine.combine(grad, basis.t()), in_float64(reference.combine, grad, basis.t()), dtype)
 
@@ -1034,13 +1036,13 @@ def test_combine_reduce(
 
 
 def test_combine_reduce_of_two_dtypes() -> None:
-    # A gradient that the coefficients' dtype does not hold.
+    # The gradient exceeds the range of the coefficients' dtype.
     coefficients, grad = randn(300, 6, dtype=torch.float16), 1e5 * randn(300, 9, seed=1)
     expected = in_float64(reference.combine_reduce, coefficients, grad)
     assert_near(combine.combine_reduce(coefficients, grad), expected, torch.float32)
 
 
-def test_sizes_without_a_product_are_refused() -> None:
+def test_sizes_that_cannot_be_multiplied_are_refused() -> None:
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
         combine.combine(randn(10, 4), randn(6, 9))
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
@@ -1057,7 +1059,7 @@ def test_combining_reads_no_row_beyond_the_last(name: str) -> None:
 
 
 @pytest.mark.parametrize("size", [65, 121])
-def test_large_bases_and_float64_go_through_the_reference(size: int) -> None:
+def test_large_bases_and_float64_use_the_reference(size: int) -> None:
     coefficients, basis = randn(40, 5), randn(5, size)
     assert torch.equal(combine.combine(coefficients, basis), reference.combine(coefficients, basis))
     wide = coefficients.double(), basis.double()

@@ -1,4 +1,4 @@
-"""What verification finds, what it lets pass, and that it leaves models as they were."""
+"""Which differences verification finds, and which it allows; it leaves models as they were."""
 
 from __future__ import annotations
 
@@ -90,14 +90,14 @@ def test_the_message_shows_both_signatures() -> None:
 
 
 def test_a_signature_that_differs_on_the_object_is_found() -> None:
-    # As accelerate's hooks do, forward is set on the instance: that is what a caller calls.
+    # forward is set on the instance, as accelerate's hooks do; a caller then calls the instance's.
     original, converted = nn.Linear(4, 4), nn.Linear(4, 4)
     converted.forward = lambda x: x
     with pytest.raises(SignatureMismatch, match="parameter 'input' is missing"):
         roastify.verify(original, converted)
 
 
-def test_signatures_that_say_the_same_pass() -> None:
+def test_equal_signatures_pass() -> None:
     def plain(self: Any, x: Tensor, mode: _Mode = _Mode.FAST, scale: float = float("nan"), *rest: int) -> Tensor:
         return x
 
@@ -124,7 +124,7 @@ def test_annotations_that_cannot_be_evaluated_compare_as_text() -> None:
 
 
 class Returns(nn.Module):
-    """Returns what it was told to make of its input and mode."""
+    """Returns what a given function makes of its input and mode."""
 
     def __init__(self, make: Callable[[Tensor, bool], Any]) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ def test_a_difference_in_the_outputs_is_found(name: str) -> None:
     before, after, message = DIFFERENCES[name]
     with pytest.raises(OutputMismatch, match=message):
         roastify.verify(Returns(before), Returns(after), X)
-    # It is a difference, not a dislike of such outputs.
+    # Equal outputs of the same structures pass.
     roastify.verify(Returns(before), Returns(before), X)
     roastify.verify(Returns(after), Returns(after), X)
 
@@ -286,7 +286,7 @@ def test_a_field_of_a_transformers_output_that_differs_is_found(
 
 
 class Stateful(nn.Module):
-    """Everything that a forward pass changes, or that a comparison might."""
+    """Has everything that a forward pass changes, or that a comparison might change."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -326,7 +326,7 @@ def test_both_models_and_the_random_generator_are_left_as_they_were(training: bo
     assert (_traces(original), _traces(converted)) == before
 
 
-def test_both_models_are_left_as_they_were_by_a_failure_too() -> None:
+def test_a_failed_comparison_leaves_both_models_as_they_were() -> None:
     class Failing(Stateful):
         def forward(self, x: Tensor) -> Tensor:
             super().forward(x)
@@ -363,7 +363,7 @@ def test_a_buffer_that_forward_assigns_anew_is_restored() -> None:
     assert model.seen.tolist() == 0
 
 
-def test_a_buffer_whose_elements_share_memory_is_no_obstacle() -> None:
+def test_a_buffer_whose_elements_share_memory_is_accepted() -> None:
     class Expanded(Stateful):
         def __init__(self) -> None:
             super().__init__()
@@ -400,7 +400,7 @@ def test_forwards_of_keyword_arguments_only_are_called_with_them(example_inputs:
 
 
 @pytest.mark.parametrize("example_inputs", [(X, X[:2]), [X, X[:2]]])
-def test_a_sequence_is_positional_arguments(example_inputs: Any) -> None:
+def test_a_sequence_holds_positional_arguments(example_inputs: Any) -> None:
     model = _with_forward(lambda self, x, y: (x, y))
     report = roastify.verify(model, model, example_inputs)
     assert [description for _, description in report.outputs] == ["float32[3, 4] on cpu", "float32[2, 4] on cpu"]

@@ -21,9 +21,9 @@ from roastify.layers.base import RoastModule
 
 ROOT = Path(__file__).parents[1]
 transformers.utils.logging.set_verbosity_error()
-pytestmark = pytest.mark.filterwarnings("ignore")  # of models and packages that are not ours
+pytestmark = pytest.mark.filterwarnings("ignore")  # models and packages that are not ours warn
 
-# One of every family, the ones that broke something first.
+# One model of every family, chosen because it once broke something.
 _FAST = (
     "bert deberta-v2 longformer ctrl gemma2 gpt2 t5 led mixtral llama4_text nllb-moe falcon_mamba rwkv beit segformer "
     "sew-d wavlm whisper clip groupvit patchtst"
@@ -82,7 +82,7 @@ def test_the_examination_can_fail(what: str, message: str) -> None:
     assert row.traced + row.opaque > 0
 
 
-def test_a_model_that_does_not_run_unconverted_is_not_the_conversions_fault() -> None:
+def test_a_model_that_does_not_run_unconverted_is_reported_as_such() -> None:
     with pytest.raises(Unbuilt, match="RuntimeError"):
         examine(Entry("wrong", "failing", lambda: nn.Linear(3, 3), lambda: (torch.zeros(2, 4),)))
 
@@ -117,7 +117,7 @@ def test_the_program_for_other_packages(tmp_path: Path) -> None:
     assert "**2 of 2 models pass** with torch" in text and "| bert | encoder |" in text
 
 
-def test_a_model_that_takes_too_long_is_a_row_and_the_rest_is_named(tmp_path: Path) -> None:
+def test_a_model_that_takes_too_long_is_a_row_and_models_not_run_are_named(tmp_path: Path) -> None:
     last, results = run_outside(tmp_path / "late.json", "--processes", "1", "--timeout", "0.001", "bert")
     assert last == "0 of 1 pass, 0 not run" and results["rows"][0]["failure"] == "took over 0.001 s"
     last, results = run_outside(tmp_path / "none.json", "--processes", "1", "--minutes", "0", "bert", "gpt2")
@@ -125,7 +125,7 @@ def test_a_model_that_takes_too_long_is_a_row_and_the_rest_is_named(tmp_path: Pa
 
 
 def test_a_process_that_dies_is_a_row() -> None:
-    """The worker is told of a number that its list does not have, which ends it."""
+    """The worker gets a number that is not in its list, and that ends it."""
     entry = Entry("dying", "failing", lambda: Failing("nothing"))
     (row,) = examine_all("transformers", [(10**9, entry)], 1, 60, 60)
     assert row.name == "dying" and row.failure == "its process ended with exit code 1"

@@ -1,4 +1,4 @@
-"""Hand-written models that break naive converters, a family each."""
+"""Hand-written models that break naive converters; each is a family of its own."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ class Choosing(nn.Module):
 
     @dataclass
     class Result:
-        """What it gives."""
+        """The output of `Choosing`."""
 
         logits: Tensor
         hidden: tuple[Tensor, ...]
@@ -205,7 +205,7 @@ class Counting(nn.Module):
 
 
 class Hypernetwork(nn.Module):
-    """Makes the weights of one layer by another, and runs it by `functional_call`."""
+    """Computes the weights of one layer by another, and runs it by `functional_call`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -245,7 +245,7 @@ class Guided(nn.Module):
 
 
 class Changing(nn.Module):
-    """Changes what its layers give in place, and has hooks that do."""
+    """Changes its layers' outputs in place, in its forward and by hooks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -279,7 +279,7 @@ class Selfish(nn.Module):
 
 
 x3 = normal(3, 4, 20)
-# What the tests of single attributes run through as well.
+# test_read_weights.py uses these models as well.
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
     "rnn": (lambda: Recurrent(nn.RNN, batch_first=True), (x3,)),
     "lstm": (lambda: Recurrent(nn.LSTM, batch_first=True, num_layers=2, bidirectional=True), (x3,)),

@@ -1,4 +1,4 @@
-"""One model through everything that a conversion promises; what is found becomes a row of the coverage table."""
+"""Examines one model for everything that a conversion promises; the result is a row of the coverage table."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class Entry:
     """A model of the zoo.
 
     Args:
-        name: in the table.
+        name: its name in the table.
         family: such as `encoder`, `vision`, `awkward`.
-        build: makes it.
-        inputs: what it runs on; None to have them guessed.
+        build: builds it.
+        inputs: its inputs; None to have them guessed.
     """
 
     name: str

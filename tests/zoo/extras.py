@@ -78,7 +78,7 @@ def _torchvision(name: str) -> Any:
         # Both would initialise their weights by drawing from a truncated normal on the CPU, which takes half a minute.
         own: dict[str, Any] = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
         if name.startswith(("deeplabv3", "fcn", "lraspp")):
-            # Else the backbone's weights are downloaded.
+            # Otherwise torchvision downloads the backbone's weights.
             own = {"weights_backbone": None}
         return torchvision.models.get_model(name, weights=None, **own)
 

@@ -1,4 +1,4 @@
-"""What the zoo found, as `docs/coverage.md`: our own models, and those of other packages from their raw results."""
+"""Writes the zoo's results as `docs/coverage.md`: our own models, and other packages' models from their raw results."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def outside(results: dict[str, Any]) -> str:
 
 
 def write_outside(results: dict[str, Any]) -> None:
-    """Put the part on other packages into the page, in the place of one that is there."""
+    """Write the part on other packages into the page, in place of the old part."""
     page = DOCUMENT.read_text(encoding="utf-8").partition("\n" + _BEGIN)[0]
     DOCUMENT.write_text(page + outside(results), encoding="utf-8")
 

@@ -10,7 +10,7 @@ from torch import nn
 from zoo.examine import Entry
 from zoo.shrink import tiny_config
 
-# Model types by family; what the installed transformers does not know is passed over.
+# Model types by family; types that the installed transformers does not know are skipped.
 FAMILIES = {
     "encoder": (
         "albert bert big_bird camembert canine convbert data2vec-text deberta deberta-v2 distilbert electra ernie "
@@ -52,8 +52,8 @@ FAMILIES = {
     ),
     "time series": ("patchtsmixer patchtst timesfm2_5 "),
 }
-# In its eval mode RWKV divides the weights of deeper blocks in place, for the sake of half precision; those that it
-# writes to stay dense, and they are too many for ratio 10. So that is switched off.
+# In eval mode RWKV divides the weights of deeper blocks in place, for half precision. Weights that a model writes to
+# stay dense, and here they are too many for ratio 10, so the division is switched off.
 _OWN_SETTINGS: dict[str, dict[str, Any]] = {"rwkv": {"rescale_every": 0}}
 
 # Whole models with the heads of their tasks.

@@ -1,4 +1,4 @@
-"""Parameters that a module's own code reads by operations: what runs on the pool, and what is materialised and why."""
+"""Lazy weights: parameters that a module's code reads by operations. Some run on the pool; others are materialised."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def model(forward: Callable[[Any, Tensor], Any], *shape: int) -> nn.Module:
     return made(forward, *shape)
 
 
-# Each is written as people write it; the source is what is read.
+# Each forward is written as users write it, because the conversion reads its source.
 
 
 def by_linear(self: Any, x: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ X = normal(5, 64)
 
 
 class Recording(TorchDispatchMode):
-    """Keeps the pool's operators that run, each with the largest result that it gave."""
+    """Records the pool's operators that run, each with the size of its largest result."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -174,7 +174,7 @@ def leaves(output: Any) -> list[Tensor]:
 
 
 def materialising(converted: nn.Module) -> nn.Module:
-    """Return a copy of a converted model whose code is given tensors: a hook may read what it likes."""
+    """Return a copy of a converted model whose code gets tensors: it has a hook, and a hook may read any attribute."""
     twin = copy.deepcopy(converted)
     twin.register_forward_hook(lambda module, args, output: None)
     return twin
@@ -204,7 +204,7 @@ def verdict(converted: nn.Module, name: str = "w") -> Any:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", ON_THE_POOL)
-def test_what_runs_on_the_pool_computes_what_the_dense_weight_does(name: str, training: bool) -> None:
+def test_operations_on_the_pool_compute_what_the_dense_weight_gives(name: str, training: bool) -> None:
     forward, shape, operators = ON_THE_POOL[name]
     converted = roastify.convert(model(forward, *shape), config=SETTINGS).train(training)
     assert verdict(converted).through == "operation" and not verdict(converted).strips and not verdict(converted).whole
@@ -214,7 +214,7 @@ def test_what_runs_on_the_pool_computes_what_the_dense_weight_does(name: str, tr
         with Recording() as recorded:
             converted(X)
     assert recorded.found.keys() <= operators | {"linear", "linear_t"} and operators <= recorded.found.keys()
-    # No result has the size of the weight; the largest is an expert's, where it is not multiplied with in the pool.
+    # No result has the weight's size; the largest is one expert's matrix, if it is gathered from the pool.
     assert recorded.found.get("gather", 0) < converted.w.numel()
     with Recording() as recorded, torch.no_grad():
         materialising(converted)(X)
@@ -368,7 +368,7 @@ MATERIALISED: list[tuple[Callable[[Any, Tensor], Any], tuple[int, ...], str]] = 
 
 
 @pytest.mark.parametrize(("forward", "shape", "reason"), MATERIALISED, ids=lambda value: getattr(value, "__name__", ""))
-def test_what_is_materialised_says_why(forward: Any, shape: tuple[int, ...], reason: str) -> None:
+def test_the_plan_says_why_a_parameter_is_materialised(forward: Any, shape: tuple[int, ...], reason: str) -> None:
     dense = model(forward, *shape)
     x = normal(5, shape[-1]) if forward is by_linear_named else X
     converted = roastify.convert(dense, config=SETTINGS)
@@ -436,7 +436,7 @@ class Looking(Weights):
 
 
 class Owner(nn.Module):
-    """Reads its child's weight, whose own code does not."""
+    """Reads its child's weight; the child's own code does not."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -457,7 +457,7 @@ class Owner(nn.Module):
         (Looking, "Looking has a __getattr__ of its own, which may read it"),
     ],
 )
-def test_the_code_that_a_call_reaches_is_what_counts(build: Any, reason: str) -> None:
+def test_only_code_that_a_call_reaches_decides_how_a_parameter_is_read(build: Any, reason: str) -> None:
     converted = roastify.convert(build(None), config=SETTINGS)
     found = verdict(converted)
     assert (found.through == "operation") == (not reason)
@@ -468,7 +468,7 @@ def test_the_code_that_a_call_reaches_is_what_counts(build: Any, reason: str) ->
         assert_near([converted(X), X], [materialising(converted)(X), X])
 
 
-def test_another_module_that_reads_it_is_given_a_tensor() -> None:
+def test_another_module_that_reads_the_parameter_gets_a_tensor() -> None:
     converted = roastify.convert(Owner(), config=SETTINGS)
     assert verdict(converted, "child.w").through == "operation"
     with Recording() as recorded, torch.no_grad():
@@ -477,7 +477,7 @@ def test_another_module_that_reads_it_is_given_a_tensor() -> None:
     assert_near([out, X], [2 * F.linear(X, converted.child.w), X])
 
 
-def test_hooks_and_forwards_that_come_later_are_given_tensors() -> None:
+def test_hooks_and_forwards_that_are_set_later_get_tensors() -> None:
     seen = []
 
     def hook(module: Any, args: Any) -> None:
@@ -582,39 +582,39 @@ def test_under_checkpointing_and_in_a_second_derivative() -> None:
     assert second.any()
 
 
-def test_operands_meet_each_other_and_what_no_one_thought_of() -> None:
+def test_lazy_weights_in_other_operations_act_as_tensors() -> None:
     def both(self: Any, x: Tensor) -> Tensor:
         return x @ torch.matmul(self.w.t(), self.w)
 
     converted = roastify.convert(model(both), config=SETTINGS)
     assert_near(gradients(converted, X), gradients(materialising(converted), X))
     shared = converted._roast["w"]
-    operand = LazyWeight(shared, shared.dense)
+    lazy = LazyWeight(shared, shared.dense)
     weight = shared.dense()
     for found, expected in (
-        (torch.relu(operand), torch.relu(weight)),
-        (torch.cat([operand, weight]), torch.cat([weight, weight])),
-        (operand.sum(), weight.sum()),
-        (operand[weight > 0], weight[weight > 0]),
-        (operand[::2], weight[::2]),
-        (operand[None], weight[None]),
-        (operand[..., 3], weight[..., 3]),
-        (operand[[1, 2]], weight[[1, 2]]),
-        (operand[7:3], weight[7:3]),
-        (operand[torch.tensor([1, 2]), torch.tensor([3, 4])], weight[[1, 2], [3, 4]]),
-        (operand.T[2], weight.T[2]),
-        (torch.einsum("ab,cb->ac", X, operand), X @ weight.t()),
-        (torch.addmm(X[:, :1], X, operand.t()), torch.addmm(X[:, :1], X, weight.t())),
-        (torch.addmm(X, X @ weight.t(), operand, beta=2), torch.addmm(X, X @ weight.t(), weight, beta=2)),
-        (F.linear(operand, X), F.linear(weight, X)),
-        (X[0] @ operand.t(), weight @ X[0]),
+        (torch.relu(lazy), torch.relu(weight)),
+        (torch.cat([lazy, weight]), torch.cat([weight, weight])),
+        (lazy.sum(), weight.sum()),
+        (lazy[weight > 0], weight[weight > 0]),
+        (lazy[::2], weight[::2]),
+        (lazy[None], weight[None]),
+        (lazy[..., 3], weight[..., 3]),
+        (lazy[[1, 2]], weight[[1, 2]]),
+        (lazy[7:3], weight[7:3]),
+        (lazy[torch.tensor([1, 2]), torch.tensor([3, 4])], weight[[1, 2], [3, 4]]),
+        (lazy.T[2], weight.T[2]),
+        (torch.einsum("ab,cb->ac", X, lazy), X @ weight.t()),
+        (torch.addmm(X[:, :1], X, lazy.t()), torch.addmm(X[:, :1], X, weight.t())),
+        (torch.addmm(X, X @ weight.t(), lazy, beta=2), torch.addmm(X, X @ weight.t(), weight, beta=2)),
+        (F.linear(lazy, X), F.linear(weight, X)),
+        (X[0] @ lazy.t(), weight @ X[0]),
     ):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     for index in (96, -97, torch.tensor([96])):
         with pytest.raises(IndexError):
-            operand[index]
+            lazy[index]
     with pytest.raises(RuntimeError, match=r"last size must be 64; found the shape \(5, 3\)"):
-        X[:, :3] @ operand.t()
+        X[:, :3] @ lazy.t()
 
 
 def test_a_pickled_model_runs_on_the_pool_too() -> None:
@@ -633,12 +633,12 @@ def pickled() -> nn.Module:
     return Pickled(by_linear)
 
 
-# What is materialised is materialised once a call.
+# A parameter is materialised once a call.
 
 
 @contextlib.contextmanager
 def gathers() -> Iterator[list[int]]:
-    """Note every whole tensor that is gathered, by its elements."""
+    """Record every whole tensor that is gathered, by its number of elements."""
     counts: list[int] = []
 
     class Counting(TorchDispatchMode):
@@ -651,7 +651,7 @@ def gathers() -> Iterator[list[int]]:
         yield counts
 
 
-def test_attention_reads_its_weights_once_a_call() -> None:
+def test_attention_materialises_its_weights_once_a_call() -> None:
     converted = roastify.convert(nn.Sequential(Attention()), config=SETTINGS).eval()
     x = normal(2, 5, 64)
     with torch.no_grad(), gathers() as counts:
@@ -730,7 +730,7 @@ class Writes(nn.Module):
                 case "in place":
                     self.w *= 0.5
                 case "copy":
-                    # An index that is a tensor gives a copy, which is anybody's.
+                    # An index that is a tensor gives a copy, and a copy may be written to.
                     self.w[index].zero_()
         return F.embedding(index, self.w)
 
@@ -748,7 +748,7 @@ def test_copies_may_be_written_to() -> None:
 
 
 class Calls(nn.Module):
-    """Calls torch in ways that are not the usual one; the code must be here to be read."""
+    """Calls torch in unusual ways; the conversion reads this source, so the calls are written out."""
 
     def __init__(self, call: str) -> None:
         super().__init__()
@@ -779,7 +779,7 @@ def given_calls(call: str) -> tuple[nn.Module, nn.Module]:
 
 
 @pytest.mark.parametrize("call", ["named", "out", "half named", "requires_grad"])
-def test_calls_as_the_dense_model_takes_them(call: str) -> None:
+def test_unusual_calls_give_the_dense_models_outputs(call: str) -> None:
     model, dense = given_calls(call)
     with torch.no_grad():
         x = torch.randn(4, 64)
@@ -790,7 +790,7 @@ def test_calls_as_the_dense_model_takes_them(call: str) -> None:
     ("call", "error"),
     [("mm of three dimensions", "must be a matrix|must be matrices|2D"), ("row past the last", "out of bounds")],
 )
-def test_errors_of_the_dense_model_stay(call: str, error: str) -> None:
+def test_the_dense_models_errors_are_raised(call: str, error: str) -> None:
     for either in given_calls(call):
         with pytest.raises((RuntimeError, IndexError), match=error):
             either(torch.randn(4, 64))

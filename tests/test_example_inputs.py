@@ -1,4 +1,4 @@
-"""Example inputs that are guessed: they run, fit the model's first layer, and leave the model as it was."""
+"""Guessed example inputs run and fit the model's first layer; guessing leaves the model as it was."""
 
 from __future__ import annotations
 
@@ -87,14 +87,14 @@ def test_guessing_leaves_the_model_and_the_random_generators_alone() -> None:
         ),
     ],
 )
-def test_inputs_of_transformers_models_go_by_their_config(build: Any, names: set[str]) -> None:
+def test_inputs_of_transformers_models_follow_their_config(build: Any, names: set[str]) -> None:
     model = build().eval()
     inputs = find_inputs(model)
     assert set(inputs) == names
     model(**inputs)
 
 
-def test_no_guess_is_said_and_what_to_do() -> None:
+def test_without_a_guess_the_message_says_how_to_give_inputs() -> None:
     class Odd(nn.Module):
         def forward(self, table: dict[str, Tensor]) -> Tensor:
             return table["x"]

@@ -174,17 +174,17 @@ def test_a_model_is_left_as_it_was(net: Net, inputs: Tensor, train: bool) -> Non
         assert torch.equal(torch.get_rng_state(), generator)
 
 
-def test_in_place_the_model_is_used_up(net: Net, inputs: Tensor) -> None:
+def test_inplace_converts_the_given_model(net: Net, inputs: Tensor) -> None:
     expected = roastify.densify(roastify.convert(net, 4, seed=3)).state_dict()
     bench(net, inputs, seed=3, inplace=True)
     assert all(torch.equal(value, expected[name]) for name, value in net.state_dict().items())
 
 
 @pytest.mark.parametrize(("inplace", "copies"), [(True, 1), (False, 2)])
-def test_no_more_than_the_dense_and_the_converted_model_are_held(
+def test_at_most_the_dense_and_the_converted_model_are_held(
     monkeypatch: pytest.MonkeyPatch, inplace: bool, copies: int
 ) -> None:
-    # A shape that nothing else in this process has.
+    # No other tensor in this process has this shape.
     shape, found = (333, 777), []
     alternate = clocks.alternate
 
@@ -228,7 +228,7 @@ def test_inputs_without_one_batch_size_are_refused(given: Any, found: str) -> No
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-3), ("bfloat16", 5e-2), (torch.float16, 1e-2)])
-def test_a_dtype_is_taken_by_model_and_inputs(net: Net, inputs: Tensor, dtype: Any, tolerance: float) -> None:
+def test_a_dtype_casts_the_model_and_the_inputs(net: Net, inputs: Tensor, dtype: Any, tolerance: float) -> None:
     report = bench(net, (inputs,), dtype=dtype)
     (case,) = report.cases
     name = str(dtype).removeprefix("torch.")
@@ -248,7 +248,7 @@ def test_tensor_cores_have_a_tolerance_of_their_own(net: Net, inputs: Tensor) ->
         torch.set_float32_matmul_precision(before)
 
 
-def test_tensor_cores_asked_for_in_the_newer_way(net: Net, inputs: Tensor) -> None:
+def test_tensor_cores_enabled_by_the_newer_setting(net: Net, inputs: Tensor) -> None:
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     try:
@@ -258,7 +258,7 @@ def test_tensor_cores_asked_for_in_the_newer_way(net: Net, inputs: Tensor) -> No
 
 
 class Watching(nn.Module):
-    """Keeps in which state it was called."""
+    """Records the modes in which it was called."""
 
     seen: tuple[tuple[bool, bool], ...] = ()
 
@@ -288,7 +288,7 @@ def test_a_model_that_draws_random_numbers_draws_the_same_on_both_sides(inputs: 
 
 
 class Minding(nn.Module):
-    """Does something else once its layer is not exactly `nn.Linear`."""
+    """Behaves differently if its layer's class is not exactly `nn.Linear`."""
 
     def __init__(self, otherwise: Callable[[Tensor], Any]) -> None:
         super().__init__()
@@ -371,7 +371,7 @@ def test_outputs_that_cannot_be_compared_are_refused(
         bench(Returning(structure), inputs, ratio=2)
 
 
-def test_agreement_is_of_the_worst_output() -> None:
+def test_agreement_is_that_of_the_worst_output() -> None:
     model = nn.Linear(2, 2).eval()
     expected = (torch.tensor([1.0, 2.0]), torch.tensor([10.0, -100.0]), torch.zeros(3), torch.empty(0))
     found = (torch.tensor([1.0, 2.0]), torch.tensor([10.05, -100.0]), torch.zeros(3), torch.empty(0))
@@ -495,14 +495,14 @@ def test_every_layer_is_compiled_however_many_there_are(fresh_compiler: None, mo
 
     monkeypatch.setattr(torch, "compile", lambda model, **options: original(model, backend=backend, **options))
     options = BenchOptions(torch.device("cpu"), compile=True)
-    layers = 12  # torch stops at 8
+    layers = 12  # torch's own limit is 8
     converted = roastify.convert(Broken(layers), 2)
     prepare("converted", converted, torch.randn(3, 32), options)
     assert len(compiled) >= layers
 
 
 @compiling
-def test_what_does_not_compile_is_reported(fresh_compiler: None, never_timed: None) -> None:
+def test_a_failed_compilation_is_reported(fresh_compiler: None, never_timed: None) -> None:
     options = BenchOptions(torch.device("cpu"), compile=True, fullgraph=True)
     with pytest.raises(
         BenchError, match=r"the dense model fails on the example inputs under torch.compile: Unsupported"
@@ -510,7 +510,7 @@ def test_what_does_not_compile_is_reported(fresh_compiler: None, never_timed: No
         prepare("dense", Broken(2), torch.randn(3, 32), options)
 
 
-def test_calls_alternate_and_each_timed_one_follows_its_own() -> None:
+def test_calls_alternate_and_each_timed_call_follows_an_untimed_one_of_its_model() -> None:
     order: list[str] = []
     clocked = iter(range(100))
 
@@ -606,7 +606,9 @@ def test_a_failing_case_is_a_row_of_the_benchmark_of_whole_models(tmp_path: Path
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("graph", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_on_a_gpu_both_are_checked_and_timed(net: Net, inputs: Tensor, train: bool, graph: bool, dtype: str) -> None:
+def test_on_a_gpu_both_models_are_checked_and_timed(
+    net: Net, inputs: Tensor, train: bool, graph: bool, dtype: str
+) -> None:
     report = bench(net, inputs, device="cuda", train=train, graph=graph, dtype=dtype, batches=[8, 32])
     assert report.graph is graph and report.device == f"cuda:{torch.cuda.current_device()}" and report.machine["gpu"]
     assert next(net.parameters()).device.type == "cpu"
@@ -619,8 +621,8 @@ def test_on_a_gpu_both_are_checked_and_timed(net: Net, inputs: Tensor, train: bo
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_each_sides_peak_is_its_own() -> None:
-    # Large beside what cuBLAS may take for itself.
+def test_on_a_gpu_each_models_peak_memory_is_measured_alone() -> None:
+    # The weights are large compared with cuBLAS's workspace.
     size, rows = 8192, 64
     model = nn.Sequential(nn.Linear(size, size, bias=False), nn.Linear(size, size, bias=False))
     x, weights, activations = torch.randn(rows, size), 2 * 2 * size * size, 2 * rows * size
@@ -634,7 +636,9 @@ def test_on_a_gpu_each_sides_peak_is_its_own() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("converted_only", [False, True])
-def test_on_a_gpu_what_cannot_be_captured_is_an_error(never_timed: None, inputs: Tensor, converted_only: bool) -> None:
+def test_on_a_gpu_a_model_that_cannot_be_captured_is_an_error(
+    never_timed: None, inputs: Tensor, converted_only: bool
+) -> None:
     def waits(y: Tensor) -> Tensor:
         return y * float(y.sum().item() > 0)
 
@@ -642,7 +646,7 @@ def test_on_a_gpu_what_cannot_be_captured_is_an_error(never_timed: None, inputs:
     who = "converted" if converted_only else "dense"
     with pytest.raises(BenchError, match=f"the {who} model cannot be captured in a CUDA graph: .*--no-graph"):
         bench(model, inputs, ratio=2, device="cuda")
-    # The GPU is fit for use afterwards.
+    # The GPU can be used afterwards.
     with pytest.raises(AssertionError, match="timed"):
         bench(Returning(lambda y: y), inputs, ratio=2, device="cuda")
 
@@ -660,6 +664,6 @@ def test_on_a_gpu_random_numbers_are_the_same_on_both_sides(inputs: Tensor) -> N
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_memory_that_is_not_there_is_reported(net: Net, inputs: Tensor) -> None:
+def test_on_a_gpu_running_out_of_memory_is_reported(net: Net, inputs: Tensor) -> None:
     with pytest.raises(BenchError, match="the dense model fails on the example inputs: OutOfMemoryError"):
         bench(Returning(lambda y: (y, y.new_empty(1 << 50))), inputs, ratio=2, device="cuda")

@@ -1,4 +1,4 @@
-"""Kernels of convolutions made of basis kernels: the plan, the weights, their gradients, and everything around them."""
+"""Convolution kernels as combinations of basis kernels: the plan, the weights, the gradients, artifacts, compilers."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class NormedConv(nn.Conv2d):
 
 
 class ReadsTheWeight(nn.Module):
-    """Its own code reads the weight of its child, in whole and in part."""
+    """Its own code reads the weight of its child, as a whole and in part."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class Tied(nn.Module):
         return self.two(self.one(self.one(x)).tanh())
 
 
-# A model, and the shape of what it is given.
+# A model, and the shape of its input.
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "plain": (lambda: nn.Conv2d(16, 24, 3), (2, 16, 7, 7)),
     "no batch": (lambda: nn.Conv2d(16, 24, 3, bias=False), (16, 7, 7)),
@@ -140,7 +140,7 @@ class Wrap(nn.Module):
 
 
 class ByHand:
-    """The dense model, its shared weights made by indexing a copy of the pool and adding up basis kernels."""
+    """The dense model; its shared weights are made by indexing a copy of the pool and adding up basis kernels."""
 
     def __init__(self, model: nn.Module, dense: nn.Module) -> None:
         pool = pool_of(model)
@@ -175,7 +175,7 @@ class ByHand:
         return torch.func.functional_call(self.dense, self.weights(), (x,))
 
     def gradients(self, precondition: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return what the pool's and the bases' gradients should be, by the ones that autograd found here."""
+        """Return the expected gradients of the pool and the bases, from the gradients that autograd computed here."""
         assert self.pool.grad is not None
         pool, bases = self.pool.grad, {name: basis.grad for name, basis in self.bases.items()}
         if precondition:
@@ -216,14 +216,14 @@ def named_bases(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def assert_gradients(model: nn.Module, hand: ByHand, precondition: bool = False, tolerance: float = 1e-11) -> None:
-    """Hold the gradients of pool, bases and everything kept to the ones by hand."""
+    """Compare the gradients of the pool, the bases and every kept tensor with those of `ByHand`."""
     pool, bases = hand.gradients(precondition)
     rtol = max(tolerance, _GAMMA_RTOL) if precondition else tolerance
     found = pool_of(model).weight.grad
     assert found is not None and found.any()
     torch.testing.assert_close(found, pool, rtol=rtol, atol=rtol * float(pool.abs().max()))
     for name, basis in named_bases(model).items():
-        # Its factor is no tensor, so it is as exact as the rest.
+        # The factor of a basis's gradient is a Python float, so this gradient is exact.
         assert basis.grad is not None and basis.grad.any(), name
         expected = bases[name]
         torch.testing.assert_close(
@@ -249,7 +249,7 @@ def seeded() -> None:
 
 @pytest.fixture(autouse=True)
 def precise(request: pytest.FixtureRequest) -> None:
-    """In full precision on a GPU, but for compilers, which ask for flags that this would leave unequal."""
+    """Use full precision on a GPU, but not under compilers: they refuse the mix of precision flags that this sets."""
     if request.node.get_closest_marker("gpu") and not request.node.get_closest_marker("compiled"):
         request.getfixturevalue("full_precision")
 
@@ -268,7 +268,7 @@ def test_cosines_are_orthonormal_and_the_first_is_constant(kernel: tuple[int, ..
 
 
 def test_the_highest_three_of_nine_frequencies_are_left_out() -> None:
-    # Frequencies (2, 1), (1, 2) and (2, 2): of each axis, cos(π·f·(p + ½)/3).
+    # The three are (2, 1), (1, 2) and (2, 2). Along an axis, frequency f is cos(π·f·(p + ½)/3).
     waves = [[math.cos(math.pi * f * (p + 0.5) / 3) for p in range(3)] for f in range(3)]
     basis = cosine_basis((3, 3), 6)
     for one, other in ((2, 1), (1, 2), (2, 2)):
@@ -281,27 +281,29 @@ def test_the_highest_three_of_nine_frequencies_are_left_out() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kernel", [(3, 3), (3, 3, 3)], ids=str)
-def test_a_weight_of_few_kernels_is_their_principal_basis(kernel: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_a_principal_basis_reproduces_a_weight_of_few_independent_kernels(
+    kernel: tuple[int, ...], dtype: torch.dtype
+) -> None:
     weight = (normal(8, 5, 4) @ normal(4, math.prod(kernel))).view(8, 5, *kernel).to(dtype)
     basis = principal_basis(weight, 4)
     torch.testing.assert_close(basis @ basis.t(), torch.eye(4, dtype=torch.float64), rtol=0, atol=1e-12)
     matrix = weight.view(8, -1).to(basis.dtype)
     found = combined_matrix(coefficient_matrix(matrix, basis), basis)
-    # The narrow weight has left the subspace by its own rounding.
+    # Rounding to a narrow dtype took the weight out of the subspace.
     atol = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
     torch.testing.assert_close(found, matrix, rtol=0, atol=atol)
 
 
-def test_a_principal_basis_is_nearest_to_frequencies() -> None:
+def test_a_principal_basis_is_turned_to_the_nearest_frequencies() -> None:
     frequencies = cosine_basis((3, 3), 6)
     weight = (normal(32, 16, 6, dtype=torch.float64) @ frequencies).view(32, 16, 3, 3)
     torch.testing.assert_close(principal_basis(weight, 6), frequencies)
-    # However many of them a weight's space leaves open.
+    # A weight of zeros decides none of the kernels, so all of them are frequencies.
     torch.testing.assert_close(principal_basis(torch.zeros(32, 16, 3, 3), 9), cosine_basis((3, 3), 9))
 
 
 def test_coefficient_matrix_is_the_adjoint_of_combined_matrix() -> None:
-    # Of any basis, orthonormal or not.
+    # This holds for any basis, orthonormal or not.
     basis, matrix, weight = normal(4, 9), normal(6, 5 * 4, seed=1), normal(6, 5 * 9, seed=2)
     one = (combined_matrix(matrix, basis) * weight).sum()
     torch.testing.assert_close(one, (matrix * coefficient_matrix(weight, basis)).sum())
@@ -321,7 +323,7 @@ def test_combining_keeps_the_dtype_under_autocast(dtype: torch.dtype, device: st
 
 
 def test_a_model_on_the_meta_device_runs() -> None:
-    """Which tells shapes; autocast does not know that device, and says so with an error."""
+    """Such a run gives shapes. Autocast does not know the meta device and raises an error for it."""
     model = roastify.convert(nn.Sequential(nn.Conv2d(64, 64, 3)), 10).to("meta")
     for x in (torch.empty(2, 64, 8, 8, device="meta"), torch.empty(64, 8, 8, device="meta")):
         assert model(x).shape == (*x.shape[:-2], 6, 6)
@@ -335,7 +337,7 @@ def test_a_model_on_the_meta_device_is_exported_and_compiled() -> None:
     model, x = roastify.convert(nn.Sequential(nn.Conv2d(64, 64, 3)), 10).to("meta"), torch.empty(2, 64, 8, 8)
     exported = torch.export.export(model, (x.to("meta"),)).graph
     assert torch.compile(model, backend="eager", fullgraph=True)(x.to("meta")).shape == (2, 64, 6, 6)
-    # One operator makes the kernels, and nothing stands about it that another compiler would have to know.
+    # One operator gathers the coefficients and one combines them, without an autocast region and without `lerp`.
     called = [str(node.target) for node in exported.nodes if node.op == "call_function"]
     assert [name for name in called if "roastify" in name] == ["roastify.gather.default", "roastify.combine.default"]
     assert not any("autocast" in name or "lerp" in name for name in called)
@@ -360,7 +362,7 @@ def counts(model: nn.Module, ratio: float = 4, **changes: Any) -> dict[str, int]
         (lambda: nn.Conv3d(24, 32, 3), 18),
         (lambda: nn.Conv2d(64, 64, 3, groups=4), 6),
         (lambda: SuperConv(32, 32, 3), 6),
-        # Six times nine basis elements are an eighth of what the tensor has of the pool, and more.
+        # The 6 × 9 elements of a basis are an eighth of the tensor's part of the pool, then more than an eighth.
         (lambda: nn.Conv2d(12, 16, 3), 6),
         (lambda: nn.Conv2d(12, 15, 3), 0),
         (lambda: nn.Conv3d(16, 16, 3), 0),
@@ -374,32 +376,32 @@ def counts(model: nn.Module, ratio: float = 4, **changes: Any) -> dict[str, int]
         (lambda: nn.Embedding(96, 96), 0),
     ],
 )
-def test_which_layers_have_basis_kernels_by_themselves(build: Callable[[], nn.Module], count: int) -> None:
+def test_which_layers_have_basis_kernels_by_default(build: Callable[[], nn.Module], count: int) -> None:
     model = nn.Sequential(build(), nn.Linear(64, 64))
     assert counts(model) == {"0": count, "1": 0}
     assert counts(model, kernel_basis="none") == {"0": 0, "1": 0}
     assert counts(model, ratio=1)["0"] == counts(model, ratio=1.99)["0"] == 0
 
 
-def test_at_ratios_under_two_there_are_none_and_with_the_ratio_the_least_size_grows() -> None:
+def test_no_layer_has_a_basis_under_ratio_2_and_the_least_size_grows_with_the_ratio() -> None:
     model = nn.Sequential(nn.Conv2d(16, 16, 3), nn.Conv2d(64, 64, 3))
     found = {ratio: tuple(counts(model, ratio).values()) for ratio in (1, 1.5, 2, 5.3, 5.4, 20)}
     assert found == {1: (0, 0), 1.5: (0, 0), 2: (6, 6), 5.3: (6, 6), 5.4: (0, 6), 20: (0, 6)}
 
 
 @pytest.mark.parametrize(("kernel", "more", "fewer"), [(3, 6, 3), (5, 17, 8), ((3, 4), 8, 4)])
-def test_from_ratio_30_a_basis_has_half_as_many(kernel: int | tuple[int, int], more: int, fewer: int) -> None:
+def test_from_ratio_30_a_basis_has_half_as_many_kernels(kernel: int | tuple[int, int], more: int, fewer: int) -> None:
     model = nn.Sequential(nn.Conv2d(128, 160, kernel))
     found = {ratio: counts(model, ratio)["0"] for ratio in (29.9, 30, 100)}
     assert found == {29.9: more, 30: fewer, 100: fewer}
-    # Fewer take less of a tensor, so that smaller ones can have some.
+    # A basis of fewer kernels takes a smaller part of a tensor, so smaller tensors have a basis too.
     assert counts(nn.Sequential(nn.Conv2d(32, 32, 3), nn.Conv2d(128, 128, 3)), 30) == {"0": 3, "1": 3}
 
 
 @pytest.mark.parametrize(
     ("others", "ratio", "sign"), [(128, 30, "row"), (129, 30, "element"), (128, 29.9, "element"), (10, 29.9, "element")]
 )
-def test_few_slots_take_a_sign_for_each_row_where_they_are_mostly_coefficients_of_small_bases(
+def test_a_pool_of_few_slots_has_row_signs_if_it_mostly_holds_coefficients_of_small_bases(
     others: int, ratio: float, sign: str
 ) -> None:
     model = nn.Sequential(nn.Conv2d(128, 128, 3), nn.Linear(128, others))
@@ -417,7 +419,7 @@ def test_few_slots_take_a_sign_for_each_row_where_they_are_mostly_coefficients_o
         (lambda: nn.Conv1d(32, 32, 9), 4),
         (lambda: nn.Conv2d(32, 32, (2, 3)), 4),
         (lambda: nn.Conv2d(128, 128, 3, groups=128), 4),
-        # Where it saves nothing.
+        # Here a basis saves nothing.
         (lambda: nn.Conv2d(32, 32, 2), 0),
         (lambda: nn.Conv1d(32, 32, 3), 0),
         (lambda: nn.Conv2d(64, 64, 1), 0),
@@ -426,7 +428,9 @@ def test_few_slots_take_a_sign_for_each_row_where_they_are_mostly_coefficients_o
         (lambda: nn.Linear(96, 96), 0),
     ],
 )
-def test_a_count_is_taken_wherever_it_saves(build: Callable[[], nn.Module], count: int) -> None:
+def test_a_given_number_of_basis_kernels_is_used_wherever_it_saves_parameters(
+    build: Callable[[], nn.Module], count: int
+) -> None:
     model = nn.Sequential(build(), nn.Linear(64, 64))
     for ratio in (1.5, 4):
         assert counts(model, ratio, kernel_basis=4, min_numel=0)["0"] == count
@@ -444,7 +448,7 @@ class Projecting(nn.Module):
         return F.linear(x, self.table.flatten(1))
 
 
-def test_tied_convolutions_have_one_basis_and_ones_tied_to_something_else_none() -> None:
+def test_tied_convolutions_share_a_basis_and_one_tied_to_another_kind_of_layer_has_none() -> None:
     assert counts(Tied(nn.Conv2d(16, 16, 3))) == {"one": 6}
     conv = nn.Conv2d(32, 32, 3)
     assert counts(nn.ModuleList([conv, Projecting(conv)])) == {"0": 0}
@@ -455,7 +459,9 @@ def test_tied_convolutions_have_one_basis_and_ones_tied_to_something_else_none()
 @pytest.mark.parametrize("kernel_basis", ["auto", "none", 2, 6])
 @pytest.mark.parametrize("tile", ["auto", "8x8"])
 @pytest.mark.parametrize("ratio", [1.3, 2, 4, 10, 20])
-def test_what_is_stored_is_what_the_plan_says_and_never_too_much(ratio: float, tile: str, kernel_basis: Any) -> None:
+def test_a_model_stores_what_the_plan_says_and_never_more_than_the_budget(
+    ratio: float, tile: str, kernel_basis: Any
+) -> None:
     model = roastify.convert(Net(), config=config(ratio=ratio, tile=tile, kernel_basis=kernel_basis, min_numel=1024))
     plan = pool_of(model).plan
     stored = sum(parameter.numel() for parameter in model.parameters())
@@ -470,21 +476,21 @@ def test_what_is_stored_is_what_the_plan_says_and_never_too_much(ratio: float, t
     assert [name for name, _ in model.named_parameters() if "basis" in name] == expected
 
 
-def test_coefficients_of_few_basis_kernels_may_be_fewer_than_what_may_be_stored() -> None:
+def test_a_basis_of_few_kernels_may_leave_part_of_the_budget_unused() -> None:
     plan = roastify.plan(Net(), config=config(ratio=1.5, kernel_basis=1))
     assert plan.no_sharing
     assert plan.stored_numel < 0.5 * plan.total_numel
 
 
-def test_bases_give_way_to_a_ratio_that_they_would_put_out_of_reach() -> None:
-    # A twentieth of the model, 480 parameters, less 384 kept: one slot of 64, but not beside 54 of a basis.
+def test_bases_are_left_out_if_the_ratio_is_unreachable_with_them() -> None:
+    # The budget is a twentieth of the model, 480 parameters; 384 are kept. A slot of 64 fits, but no basis of 54 too.
     model = nn.Sequential(nn.Conv2d(32, 32, 3, bias=False), nn.BatchNorm2d(192))
     assert counts(model, 19, share="weights") == {"0": 6}
     assert counts(model, 20, share="weights") == {"0": 0}
     with pytest.raises(PlanError, match="ratio 20 is unreachable") as error:
         counts(model, 20, share="weights", kernel_basis=6)
     assert "must stay dense (384), the basis kernels that kernel_basis asks for (54) and the" in str(error.value)
-    # The ratio that it names can be reached, with the bases asked for.
+    # The ratio that the error names can be reached with these bases.
     largest = error.value.largest_ratio
     assert counts(model, largest, share="weights", kernel_basis=6) == {"0": 6}
     with pytest.raises(PlanError):
@@ -492,7 +498,7 @@ def test_bases_give_way_to_a_ratio_that_they_would_put_out_of_reach() -> None:
 
 
 @pytest.mark.parametrize("bad", ["all", "6", "", 0, -1, True, False, 2.5, None, [6]], ids=repr)
-def test_what_is_no_kernel_basis_is_refused(bad: Any) -> None:
+def test_an_invalid_kernel_basis_is_refused(bad: Any) -> None:
     with pytest.raises(ConfigError, match="kernel_basis must be 'auto', 'none' or a number of basis kernels"):
         RoastConfig(kernel_basis=bad)
 
@@ -513,7 +519,7 @@ def printed(plan: RoastPlan) -> str:
     return console.file.getvalue()
 
 
-def test_a_report_tells_of_basis_kernels() -> None:
+def test_a_report_names_basis_kernels() -> None:
     plan = roastify.plan(Net(), config=config(ratio=4, min_numel=1024))
     assert plan.basis_numel == 2 * 54
     text = printed(plan)
@@ -532,7 +538,7 @@ def test_a_report_tells_of_basis_kernels() -> None:
 @pytest.mark.parametrize("precondition", [True, False])
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_layer_is_the_dense_one_with_its_kernels_combined(
+def test_a_layer_computes_what_the_dense_layer_with_combined_kernels_computes(
     name: str, device: str, precondition: bool, init: str
 ) -> None:
     build, shape = LAYERS[name]
@@ -558,7 +564,7 @@ def test_a_layer_is_the_dense_one_with_its_kernels_combined(
 
 @pytest.mark.parametrize("sign", ["none", "row", "tile", "element"])
 @pytest.mark.parametrize("mapping", ["permutation", "cyclic", "roast", "hashednet"])
-def test_every_mapping_serves_coefficients(mapping: str, sign: str) -> None:
+def test_coefficients_work_with_every_mapping(mapping: str, sign: str) -> None:
     settings: dict[str, Any] = {"mapping": mapping, "sign": sign} | ({"tile": "auto"} if mapping == "hashednet" else {})
     for sharing in ("global", "local"):
         model, dense = pair(sharing=sharing, **settings)
@@ -569,7 +575,7 @@ def test_every_mapping_serves_coefficients(mapping: str, sign: str) -> None:
         assert_gradients(model, hand, True)
 
 
-# Of the largest value.
+# Relative to the largest value.
 _TOLERANCES = {torch.float32: 5e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
@@ -609,7 +615,7 @@ def test_autocast(name: str, device: str) -> None:
     name, _ = next(iter(named_bases(model).items()))
     layer = model.get_submodule(name.rpartition(".")[0])
     with torch.autocast(device, torch.bfloat16):
-        # Autocast of the product that makes a weight would round what everyone reads in float32.
+        # The weight reads as float32 here, so autocast must not round the product that makes it.
         assert layer.weight.dtype == torch.float32
         torch.testing.assert_close(layer.weight.detach().double(), hand.weights()[name], rtol=1e-5, atol=1e-6)
         out = model(x)
@@ -643,7 +649,7 @@ def test_a_random_pool_gives_every_layer_its_spread(ratio: float) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 4, 6])
-def test_where_nothing_is_shared_projection_loses_what_the_basis_cannot_hold(count: int) -> None:
+def test_without_sharing_projection_loses_only_what_the_basis_cannot_express(count: int) -> None:
     dense = Net().double()
     model = roastify.convert(dense, config=config(ratio=1.2, init="project", kernel_basis=count))
     plan = pool_of(model).plan
@@ -658,8 +664,8 @@ def test_where_nothing_is_shared_projection_loses_what_the_basis_cannot_hold(cou
         torch.testing.assert_close(twin.get_parameter(tensor.name).detach(), expected, rtol=0, atol=1e-9)
 
 
-def test_a_densified_model_finds_its_pool_again() -> None:
-    """Other bases of the same kernels would have other coefficients, and no small pool holds those."""
+def test_projecting_a_densified_model_gives_its_pool_back() -> None:
+    """The bases come back as well: other bases would have other coefficients, and a small pool could not hold those."""
     model = roastify.densify(roastify.convert(Net(), config=config(ratio=8)))
     again = roastify.densify(roastify.convert(model, config=config(ratio=8), init="project"))
     for name in ("second", "third"):
@@ -676,21 +682,21 @@ def test_projection_is_the_nearest_pool_for_its_basis() -> None:
     assert float(gradient.abs().max()) < 1e-6 * float(distance.detach())
 
 
-# Gradients in everything that training does.
+# Gradients in training.
 
 
-def test_a_basis_gradient_is_divided_by_the_squares_of_what_it_is_multiplied_with() -> None:
+def test_a_basis_gradient_is_divided_by_the_sum_of_squared_coefficients() -> None:
     model, dense = pair(ratio=4)
     hand = ByHand(model, dense)
     for tensor in hand.plan.with_basis:
         places, factors = hand.reads[tensor.name]
         coefficients = (hand.pool.detach().flatten()[places] * factors).view(-1, tensor.basis_count)
-        # In the mean over its kernels, as a random pool has them.
+        # The divisor is the mean over the kernels that a random pool has.
         assert float(coefficients.square().sum(0).mean()) == pytest.approx(hand.energy(tensor.name), rel=0.15)
 
 
 def test_decoupled_decay_shrinks_coefficients_and_basis() -> None:
-    """So kernels shrink by its square, or as dense ones where bases do not decay."""
+    """Kernels then shrink by the factor's square; if the bases do not decay, they shrink as dense kernels do."""
     for basis_decay, shrunk in ((1.0, 0.81), (0.0, 0.9)):
         model = roastify.convert(nn.Sequential(nn.Conv2d(64, 64, 3)), 10)
         pool = pool_of(model)
@@ -737,7 +743,7 @@ def test_a_layer_called_twice_and_by_itself() -> None:
 def test_checkpointed_layers(device: str) -> None:
     model, dense = pair(device=device)
     model.again = lambda function, x: checkpoint(function, x, use_reentrant=False)
-    # Running statistics move once more for each time that a region runs.
+    # Running statistics are updated once more for each time that a region is recomputed.
     hand = ByHand(model, dense)
     x = normal(2, 4, 12, 12).to(device)
     loss(model(x)).backward()
@@ -746,7 +752,7 @@ def test_checkpointed_layers(device: str) -> None:
 
 
 def test_gradients_of_gradients() -> None:
-    """Without the preconditioner: what divides a gradient counts in its derivatives, test_kernels.py holds how."""
+    """The preconditioner is off: its divisor also enters higher derivatives, and test_kernels.py tests how."""
     model, dense = pair(Chain, precondition=False)
     hand = ByHand(model, dense)
     pool = pool_of(model)
@@ -761,7 +767,7 @@ def test_gradients_of_gradients() -> None:
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-11 * float(other.detach().abs().max()))
 
 
-def test_a_basis_written_to_before_the_backward_pass_is_an_error_as_a_dense_weight_is() -> None:
+def test_a_write_to_a_basis_before_the_backward_pass_raises_as_for_a_dense_weight() -> None:
     model, _ = pair()
     out = loss(model(normal(2, 4, 12, 12)))
     with torch.no_grad():
@@ -783,7 +789,7 @@ def test_layers_with_bases_are_read_together(monkeypatch: pytest.MonkeyPatch) ->
     assert [(48, 32, 3, 3), (48, 24, 3, 3)] in groups
 
 
-def test_a_basis_written_to_within_a_forward_pass_is_read_as_it_is_then() -> None:
+def test_a_write_to_a_basis_within_a_forward_pass_is_seen_by_later_reads() -> None:
     model, dense = pair(Chain)
     x = normal(2, 16, 9, 9)
     basis = named_bases(model)["two.weight"]
@@ -797,7 +803,7 @@ def test_a_basis_written_to_within_a_forward_pass_is_read_as_it_is_then() -> Non
     bias = model.two.bias.detach()[:, None, None]
     found = model(x)
     torch.testing.assert_close(found - bias, 2 * (expected - bias), rtol=1e-11, atol=1e-12)
-    # Both weights were gathered before; the graph has the one that the layer used.
+    # Both weights were gathered before the write; the graph has the weight that the layer used.
     hand = ByHand(model, dense)
     loss(found).backward()
     loss(hand(x)).backward()
@@ -807,7 +813,7 @@ def test_a_basis_written_to_within_a_forward_pass_is_read_as_it_is_then() -> Non
 @pytest.mark.gpu
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_kernels_for_groups_give_the_gradients_of_the_cpu(memory_format: torch.memory_format) -> None:
-    """By one kernel for all weights, then as one that is captured before the kernels' tables are on the GPU."""
+    """First one kernel makes all weights; then a step is captured before the kernels' tables are on the GPU."""
     model, dense = pair(dtype=torch.float32)
     hand = ByHand(model.double(), dense.double())
     x = normal(2, 4, 12, 12)
@@ -816,7 +822,7 @@ def test_kernels_for_groups_give_the_gradients_of_the_cpu(memory_format: torch.m
         twin = copy.deepcopy(model).float().cuda().to(memory_format=memory_format)
         there = x.float().cuda().to(memory_format=memory_format)
         if captured:
-            # Compiled, and the libraries' workspaces there, but by another model.
+            # Another model runs first: it compiles the kernels and allocates the libraries' workspaces.
             side = torch.cuda.Stream()
             with torch.cuda.stream(side):
                 loss(copy.deepcopy(twin)(there)).backward()
@@ -841,7 +847,7 @@ def test_kernels_for_groups_give_the_gradients_of_the_cpu(memory_format: torch.m
 
 
 @pytest.mark.parametrize("frozen", ["pool", "bases"])
-def test_of_pool_and_bases_either_may_be_frozen(frozen: str) -> None:
+def test_the_pool_or_a_basis_may_be_frozen(frozen: str) -> None:
     model, dense = pair()
     hand = ByHand(model, dense)
     pool = pool_of(model)
@@ -875,7 +881,7 @@ def test_a_frozen_model_has_frozen_bases() -> None:
     assert not any(basis.requires_grad for basis in pool_of(thawed).bases())
 
 
-def test_a_forward_with_other_parameters() -> None:
+def test_functional_call_uses_the_pool_and_bases_that_it_is_given() -> None:
     model, _ = pair(precondition=False)
     model.eval()
     x = normal(2, 4, 12, 12)
@@ -935,7 +941,7 @@ def test_a_model_trains(device: str, kernel_basis: Any) -> None:
     torch.testing.assert_close(roastify.densify(model)(x), model(x), rtol=1e-4, atol=1e-4)
 
 
-# There and back.
+# Artifacts, dense models, state dicts and plans.
 
 
 @pytest.mark.parametrize("fresh_on", ["cpu", "meta"])
@@ -943,7 +949,7 @@ def test_a_model_trains(device: str, kernel_basis: Any) -> None:
 def test_a_loaded_model_is_the_saved_one(tmp_path: Path, fresh_on: str, dtype: torch.dtype) -> None:
     model, _ = pair(dtype=dtype)
     with torch.no_grad():
-        # As training leaves them.
+        # Training moves the bases, so the saved ones differ from the initial ones.
         for basis in pool_of(model).bases():
             basis.add_(0.1 * torch.randn_like(basis))
     roastify.save(model, tmp_path / "a")
@@ -966,7 +972,7 @@ def test_a_loaded_model_is_the_saved_one(tmp_path: Path, fresh_on: str, dtype: t
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_a_dense_model_again(inplace: bool) -> None:
+def test_densify_combines_the_kernels(inplace: bool) -> None:
     model, dense = pair()
     loss(model(normal(2, 4, 12, 12))).backward()
     model.eval()
@@ -996,7 +1002,7 @@ def test_weights_are_copied_into_a_dense_model() -> None:
         assert torch.equal(dense.get_parameter(tensor.name), expected)
 
 
-def test_an_artifact_of_before_there_were_bases_loads(tmp_path: Path) -> None:
+def test_an_artifact_from_before_basis_kernels_loads(tmp_path: Path) -> None:
     dense = Net()
     model = roastify.convert(dense, config=config(kernel_basis="none"))
     roastify.save(model, tmp_path / "a")
@@ -1017,7 +1023,7 @@ def test_an_artifact_of_before_there_were_bases_loads(tmp_path: Path) -> None:
     assert artifact.dense_state_dict(artifact.read_artifact(tmp_path / "a")).keys() == dense.state_dict().keys()
 
 
-def test_a_lost_basis_is_named(tmp_path: Path) -> None:
+def test_the_error_names_a_missing_basis(tmp_path: Path) -> None:
     model, _ = pair()
     roastify.save(model, tmp_path / "a")
     path = tmp_path / "a" / artifact.WEIGHTS
@@ -1035,7 +1041,7 @@ def test_a_lost_basis_is_named(tmp_path: Path) -> None:
             read()
 
 
-def test_the_current_plan_is_the_models_unless_something_was_added() -> None:
+def test_the_current_plan_is_the_models_plan_unless_a_parameter_was_added() -> None:
     model, _ = pair()
     assert current_plan(model) == pool_of(model).plan
     assert current_plan(model.float()).dtype == "float32"
@@ -1044,7 +1050,7 @@ def test_the_current_plan_is_the_models_unless_something_was_added() -> None:
         current_plan(model)
 
 
-def test_a_state_dict_brings_the_bases() -> None:
+def test_a_state_dict_contains_the_bases() -> None:
     model, dense = pair()
     other = roastify.convert(dense, config=config(init="project"))
     state = model.state_dict()
@@ -1057,7 +1063,7 @@ def test_a_state_dict_brings_the_bases() -> None:
 
 
 class Minding(Net):
-    """Its outputs are others once a layer is not exactly torch's."""
+    """Its outputs differ if its layer's class is not exactly torch's."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = super().forward(x)
@@ -1140,7 +1146,7 @@ def errors_of(student: nn.Module, teacher: nn.Module, x: Tensor, names: list[str
 
 
 def smooth(*shape: int, seed: int = 5) -> Tensor:
-    """Return images whose neighbours are alike, as those are that convolutions see."""
+    """Return images whose neighbouring pixels are alike, as in the images that convolutions usually get."""
     x = normal(*shape, dtype=torch.float32, seed=seed).cumsum(2).cumsum(3)
     return x / x.std()
 
@@ -1178,13 +1184,13 @@ def test_alignment_finds_the_least_squares_pool_for_the_bases() -> None:
         difference = hand.weights()[f"{index}.weight"].flatten(1) - weight
         total = total + ((difference @ second) * difference).sum() / ((weight @ second) * weight).sum()
     assert after == pytest.approx(float(total.detach()) / 2, rel=1e-6)
-    # At the minimum nothing pulls at the pool.
+    # At the minimum the pool's gradient is zero.
     (gradient,) = torch.autograd.grad(total, hand.pool)
     assert float(gradient.norm() * hand.pool.detach().norm()) < 1e-3 * float(total.detach())
 
 
 def test_alignment_is_preconditioned_by_the_diagonal_of_its_quadratic() -> None:
-    # Which it is where nothing is shared and the inputs of a kernel's positions are uncorrelated.
+    # The quadratic is diagonal if nothing is shared and the inputs at a kernel's positions are uncorrelated.
     model, _ = pair(lambda: nn.Conv2d(4, 6, 3), ratio=1.1, kernel_basis=4, init="project")
     pool = pool_of(model)
     (tensor,) = pool.plan.with_basis
@@ -1256,7 +1262,7 @@ def test_a_compiled_step_is_the_eager_one(autocast: bool, precondition: bool) ->
     for seed in range(2):
         x = normal(2, 16, 9, 9, dtype=torch.float32, seed=seed)
         assert_near(step(compiled, model, x, autocast), step(model, model, x, autocast), 2e-2 if autocast else 1e-5)
-    # What training writes is seen.
+    # The compiled model sees what training writes.
     with torch.no_grad():
         for basis in pool_of(model).bases():
             basis.mul_(1.5)
@@ -1266,7 +1272,7 @@ def test_a_compiled_step_is_the_eager_one(autocast: bool, precondition: bool) ->
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.filterwarnings("ignore")
 def test_compiled_kernels_are_made_in_float32_under_autocast() -> None:
-    """The weight is read in float32 here, so that autocast's rounding is not theirs."""
+    """The weight is read in float32 here, so autocast must not round the kernels."""
     coefficients = normal(200, 6, dtype=torch.float32).requires_grad_()
     basis = normal(6, 9, dtype=torch.float32).requires_grad_()
     compiled = torch.compile(ops.combine, backend="aot_eager", fullgraph=True)
@@ -1302,11 +1308,11 @@ def test_inductor_computes_the_eager_step(autocast: bool) -> None:
     model, _ = pair(Chain, torch.float32, "cuda")
     compiled = torch.compile(model, fullgraph=True)
     x = normal(8, 16, 9, 9, dtype=torch.float32).to("cuda")
-    # Convolutions are in TensorFloat32 here.
+    # cuDNN computes convolutions in TensorFloat32 here.
     assert_near(step(compiled, model, x, autocast), step(model, model, x, autocast), 5e-2 if autocast else 1e-2)
 
 
-# On a GPU alone.
+# On a GPU only.
 
 
 @pytest.mark.gpu
@@ -1366,7 +1372,7 @@ def test_a_layer_says_that_its_kernels_have_a_basis() -> None:
     assert "kernels of basis_0" in repr(model[0]) and "basis" not in repr(model[1])
 
 
-def test_a_wrong_gradient_of_a_basis_is_told() -> None:
+def test_a_wrong_gradient_of_a_basis_is_found() -> None:
     dense = nn.Sequential(nn.Conv2d(64, 64, 3))
     converted = roastify.convert(dense, 10)
     copy_weights(converted, dense)
@@ -1384,8 +1390,8 @@ def test_a_wrong_gradient_of_a_basis_is_told() -> None:
     assert agreement._gradient_error(dense, converted) == math.inf
 
 
-def test_with_nothing_shared_scales_of_coefficients_are_their_own() -> None:
-    """Of a whole tensor λ is 1 then, which says nothing of the coefficients that a basis's gradient is divided by."""
+def test_without_sharing_coefficients_have_a_scale_of_their_own() -> None:
+    """A whole tensor then has λ = 1, which does not give the coefficients' squares that divide a basis's gradient."""
     model = nn.Sequential(nn.Conv2d(64, 64, 3, bias=False), nn.Linear(64, 64, bias=False))
     with torch.no_grad():
         model[0].weight.mul_(100)

@@ -1,4 +1,4 @@
-"""Tracing: which modules become graphs, how parameters are used, and that the model is left as it was."""
+"""The fx pass: which modules become graphs, and how parameters are used; the model is left as it was."""
 
 from __future__ import annotations
 
@@ -132,13 +132,13 @@ def test_a_graph_computes_what_the_model_computes() -> None:
     assert torch.equal(torch.fx.GraphModule(model, graph)(x), model(x))
 
 
-def test_a_model_with_control_flow_is_opaque_and_its_children_are_opened() -> None:
+def test_a_model_with_control_flow_is_opaque_and_its_children_are_traced() -> None:
     model = Branching(Chain(a=Block(), b=Block()))
     forest = trace(model)
     assert regions(forest) == {"": False, "inner": True}
     assert reason(forest, "").startswith("TraceError") and "control flow" in reason(forest, "")
     assert_every_module_is_accounted_for(model, forest)
-    # Where the caller is opaque nobody knows how often a region runs, but inside the region its layers' calls are seen.
+    # If the caller is opaque, nobody knows how often a region runs; inside the region its layers' calls are counted.
     assert parameter(forest, "inner.a.fc.weight").uses == [
         WeightUse("inner.a.fc", "weight", "linear", "module", calls=1)
     ]
@@ -222,7 +222,7 @@ def test_checkpointed_blocks_are_seen() -> None:
     assert parameter(forest, "block.fc.weight").uses[0].calls == 1
 
 
-def test_modules_that_forward_never_calls_are_opened_too() -> None:
+def test_modules_that_forward_never_calls_are_traced_too() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -246,7 +246,7 @@ def test_modules_that_forward_never_calls_are_opened_too() -> None:
     assert_every_module_is_accounted_for(model, forest)
 
 
-def test_containers_of_torch_are_looked_into() -> None:
+def test_children_of_torchs_containers_are_traced() -> None:
     model = nn.Sequential(nn.Linear(4, 4), Branching(), nn.Sequential(Block()), nn.TransformerEncoderLayer(4, 1, 8))
     forest = trace(model)
     assert regions(forest) == {"1": False, "1.inner": True, "2.0": True}
@@ -380,7 +380,7 @@ def test_a_parameter_of_opaque_code_is_unseen() -> None:
 
 
 @pytest.mark.parametrize("name", ["opaque.holder.p", "opaque.w"])
-def test_nothing_that_opaque_code_may_read_is_called_unused(name: str) -> None:
+def test_a_parameter_that_opaque_code_may_read_is_not_called_unused(name: str) -> None:
     class Holder(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -449,7 +449,7 @@ def test_constant_tensors_are_known_except_on_the_meta_device() -> None:
     nn.init.constant_(model.weight, 0.25)
     assert parameter(trace(model), "weight").constant
     with torch.no_grad():
-        # The head that is looked at first says constant, the rest does not.
+        # The first elements, which are compared first, are equal; the last one differs.
         model.weight[-1, -1] = 0.5
     assert not parameter(trace(model), "weight").constant
     assert not parameter(trace(nn.Linear(4, 4, device="meta")), "weight").constant
@@ -562,7 +562,7 @@ def test_a_forward_that_fails_half_way_leaves_nothing_behind() -> None:
     before.assert_unchanged()
 
 
-def test_a_buffer_that_forward_replaces() -> None:
+def test_a_buffer_that_forward_replaces_is_restored() -> None:
     class Model(Block):
         def __init__(self) -> None:
             super().__init__()
@@ -580,7 +580,7 @@ def test_a_buffer_that_forward_replaces() -> None:
 
 
 class Recording(nn.Module):
-    """Keeps what it saw where a shallow look does not find it."""
+    """Keeps its inputs inside objects that a shallow comparison does not look into."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -608,7 +608,7 @@ def _add_in_place(model: Any, x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("change", [_append_nested, _append_deque, _append_default, _add_in_place])
-def test_tracing_leaves_no_trace_in_what_attributes_hold(change: Any) -> None:
+def test_tracing_changes_no_object_that_attributes_hold(change: Any) -> None:
     class Model(Recording):
         def forward(self, x: Tensor) -> Tensor:
             change(self, x)
@@ -620,7 +620,7 @@ def test_tracing_leaves_no_trace_in_what_attributes_hold(change: Any) -> None:
 
 
 @pytest.mark.parametrize("draw", [random.random, np.random.rand])
-def test_tracing_leaves_the_other_random_generators_alone(draw: Any) -> None:
+def test_tracing_leaves_pythons_and_numpys_random_generators_alone(draw: Any) -> None:
     class Model(Block):
         def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
             draw()
@@ -653,7 +653,7 @@ def test_hooks_of_modules_inside_a_graph_do_not_run() -> None:
 
 
 class GaveUp(BaseException):
-    """Raised by a test's model that is traced without end; nothing catches it on the way."""
+    """Raised by a test's model if tracing does not end; no handler catches it."""
 
 
 @pytest.mark.parametrize("kept", ["in a plain list", "nowhere"])
@@ -698,7 +698,7 @@ def test_an_unregistered_torch_layer_makes_its_caller_opaque() -> None:
     assert "not installed as a submodule" in reason(forest, "")
 
 
-def test_warnings_of_a_forward_stay_inside() -> None:
+def test_warnings_of_a_traced_forward_are_not_shown() -> None:
     class Model(Block):
         def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
             warnings.warn("each forward says so", stacklevel=1)
@@ -710,7 +710,7 @@ def test_warnings_of_a_forward_stay_inside() -> None:
     assert seen == [] and regions(forest) == {"": True}
 
 
-def test_modes_make_no_difference_to_what_is_found() -> None:
+def test_train_and_eval_mode_give_the_same_result() -> None:
     model = Chain(a=Block(), drop=nn.Dropout(), b=Branching())
     train, evaluate = trace(model.train()), trace(model.eval())
     assert regions(train) == regions(evaluate)
@@ -783,7 +783,7 @@ def test_transformers_models(build: Any, tied: tuple[str, ...] | None, ops: dict
     assert torch.equal(model(**inputs).logits, expected)
     assert_every_module_is_accounted_for(model, forest)
     assert all(region.reason for region in forest.regions if region.graph is None)
-    # The models are opaque at the top, and parts of them are not.
+    # Every model is opaque as a whole, and some of its parts are traced.
     assert set(regions(forest).values()) == {True, False} and not regions(forest)[""]
     for name, op in ops.items():
         assert op in [use.op for use in parameter(forest, name).uses], name

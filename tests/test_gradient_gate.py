@@ -1,4 +1,4 @@
-"""The gate gives the pool the gradient that naive autograd gives, whatever is done with the graph, and less memory."""
+"""The gradient gate gives the pool naive autograd's gradient, however the graph is used, and takes less memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from roastify.kernels import reference
 from roastify.kernels.grad_buffer import GradBuffer
 from roastify.pool.pass_cache import passes
 
-# cuDNN would rather have a recurrent layer's weights in one piece of memory.
+# cuDNN warns if a recurrent layer's weights are not in one piece of memory.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous:UserWarning"),
     pytest.mark.usefixtures("full_precision"),
@@ -63,7 +63,7 @@ def assert_same(found: Sequence[Tensor | None], expected: Sequence[Tensor | None
 
 @pytest.fixture(autouse=True)
 def sums(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
-    """Whether there was a sum, of each run of a gate; nothing is left anywhere after the test."""
+    """Return, for each run of a gate, whether the gradient buffer held a sum; after the test no buffer may hold one."""
     taken: list[bool] = []
     made: weakref.WeakSet[GradBuffer] = weakref.WeakSet()
     take = GradBuffer.take
@@ -80,7 +80,7 @@ def sums(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bool]]:
     assert not passes.running and not passes.recomputed
 
 
-# What is done with graphs. Each takes a forward, its pool and inputs, and returns gradients of the pool.
+# Ways to use a graph. Each function takes a forward, its pool and inputs, and returns gradients of the pool.
 
 Run = Callable[[Tensor], Tensor]
 
@@ -155,7 +155,7 @@ def one_backward_of_each_kind(run: Run, pool: Tensor, xs: list[Tensor]) -> list[
 
 
 def batched(run: Run, pool: Tensor, xs: list[Tensor]) -> list[Tensor | None]:
-    """One gradient for the pool from the graph of a gradient, while another is added up."""
+    """The pool gets one gradient through the graph of a gradient, and another through the buffer."""
     out = run(xs[0])
     of_x = torch.autograd.grad(loss(out), xs[0], create_graph=True)[0]
     (loss(out) + of_x.square().sum()).backward()
@@ -212,7 +212,7 @@ def after_an_error(run: Run, pool: Tensor, xs: list[Tensor]) -> list[Tensor | No
         raise ValueError
 
     hook = xs[0].register_hook(fail)
-    # The input's gradient comes when layers have added theirs.
+    # The hook on the input runs after layers have added their gradients to the buffer.
     with pytest.raises(ValueError):
         loss(out).backward(retain_graph=True)
     pool.grad = None
@@ -222,7 +222,7 @@ def after_an_error(run: Run, pool: Tensor, xs: list[Tensor]) -> list[Tensor | No
 
 
 def in_threads(run: Run, pool: Tensor, xs: list[Tensor]) -> list[Tensor | None]:
-    """Several backward passes through one graph at once, and some through graphs made in other threads."""
+    """Several threads run backward passes through one graph at once."""
     out = run(xs[0])
     found: dict[int, Tensor] = {}
     meet = threading.Barrier(4, timeout=60)
@@ -273,13 +273,13 @@ each_model = pytest.mark.parametrize("name", MODELS)
 @pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled:UserWarning")
 @each_situation
 @each_model
-def test_the_gradient_is_naive_autograds(name: str, situation: Callable[..., Any], sums: list[bool]) -> None:
+def test_the_gradient_equals_naive_autograds(name: str, situation: Callable[..., Any], sums: list[bool]) -> None:
     check(name, situation, torch.float64, "cpu", sums)
 
 
 @pytest.mark.parametrize("situation", [accumulated, retained, second_order], ids=lambda situation: situation.__name__)
 @each_model
-def test_in_float32(name: str, situation: Callable[..., Any], sums: list[bool]) -> None:
+def test_the_gradient_in_float32(name: str, situation: Callable[..., Any], sums: list[bool]) -> None:
     check(name, situation, torch.float32, "cpu", sums)
 
 
@@ -288,7 +288,7 @@ def test_in_float32(name: str, situation: Callable[..., Any], sums: list[bool]) 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @each_situation
 @each_model
-def test_on_a_gpu(name: str, situation: Callable[..., Any], dtype: torch.dtype, sums: list[bool]) -> None:
+def test_the_gradient_on_a_gpu(name: str, situation: Callable[..., Any], dtype: torch.dtype, sums: list[bool]) -> None:
     if name == "recurrent" and situation in (second_order, one_backward_of_each_kind, batched):
         pytest.skip("cuDNN's recurrent layers have no second derivative")
     if name == "recurrent" and situation is without_gradients_between:
@@ -311,7 +311,7 @@ def check(name: str, situation: Callable[..., Any], dtype: torch.dtype, device: 
 @pytest.mark.parametrize("kind", ["not reentrant", "reentrant", "nested"])
 @each_model
 def test_checkpointed_layers(name: str, kind: str, autocast: bool) -> None:
-    """Computed again, layers share what was made of the pool, and the reentrant kind has backward passes in one."""
+    """Recomputed layers share casts of the pool; reentrant checkpointing runs backward passes within another one."""
     if name == "recurrent" and autocast and not cpu_trains_lstm(torch.bfloat16):
         pytest.skip("torch has no bfloat16 LSTM on this CPU")
     model, naive = pair(name, torch.float32)
@@ -332,7 +332,7 @@ def test_checkpointed_layers(name: str, kind: str, autocast: bool) -> None:
     assert_same(run(model, pool_of(model).weight), expected, 4e-2 if autocast else 2e-5)
 
 
-def test_what_is_computed_again_casts_the_pool_once() -> None:
+def test_recomputed_layers_cast_the_pool_once() -> None:
     model, _ = pair("stack", torch.float32)
     numel, casts = pool_of(model).weight.numel(), []
 
@@ -355,7 +355,7 @@ def test_what_is_computed_again_casts_the_pool_once() -> None:
 
 
 def test_parts_of_a_model_called_by_themselves_share_a_gate(sums: list[bool]) -> None:
-    """As many training loops do, and never call the model."""
+    """Many training loops call parts of a model, and never the model itself."""
     model, naive = pair("stack")
 
     def run(model: Any, x: Tensor) -> Tensor:
@@ -384,13 +384,13 @@ def test_layers_left_out_and_a_loss_in_the_middle() -> None:
     assert_same(run(model, model, pool_of(model).weight, x), run(naive, naive.dense, naive.pool, x), 1e-11)
 
 
-def test_nothing_read_gives_no_gradient() -> None:
+def test_the_pool_gets_no_gradient_if_nothing_reads_it() -> None:
     model, _ = pair("stack")
     out = model(inputs(1)[0])
     (out.detach() * model.last.bias[0]).sum().backward()
     assert pool_of(model).weight.grad is None
 
-    # A reader whose gradient is undefined: autograd reaches the gate with nothing.
+    # A reader that returns no gradient: autograd runs the gate without one.
     class Blocks(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -404,8 +404,8 @@ def test_nothing_read_gives_no_gradient() -> None:
     assert pool_of(model).weight.grad is None
 
 
-def test_weights_used_as_tensors_add_to_what_layers_add() -> None:
-    """And the pool itself read past the operators, whose gradient goes the way of autograd."""
+def test_gradients_of_weights_read_as_tensors_add_to_those_of_layers() -> None:
+    """The pool itself is read past the operators too, and autograd adds up that gradient."""
     model, naive = pair("stack")
     (x,) = inputs(1)
     naive(x)
@@ -426,7 +426,7 @@ def test_a_frozen_pool(sums: list[bool]) -> None:
 
 @pytest.mark.parametrize("product", ["linear", "linear_t"])
 def test_products_keep_only_what_a_gradient_needs(product: str) -> None:
-    """As dense ones do: of a frozen weight no activations, of an input without gradients no weights."""
+    """As in dense layers: a frozen weight needs no activations, and an input without gradients needs no weight."""
     model, _ = pair("stack")
     shared, weight = model.layers[0]._roast["weight"], pool_of(model).weight
     x = torch.randn(3, 48, dtype=torch.float64, requires_grad=True)
@@ -445,7 +445,7 @@ def test_products_keep_only_what_a_gradient_needs(product: str) -> None:
 
 
 class OfAnotherGraph(torch.autograd.Function):
-    """A function of a leaf with the weight's values, whose gradient is then the weight's."""
+    """Applies a function to a leaf with the weight's values; the leaf's gradient is then the weight's."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
@@ -460,7 +460,7 @@ class OfAnotherGraph(torch.autograd.Function):
 
 
 def test_a_pool_that_is_not_a_leaf() -> None:
-    """As meta-learning has it, changed in place between two reads."""
+    """Meta-learning has such a pool; its values change between two reads."""
     model, _ = pair("stack")
     (x,) = inputs(1)
     pool = pool_of(model).weight.detach()
@@ -482,7 +482,7 @@ def test_a_pool_that_is_not_a_leaf() -> None:
     assert_same([found], [expected], 1e-11)
 
 
-# Hooks, copies and company.
+# Hooks, copies, several models, threads and streams.
 
 
 @pytest.mark.parametrize("times", [1, 2])
@@ -501,7 +501,7 @@ def test_hooks_run_once_a_backward_pass(times: int) -> None:
 
 
 def test_an_optimizer_that_steps_in_the_hook() -> None:
-    """The gradient is let go of before the pass ends, and the next pass reads the new weights."""
+    """The hook frees the gradient before the backward pass ends; the next forward pass reads the new weights."""
     model, _ = pair("stack")
     twin = copy.deepcopy(model)
     one, other = pool_of(model).weight, pool_of(twin).weight
@@ -534,7 +534,7 @@ def test_copies_have_gates_of_their_own(through: Callable[[Any], Any]) -> None:
     assert_same([pool_of(m).weight.grad for m in (twin, model)], [naive.pool.grad] * 2, 1e-11)
 
 
-def test_an_average_of_models_follows() -> None:
+def test_an_average_of_models_follows_the_trained_model() -> None:
     model, _ = pair("stack")
     average = AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -550,7 +550,7 @@ def test_an_average_of_models_follows() -> None:
 
 
 def test_two_models_at_once(sums: list[bool]) -> None:
-    """One feeds the other; then each by itself, in turn."""
+    """First one model feeds the other; then each runs by itself, in turn."""
     (model, naive), (other, other_naive) = pair("stack"), pair("stack")
     with torch.no_grad():
         for weight in (pool_of(other).weight, other_naive.pool):
@@ -571,7 +571,7 @@ def test_two_models_at_once(sums: list[bool]) -> None:
 
 
 def test_models_trained_in_threads() -> None:
-    """A model each, at the same time; forward here and backward there."""
+    """Each thread trains a model of its own; the first forward passes run in the main thread."""
     pairs = [pair("stack") for _ in range(3)]
     xs = inputs(4)
     meet = threading.Barrier(len(pairs), timeout=60)
@@ -596,7 +596,7 @@ def test_models_trained_in_threads() -> None:
 
 @pytest.mark.gpu
 def test_layers_on_several_streams(sums: list[bool]) -> None:
-    """Backward runs each layer where its forward ran; all add to one buffer."""
+    """Backward runs each layer on the stream of its forward; all layers add to one buffer."""
     torch.manual_seed(0)
     dense = nn.ModuleList(nn.Linear(1024, 1024) for _ in range(6)).cuda()
     model = roastify.convert(dense, 3)
@@ -638,7 +638,7 @@ class Deep(nn.Module):
 
 
 class Large(TorchDispatchMode):
-    """Count the tensors of at least so many elements that operations make; views and what they wrote to are not."""
+    """Counts new tensors of at least a given number of elements; views and tensors written in place do not count."""
 
     def __init__(self, numel: int) -> None:
         super().__init__()
@@ -669,8 +669,8 @@ def test_a_backward_pass_makes_one_tensor_of_the_pools_size(monkeypatch: pytest.
     assert len(large.made) > 64, "else the count above proves nothing"
 
 
-def test_adding_makes_nothing_of_the_pools_size() -> None:
-    """Within the operators, which the count above does not see into."""
+def test_adding_to_the_buffer_makes_no_tensor_of_the_pools_size() -> None:
+    """This looks inside the operators; the count above does not."""
     model = roastify.convert(
         nn.Sequential(nn.Embedding(64, 48), nn.Linear(48, 48), *(nn.Linear(48, 48) for _ in range(40))),
         config=roastify.RoastConfig(ratio=4.0, tile="16x16"),
@@ -704,12 +704,12 @@ def test_peak_memory_of_a_deep_stack(autocast: bool) -> None:
         return torch.cuda.max_memory_allocated() - before
 
     step()
-    # The sum, a layer's weight and gradient of it (a sixteenth of the pool each), and activations.
+    # Memory holds the sum, one layer's weight and its gradient (a sixteenth of the pool each), and activations.
     assert size < step() < 1.35 * size
 
 
 def test_buffers_live_no_longer_than_their_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not when it fails, and not when the gate's output is let go of."""
+    """This holds if the backward pass fails, and if the gate's output is freed."""
     from roastify.kernels import grad_buffer
 
     alive: list[Any] = []
@@ -749,11 +749,11 @@ def train(model: nn.Module, steps: int, device: str) -> None:
 
 
 @pytest.mark.slow
-def test_ten_thousand_steps_keep_nothing() -> None:
-    # Threads on small matrices wait for each other more than they work.
+def test_ten_thousand_steps_leak_no_memory() -> None:
+    # On small matrices several threads mostly wait for each other.
     torch.set_num_threads(1)
     model = roastify.convert(nn.Linear(32, 32), 2)
-    # Freed objects leave room behind that later ones take: it is full after a thousand steps or so.
+    # Python keeps the memory of freed objects for later ones; after a thousand steps or so it grows no more.
     train(model, 2_000, "cpu")
     gc.collect()
     objects = len(gc.get_objects())
@@ -769,16 +769,16 @@ def test_ten_thousand_steps_keep_nothing() -> None:
         tracemalloc.stop()
     train(model, 7_800, "cpu")
     gc.collect()
-    # A step makes over a hundred objects and 20 kB of them.
+    # A step makes over a hundred objects, of 20 kB in all.
     assert grown < 100_000
     assert len(gc.get_objects()) - objects < 500
 
 
 @pytest.mark.gpu
-def test_ten_thousand_steps_keep_nothing_on_a_gpu() -> None:
+def test_ten_thousand_steps_leak_no_memory_on_a_gpu() -> None:
     model = roastify.convert(nn.Linear(32, 32).cuda(), 2)
     train(model, 100, "cuda")
-    # What other tests left is not to be freed in between.
+    # Memory that other tests left must not be freed between the two measurements.
     gc.collect()
     before = torch.cuda.memory_allocated()
     train(model, 9_900, "cuda")

@@ -1,4 +1,4 @@
-"""One forward pass makes one compute copy of the pool and one gate to its gradient, and never reads an old copy."""
+"""One forward pass makes one compute copy of the pool and one gradient gate, and never reads an old copy."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 class Model(nn.Module):
-    """Every way of reading the pool, some more than once; `between` runs in the middle of the forward."""
+    """Reads the pool in every way, in some more than once; `between` runs in the middle of the forward."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class PoolCasts(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        # In inference mode `to` arrives as itself.
+        # In inference mode the dispatcher sees `to` itself.
         casts = torch.ops.aten._to_copy.default, torch.ops.aten.to.dtype
         if func in (*casts, torch.ops.aten.copy_.default):
             source = args[0] if func in casts else args[1]
@@ -104,7 +104,7 @@ def gates(*outputs: Tensor) -> int:
 
 
 def reference_gradient(model: Any, *inputs: Tensor, autocast: bool = False) -> Tensor:
-    """Return the pool's gradient with no pass running: every read makes a copy and a gate of its own."""
+    """Return the pool's gradient outside of a forward pass: every read makes a copy and a gate of its own."""
     pool = pool_of(model)
     losses = []
     for index in inputs:
@@ -128,7 +128,7 @@ def no_pass_is_left() -> Iterator[None]:
     assert passes.running == {}
 
 
-# How often.
+# How often the pool is cast.
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -170,17 +170,17 @@ def test_a_training_step_has_one_cast_and_one_gate(autocast: bool) -> None:
         forward = len(casts.dtypes)
         loss(out).backward()
     assert forward == autocast
-    # What each product adds is widened on its way into the sum; none is of the pool's size.
+    # Each product's gradient is widened as it is added to the sum; no cast has the pool's size.
     assert casts.dtypes[forward:] == []
     assert_same_gradient(pool_of(model).weight.grad, expected)
 
 
-# Where gradients go.
+# Gradients.
 
 
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("precondition", [True, False])
-def test_gradients_add_up_over_passes(autocast: bool, precondition: bool) -> None:
+def test_gradients_add_up_over_forward_passes(autocast: bool, precondition: bool) -> None:
     model = converted(precondition=precondition)
     inputs = [tokens(seed=seed) for seed in range(3)]
     expected = reference_gradient(model, *inputs, autocast=autocast)
@@ -215,7 +215,7 @@ def test_gradients_through_one_graph_twice() -> None:
 
 
 def test_a_backward_pass_inside_the_forward() -> None:
-    """A first loss is differentiated, and its graph freed, before the layers behind it are called."""
+    """A first loss is differentiated, and its graph is freed, before later layers are called."""
     model = converted()
     weight = pool_of(model).weight
     early: list[Tensor] = []
@@ -240,7 +240,7 @@ def test_a_backward_pass_inside_the_forward() -> None:
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointed_layers(monkeypatch: pytest.MonkeyPatch, reentrant: bool, autocast: bool) -> None:
-    """They are called again in backward, outside of the pass; torch checks that they save the same tensors."""
+    """Backward calls them again, outside of the forward pass; torch checks that they save the same tensors."""
     monkeypatch.setattr(Checkpointed, "use_reentrant", reentrant)
     plain, model = converted(), converted(kind=Checkpointed)
     expected = reference_gradient(plain, tokens(), autocast=autocast)
@@ -269,7 +269,7 @@ def test_a_second_derivative() -> None:
     assert_same_gradient(torch.autograd.grad(penalty(model(tokens())), weight)[0], expected)
 
 
-def test_nested_autocast_changes_the_dtype_within_a_pass() -> None:
+def test_nested_autocast_changes_the_dtype_within_a_forward_pass() -> None:
     model = converted()
     seen = []
     for layer in (model.first, model.second):
@@ -300,7 +300,7 @@ def test_nested_autocast_changes_the_dtype_within_a_pass() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_narrow_pools_gradient_is_summed_in_float32(dtype: torch.dtype) -> None:
-    """One gradient of 4096 arrives first, then 64 of 1, each of which would vanish beside it."""
+    """One gradient of 4096 comes first, then 64 of 1; in a narrow dtype each 1 would vanish."""
 
     class Many(nn.Module):
         def __init__(self) -> None:
@@ -325,7 +325,7 @@ def test_a_narrow_pools_gradient_is_summed_in_float32(dtype: torch.dtype) -> Non
     assert not torch.allclose(expected, torch.full_like(expected, scale * 4096), rtol=torch.finfo(dtype).eps, atol=0)
 
 
-# Never an old copy.
+# No old copy is read.
 
 
 def sgd_step(weight: nn.Parameter, **options: Any) -> None:
@@ -373,7 +373,7 @@ def foreach(weight: nn.Parameter) -> None:
         torch._foreach_add_([weight], 1.0)
 
 
-# Those that leave a trace are seen within a pass as well.
+# Writes that torch counts are seen within a forward pass as well.
 TRACED: dict[str, Callable[[nn.Parameter], None]] = {
     "sgd": lambda weight: sgd_step(weight, foreach=False),
     "sgd foreach": lambda weight: sgd_step(weight, foreach=True),
@@ -394,8 +394,8 @@ WRITES = {
 }
 
 
-def test_what_leaves_no_trace() -> None:
-    """The reason why no copy outlives its pass: these change the weights and count no version."""
+def test_writes_that_torch_does_not_count() -> None:
+    """These writes change the weights, and torch counts no version: therefore no copy outlives its forward pass."""
     for name, write in WRITES.items():
         weight = nn.Parameter(torch.zeros(3))
         before = weight._version, weight.data_ptr()
@@ -431,7 +431,7 @@ def test_a_model_that_trains_itself_in_its_forward(fused: bool) -> None:
 
 
 def assert_reads(model: Any, autocast: bool = True) -> None:
-    """Hold an output to that of a new model with the same weights."""
+    """Compare an output with that of a new model with the same weights."""
     fresh = converted()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         found = model(tokens())
@@ -441,7 +441,9 @@ def assert_reads(model: Any, autocast: bool = True) -> None:
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 @pytest.mark.parametrize("write", WRITES.values(), ids=WRITES.keys())
-def test_a_write_between_two_passes_is_seen(write: Callable[[nn.Parameter], None], mode: Callable[[], Any]) -> None:
+def test_a_write_between_two_forward_passes_is_seen(
+    write: Callable[[nn.Parameter], None], mode: Callable[[], Any]
+) -> None:
     model = converted()
     with torch.autocast("cpu", torch.bfloat16):
         with mode():
@@ -454,7 +456,7 @@ def test_a_write_between_two_passes_is_seen(write: Callable[[nn.Parameter], None
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 @pytest.mark.parametrize("write", TRACED.values(), ids=TRACED.keys())
-def test_a_write_within_a_pass_is_seen(write: Callable[[nn.Parameter], None], mode: Callable[[], Any]) -> None:
+def test_a_write_within_a_forward_pass_is_seen(write: Callable[[nn.Parameter], None], mode: Callable[[], Any]) -> None:
     found: dict[str, Tensor] = {}
     for name in ("in a pass", "outside"):
         model = converted()
@@ -473,7 +475,7 @@ def test_a_state_dict_and_a_new_parameter_are_seen() -> None:
     assert_reads(model)
     model.load_state_dict({name: value + 1 for name, value in model.state_dict().items()}, assign=True)
     assert_reads(model)
-    # As sharding does before and after each forward pass, and in between.
+    # Sharding replaces the Parameter like this before, after and within each forward pass.
     model.roast_pool.weight = nn.Parameter(model.roast_pool.weight.detach() + 1)
     assert_reads(model)
 
@@ -519,8 +521,8 @@ def test_functional_calls_see_the_tensors_they_are_given() -> None:
     assert pool_of(model).weight.grad is None
 
 
-def test_a_transform_within_a_pass_leaves_nothing_behind() -> None:
-    """What is computed in a transform may be wrapped, and is dead after it."""
+def test_a_transform_within_a_forward_pass_leaves_nothing_behind() -> None:
+    """A tensor computed in a transform may be wrapped, and must not be used after it."""
     model = converted()
     pool, seen = pool_of(model), []
 
@@ -534,7 +536,7 @@ def test_a_transform_within_a_pass_leaves_nothing_behind() -> None:
     assert not torch._C._functorch.is_functorch_wrapped_tensor(seen[0])
 
 
-def test_modes_of_gradients_mix_within_a_pass() -> None:
+def test_gradient_modes_may_change_within_a_forward_pass() -> None:
     model = converted()
     entered = []
 
@@ -553,7 +555,7 @@ def test_modes_of_gradients_mix_within_a_pass() -> None:
 
     def with_gradients() -> None:
         with torch.inference_mode(False), torch.enable_grad():
-            # Through a product, whose copy of the pool the pass has already made in inference mode.
+            # The forward pass has already made this product's copy of the pool, in inference mode.
             model.block(torch.ones(2, 32)).sum().backward()
 
     model.between = with_gradients
@@ -564,11 +566,11 @@ def test_modes_of_gradients_mix_within_a_pass() -> None:
 
 
 class Interrupted(BaseException):
-    """As KeyboardInterrupt, which no `except Exception` stops."""
+    """Stands for KeyboardInterrupt: no `except Exception` stops it."""
 
 
 @pytest.mark.parametrize("error", [ValueError, Interrupted])
-def test_a_pass_ends_however_it_ends(error: type[BaseException]) -> None:
+def test_a_forward_pass_is_over_after_any_exception(error: type[BaseException]) -> None:
     model = converted()
 
     def stop() -> None:
@@ -585,7 +587,7 @@ def test_a_pass_ends_however_it_ends(error: type[BaseException]) -> None:
         assert not torch.equal(model.first(torch.ones(2, 32)), before)
 
 
-def test_layers_called_by_themselves_read_the_present_weights() -> None:
+def test_layers_called_by_themselves_read_the_current_weights() -> None:
     model = converted()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         model(tokens())
@@ -594,7 +596,7 @@ def test_layers_called_by_themselves_read_the_present_weights() -> None:
         assert not torch.equal(model.first(torch.ones(2, 32)), before)
 
 
-def test_a_pass_within_a_pass_and_one_after_it() -> None:
+def test_a_forward_pass_within_another_and_one_after_it() -> None:
     model = converted()
     index, depth = tokens(), []
 
@@ -613,8 +615,8 @@ def test_a_pass_within_a_pass_and_one_after_it() -> None:
     assert_same_gradient(torch.autograd.grad(loss(out), pool_of(model).weight)[0], expected)
 
 
-def test_threads_share_no_pass() -> None:
-    """Both are inside the forward at once, and one's weights are not the other's."""
+def test_threads_share_no_forward_pass() -> None:
+    """Two threads are inside the forward at once, with different weights."""
     model = converted()
     meet = threading.Barrier(2, timeout=60)
     index = tokens()
@@ -634,7 +636,7 @@ def test_threads_share_no_pass() -> None:
     assert found == {0: 1, 1: 1}
 
 
-def test_a_layer_in_another_thread_makes_its_own() -> None:
+def test_a_layer_in_another_thread_is_outside_of_the_forward_pass() -> None:
     model = converted()
     found: list[Tensor] = []
 
@@ -648,7 +650,7 @@ def test_a_layer_in_another_thread_makes_its_own() -> None:
     assert torch.equal(found[0], model.embed(tokens()))
 
 
-def test_two_models_in_one_pass() -> None:
+def test_two_models_in_one_forward_pass() -> None:
     model, other = converted(), converted(seed=5)
     inner: list[Tensor] = []
     model.between = lambda: inner.append(other(tokens()))
@@ -656,8 +658,8 @@ def test_two_models_in_one_pass() -> None:
     assert torch.equal(inner[0], other(tokens())) and gates(out, inner[0]) == 2
 
 
-def test_nothing_is_kept_after_a_pass() -> None:
-    """No copy, whether the model is then idle, copied or saved."""
+def test_no_copy_is_kept_after_a_forward_pass() -> None:
+    """This holds if the model is idle, copied or saved afterwards."""
     model = converted()
     held: list[weakref.ref[Tensor]] = []
     read = RoastPool.read
@@ -676,10 +678,10 @@ def test_nothing_is_kept_after_a_pass() -> None:
     assert set(model.state_dict()) == set(dict(model.named_parameters()))
 
 
-# The forward that stands in the instance.
+# The forward that a conversion sets on the instance.
 
 
-def test_the_forward_looks_like_the_models() -> None:
+def test_the_instances_forward_has_the_signature_of_the_class() -> None:
     model = converted()
     assert inspect.signature(model.forward, eval_str=True) == inspect.signature(Model().forward, eval_str=True)
     assert model.forward.__name__ == "forward"
@@ -687,7 +689,7 @@ def test_the_forward_looks_like_the_models() -> None:
 
 
 @pytest.mark.parametrize("through", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copies_run_their_own_pass(through: Callable[[Any], Any]) -> None:
+def test_copies_run_their_own_forward(through: Callable[[Any], Any]) -> None:
     model = converted()
     del model.between
     Model.between = staticmethod(lambda: None)
@@ -703,13 +705,13 @@ def test_copies_run_their_own_pass(through: Callable[[Any], Any]) -> None:
         del Model.between
 
 
-def test_densify_takes_it_away() -> None:
+def test_densify_removes_the_instances_forward() -> None:
     model = converted()
     assert "forward" in vars(model) and "forward" not in vars(roastify.densify(model))
     assert "forward" not in vars(roastify.densify(model, inplace=True))
 
 
-def test_an_instances_own_forward_stays() -> None:
+def test_a_forward_that_was_set_on_the_instance_before_stays() -> None:
     dense = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 40))
     dense.forward = own = lambda x: dense[1](dense[0](x)) + 5
     model = roastify.convert(dense, 2, inplace=True)
@@ -718,7 +720,7 @@ def test_an_instances_own_forward_stays() -> None:
     assert vars(roastify.densify(model, inplace=True))["forward"] is own
 
 
-def test_a_forward_put_around_it_later_stays() -> None:
+def test_a_forward_that_is_wrapped_around_it_later_stays() -> None:
     model = converted()
     inner = model.forward
     model.forward = lambda *args: inner(*args) + 5
@@ -744,7 +746,7 @@ def test_a_failed_conversion_leaves_the_forward_as_it_was() -> None:
 
 
 @pytest.mark.gpu
-def test_streams_make_copies_of_their_own() -> None:
+def test_every_stream_makes_its_own_copy() -> None:
     model = converted("cuda")
     side = torch.cuda.Stream()
     main = torch.cuda.current_stream()
@@ -765,7 +767,7 @@ def test_streams_make_copies_of_their_own() -> None:
 
 
 @pytest.mark.gpu
-def test_a_graph_captured_within_a_pass_makes_its_own_copy() -> None:
+def test_a_graph_captured_within_a_forward_pass_makes_its_own_copy() -> None:
     """Replayed after the weights have changed, it must read the new ones."""
     model = converted("cuda")
     graph, x = torch.cuda.CUDAGraph(), torch.ones(4, 32, device="cuda")
@@ -804,13 +806,13 @@ def test_transforms_are_refused(transform: str) -> None:
 @pytest.mark.parametrize(
     ("transform", "grad"), [("grad", True), ("jvp", True), ("jvp", False), ("dual", True), ("dual", False)]
 )
-def test_derivatives_that_no_operator_has_are_refused_where_the_pool_is_frozen(transform: str, grad: bool) -> None:
+def test_missing_derivatives_are_refused_even_if_the_pool_is_frozen(transform: str, grad: bool) -> None:
     model = roastify.convert(nn.Sequential(nn.Linear(32, 32)), ratio=2).requires_grad_(False)
     x = torch.randn(3, 32)
 
     def dual() -> Tensor:
         with forward_ad.dual_level():
-            # Without a tangent there is nothing to lose.
+            # Without a tangent no derivative is missing.
             assert torch.equal(model(x), expected)
             return model(forward_ad.make_dual(x, x))
 

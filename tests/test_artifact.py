@@ -43,7 +43,7 @@ class Mixed(nn.Module):
         self.small = nn.Linear(width, 5)
         self.head = nn.Linear(width, words, bias=False)
         self.head.weight = self.embed.weight
-        # Random, so that a load that leaves the fresh model's own values in place shows.
+        # The values are random, so that a load that keeps the fresh model's values is noticed.
         self.register_buffer("shift", torch.randn(width))
         self.register_buffer("slope", torch.randn(width), persistent=False)
 
@@ -99,7 +99,7 @@ def _same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 
 
 class _Frozen:
-    """A model as it is now, to prove later that it is still that."""
+    """Records a model, to check later that nothing in it has changed."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -240,7 +240,7 @@ def test_saving_and_loading_leave_the_random_generators_alone(tmp_path: Path) ->
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_a_sequential_root_keeps_its_pool_inside_and_comes_back(tmp_path: Path) -> None:
+def test_a_sequential_root_whose_child_has_the_pool_survives_the_round_trip(tmp_path: Path) -> None:
     def build() -> nn.Module:
         return nn.Sequential(nn.Sequential(nn.Linear(64, 64), nn.ReLU()), nn.Linear(64, 9))
 
@@ -376,7 +376,7 @@ def test_transformers_models_come_back_bit_for_bit(
         torch.testing.assert_close(again(tokens).logits, saved(tokens).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_an_artifact_is_two_files_and_holds_just_what_the_plan_says(tmp_path: Path) -> None:
+def test_an_artifact_is_two_files_and_holds_exactly_what_the_plan_says(tmp_path: Path) -> None:
     model = _mixed()
     roastify.save(model, tmp_path / "a")
     assert _files(tmp_path / "a") == [WEIGHTS, MANIFEST]
@@ -385,7 +385,7 @@ def test_an_artifact_is_two_files_and_holds_just_what_the_plan_says(tmp_path: Pa
     buffers = sum(buffer.numel() for buffer in Mixed().buffers())
     assert sum(tensor.numel() for tensor in stored.values()) == plan.stored_numel + buffers
     assert plan.stored_numel < plan.total_numel / 4 + 1
-    # Tied tensors once, shared tensors not at all.
+    # Shared tensors are stored in the pool alone, tied tensors once.
     assert not {"embed.weight", "head.weight", "conv.weight", "mix.weight"} & stored.keys()
     assert {"roast_pool.weight", "slope", "shift", "norm.running_mean"} <= stored.keys()
     manifest = _manifest(tmp_path / "a")
@@ -426,9 +426,9 @@ GOLDEN_SIGNS = [
 ]
 
 
-def test_an_artifact_of_format_1_loads_as_it_always_has(tmp_path: Path) -> None:
-    # Golden: what this format's first version wrote for one 16×16 layer at ratio 2. If this fails, artifacts that users
-    # hold read differently: keep the old reading, or raise the format version.
+def test_an_artifact_of_format_1_loads_with_its_golden_values(tmp_path: Path) -> None:
+    # Golden values: what this format's first version wrote for one 16×16 layer at ratio 2. If this test fails, users'
+    # artifacts are read differently: restore the old reading, or raise the format version.
     class Tiny(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -490,7 +490,7 @@ def _mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def test_files_may_be_read_by_whom_the_umask_says(tmp_path: Path) -> None:
+def test_the_files_permissions_follow_the_umask(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
         roastify.save(_mixed(), tmp_path / "a")
@@ -499,7 +499,7 @@ def test_files_may_be_read_by_whom_the_umask_says(tmp_path: Path) -> None:
     assert [_mode(tmp_path / "a" / name) for name in (MANIFEST, WEIGHTS)] == [0o640, 0o640]
 
 
-def test_a_dense_file_may_be_read_by_whom_the_umask_says(tmp_path: Path) -> None:
+def test_a_dense_files_permissions_follow_the_umask(tmp_path: Path) -> None:
     roastify.save(_mixed(), tmp_path / "a")
     before = os.umask(0o027)
     try:
@@ -521,17 +521,17 @@ def test_saving_over_an_artifact_replaces_it_and_leaves_other_files(tmp_path: Pa
     assert _same_bits(_state(new), _state(roastify.load(folder, Mixed())))
 
 
-def test_a_folder_and_those_above_it_are_made(tmp_path: Path) -> None:
+def test_save_creates_the_folder_and_its_parents(tmp_path: Path) -> None:
     roastify.save(_mixed(), tmp_path / "x" / "y")
     roastify.load(str(tmp_path / "x" / "y"), Mixed())
 
 
 class _Killed(BaseException):
-    """Stands for the process ending: no handler of ordinary errors runs."""
+    """Stands for the end of the process: no `except Exception` stops it."""
 
 
 def _save_dying_at(step: int, model: nn.Module, folder: Path) -> bool:
-    """Save, but die at the given change to the file system, a file being written half; return whether it finished."""
+    """Save, but die at the given change to the file system, with a file half written; return whether it finished."""
     taken = itertools.count(1)
 
     def dying(operation: Callable[..., Any], halve: Callable[..., None] | None = None) -> Callable[..., Any]:
@@ -565,7 +565,7 @@ def _save_dying_at(step: int, model: nn.Module, folder: Path) -> bool:
 
 
 def _which(folder: Path, models: dict[str, nn.Module]) -> str:
-    """Return which model a folder holds, whole: values and plan."""
+    """Return which model's values and plan a folder holds; both must be of one model."""
     loaded = roastify.load(folder, Stack())
     matches = [
         name
@@ -577,7 +577,7 @@ def _which(folder: Path, models: dict[str, nn.Module]) -> str:
 
 
 def _stacks() -> dict[str, nn.Module]:
-    """Three models that differ in values, mapping and pool size, so that no mixture of two passes for one."""
+    """Return three models that differ in values, mapping and pool size, so that a mixture of two is noticed."""
     torch.manual_seed(0)
     return {
         "old": roastify.convert(Stack(), 3, seed=1),
@@ -595,11 +595,11 @@ def test_a_save_killed_at_any_point_leaves_the_old_artifact_or_the_new_one(tmp_p
         if _save_dying_at(step, models["new"], folder):
             break
         found.append(_which(folder, models))
-        # What was left behind is no obstacle to the next save, which leaves nothing of it.
+        # The next save succeeds, and removes what the killed save left behind.
         roastify.save(models["newest"], folder)
         assert _which(folder, models) == "newest"
         assert _files(folder) == [WEIGHTS, MANIFEST]
-    # Two writes, two renames and what makes them durable; once new, always new.
+    # A save has two writes, two renames and the calls that make them durable. Once the new artifact is there, it stays.
     assert len(found) >= 6
     assert found[0] == "old" and found[-1] == "new"
     assert found == sorted(found, key=["old", "new"].index)
@@ -632,8 +632,8 @@ def test_a_first_save_killed_at_any_point_leaves_a_whole_artifact_or_a_clear_ref
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_process_killed_at_a_rename_leaves_a_whole_artifact(tmp_path: Path, stage: int) -> None:
-    # The real thing, once before the first and once between the two renames: SIGKILL runs no handler and flushes
-    # nothing.
+    # A real process is killed, before the first rename and between the two: SIGKILL runs no handler and flushes no
+    # file.
     script = textwrap.dedent(
         """
         import os, signal, sys
@@ -714,7 +714,7 @@ def test_a_path_that_cannot_be_a_folder_is_reported(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["save", "densify_artifact"])
-def test_a_write_that_safetensors_cannot_do_is_reported(tmp_path: Path, what: str) -> None:
+def test_a_failed_write_of_safetensors_is_reported(tmp_path: Path, what: str) -> None:
     model = _mixed()
     roastify.save(model, tmp_path / "a")
     if what == "save":
@@ -765,7 +765,7 @@ def _other_shape(folder: Path) -> None:
 
 
 def _set(*path: str | int, to: Any) -> Callable[[Path], None]:
-    """Return a damage: one value of the manifest changed."""
+    """Return a function that damages an artifact: it changes one value of the manifest."""
 
     def damage(folder: Path) -> None:
         def change(manifest: Any) -> None:
@@ -871,7 +871,7 @@ def test_a_tensor_of_another_shape_is_refused(tmp_path: Path) -> None:
     before.assert_unchanged()
 
 
-# Values of the right name and place that make no sense, or another sense.
+# Values that stand under the right name but make no sense, or mean another mapping.
 SENSELESS: dict[str, Callable[[Path], object]] = {
     "tile of one number": _set("plan", "tile", to=[8]),
     "num_slots is text": _set("plan", "num_slots", to="x"),
@@ -890,7 +890,7 @@ SENSELESS: dict[str, Callable[[Path], object]] = {
     "ties are null": _set("ties", to=None),
     "weights are a number": _set("weights", to=3),
     "mapping version is text": _set("mapping_version", to="1"),
-    # One digit changed: the mapping is another, and so is every weight.
+    # One digit is changed, so the mapping and every weight differ.
     "another seed": _set("plan", "seed", to=5),
 }
 
@@ -978,7 +978,7 @@ class _Pair(nn.Module):
             self.second.weight = self.first.weight
 
 
-def test_other_ties_are_refused(tmp_path: Path) -> None:
+def test_a_model_with_other_ties_is_refused(tmp_path: Path) -> None:
     for tied, message in (
         (True, r"second\.weight is not tied to first\.weight"),
         (False, r"second\.weight is tied to fir"),
@@ -1075,7 +1075,7 @@ def test_a_plain_tensor_on_the_meta_device_is_refused_by_name(tmp_path: Path, pl
 
 
 class _Wrapper(nn.Module):
-    """As DistributedDataParallel does, holds the model as `.module`."""
+    """Holds the model as `.module`, as DistributedDataParallel does."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -1131,7 +1131,7 @@ def test_the_model_inside_a_wrapper_can_be_saved(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "action", [lambda model, path: roastify.save(model, path), lambda model, _: roastify.densify(model)]
 )
-def test_what_is_no_module_is_refused(tmp_path: Path, action: Callable[[Any, Path], object]) -> None:
+def test_an_object_that_is_no_module_is_refused(tmp_path: Path, action: Callable[[Any, Path], object]) -> None:
     with pytest.raises(RoastError, match=r"expected a torch\.nn\.Module"):
         action({"weight": torch.zeros(3)}, tmp_path / "a")
 
@@ -1182,10 +1182,10 @@ def _remove_kept(model: nn.Module) -> None:
         (_add_layer, r"^more\.weight was added since the conversion"),
     ],
 )
-def test_a_model_changed_since_its_conversion_is_not_saved_as_if_it_were_not(
+def test_a_model_that_was_changed_since_its_conversion_is_not_saved(
     tmp_path: Path, change: Callable[[nn.Module], None], message: str
 ) -> None:
-    # Its plan says where every weight is read at loading, so what it does not know of would be lost without a word.
+    # Loading reads every weight where the plan says, so a change that the plan does not know would be lost silently.
     model = roastify.convert(Stack(), 3)
     roastify.save(model, tmp_path / "a")
     before = (tmp_path / "a" / MANIFEST).read_bytes(), (tmp_path / "a" / WEIGHTS).read_bytes()
@@ -1193,7 +1193,7 @@ def test_a_model_changed_since_its_conversion_is_not_saved_as_if_it_were_not(
     with pytest.raises(ConversionError, match=message):
         roastify.save(model, tmp_path / "a")
     assert ((tmp_path / "a" / MANIFEST).read_bytes(), (tmp_path / "a" / WEIGHTS).read_bytes()) == before
-    # The advice works.
+    # The error's advice works.
     roastify.save(roastify.convert(roastify.densify(model), 2), tmp_path / "a")
 
 
@@ -1232,7 +1232,7 @@ def test_densify_gives_the_original_classes_keys_and_outputs(inplace: bool) -> N
     }
     assert not dense.training
     for wanted, found in zip(expected, dense(*_inputs()), strict=True):
-        # A different order of summation than the pool's operators'.
+        # The dense layers sum in another order than the pool's operators.
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
@@ -1272,7 +1272,7 @@ def test_densify_leaves_a_container_that_the_user_replaced() -> None:
     torch.testing.assert_close(dense(_vectors()), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_densify_gives_a_tied_weight_to_the_owner_that_is_left() -> None:
+def test_densify_gives_a_tied_weight_to_the_remaining_owner() -> None:
     converted = _mixed()
     expected = converted.embed.weight.detach()
     converted.head = nn.Linear(40, 7)

@@ -1,4 +1,4 @@
-"""What convert refuses, with which words, and that a refused or failed conversion leaves the model as it was."""
+"""What convert refuses and with which message; a refused or failed conversion leaves the model unchanged."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ TOKENS = torch.arange(12) % 30
 
 
 class _Frozen:
-    """A model as it is now, to prove later that it is still that."""
+    """Records a model, to check later that nothing in it has changed."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -71,7 +71,7 @@ class _Frozen:
         tensors = self._tensors()
         assert [name for name, _ in tensors] == [name for name, _ in self.tensors]
         for (name, tensor), (_, original), value in zip(tensors, self.tensors, self.values, strict=True):
-            # The very object, so that an optimizer made before still trains this model.
+            # The parameter is still the same object, so an optimizer created before still trains this model.
             assert tensor is original, name
             assert tensor.requires_grad == original.requires_grad and tensor.grad is None, name
             if value is not None:
@@ -106,7 +106,7 @@ def _trained() -> nn.Module:
 
 @pytest.mark.parametrize("thing", [3, None, nn.Linear, {"weight": torch.zeros(2)}, "model.py"])
 @pytest.mark.parametrize("function", [roastify.convert, roastify.plan])
-def test_what_is_no_module_is_refused(function: Callable[..., Any], thing: Any) -> None:
+def test_an_object_that_is_no_module_is_refused(function: Callable[..., Any], thing: Any) -> None:
     with pytest.raises(ConversionError, match=rf"expected a torch\.nn\.Module; found {type(thing).__name__}"):
         function(thing, 3)
 
@@ -125,17 +125,17 @@ def test_what_is_no_module_is_refused(function: Callable[..., Any], thing: Any) 
         ([10], r"ratio must be a finite number of at least 1; found \[10\]"),
     ],
 )
-def test_a_ratio_that_is_none_is_refused(inplace: bool, ratio: Any, message: str) -> None:
+def test_an_invalid_ratio_is_refused(inplace: bool, ratio: Any, message: str) -> None:
     _assert_refused(_trained(), ConfigError, message, inplace, ratio)
 
 
-def test_a_ratio_beyond_every_float_is_refused() -> None:
+def test_a_ratio_too_large_for_a_float_is_refused() -> None:
     with pytest.raises(RoastError, match="ratio"):
         roastify.convert(Net(), 10**400)
 
 
 @both_ways
-def test_an_unreachable_ratio_names_the_largest_and_what_is_in_the_way(inplace: bool) -> None:
+def test_the_error_of_an_unreachable_ratio_names_the_largest_one_and_the_biggest_kept_tensors(inplace: bool) -> None:
     model = _trained()
     before = _Frozen(model)
     weights = RoastConfig(share="weights")
@@ -145,7 +145,7 @@ def test_an_unreachable_ratio_names_the_largest_and_what_is_in_the_way(inplace: 
     found = re.search(r"The largest reachable ratio is ([\d.]+)\.", str(caught.value))
     assert found is not None
     largest = float(found[1])
-    # It is what it says: reachable, and a little more is not.
+    # The named ratio is reachable, and a slightly larger one is not.
     assert roastify.convert(model, largest, config=weights).roast_pool.plan.achieved_ratio >= largest
     _assert_refused(model, PlanError, "is unreachable", inplace, largest + 0.02, config=weights)
 
@@ -244,7 +244,7 @@ def test_a_model_that_cannot_be_converted_is_refused_and_left_alone(inplace: boo
 
 
 @pytest.mark.parametrize("name", [name for name in REFUSALS if name != "the meta device"])
-def test_plan_refuses_the_same_with_the_same_words(name: str) -> None:
+def test_plan_refuses_the_same_models_with_the_same_messages(name: str) -> None:
     build, error, message = REFUSALS[name]
     model = build()
     before = _Frozen(model)
@@ -253,7 +253,7 @@ def test_plan_refuses_the_same_with_the_same_words(name: str) -> None:
     before.assert_unchanged()
 
 
-def test_what_was_refused_converts_once_the_advice_is_taken() -> None:
+def test_a_refused_model_converts_if_the_user_follows_the_errors_advice() -> None:
     lazy = _lazy()
     lazy.late(torch.zeros(2, 48))
     roastify.convert(lazy, 3)
@@ -264,8 +264,8 @@ def test_what_was_refused_converts_once_the_advice_is_taken() -> None:
 
 
 @both_ways
-def test_a_child_that_would_own_the_pool_may_have_no_attribute_of_that_name(inplace: bool) -> None:
-    # Under a Sequential root, which calls its children, the pool is a child's.
+def test_a_child_that_would_own_the_pool_is_refused_if_it_has_an_attribute_of_that_name(inplace: bool) -> None:
+    # A Sequential root calls its children in turn, so the pool belongs to a child.
     first = nn.Linear(48, 48)
     first.roast_pool = "mine"
     model = nn.Sequential(first, nn.Linear(48, 48))
@@ -284,7 +284,7 @@ def test_a_child_that_would_own_the_pool_may_have_no_attribute_of_that_name(inpl
         ({"exclude": "*"}, "no weight of the model is eligible for sharing.*excluded by '\\*'"),
     ],
 )
-def test_patterns_that_match_nothing_or_leave_nothing_are_refused(
+def test_patterns_that_match_nothing_or_leave_nothing_to_share_are_refused(
     inplace: bool, arguments: dict[str, Any], message: str
 ) -> None:
     _assert_refused(_trained(), PlanError, message, inplace, **arguments)
@@ -330,7 +330,7 @@ def test_a_config_file_that_makes_no_sense_is_refused(inplace: bool, tmp_path: P
 @both_ways
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_a_failure_in_the_middle_of_the_rewriting_is_undone(
+def test_a_failure_in_the_middle_of_rewriting_leaves_the_model_unchanged(
     monkeypatch: pytest.MonkeyPatch, inplace: bool, when: str, error: type[BaseException]
 ) -> None:
     model = _trained()
@@ -351,12 +351,12 @@ def test_a_failure_in_the_middle_of_the_rewriting_is_undone(
     assert len(swapped) == 2
     before.assert_unchanged()
     assert model.out.weight is model.embed.weight
-    # Nothing was left that would stop the next attempt.
+    # The failed attempt left nothing behind that stops the next one.
     assert roastify.convert(model, 3, inplace=inplace, example_inputs=TOKENS).roast_pool.plan.achieved_ratio >= 3
 
 
 class _Minding(Net):
-    """Does something else once its layer is not exactly the one it was."""
+    """Behaves differently if its layer's class is not exactly `nn.Linear`."""
 
     what = "raise"
 
@@ -379,7 +379,7 @@ class _Minding(Net):
         ("structure", "in eval mode the converted model returns a tuple; expected a Tensor"),
     ],
 )
-def test_a_model_that_behaves_otherwise_once_converted_is_refused(inplace: bool, what: str, message: str) -> None:
+def test_a_model_that_behaves_differently_after_conversion_is_refused(inplace: bool, what: str, message: str) -> None:
     model = _Minding()
     model.what = what
     _assert_refused(model, OutputMismatch, message, inplace, example_inputs=TOKENS)
@@ -390,15 +390,13 @@ def test_a_model_that_behaves_otherwise_once_converted_is_refused(inplace: bool,
 @pytest.mark.parametrize(
     "example_inputs", [torch.zeros(3, 4, 5), (TOKENS, TOKENS), {"token": TOKENS}, torch.tensor([31]), "text"]
 )
-def test_example_inputs_that_the_original_cannot_take_are_said_to_be_at_fault(
-    inplace: bool, example_inputs: Any
-) -> None:
+def test_the_error_blames_example_inputs_on_which_the_original_fails(inplace: bool, example_inputs: Any) -> None:
     message = "^the original model fails on the example inputs in eval mode: [A-Z][A-Za-z]*Error"
     _assert_refused(_trained(), RoastError, message, inplace, example_inputs=example_inputs)
 
 
 @both_ways
-def test_an_interrupt_during_verification_is_undone(inplace: bool) -> None:
+def test_an_interrupt_during_verification_leaves_the_model_unchanged(inplace: bool) -> None:
     class Interrupted(Net):
         def forward(self, tokens: Tensor) -> Tensor:
             if type(self.out) is not nn.Linear:
@@ -412,7 +410,7 @@ def test_an_interrupt_during_verification_is_undone(inplace: bool) -> None:
     before.assert_unchanged()
 
 
-def test_an_optimizer_made_before_a_failed_conversion_still_trains_the_model() -> None:
+def test_an_optimizer_created_before_a_failed_conversion_still_trains_the_model() -> None:
     model = _Minding()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     with pytest.raises(OutputMismatch):
@@ -423,7 +421,7 @@ def test_an_optimizer_made_before_a_failed_conversion_still_trains_the_model() -
     assert not torch.equal(weight, model.block[0].weight)
 
 
-def test_a_model_that_cannot_be_copied_is_told_of_inplace() -> None:
+def test_the_error_of_a_model_that_cannot_be_copied_suggests_inplace() -> None:
     class Uncopyable(Net):
         def __deepcopy__(self, memo: dict[int, Any]) -> Any:
             raise RuntimeError("holds a lock")

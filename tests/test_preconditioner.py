@@ -1,4 +1,4 @@
-"""1/Γ, counted a tile at a time, is what adding λ² for every weight gives, bit for bit."""
+"""1/Γ is counted a tile at a time, and equals bit for bit what adding λ² for every weight gives."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def models() -> dict[str, Callable[[], nn.Module]]:
 
 
 def by_every_weight(pool: Any) -> Tensor:
-    """1/Γ of every element, from one λ² added for every weight."""
+    """Return 1/Γ of every element, by adding one λ² for every weight."""
     plan = pool.plan
     shared = [(plan.view(tensor), tensor.scale) for tensor in plan.shared]
     rows = [(plan.view(tensor), tensor.scale, tensor.zero_row) for tensor in plan.shared if tensor.zero_row is not None]
@@ -42,7 +42,7 @@ def by_every_weight(pool: Any) -> Tensor:
 )
 @pytest.mark.parametrize("ratio", [1.5, 4, 20])
 @pytest.mark.parametrize("name", list(models()))
-def test_counting_is_adding(name: str, ratio: float, settings: dict[str, Any]) -> None:
+def test_counting_by_tile_equals_adding_weight_by_weight(name: str, ratio: float, settings: dict[str, Any]) -> None:
     torch.manual_seed(0)
     config = roastify.RoastConfig(share="all", **settings)
     pool = pool_of(roastify.convert(models()[name](), ratio, config=config))
@@ -52,11 +52,11 @@ def test_counting_is_adding(name: str, ratio: float, settings: dict[str, Any]) -
     assert torch.equal(found, expected)
     if name in ("padded", "padding row") and ratio == 4 and not settings:
         assert pool.uneven_slots.numel() > 0
-    # Where a slot's elements are alike it has one number, and no more.
+    # A slot whose elements have one Γ stores one number.
     assert torch.equal(pool.uneven_slots, (expected != expected[:, :1]).any(1).nonzero().flatten())
 
 
-def test_a_large_model_is_counted_in_no_time() -> None:
+def test_a_large_model_is_counted_within_a_second() -> None:
     # 1.07 G weights in tiles of 128×64, at ratio 50: reading each weight took seconds.
     with torch.device("meta"):
         model = nn.Sequential(*(nn.Linear(4096, 4096, bias=False) for _ in range(64)))

@@ -1,4 +1,4 @@
-"""Small layers of a training pass keep their dense weights, which are gathered together."""
+"""In training, small layers keep their dense weights, and these weights are gathered together."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Reentrant(Checkpointed):
     reentrant = True
 
     def body(self, x: Tensor) -> Tensor:
-        # Without an input that has a gradient torch computes none of such a checkpoint's.
+        # If no input requires a gradient, torch computes no gradient inside a reentrant checkpoint.
         return super().body(x if x.requires_grad else x.clone().requires_grad_(torch.is_grad_enabled()))
 
 
@@ -85,7 +85,7 @@ def rows(count: int = WIDTH, seed: int = 0, dtype: torch.dtype = torch.float64, 
 
 @pytest.fixture
 def none_kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool], None]]:
-    """Whether weights are kept; without, every layer gathers for itself, as large ones do."""
+    """Return a function that turns keeping on or off; without it every layer gathers its own, as large layers do."""
 
     def choose(kept: bool) -> None:
         monkeypatch.setattr(shared.PooledWeight, "_is_recorded", recorded if kept else lambda shared: False)
@@ -95,7 +95,7 @@ def none_kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool], None
 
 
 class Gathers:
-    """Counts the gathers of the kept weights, by node."""
+    """Records how many kept weights each node gathers."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.groups: list[int] = []
@@ -113,11 +113,11 @@ def gathers(monkeypatch: pytest.MonkeyPatch) -> Gathers:
     return Gathers(monkeypatch)
 
 
-# What is done in a training loop. Each takes a model and returns gradients of the pool.
+# Training loops. Each function takes a model and returns gradients of the pool.
 
 
 def steps(model: Any) -> list[Tensor]:
-    """Steps that change the pool: what was gathered for one must not serve the next."""
+    """Every step changes the pool: weights gathered for one step must not be used in the next."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     found = []
     for seed in range(4):
@@ -140,7 +140,7 @@ def forwards_first(model: Any) -> list[Tensor]:
 
 
 def partly(model: Any) -> list[Tensor]:
-    """Layers that were expected and do not run, and others that come back."""
+    """Some layers of a group do not run in a step, and run again in a later one."""
     for skip in (False, True, True, False):
         model(rows(), skip=skip).square().sum().backward()
     return [pool_of(model).weight.grad]
@@ -168,7 +168,7 @@ def twice_differentiated(model: Any) -> list[Tensor]:
 
 
 def beside_other_modes(model: Any) -> list[Tensor]:
-    """Passes without gradients, and of other sizes, in between."""
+    """Forward passes without gradients, and of other sizes, run in between."""
     found = []
     for count in (WIDTH, 1, WIDTH):
         with torch.no_grad():
@@ -236,7 +236,7 @@ def test_gradients_are_those_of_layers_that_gather_for_themselves(
     assert not passes.running and not passes.recomputed
 
 
-def test_a_weight_is_gathered_once_a_step_and_with_others_of_its_kind(gathers: Gathers) -> None:
+def test_a_weight_is_gathered_once_a_step_and_together_with_its_group(gathers: Gathers) -> None:
     model = converted()
     gathered: list[str] = []
     implementation = ops._implementations["gather"]
@@ -247,7 +247,7 @@ def test_a_weight_is_gathered_once_a_step_and_with_others_of_its_kind(gathers: G
     # Four linear layers of one shape, and the convolution.
     assert gathers.groups == [4, 1] * 3
     assert len(gathered) == 15
-    # Outside of a pass nothing says that the others will be read.
+    # Outside of a forward pass it is unknown whether the others will be read.
     gathers.groups.clear()
     model.head(model.first(rows())).sum().backward()
     assert gathers.groups == [1, 1]
@@ -260,7 +260,7 @@ def test_groups_are_no_larger_than_their_bound(gathers: Gathers, monkeypatch: py
     assert gathers.groups == [3, 1, 1]
 
 
-def test_groups_hold_what_is_alike() -> None:
+def test_groups_hold_weights_that_one_kernel_can_gather() -> None:
     class Kinds(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -276,17 +276,17 @@ def test_groups_hold_what_is_alike() -> None:
     model = roastify.convert(Kinds(), config=config)
     pool = pool_of(model)
     groups = {frozenset(weight.shape for weight in pool.group_of(chosen).weights) for chosen in pool.weights}
-    # The kernels of 3×3 have a basis, for which there are other kernels.
+    # The 3×3 convolutions have a basis, and other kernels make their weights.
     assert groups == {
         frozenset({(32, 48)}), frozenset({(48, 32)}), frozenset({(32, 32, 1)}), frozenset({(48, 32, 3, 3)}),
     }  # fmt: skip
-    # Whether another forward than the layer's own comes to read its weight there is not known.
+    # A subclass with a forward of its own may not read its weight, so that weight is in no group.
     assert len(pool.weights) == 5
     apart = pool_of(roastify.convert(Kinds(), config=dataclasses.replace(config, sharing="local")))
     assert all(len(apart.group_of(weight).weights) == 1 for weight in apart.weights)
 
 
-def test_no_weight_is_gathered_that_is_read_elsewhere(gathers: Gathers) -> None:
+def test_a_weight_that_other_code_reads_is_not_gathered_with_a_group(gathers: Gathers) -> None:
     class Own(nn.Linear):
         def forward(self, input: Tensor) -> Tensor:
             return input @ self.weight.t() * 2
@@ -302,11 +302,11 @@ def test_no_weight_is_gathered_that_is_read_elsewhere(gathers: Gathers) -> None:
             return self.last(self.attention(x, x, x)[0])
 
     converted(Mixed)(rows()).sum().backward()
-    # The product in its class's own code has its weight for itself.
+    # A product in a class's own code gathers its weight alone.
     assert gathers.groups == [2, 1]
 
 
-def test_a_mode_sees_each_gather_where_it_is_asked_for(gathers: Gathers) -> None:
+def test_a_dispatch_mode_sees_each_weight_gathered_alone(gathers: Gathers) -> None:
     model = converted()
     for _ in range(2):
         with FlopCounterMode(display=False):
@@ -315,7 +315,7 @@ def test_a_mode_sees_each_gather_where_it_is_asked_for(gathers: Gathers) -> None
 
 
 class Selective(Net):
-    """Its regions checkpointed one by one, and what some operators return in them kept."""
+    """Checkpoints its regions one by one, and saves what some operators return in them."""
 
     saved: Any = None
 
@@ -342,8 +342,8 @@ class Selective(Net):
     "saved",
     [(), (torch.ops.aten.mm.default, torch.ops.aten.addmm.default), (torch.ops.roastify.gather.default,), "all"],
 )
-def test_checkpoints_may_choose_what_they_keep(saved: Any, autocast: bool, count: int) -> None:
-    """Their regions must run the same operators again, whoever read the pool first."""
+def test_checkpoints_may_choose_what_they_save(saved: Any, autocast: bool, count: int) -> None:
+    """A recomputed region must run the same operators again, whichever layer read the pool first."""
     found = []
     for chosen in (None, saved):
         model = converted(Selective, torch.float32)
@@ -359,7 +359,7 @@ def test_checkpoints_may_choose_what_they_keep(saved: Any, autocast: bool, count
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
-def test_forward_mode_goes_through_kept_weights() -> None:
+def test_forward_mode_derivatives_go_through_kept_weights() -> None:
     model, x, tangent = converted(), rows(), rows(seed=1)
     found = []
     for module in (model, roastify.densify(model)):
@@ -378,7 +378,7 @@ class Exported(nn.Module):
 
 
 def test_an_exported_graph_has_products_on_the_pool() -> None:
-    """It has no backward pass that would want the weights."""
+    """An exported graph has no backward pass, so it keeps no weights."""
     exported = torch.export.export(converted(Exported), (rows(),))
     operators = [node.target for node in exported.graph.nodes]
     assert operators.count(torch.ops.roastify.linear.default) == 2
@@ -409,7 +409,9 @@ def test_the_first_step_has_the_bits_of_any_other() -> None:
 
 
 @pytest.mark.parametrize("reason", ["large", "few rows", "frozen", "no gradients"])
-def test_what_would_not_pay_is_not_kept(reason: str, gathers: Gathers, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_are_not_kept_where_it_would_not_pay(
+    reason: str, gathers: Gathers, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if reason == "large":
         monkeypatch.setattr(shared, "_SMALL_ELEMENTS", WIDTH**2)
     model = converted()
@@ -421,14 +423,14 @@ def test_what_would_not_pay_is_not_kept(reason: str, gathers: Gathers, monkeypat
     with torch.set_grad_enabled(reason != "no gradients"):
         model.head(model.first(x))
     assert gathers.groups == []
-    # The bound itself is on the other side.
+    # At the bound itself a weight is kept.
     if reason == "few rows":
         model.first(rows(WIDTH))
         assert gathers.groups == [1]
 
 
 @pytest.mark.parametrize("kind", [Net, Checkpointed])
-def test_nothing_is_kept_after_a_step(kind: type[Net]) -> None:
+def test_no_weight_is_kept_after_a_step(kind: type[Net]) -> None:
     model = converted(kind)
     made: list[weakref.ref[Tensor]] = []
     gather = weights.gather_group
@@ -446,13 +448,13 @@ def test_nothing_is_kept_after_a_step(kind: type[Net]) -> None:
             for _ in range(2):
                 model(rows()).sum().backward()
             assert len(made) >= 10 and not any(reference() is not None for reference in made)
-            # The pass is over, but the graph is there.
+            # The forward pass is over, but the graph still exists.
             kept = []
             model.between = lambda: kept.append(sum(reference() is not None for reference in made))
             out = model(rows())
             model.between()
-            # The first layer's weight would be for the input's gradient; a checkpoint's are gathered again. They go
-            # while the pass is running.
+            # Two kinds of weights are freed during the forward pass: the first layer's, because the input needs no
+            # gradient, and a checkpoint's, because backward gathers them again.
             assert kept == [4 if kind is Net else 3] * 2
             del out
         assert not any(reference() is not None for reference in made)
@@ -462,7 +464,7 @@ def test_nothing_is_kept_after_a_step(kind: type[Net]) -> None:
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_a_pool_that_is_written_to_before_the_backward_pass(kept: bool, none_kept: Callable[[bool], None]) -> None:
-    """What is kept gives the gradient for the weights that the forward pass used; gathering again raises."""
+    """A kept weight gives the gradient for the values that the forward pass used; gathering again raises."""
     none_kept(kept)
     model, layers = (converted(), ("first", "again", "head"))
     x = rows().requires_grad_()
@@ -487,7 +489,7 @@ def test_a_pool_that_is_written_to_before_the_backward_pass(kept: bool, none_kep
 
 
 class Outputs(TorchDispatchMode):
-    """The dtypes that operators give back."""
+    """Records the dtypes of operators' results."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -519,7 +521,7 @@ def test_under_autocast_weights_are_gathered_in_its_dtype_and_gradients_summed_i
         assert torch.equal(model(x), expected)
 
 
-def test_a_read_that_fails_leaves_what_was_known(gathers: Gathers) -> None:
+def test_a_failed_read_does_not_change_later_groups(gathers: Gathers) -> None:
     model = converted()
     model(rows()).sum().backward()
     with pytest.raises(RuntimeError):
@@ -567,7 +569,7 @@ def test_kernels_for_groups_give_the_gradients_of_the_cpu(kind: type[Net]) -> No
 def test_a_first_step_may_be_captured() -> None:
     """Before the kernels' tables are on the GPU, each weight has a kernel of its own."""
     model, x = converted(dtype=torch.float32, device="cuda"), rows(dtype=torch.float32, device="cuda")
-    # Compiled, and cuBLAS's workspace there, but by another model.
+    # Another model runs first: it compiles the kernels and allocates cuBLAS's workspace.
     converted(dtype=torch.float32, device="cuda")(x).sum().backward()
     for mode in (contextlib.nullcontext(), FlopCounterMode(display=False)):
         with mode:

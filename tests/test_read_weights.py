@@ -1,4 +1,4 @@
-"""Parameters that no layer of ours reads: materialised on access, whatever module has them; and tensors so read."""
+"""Weights read on access: parameters that no layer on the pool reads, in any module; a read weight refuses writes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from roastify.pool import pool as pool_module
 
 transformers.utils.logging.set_verbosity_error()
 
-# torch's own remarks on the models below.
+# torch warns of the models below.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning"),
     pytest.mark.filterwarnings("ignore:enable_nested_tensor is True, but:UserWarning"),
@@ -61,7 +61,7 @@ def test_equal_outputs_without_sharing(name: str, training: bool, share: str) ->
         with torch.set_grad_enabled(grad):
             for before, after in zip(run(model, inputs), run(converted, inputs), strict=True):
                 torch.testing.assert_close(after, before, rtol=1e-10, atol=1e-10)
-    # Whatever is kept has a reason other than where it stands.
+    # No tensor is kept because of the module that has it.
     for tensor in plan.kept:
         assert tensor.reason.split(":")[0].split(" of ")[0] in ("vector", "small", "constant", "a single number"), (
             tensor
@@ -70,8 +70,8 @@ def test_equal_outputs_without_sharing(name: str, training: bool, share: str) ->
 
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("name", MODELS)
-def test_gradients_are_the_dense_ones_brought_to_the_pool(name: str, share: str) -> None:
-    """A step on the pool changes the loss as the projected dense step does: checked along the gradient itself."""
+def test_the_pools_gradient_equals_finite_differences(name: str, share: str) -> None:
+    """Along the pool's gradient, finite differences of the loss give the gradient's norm."""
     build, inputs = MODELS[name]
     model = build().double().eval()
     inputs = tuple(x.double() if x.is_floating_point() else x for x in inputs)
@@ -119,7 +119,7 @@ def test_copies_are_independent_and_equal(name: str, copied: Callable[[nn.Module
     build, inputs = MODELS[name]
     converted = roastify.convert(build().eval(), config=settings(2, "all"))
     if name == "old weight norm":
-        with torch.no_grad():  # its hooks leave tensors with a history behind, which torch does not copy
+        with torch.no_grad():  # its hooks set tensors that are no leaves, and torch does not copy those
             run(converted, inputs)
     twin = copied(converted)
     with torch.no_grad():
@@ -141,7 +141,7 @@ def test_save_load_densify_and_casts(name: str, share: str, tmp_path: Path) -> N
     with torch.no_grad():
         expected = run(converted, inputs)
         roastify.save(converted, tmp_path / "a")
-        # `to` unties, and leaves computed attributes as they are.
+        # `to` unties weights, and does not move attributes that hooks compute.
         for fresh in (build(), build().to("meta")) if name not in ("tied", "old weight norm") else (build(),):
             loaded = roastify.load(tmp_path / "a", fresh.eval())
             for one, other in zip(expected, run(loaded, inputs), strict=True):
@@ -162,7 +162,7 @@ def test_save_load_densify_and_casts(name: str, share: str, tmp_path: Path) -> N
     roastify.api.densify_artifact(tmp_path / "a", tmp_path / "dense.safetensors")
 
 
-def test_a_recurrent_layer_lets_its_dense_weights_go() -> None:
+def test_a_recurrent_layer_does_not_keep_its_dense_weights() -> None:
     converted = roastify.convert(Recurrent(nn.LSTM), 4)
     assert "_flat_weights" not in vars(converted.rnn) and "_roast_flat_weights" not in vars(converted.rnn)
     dense = roastify.densify(converted)
@@ -170,7 +170,7 @@ def test_a_recurrent_layer_lets_its_dense_weights_go() -> None:
     assert dense.rnn.all_weights[0][0] is dense.rnn.weight_ih_l0
 
 
-def test_a_module_is_called_by_its_old_name_and_class() -> None:
+def test_a_converted_modules_class_has_the_original_name_and_docstring() -> None:
     converted = roastify.convert(Raw(), 4)
     assert isinstance(converted, Raw) and type(converted).__name__ == "Raw"
     assert type(converted).__module__ == Raw.__module__ and type(converted).__doc__ == Raw.__doc__
@@ -185,7 +185,7 @@ def test_frozen_weights_with_a_trained_adapter() -> None:
     assert converted.lora_B["default"].weight.grad is not None and pool.weight.grad is None
 
 
-def test_a_module_without_parameters_of_its_own_answers_with_what_it_reads() -> None:
+def test_parameters_yields_read_weights_if_a_module_has_no_parameter_left() -> None:
     model = nn.Module()
     model.body = nn.Sequential(nn.Linear(32, 32, bias=False), nn.ReLU())
     model.head = nn.Linear(32, 32)
@@ -199,13 +199,13 @@ def test_a_module_without_parameters_of_its_own_answers_with_what_it_reads() -> 
         body.requires_grad_(False)
     with pytest.raises(ValueError, match="non-leaf"):
         torch.optim.SGD(body.parameters(), 0.1)
-    # A module with Parameters left has those alone, and a dense one its own class.
+    # A module with Parameters left yields those alone, and a densified module has its original class.
     assert all(type(parameter) is nn.Parameter for parameter in converted.parameters())
     dense = roastify.densify(converted)
     assert type(dense.body) is nn.Sequential and type(dense.body[0]) is nn.Linear
 
 
-# What is read refuses writes.
+# A read weight refuses writes.
 
 
 @pytest.fixture
@@ -236,14 +236,14 @@ WRITES: list[Callable[[Any], Any]] = [
 
 @pytest.mark.parametrize("write", WRITES)
 @pytest.mark.parametrize("grad", [True, False])
-def test_a_write_to_what_was_read_is_refused(layer: Any, write: Callable[[Any], Any], grad: bool) -> None:
+def test_a_write_to_a_read_weight_is_refused(layer: Any, write: Callable[[Any], Any], grad: bool) -> None:
     before = layer.weight.clone(), layer.bias.clone()
     with torch.set_grad_enabled(grad), pytest.raises(RoastError, match=r"lives in the shared pool.*roastify\.densify"):
         write(layer)
     assert torch.equal(layer.weight, before[0]) and torch.equal(layer.bias, before[1])
 
 
-def test_what_is_read_is_a_parameter_to_who_asks_and_a_tensor_to_who_computes(layer: Any) -> None:
+def test_a_read_weight_is_an_instance_of_parameter_and_computes_as_a_tensor(layer: Any) -> None:
     weight = layer.weight
     assert isinstance(weight, nn.Parameter) and layer.get_parameter("weight").shape == (32, 32)
     assert not torch.overrides.has_torch_function((weight,))
@@ -259,14 +259,14 @@ def test_what_is_read_is_a_parameter_to_who_asks_and_a_tensor_to_who_computes(la
             other.weight = layer.weight
 
 
-def test_a_parameter_that_is_assigned_takes_the_attribute_out_of_the_pool(layer: Any) -> None:
+def test_an_assigned_parameter_takes_the_attribute_out_of_the_pool(layer: Any) -> None:
     own = nn.Parameter(torch.zeros(32, 32))
     layer.weight = own
     assert type(layer) is nn.Linear and layer.weight is own and dict(layer.named_parameters())["weight"] is own
     assert torch.equal(layer(normal(2, 32)), layer.bias.expand(2, 32))
 
 
-def test_one_of_several_attributes_leaves_the_pool() -> None:
+def test_one_of_several_attributes_can_leave_the_pool() -> None:
     converted = roastify.convert(Raw(), config=settings(2, "weights"))
     own = nn.Parameter(torch.zeros(1, 50, 32))
     converted.positions = own
@@ -292,7 +292,7 @@ def bert() -> Any:
 
 @pytest.mark.parametrize("share", ["weights", "all"])
 @pytest.mark.parametrize("build", [gpt2, bert])
-def test_transformers_ties_and_initialises_again(build: Callable[[], Any], share: str) -> None:
+def test_transformers_can_tie_and_initialise_a_converted_model_again(build: Callable[[], Any], share: str) -> None:
     tokens = torch.arange(8)[None]
     converted = roastify.convert(build().eval(), config=settings(2, share))
     before = converted(tokens).logits
@@ -305,7 +305,7 @@ def test_transformers_ties_and_initialises_again(build: Callable[[], Any], share
 
 @pytest.mark.parametrize("build", [gpt2, bert])
 @pytest.mark.parametrize("size", [120, 133, 90])
-def test_transformers_resizes_the_vocabulary(build: Callable[[], Any], size: int) -> None:
+def test_transformers_can_resize_the_vocabulary_of_a_converted_model(build: Callable[[], Any], size: int) -> None:
     converted = roastify.convert(build().eval(), config=settings(2, "weights"))
     dense = roastify.densify(converted)
     converted.resize_token_embeddings(size, mean_resizing=False)
@@ -316,7 +316,7 @@ def test_transformers_resizes_the_vocabulary(build: Callable[[], Any], size: int
     torch.testing.assert_close(converted(tokens).logits[..., :seen], expected, rtol=1e-4, atol=1e-4)
     assert converted(tokens).logits.shape[-1] == size
     if size != 120:
-        # The table is the model's own now, and still tied.
+        # The table is now a Parameter of the model, and still tied.
         assert converted.get_input_embeddings().weight is converted.get_output_embeddings().weight
         with pytest.raises(RoastError, match="was replaced or removed since the conversion"):
             roastify.save(converted, "unused")
@@ -324,7 +324,7 @@ def test_transformers_resizes_the_vocabulary(build: Callable[[], Any], size: int
 
 @pytest.mark.parametrize("name", ["raw", "lstm", "tied"])
 def test_a_replica_of_data_parallel_reads_the_pools_replica(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `torch.nn.parallel.replicate` does, for one device, whose copies hold half of every value."""
+    """The test does what `torch.nn.parallel.replicate` does, for one device; the replica holds half of every value."""
     build, inputs = MODELS[name]
     model = roastify.convert(build().eval(), config=settings(2, "all"))
     replicas = {module: module._replicate_for_data_parallel() for module in model.modules()}
@@ -352,12 +352,12 @@ def test_a_replica_of_data_parallel_reads_the_pools_replica(name: str, monkeypat
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_whatever_exports_dense_exports_converted(name: str) -> None:
+def test_a_model_that_torch_exports_is_exported_after_conversion_too(name: str) -> None:
     build, inputs = MODELS[name]
     model = build().eval()
     try:
         torch.export.export(model, inputs)
-    except Exception:  # lengths of packed sequences, and the attributes that the old weight norm sets
+    except Exception:  # torch exports neither lengths of packed sequences nor the old weight norm
         assert isinstance(model, Recurrent) or name == "old weight norm"
         return
     converted = roastify.convert(model, config=settings(2, "all"))
