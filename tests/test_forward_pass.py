@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 import roastify
 from roastify.conversion.converted import pool_of
 from roastify.errors import RoastError
+from roastify.layers.base import RoastModule
 from roastify.pool.forward_pass import RootForward
 from roastify.pool.pass_cache import passes
 from roastify.pool.pool import RoastPool
@@ -732,7 +733,7 @@ def test_a_forward_that_is_wrapped_around_it_later_stays() -> None:
 def test_a_failed_conversion_leaves_the_forward_as_it_was() -> None:
     class Fails(Model):
         def forward(self, tokens: Tensor, scale: float = 1.0) -> Tensor:
-            assert not isinstance(self.first, roastify.layers.RoastModule)
+            assert not isinstance(self.first, RoastModule)
             return super().forward(tokens, scale)
 
     model = Fails()

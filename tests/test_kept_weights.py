@@ -22,9 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import roastify
 from roastify.conversion.converted import pool_of
-from roastify.kernels import kept_weights as weights
-from roastify.kernels import ops
-from roastify.layers import pooled_weight as shared
+from roastify.kernels import dispatch, kept_weights
+from roastify.layers import pooled_weight
 from roastify.pool.pass_cache import passes
 
 WIDTH = 32
@@ -99,9 +98,9 @@ class Gathers:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.groups: list[int] = []
-        gather = weights.gather_group
+        gather = kept_weights.gather_group
 
-        def watched(pool: Tensor, table: Tensor, group: weights.WeightGroup, *rest: Any) -> Any:
+        def watched(pool: Tensor, table: Tensor, group: kept_weights.WeightGroup, *rest: Any) -> Any:
             self.groups.append(len(group.weights))
             return gather(pool, table, group, *rest)
 
@@ -239,9 +238,9 @@ def test_gradients_are_those_of_layers_that_gather_for_themselves(
 def test_a_weight_is_gathered_once_a_step_and_together_with_its_group(gathers: Gathers) -> None:
     model = converted()
     gathered: list[str] = []
-    implementation = ops._implementations["gather"]
+    implementation = dispatch.implementations["gather"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(ops._implementations, "gather", lambda *args: gathered.append("") or implementation(*args))
+        patch.setitem(dispatch.implementations, "gather", lambda *args: gathered.append("") or implementation(*args))
         for _ in range(3):
             model(rows()).sum().backward()
     # Four linear layers of one shape, and the convolution.
@@ -254,7 +253,7 @@ def test_a_weight_is_gathered_once_a_step_and_together_with_its_group(gathers: G
 
 
 def test_groups_are_no_larger_than_their_bound(gathers: Gathers, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "_GROUP_ELEMENTS", 3 * WIDTH**2)
+    monkeypatch.setattr(kept_weights, "_GROUP_ELEMENTS", 3 * WIDTH**2)
     model = converted()
     model(rows()).sum().backward()
     assert gathers.groups == [3, 1, 1]
@@ -413,7 +412,7 @@ def test_weights_are_not_kept_where_it_would_not_pay(
     reason: str, gathers: Gathers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if reason == "large":
-        monkeypatch.setattr(shared, "_SMALL_ELEMENTS", WIDTH**2)
+        monkeypatch.setattr(pooled_weight, "_SMALL_ELEMENTS", WIDTH**2)
     model = converted()
     x = rows()
     if reason == "few rows":
@@ -433,7 +432,7 @@ def test_weights_are_not_kept_where_it_would_not_pay(
 def test_no_weight_is_kept_after_a_step(kind: type[Net]) -> None:
     model = converted(kind)
     made: list[weakref.ref[Tensor]] = []
-    gather = weights.gather_group
+    gather = kept_weights.gather_group
 
     def watched(*args: Any) -> Any:
         tensors = gather(*args)
