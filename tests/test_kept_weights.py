@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import roastify
 from roastify.conversion.converted import pool_of
 from roastify.kernels import dispatch, kept_weights
-from roastify.layers import pooled_weight
+from roastify.layers.pooled_weight import PooledWeight
 from roastify.pool.pass_cache import passes
 
 WIDTH = 32
@@ -87,9 +87,9 @@ def none_kept(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool], None
     """Return a function that turns keeping on or off; without it every layer gathers its own, as large layers do."""
 
     def choose(kept: bool) -> None:
-        monkeypatch.setattr(shared.PooledWeight, "_is_recorded", recorded if kept else lambda shared: False)
+        monkeypatch.setattr(PooledWeight, "_is_recorded", recorded if kept else lambda shared: False)
 
-    recorded = shared.PooledWeight._is_recorded
+    recorded = PooledWeight._is_recorded
     yield choose
 
 
