@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import roastify
 from roastify.conversion.converted import pool_of
 from roastify.kernels import dispatch, kept_weights
+from roastify.layers import pooled_weight
 from roastify.layers.pooled_weight import PooledWeight
 from roastify.pool.pass_cache import passes
 
