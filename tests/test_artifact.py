@@ -23,8 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import roastify
-from roastify import api
-from roastify import artifact as checkpoint
+from roastify import api, files
 from roastify.errors import CheckpointError, ConversionError, RoastError
 
 MANIFEST = "roast.json"
@@ -552,7 +551,7 @@ def _save_dying_at(step: int, model: nn.Module, folder: Path) -> bool:
         path.write_bytes(text[: len(text) // 2].encode())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", dying(save_file, half_of_tensors))
+        patch.setattr(files, "save_file", dying(save_file, half_of_tensors))
         patch.setattr(Path, "write_text", dying(Path.write_text, half_of_text))
         patch.setattr(Path, "unlink", dying(Path.unlink))
         patch.setattr(os, "replace", dying(os.replace))
@@ -695,7 +694,7 @@ def test_a_full_disk_is_reported_and_leaves_a_whole_artifact(
 
     with monkeypatch.context() as patch:
         if operation == "weights":
-            patch.setattr(checkpoint, "save_file", full)
+            patch.setattr(files, "save_file", full)
         elif operation == "manifest":
             patch.setattr(Path, "write_text", full)
         else:
