@@ -23,7 +23,6 @@ class TracedRegion:
     """A module that was traced (`graph` is set), or that could not be traced (`reason` is set)."""
 
     path: str
-    class_name: str
     graph: fx.Graph | None = None
     reason: str | None = None
 
@@ -133,7 +132,7 @@ class _ForestBuilder:
         if _defines_forward(module):
             graph = self._trace_region(module)
             reason = None if graph else self.reasons[type(module)]
-            self.regions.append(TracedRegion(path, type(module).__name__, graph, reason))
+            self.regions.append(TracedRegion(path, graph, reason))
             if graph is None:
                 self.opaque.append(module)
         leaves = _leaf_paths(graph) if graph else {name for name, _ in module.named_children()}
