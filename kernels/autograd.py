@@ -1,4 +1,4 @@
-"""The operators' derivatives: an autograd node for each, and the pool's gradient into its buffer."""
+"""The operators' derivatives: an autograd node for each, which adds the pool's gradient to a buffer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The buffer in which a backward pass sums the pool's gradient, instead of one pool-sized tensor a layer.
+"""The buffer in which a backward pass sums the pool's gradient, instead of one tensor for each layer.
 
 A layer reads the pool through an autograd node that holds a `GradBuffer`. The layer's operator adds its gradient to the
 buffer and returns None. The gate is the node behind all readers. Autograd runs the gate after every reader, whether or

@@ -1,4 +1,4 @@
-"""The operators `torch.ops.roastify.*`: schemas, implementations, and fakes for tensors without values."""
+"""The operators `torch.ops.roastify.*`: schemas, implementations and fakes (for tensors without data)."""
 
 from __future__ import annotations
 

@@ -235,7 +235,7 @@ def _by_slot_kernel(
     x = tl.load(p_x + m_q.to(INT)[:, None] * cols + col, mask=exists[:, None] & (col < cols), other=0.0)
     if WIDEN:
         weight, x = weight.to(tl.float32), x.to(tl.float32)
-    # The sign goes on the activations: a thread holds one of their columns, but several of the product's.
+    # The sign is applied to the activations, because a thread holds one of their columns, but several of the product's.
     x = tl.where(negative[:, None], -x, x)
     product = tl.dot(weight, tl.trans(x), input_precision=PRECISION) * scale
     tl.store(p_parts + place, product, mask=exists[None, :] & (n < rows))
