@@ -1,4 +1,4 @@
-"""The operators' derivatives: each one's node of autograd, and the way of the pool's gradient to its buffer."""
+"""The operators' derivatives: an autograd node for each, which adds the pool's gradient to a buffer."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from roastify.kernels.torch_internals import (
 
 
 def pool_gradient(ctx: Any, position: int, name: str, *args: Any, pool_shape: Sequence[int]) -> Tensor | None:
-    """Return the pool's gradient, or None where it was added to the buffer of the backward pass, or nobody asks.
+    """Return the pool's gradient; None if it was added to the backward pass's buffer, or if no one asks for it.
 
     Args:
-        ctx: of the operator that read the pool.
-        position: of the pool among the operator's tensors.
-        name: of the operator that makes the gradient.
-        args: that operator's, all but the pool's shape.
+        ctx: the autograd context of the operator that read the pool.
+        position: the pool's position among the operator's tensors.
+        name: the operator that computes the gradient.
+        args: that operator's arguments, without the pool's shape.
         pool_shape: the pool's shape.
     """
-    # Along the edge that the gradient would take.
-    read = ctx.next_functions[position][0]
-    # A compiler of backward passes does not know which nodes run; one that records them runs them.
-    if (buffer := grad_buffer_of(read)) is not None and (buffer.recorded or not torch.compiler.is_compiling()):
-        if not is_wanted(read):
+    # The node that a returned gradient would go to.
+    reader = ctx.next_functions[position][0]
+    # A compiler that traces a backward pass cannot tell which nodes run. A recorded pass does run its nodes.
+    if (buffer := grad_buffer_of(reader)) is not None and (buffer.recorded or not torch.compiler.is_compiling()):
+        if not is_wanted(reader):
             return None
         if (total := buffer.total()) is not None:
             call(name + "_", total, *args)
@@ -77,7 +77,7 @@ def _backward_reduce(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 def _save_linear(
     ctx: Any, x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: Sequence[int], scale: float
 ) -> None:
-    # As the dense product: what no gradient needs is not kept, and may change.
+    # As in the dense product, a tensor that no gradient needs is not saved, so the caller may change it in place.
     need_x, need_pool = ctx.needs_input_grad[:2]
     _save_view(ctx, table, view, scale, x if need_pool else None, pool if need_x else None)
     ctx.pool_shape = pool.shape
@@ -156,7 +156,7 @@ def _backward_embedding_reduce(ctx: Any, grad: Tensor) -> tuple[Tensor | None, .
 
 
 def save_combine(ctx: Any, coefficients: Tensor, basis: Tensor, grad_scale: float) -> None:
-    """Save what the derivatives of `combine` need in its node, or in one for several."""
+    """Save the tensors that the derivatives of `combine` need, in its own node or in a `_CombinedNode`."""
     need_coefficients, need_basis = ctx.needs_input_grad[:2]
     ctx.save_for_backward(coefficients if need_basis else None, basis if need_coefficients else None)
     ctx.dtype, ctx.grad_scale = basis.dtype, grad_scale
@@ -172,12 +172,12 @@ def _backward_combine(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def coefficient_grad(grad: Tensor, basis: Tensor, grad_scale: float = 1.0) -> Tensor:
-    """Return the coefficients' gradient behind `combine`, `grad · basisᵀ`; `grad_scale` counts in its derivatives."""
+    """Return the gradient of `combine`'s coefficients, `grad · basisᵀ`; `grad_scale` affects its derivatives alone."""
     return call("combine", grad, basis.t(), grad_scale)
 
 
 def basis_grad(coefficients: Tensor, grad: Tensor, grad_scale: float) -> Tensor:
-    """Return the basis's gradient behind `combine`, `grad_scale · coefficientsᵀ · grad`, in the dtype of sums."""
+    """Return the gradient of `combine`'s basis, `grad_scale · coefficientsᵀ · grad`, in the accumulation dtype."""
     return call("combine_reduce", coefficients, grad, grad_scale)
 
 
@@ -198,19 +198,19 @@ def _backward_combine_reduce(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ..
 
 
 def _node(name: str, save: Any, differentiate: Any) -> Any:
-    """Return an operator's node of autograd, which `save` fills and `differentiate` reads.
+    """Return an operator's autograd node: `save` stores its tensors, `differentiate` computes its gradients.
 
-    `torch.library.register_autograd` makes the same node, but its part on the host takes longer than all of ours.
+    `torch.library.register_autograd` creates the same node, but its host code takes longer than all of ours.
     """
 
     class Node(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Tensor:
-            # Where no gradient arrives none leaves, as with torch's own operators: zeros in its place would give the
-            # pool a gradient, and an optimizer would decay weights that nothing trains.
+            # If no gradient arrives, none is returned, as in torch's own operators. Zeros would give the pool a
+            # gradient, and an optimizer would then decay weights that nothing trains.
             ctx.set_materialize_grads(False)
             save(ctx, *args)
-            # No gradients are recorded here, so that this may go past the dispatcher.
+            # Autograd records nothing inside this function, so `call` may skip the dispatcher.
             return call(name, *args)
 
         @staticmethod
@@ -223,7 +223,7 @@ def _node(name: str, save: Any, differentiate: Any) -> Any:
 
 
 def _refuse_transforms(name: str, args: tuple[Any, ...]) -> None:
-    """Raise where a derivative is asked for that no operator has: below, a tangent would be lost without a word."""
+    """Raise if a derivative is asked for that no operator has; without this, a tangent would be lost in silence."""
     if in_func_transform():
         recorded = torch.is_grad_enabled() and any_requires_grad(*args)
         asked = recorded or is_jvp_transform()
@@ -232,12 +232,12 @@ def _refuse_transforms(name: str, args: tuple[Any, ...]) -> None:
     if asked:
         raise NotImplementedError(
             f"roastify::{name} has no derivatives in forward mode, nor in the transforms of torch.func (grad, jvp, …); "
-            f"use torch.autograd.grad, or roastify.densify(model) for a model that they take"
+            f"use torch.autograd.grad, or roastify.densify(model) for a dense model, which supports them"
         )
 
 
 def _for_autograd(name: str) -> Any:
-    """Return an operator's implementation for autograd's key."""
+    """Return an operator's implementation for the dispatcher's `Autograd` key."""
 
     def run(*args: Any) -> Tensor:
         if in_forward_mode() or in_func_transform():

@@ -1,4 +1,4 @@
-"""What a device's operations run on, told without importing Triton."""
+"""Which implementation runs the operators on a device, found without importing Triton."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 
 @functools.cache
 def has_copy_engine(device: torch.device) -> bool:
-    """Whether a GPU has the tensor-copy engine that `many_rows` is written for: NVIDIA's Hopper."""
-    # AMD's GPUs have capabilities of the same numbers.
+    """Whether a GPU has the tensor-copy engine that `many_rows` needs: NVIDIA's Hopper GPUs have it."""
+    # AMD's GPUs report the same capability numbers.
     return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
 
 

@@ -1,4 +1,4 @@
-"""How an operator is called: through the dispatcher where anybody would notice, past it where nobody would."""
+"""How an operator is called: through torch's dispatcher if a tool watches the call, else directly."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from roastify.kernels.torch_internals import (
 )
 from roastify.kernels.view import TileView
 
-# The modules of `gpu` with the operators' launchers. They import Triton, so they are imported when a CUDA tensor
-# arrives.
+# The module of `gpu` that holds each operator's launcher. These modules import Triton, so each is imported when the
+# first CUDA tensor arrives.
 _CUDA_HOMES = {
     "gather": "gather",
     "reduce": "reduce",
@@ -43,7 +43,7 @@ _CUDA_HOMES = {
 }
 
 _ops = torch.ops.roastify
-# What each operator does, and its node of autograd: `schemas` and `autograd` enter them.
+# Each operator's implementation, entered by `schemas`, and its autograd node, entered by `autograd`.
 implementations: dict[str, Any] = {}
 nodes: dict[str, Any] = {}
 
@@ -54,16 +54,17 @@ def _launcher(name: str) -> Any:
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Return the context for launching kernels: Triton does so on the current device, which need not be a tensor's."""
+    """Return the context that makes a tensor's device the current one, on which Triton launches kernels."""
     device = tensor.get_device()
     return contextlib.nullcontext() if device == current_device_index() else torch.cuda.device(device)
 
 
 def implementation(name: str) -> Any:
-    """Return what an operator does: on a GPU its launcher, found when it is first called; elsewhere the reference.
+    """Return an operator's implementation: on a GPU its launcher, found on the first call; elsewhere the reference.
 
-    Views are not tracked while it runs: else a result that was reshaped on its way out would count as a view made
-    inside autograd's node, which torch forbids to change in place, and models do that to what a layer gives them.
+    Views are not tracked while it runs. With tracking, a result that was reshaped before it is returned would count as
+    a view created inside an autograd node. Torch forbids changing such a view in place, and models do change a layer's
+    output in place.
     """
     elsewhere = getattr(reference, name)
 
@@ -81,12 +82,12 @@ def implementation(name: str) -> Any:
     return run
 
 
-# All that an operator's arguments are where nothing stands between them and its kernels.
+# The types of an operator's arguments if no tensor subclass or tracer is involved.
 _PLAIN = {Tensor, torch.nn.Parameter, type(None), TileView, float, int, list, torch.Size}
 
 
 def is_watched(*args: Any) -> bool:
-    """Whether anybody would notice an operator on these arguments: a compiler, mode, transform or profiler."""
+    """Whether a compiler, mode, transform, tensor subclass or profiler watches an operator on these arguments."""
     return (
         torch.compiler.is_compiling()
         or not _PLAIN.issuperset(map(type, args))
@@ -102,10 +103,10 @@ def is_watched(*args: Any) -> bool:
 
 
 def call(name: str, *args: Any) -> Any:
-    """Call an operator, past the dispatcher if nobody would notice: an eager layer's time is what the host takes.
+    """Call an operator, without the dispatcher unless a tool watches the call.
 
-    (A layer's forward and backward take a third less of it.) Compilers, tracers, modes, transforms, subclasses and
-    profilers see the operator.
+    Host time limits an eager layer, and its forward and backward take a third less of it without the dispatcher.
+    Compilers, tracers, modes, transforms, tensor subclasses and profilers still see the operator.
     """
     if is_watched(*args):
         return getattr(_ops, name).default(*args)

@@ -1,8 +1,8 @@
-"""Dense weights that a training pass keeps: several are gathered through one node of autograd, which saves nothing.
+"""Dense weights that a training pass keeps: several are gathered through one autograd node.
 
-Their layers multiply by torch's own operators, as dense layers do. That takes memory for the weights until the backward
-pass, where `ops.linear` would gather each of them again. It takes less of the host's time, and a step with small layers
-waits for the host.
+Their layers use torch's own operators, as dense layers do. The weights then stay in memory until the backward pass,
+where `ops.linear` would gather each of them again. This takes less host time, which limits a step with small layers.
+The node saves no tensors.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from roastify.kernels.view import WeightView, alike
 if TYPE_CHECKING:
     from roastify.kernels.gpu.group import Group
 
-# Elements of the dense weights of a group. The gradients of all of it are there before any of them goes.
+# The most elements of a group's dense weights. All their gradients are in memory before the first one is freed.
 _GROUP_ELEMENTS = 1 << 24
 
 
 class WeightGroup:
-    """Weights that a pass gathers together, and sums the gradients of together."""
+    """Weights that a pass gathers together, and whose gradients it sums together."""
 
     def __init__(self, weights: Sequence[WeightView]) -> None:
         self.weights = tuple(weights)
         self._kernels: Group | None = None
 
     def kernels(self, pool: Tensor) -> Group | None:
-        """Return the kernels for the group, if there are any for this pool's device and dtype and they can run now."""
+        """Return the group's kernels; None if none fits the pool's device and dtype, or if they cannot run now."""
         if not pool.is_cuda or len(self.weights) == 1 or is_watched(pool):
             return None
-        # It imports Triton.
+        # Imported here because it imports Triton.
         from roastify.kernels.gpu import group
 
         if not group.fits(pool, self.weights[0]):
@@ -50,84 +50,84 @@ class WeightGroup:
         return self._kernels if self._kernels.is_ready(pool.device) else None
 
     def __getstate__(self) -> dict[str, Any]:
-        # Copies and pickles make their kernels' tables where they are used.
+        # A copy builds its kernels' tables on the device where it is used.
         return {"weights": self.weights, "_kernels": None}
 
 
 def make_groups(weights: Iterable[WeightView]) -> dict[WeightView, WeightGroup]:
     """Return the group of each weight.
 
-    Groups are fixed, whatever a pass reads: the order in which gradients are added decides their last bits, and those
-    of a first pass must be those of any other. Weights of a group are alike in what decides whether they are kept.
+    Groups do not depend on the weights that a pass reads. The order in which gradients are added decides their last
+    bits, and every pass must give the same bits. Weights of a group agree in all that decides whether a pass keeps
+    them.
     """
-    chosen: dict[tuple[Any, ...], list[WeightView]] = {}
-    found: list[list[WeightView]] = []
+    last_of_kind: dict[tuple[Any, ...], list[WeightView]] = {}
+    groups: list[list[WeightView]] = []
     for weight in weights:
         view = weight.view
-        # A product keeps its weight by its size; convolutions, the ones in strips, do always.
+        # A product keeps its weight depending on the size. Convolutions, whose weights are strips, always keep it.
         size = None if view.strips else (view.rows, view.cols)
         kind = alike(view), size, weight.transposed, weight.basis_shape
-        group = chosen.get(kind)
+        group = last_of_kind.get(kind)
         if group is None or sum(math.prod(other.shape) for other in (*group, weight)) > _GROUP_ELEMENTS:
-            group = chosen[kind] = []
-            found.append(group)
+            group = last_of_kind[kind] = []
+            groups.append(group)
         group.append(weight)
-    made = map(WeightGroup, found)
-    return {weight: group for group in made for weight in group.weights}
+    return {weight: group for group in map(WeightGroup, groups) for weight in group.weights}
 
 
 class _DeferredGrads:
     """Gradients of dense weights that `_CombinedNode`s leave to the `_GatheredNode` behind them.
 
-    That node makes the gradients of all coefficients by one kernel. Autograd runs it after every `_CombinedNode`,
-    whether or not they returned something. In between an optimizer may step in a hook of a basis, so `bases` holds the
-    bases as `combine_group` read them, one under the other.
+    The `_GatheredNode` computes the gradients of all coefficients by one kernel. Autograd runs it after every
+    `_CombinedNode`, whether or not that node returned a gradient. In between, an optimizer may step in a hook of a
+    basis, so `bases` holds the bases as `combine_group` read them, concatenated along their rows.
     """
 
     bases: Tensor | None = None
 
     def __init__(self) -> None:
-        # By the engine's number of the backward pass, which alone holds the value, as it does a `GradBuffer`'s sum.
-        self.passes: weakref.WeakValueDictionary[int, _DeferredInPass] = weakref.WeakValueDictionary()
+        # Keyed by the engine's number of the backward pass. Only the pass holds the value, as in `GradBuffer`.
+        self._by_pass: weakref.WeakValueDictionary[int, _DeferredInPass] = weakref.WeakValueDictionary()
 
     def defer(self, node: Any, index: int, grad: Tensor) -> bool:
-        """Leave a dense weight's gradient, `[kernels, positions]`, for a node, if it may be.
+        """Leave a dense weight's gradient, `[kernels, positions]`, for the `_GatheredNode`; return whether it was left.
 
-        It may where a gradient may be added to a sink (`GradBuffer.total`).
+        It is left only if a gradient may be added to the pool's gradient buffer (`GradBuffer.total`).
         """
         buffer = grad_buffer_of(node.next_functions[0][0])
         if buffer is None or buffer.total() is None:
             return False
         task = current_backward_pass()
-        here = self.passes.get(task)
-        if here is None:
-            here = self.passes[task] = _DeferredInPass()
-            at_end_of_backward(here.close)
-        here.grads[index] = grad
+        deferred = self._by_pass.get(task)
+        if deferred is None:
+            deferred = self._by_pass[task] = _DeferredInPass()
+            at_end_of_backward(deferred.close)
+        deferred.grads[index] = grad
         return True
 
     def take(self) -> dict[int, Tensor]:
-        """Return the gradients left in this backward pass, by the weight's number, in their order."""
-        here = self.passes.pop(current_backward_pass(), None)
-        return {} if here is None else dict(sorted(here.grads.items()))
+        """Return the gradients left in this backward pass by the weight's number in the group, in ascending order."""
+        deferred = self._by_pass.pop(current_backward_pass(), None)
+        return {} if deferred is None else dict(sorted(deferred.grads.items()))
 
 
 class _DeferredInPass:
-    """The gradients of dense weights, `[kernels, positions]`, by the weight's number."""
+    """The gradients left in one backward pass, `[kernels, positions]`, by the weight's number in the group."""
 
     def __init__(self) -> None:
         self.grads: dict[int, Tensor] = {}
 
     def close(self) -> None:
-        """Let go of them."""
+        """Free the gradients."""
         self.grads.clear()
 
 
 class _GatheredNode(torch.autograd.Function):
     """The node behind dense weights, or behind the coefficients of weights that have bases.
 
-    It keeps the chunk table as an attribute instead of saving it. Like the gate, it may therefore run in a checkpointed
-    region that reads fewer or other weights when the region is run again.
+    The node keeps the chunk table as an attribute instead of saving it. Like the gate, the node may therefore run in a
+    checkpointed region that reads fewer or other weights when the region is recomputed.
     """
 
     @staticmethod
@@ -135,14 +135,14 @@ class _GatheredNode(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.table, ctx.group, ctx.pool_shape = table, group, pool.shape
         ctx.deferred = None if group.weights[0].basis_index is None else _DeferredGrads()
-        # As in `ops`: a result must not count as a view made in here.
+        # As in `dispatch.implementation`: a result must not count as a view created inside this node.
         with without_view_tracking():
             if values is not None:
                 return (values.view_as(values),)
             if (kernels := group.kernels(pool)) is not None:
                 with on_device_of(pool):
                     return tuple(kernels.gather(pool, table))
-        # Outside: an operator looks for tangents, which takes the tracking of views.
+        # With view tracking, because an operator needs it to look for tangents.
         matrices = [ops.gather(pool, table, weight.view, weight.scale) for weight in group.weights]
         with without_view_tracking():
             return tuple(
@@ -168,19 +168,20 @@ class _GatheredNode(torch.autograd.Function):
 
 
 def _reduced_together(ctx: Any, grads: Sequence[Tensor | None], bases: Tensor | None = None) -> bool:
-    """Add the gradients to the pass's buffer by one kernel, if there is such a kernel and most gradients are there.
+    """Add the gradients to the pass's buffer by one kernel; return whether that was done.
 
-    Some gradients never come: a weight of the group may have been kept for nothing, as a pooler's is that few rows go
-    through.
+    It is not done if no kernel fits, if the pass has no buffer, or if most gradients are missing.
+    A gradient is missing if the layer did not use its gathered weight. For example, a pooler with few rows of
+    activations multiplies from the pool instead.
     """
     if torch.compiler.is_compiling():
         return False
     present = [grad for grad in grads if grad is not None]
-    read = ctx.next_functions[0][0]
-    if 2 * len(present) <= len(grads) or len({grad.dtype for grad in present}) != 1 or not is_wanted(read):
+    reader = ctx.next_functions[0][0]
+    if 2 * len(present) <= len(grads) or len({grad.dtype for grad in present}) != 1 or not is_wanted(reader):
         return False
     kernels = ctx.group.kernels(present[0])
-    buffer = grad_buffer_of(read)
+    buffer = grad_buffer_of(reader)
     if kernels is None or buffer is None or (total := buffer.total()) is None:
         return False
     with on_device_of(total):
@@ -194,7 +195,7 @@ def _reduced_together(ctx: Any, grads: Sequence[Tensor | None], bases: Tensor | 
 
 
 def _reduce_deferred(ctx: Any, deferred: dict[int, Tensor]) -> None:
-    """Add deferred gradients to the pass's buffer, by one kernel if they are most of the group's."""
+    """Add deferred gradients to the pass's buffer, by one kernel if most of the group's gradients are there."""
     bases = ctx.deferred.bases
     if _reduced_together(ctx, [deferred.get(index) for index in range(len(ctx.group.weights))], bases):
         return
@@ -207,10 +208,10 @@ def _reduce_deferred(ctx: Any, deferred: dict[int, Tensor]) -> None:
 
 
 class _CombinedNode(torch.autograd.Function):
-    """The node behind a dense weight that was made of its basis together with others.
+    """The node behind a dense weight that one kernel computed from its basis, together with other weights.
 
-    It saves what the node of `ops.combine` saves, because a checkpoint may run that one again. Only the gradient of the
-    coefficients is left to `_GatheredNode`, which makes those of all weights by one kernel.
+    It saves the tensors that the node of `ops.combine` saves, because a checkpoint may recompute the weight by that
+    node. Only the coefficients' gradient is left to `_GatheredNode`, which computes those of all weights by one kernel.
     """
 
     @staticmethod
@@ -226,7 +227,7 @@ class _CombinedNode(torch.autograd.Function):
         (grad,) = grads
         if grad is None:
             return None, None, None, None, None
-        # Its coefficients require a gradient, or it would not have been gathered for a graph.
+        # The coefficients require a gradient; otherwise the weight would not have been gathered with a graph.
         coefficients, basis = ctx.saved_tensors
         rows = grad.reshape(-1, basis.shape[1])
         of_basis = None if coefficients is None else basis_grad(coefficients, rows, ctx.grad_scale).to(ctx.dtype)
@@ -238,54 +239,54 @@ class _CombinedNode(torch.autograd.Function):
 
 
 def combine_group(group: WeightGroup, coefficients: Sequence[Tensor], bases: Sequence[Tensor]) -> list[Tensor] | None:
-    """Return a group's dense weights for `combined_weight`, made by one kernel; None where there is no such kernel.
+    """Return a group's dense weights for `combined_weight`, computed by one kernel; None if no kernel fits.
 
     Args:
-        group: which.
-        coefficients: what `gather_group` returned.
-        bases: each weight's.
+        group: the weights.
+        coefficients: the tensors that `gather_group` returned.
+        bases: each weight's basis.
     """
     kernels = group.kernels(coefficients[0])
     if kernels is None or not kernels.are_together(coefficients):
         return None
     with torch.no_grad(), on_device_of(coefficients[0]):
         stacked = torch.cat(list(bases))
-        made = kernels.combine(coefficients, stacked)
+        weights = kernels.combine(coefficients, stacked)
     node: Any = coefficients[0].grad_fn
     if node is not None:
         node.deferred.bases = stacked
-    return made
+    return weights
 
 
 def combined_weight(coefficients: Tensor, basis: Tensor, grad_scale: float, values: Tensor, index: int) -> Tensor:
-    """Return a weight that `combine_group` made, with the derivatives of `ops.combine(coefficients, basis, …)`.
+    """Return a weight that `combine_group` computed, with the derivatives of `ops.combine(coefficients, basis, …)`.
 
     Args:
-        coefficients: what `gather_group` returned of it.
-        basis: its basis.
-        grad_scale: what the basis's gradient is multiplied by.
-        values: the weight.
-        index: its number in the group.
+        coefficients: the weight's coefficients, from `gather_group`.
+        basis: the weight's basis.
+        grad_scale: the factor of the basis's gradient.
+        values: the weight, from `combine_group`.
+        index: the weight's number in the group.
     """
     return _CombinedNode.apply(coefficients, basis, grad_scale, values, index)
 
 
 def gather_group(pool: Tensor, table: Tensor, group: WeightGroup) -> tuple[Tensor, ...]:
-    """Return a group's dense weights, or the coefficients of those with bases, whose gradients go through one node.
+    """Return a group's dense weights, or the coefficients of weights with bases, all behind one autograd node.
 
-    The node runs when the gradients of all of them are there.
+    The node runs when the gradients of all of them have arrived.
 
     Args:
-        pool: the pool as a pass reads it.
-        table: its chunk table.
-        group: which.
+        pool: the pool that the forward pass reads.
+        table: the pool's chunk table.
+        group: the weights.
     """
     return _GatheredNode.apply(pool, table, group, None)
 
 
 def gathered_again(pool: Tensor, table: Tensor, weight: WeightView, values: Tensor) -> Tensor:
-    """Return a weight that was gathered before, through a node of its own.
+    """Return an already gathered weight behind an autograd node of its own.
 
-    The gradients of its readers then meet in the pool's gradient, in float32, not in the weight's own dtype.
+    The gradients of the weight's readers are then summed in the pool's gradient in float32, not in the weight's dtype.
     """
     return _GatheredNode.apply(pool, table, WeightGroup([weight]), values.detach())[0]

@@ -1,15 +1,16 @@
-r"""The operators as functions: they check and cast their arguments, follow autocast, and call the operator.
+r"""The operators as functions, which check their arguments, follow autocast and call the operator.
 
-Each takes the pool, the chunk table, a `TileView` as ``int[]`` and the tensor's scale λ, and stands for the dense
-operation on :math:`W = \lambda \cdot sign \cdot pool[slot]`. The family is closed under differentiation (the gradient
-of every operator is another of them), so second derivatives work as well. `combine` and `combine_reduce` have no part
-in the pool: they make kernels of coefficients and a basis.
+Each operator takes the pool, the chunk table, a `TileView` as ``int[]`` and the tensor's scale λ. It computes the dense
+operation on :math:`W = \lambda \cdot sign \cdot pool[slot]`. The gradient of every operator is another operator of this
+family, so second derivatives work as well. `combine` and `combine_reduce` do not read the pool: they compute
+convolution kernels from coefficients and a basis.
 
-The three that make a gradient of the pool have twins (`reduce_`, `linear_reduce_`, `embedding_reduce_`) that add it to
-a tensor of the pool's shape, and touch no more of that than their tensor reads. A backward pass calls them wherever the
-pool was read through a gate (`grad_buffer`).
+The three operators that compute the pool's gradient have in-place twins (`reduce_`, `linear_reduce_`,
+`embedding_reduce_`). A twin adds the gradient to a tensor of the pool's shape and touches only the elements that its
+weight reads. A backward pass calls the twins if the pool was read through a gate (`grad_buffer`).
 
-`schemas` defines the operators, `autograd` their derivatives, `reference` what they do, and `gpu` the same in Triton.
+`schemas` defines the operators and `autograd` their derivatives. `reference` implements them in plain torch and `gpu`
+in Triton.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# With it the operators get their derivatives.
+# Imported for its effect: it registers the operators' derivatives.
 from roastify.kernels import autograd as autograd
 from roastify.kernels.dispatch import call
 from roastify.kernels.view import TileView
@@ -86,7 +87,7 @@ def linear_t(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: 
 
 
 def embedding(index: Tensor, pool: Tensor, table: Tensor, view: TileView, scale: float) -> Tensor:
-    """Return the rows `W[index]`, like `torch.nn.functional.embedding`; only what those rows touch is read.
+    """Return the rows `W[index]`, like `torch.nn.functional.embedding`; only those rows' pool elements are read.
 
     Args:
         index: integers of any shape, each from 0 to `rows - 1`.
@@ -103,7 +104,7 @@ def embedding(index: Tensor, pool: Tensor, table: Tensor, view: TileView, scale:
         RuntimeError: `index` is not of an integer dtype.
     """
     if index.dtype not in (torch.int64, torch.int32):
-        raise RuntimeError(f"embedding indices must be int64 or int32, not {index.dtype}")
+        raise RuntimeError(f"embedding: the indices must be int64 or int32; found {index.dtype}")
     return call("embedding", index, pool, table, view, scale)
 
 
@@ -113,7 +114,7 @@ def combine(coefficients: Tensor, basis: Tensor, grad_scale: float = 1.0) -> Ten
     Args:
         coefficients: `[rows, count]`.
         basis: `[count, size]`, of any floating dtype.
-        grad_scale: what the basis's gradient is multiplied by.
+        grad_scale: the factor of the basis's gradient.
 
     Returns:
         `[rows, size]`, of the coefficients' dtype.
@@ -123,7 +124,7 @@ def combine(coefficients: Tensor, basis: Tensor, grad_scale: float = 1.0) -> Ten
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """Return the dtype that autocast would cast the arguments of a product with `x` to, or None if it would not."""
-    # Autocast does not know the meta device, and says so with an error.
+    # Asking for autocast's state on the meta device is an error.
     if x.is_meta or x.dtype == torch.float64:
         return None
     kind = "cuda" if x.is_cuda else x.device.type
@@ -135,7 +136,7 @@ def _like_autocast(x: Tensor, pool: Tensor, bias: Tensor | None) -> tuple[Tensor
     dtype = autocast_dtype(x)
     if dtype is None:
         return x, pool, bias
-    # A call of `to` costs the host more than to see that it would do nothing.
+    # Comparing dtypes costs the host less than a call of `to` that changes nothing.
     x = x if x.dtype == dtype else x.to(dtype)
     pool = pool if pool.dtype == dtype else pool.to(dtype)
     return x, pool, bias if bias is None or bias.dtype == dtype else bias.to(dtype)

@@ -1,4 +1,4 @@
-"""Every operation in plain torch: the path on a CPU, and what each kernel is held to.
+"""Every operator in plain torch: the implementation on a CPU, and the reference for every kernel.
 
 The unit of access is a *segment*: one row of one tile, `tile_cols` contiguous pool elements. Matrices are processed in
 panels of whole tile rows, so that a gathered panel stays in cache and no whole weight is materialised.
@@ -28,9 +28,9 @@ from roastify.kernels.view import (
     to_signed64,
 )
 
-# A gathered panel's bytes. Few rows of activations: the panel must stay in the core's own cache. Many: the activations
-# are read once a panel, so panels are larger. A fresh buffer of the whole weight costs page faults instead: 67 MB took
-# 110 ms to gather against 4 ms of arithmetic.
+# Bytes of a gathered panel. With few rows of activations, the panel must stay in the core's own cache. With many, the
+# activations are read once for each panel, so panels are larger. A new buffer for the whole weight would cost page
+# faults: gathering 67 MB took 110 ms, against 4 ms of arithmetic.
 _PANEL_BYTES_FEW_ROWS = 1 << 20
 _PANEL_BYTES_MANY_ROWS = 8 << 20
 _FEW_ROWS = 64
@@ -40,7 +40,7 @@ _MAX_ROWS_BY_SLOT = 16
 
 
 def summed_in(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which products of numbers of a dtype are summed, and gradients of a pool of it."""
+    """Return the accumulation dtype for a dtype: of products, and of the gradient of a pool."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -79,7 +79,7 @@ def tile_offsets(table: Tensor, view: TileView, tiles: Tensor) -> Tensor:
 
 
 def _signed(scale: float, negative: Tensor, dtype: torch.dtype) -> Tensor:
-    # As a tensor of the right dtype: two Python numbers would give a float32 result, and round a float64 scale.
+    # A tensor of the right dtype, because two Python numbers would give float32 and round a float64 scale.
     positive = torch.full((), scale, dtype=dtype, device=negative.device)
     return torch.where(negative, -positive, positive)
 
@@ -98,8 +98,8 @@ def _tile_factors(view: TileView, scale: float, tiles: Tensor, dtype: torch.dtyp
 def _element_factors(view: TileView, scale: float, tiles: Tensor, tile_rows: Tensor, dtype: torch.dtype) -> Tensor:
     """Return `scale · sign` of each element of segments: shaped as `tiles` broadcast with `tile_rows`, plus columns."""
     device = tiles.device
-    # Columns that take their bits from one word (a tile's row may be shorter than a word), looked up eight at a time:
-    # hashing and shifting for each element took 110 ms for a weight of 4096², this takes 25.
+    # `span` columns take their bits from one word; a tile's row may be shorter than a word. Signs are looked up eight
+    # at a time: for a weight of 4096² this takes 25 ms, hashing and shifting for each element took 110 ms.
     span = math.gcd(view.tile_cols, 32)
     width = min(span, 8)
     key = _mix64(view.key, tiles)[..., None]
@@ -167,14 +167,14 @@ def _add_segments(
     else:
         places = rows.reshape(-1)
         target, values = total.view(-1, view.tile_cols), values.reshape(-1, view.tile_cols)
-    # The operator that adds in the same order on every run and any number of threads is another one each time. On a
-    # GPU index_put sorts, and the others use atomics; on a CPU index_put is the one with atomics.
+    # Sums must have the same order on every run and for any number of threads. On a GPU only index_put does that, by
+    # sorting; the other operators use atomics. On a CPU index_put uses atomics.
     if total.is_cuda:
         target.index_put_((places,), values, accumulate=True)
     elif view.mapping == MappingKind.UNALIGNED:
         target.index_add_(0, places, values)
     else:
-        # With an index expanded over columns it sorts the rows first; index_add would be slow for short rows.
+        # With an index expanded along the columns, scatter_add sorts the rows first. index_add is slow for short rows.
         target.scatter_add_(0, places[:, None].expand(-1, view.tile_cols), values)
 
 
@@ -206,7 +206,7 @@ class _Panels:
 def _panels(
     pool: Tensor, table: Tensor, view: TileView, scale: float, max_bytes: int
 ) -> Iterator[tuple[int, int, Tensor]]:
-    """Yield `(first row, last row + 1, weight[first:last + 1])`; a panel is valid until the next is asked for."""
+    """Yield `(first row, last row + 1, weight[first:last + 1])`; each panel overwrites the previous one."""
     panels = _Panels(view, pool.element_size(), max_bytes, pool.device)
     buffer: Tensor | None = None
     for start, stop, tiles in panels:
@@ -229,7 +229,7 @@ def gather(pool: Tensor, table: Tensor, view: TileView, scale: float) -> Tensor:
     if view.strips:
         tiles, tile_rows, place = _strip_tiles(view, pool.device)
         values = _read_segments(pool, table, view, scale, tiles, tile_rows, None).view(-1)[place]
-        # Always memory of its own, so that nothing keeps a padded buffer alive and an operator never aliases itself.
+        # A copy, so that the result keeps no padded buffer alive and never aliases the operator's input.
         return values.clone().view(view.rows, view.cols)
     weight = pool.new_empty(view.rows, view.cols)
     for start, stop, panel in _panels(pool, table, view, scale, _PANEL_BYTES_FEW_ROWS):
@@ -294,7 +294,7 @@ def _panel_bytes(num_rows: int) -> int:
 
 
 def _worth_reading_by_slot(num_rows: int, view: TileView) -> bool:
-    """Whether the layer reads every slot at least twice, few rows wait, and a tile has one factor."""
+    """Whether to read by slot: the weight uses every slot at least twice, x has few rows, a tile has one factor."""
     return (
         not view.strips
         and view.mapping == MappingKind.PERMUTATION
@@ -306,7 +306,7 @@ def _worth_reading_by_slot(num_rows: int, view: TileView) -> bool:
 
 
 def _linear_by_slot(x: Tensor, pool: Tensor, table: Tensor, view: TileView, scale: float) -> Tensor:
-    """`x · Wᵀ` with every slot read once, for all its tiles: the pool is streamed, never copied.
+    """Return `x · Wᵀ`; every slot is read once for all its tiles, and the pool is never copied.
 
     A chunk has at most one tile in each slot, known in closed form: `i = a⁻¹·(slot - b) mod P`. (4096² at ratio 10, one
     row, two cores: 1.0 ms of products against 3.5 ms for the dense layer, which must read all its weights.)
@@ -325,17 +325,18 @@ def _linear_by_slot(x: Tensor, pool: Tensor, table: Tensor, view: TileView, scal
     pad = view.grid_cols * view.tile_cols - view.cols
     columns = (F.pad(x, (0, pad)) if pad else x).view(num_rows, view.grid_cols, view.tile_cols).transpose(0, 1)
     factors = _tile_factors(view, scale, tiles, dtype)
-    # [slots, chunks · rows, tile_cols]: for each slot the activations that its tiles meet, with the tiles' factors.
-    meet = columns[place % view.grid_cols]
+    # [slots, chunks · rows, tile_cols]: for each slot, the activations that its tiles multiply, times the factors.
+    activations = columns[place % view.grid_cols]
     if factors is not None:
-        meet = meet * (factors if factors.dim() == 0 else factors[..., None, None])
-    meet = meet.reshape(view.num_slots, -1, view.tile_cols)
+        activations = activations * (factors if factors.dim() == 0 else factors[..., None, None])
+    activations = activations.reshape(view.num_slots, -1, view.tile_cols)
     region = pool.reshape(-1, view.tile_rows, view.tile_cols)[view.first_slot : view.first_slot + view.num_slots]
-    products = torch.bmm(meet, region.transpose(1, 2))
+    products = torch.bmm(activations, region.transpose(1, 2))
 
     accumulate = summed_in(dtype)
     out = torch.zeros(view.grid_rows + 1, num_rows * view.tile_rows, dtype=accumulate, device=x.device)
-    # Places of the first and last chunk that are not this tensor's go to a row of their own, which nobody reads.
+    # The first and last chunk may hold tiles of other tensors. Products of those tiles go to an extra row, which is
+    # dropped.
     rows = torch.where(inside, place // view.grid_cols, view.grid_rows)
     index = rows.reshape(-1, 1).expand(-1, out.shape[1])
     out.scatter_add_(0, index, products.to(accumulate).reshape(-1, out.shape[1]))
@@ -344,7 +345,7 @@ def _linear_by_slot(x: Tensor, pool: Tensor, table: Tensor, view: TileView, scal
 
 
 def linear_t(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: TileView, scale: float) -> Tensor:
-    """Return `x · W + bias`, `[..., rows] → [..., cols]`: the gradient of `linear` for its input, and `Conv1D`."""
+    """Return `x · W + bias`, `[..., rows] → [..., cols]`: the input gradient of `linear`, and `Conv1D`'s product."""
     flat = x.reshape(-1, view.rows)
     if view.strips:
         out = flat @ gather(pool, table, view, scale)
@@ -367,7 +368,7 @@ def linear_t(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: 
 def linear_reduce(
     grad: Tensor, x: Tensor, table: Tensor, view: TileView, scale: float, pool_shape: list[int]
 ) -> Tensor:
-    """Return `reduce(gradᵀ · x)`, the gradient of `linear` for the pool."""
+    """Return `reduce(gradᵀ · x)`, the pool's gradient of `linear`."""
     total = _accumulator(x, pool_shape)
     linear_reduce_(total, grad, x, table, view, scale)
     return total.to(x.dtype)
@@ -385,14 +386,14 @@ def linear_reduce_(total: Tensor, grad: Tensor, x: Tensor, table: Tensor, view: 
 
 
 def _lookup_segments(view: TileView, index: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the tiles and rows in them of the segments that make up each looked-up row, `[tokens, grid cols]`."""
+    """Return the tiles `[tokens, grid cols]` of each looked-up row, and the row inside those tiles `[tokens, 1]`."""
     tiles = view.first_tile + (index // view.tile_rows)[:, None] * view.grid_cols
     tiles = tiles + torch.arange(view.grid_cols, device=index.device)
     return tiles, (index % view.tile_rows)[:, None]
 
 
 def check_lookup(index: Tensor, view: TileView) -> None:
-    """Raise `IndexError` for an index outside the table: the pool would quietly give another tensor's weights."""
+    """Raise `IndexError` for an index outside the table: the pool would silently give another tensor's weights."""
     if not index.is_cuda and index.numel() and (int(index.min()) < 0 or int(index.max()) >= view.rows):
         raise IndexError(
             f"embedding index out of range: found {int(index.min())} to {int(index.max())}, the table has rows 0 to "
@@ -401,7 +402,7 @@ def check_lookup(index: Tensor, view: TileView) -> None:
 
 
 def embedding(index: Tensor, pool: Tensor, table: Tensor, view: TileView, scale: float) -> Tensor:
-    """Return the rows `W[index]`, `[...] → [..., cols]`; only what the rows touch is read."""
+    """Return the rows `W[index]`, `[...] → [..., cols]`; only those rows' pool elements are read."""
     check_lookup(index, view)
     if view.strips:
         return F.embedding(index, gather(pool, table, view, scale))
@@ -414,14 +415,14 @@ def embedding(index: Tensor, pool: Tensor, table: Tensor, view: TileView, scale:
 def embedding_reduce(
     grad: Tensor, index: Tensor, table: Tensor, view: TileView, scale: float, pool_shape: list[int]
 ) -> Tensor:
-    """Return the adjoint of `embedding` for the pool."""
+    """Return the pool's gradient of `embedding`."""
     total = _accumulator(grad, pool_shape)
     embedding_reduce_(total, grad, index, table, view, scale)
     return total.to(grad.dtype)
 
 
 def embedding_reduce_(total: Tensor, grad: Tensor, index: Tensor, table: Tensor, view: TileView, scale: float) -> None:
-    """Add what `embedding_reduce` returns to `total`; the cost goes with the tokens, not with the table."""
+    """Add what `embedding_reduce` returns to `total`; the cost grows with the tokens, not with the table."""
     grad, index = grad.reshape(-1, view.cols), index.reshape(-1).long()
     if view.strips:
         dense = _accumulator(grad, [view.rows, view.cols])
@@ -439,14 +440,14 @@ def embedding_reduce_(total: Tensor, grad: Tensor, index: Tensor, table: Tensor,
 
 
 def combine(coefficients: Tensor, basis: Tensor, grad_scale: float = 1.0) -> Tensor:
-    """Return `coefficients · basis`, of the coefficients' dtype; `grad_scale` counts in the basis's gradient alone."""
+    """Return `coefficients · basis`, of the coefficients' dtype; `grad_scale` affects only the basis's gradient."""
     wide = summed_in(coefficients.dtype)
     with torch.autocast(coefficients.device.type, enabled=False):
         return (coefficients.to(wide) @ basis.to(wide)).to(coefficients.dtype)
 
 
 def combine_reduce(coefficients: Tensor, grad: Tensor, grad_scale: float = 1.0) -> Tensor:
-    """Return `grad_scale · coefficientsᵀ · grad`, in the dtype that it is summed in."""
+    """Return `grad_scale · coefficientsᵀ · grad`, in the accumulation dtype."""
     wide = summed_in(coefficients.dtype)
     with torch.autocast(coefficients.device.type, enabled=False):
         return (coefficients.to(wide).t() @ grad.to(wide)).mul_(grad_scale)

@@ -1,4 +1,4 @@
-"""The operators `torch.ops.roastify.*`: their schemas, what they do, and their fakes for tensors without values."""
+"""The operators `torch.ops.roastify.*`: schemas, implementations and fakes (for tensors without data)."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ SCHEMAS = {
 }
 
 library = torch.library.Library("roastify", "DEF")
-# Where an operator's `TileView` is among its arguments, if it takes one.
+# The position of the `TileView` among an operator's arguments; None if it takes none.
 _view_positions: dict[str, int | None] = {}
 
 
 def with_view(name: str, function: Any) -> Any:
-    """Return an operator's function taking its `TileView`, if any, as the list of integers that the schema has."""
+    """Return an operator's function, which then takes its `TileView`, if any, as the schema's list of integers."""
     view_position = _view_positions[name]
     if view_position is None:
         return function

@@ -1,8 +1,8 @@
-"""Private parts of PyTorch that roastify uses: each has a name here, and nothing else names it.
+"""The private parts of PyTorch that roastify uses; no other file names them.
 
-Checked on torch 2.11 and 2.13. PyTorch may change them without notice: with a new version, look here first. What every
-layer calls in every step is bound to its name as it is, because a function around it would cost the host more than the
-call itself.
+They were checked on torch 2.11 and 2.13. PyTorch may change them without notice, so look here first when a new version
+fails. A function that every layer calls in every step is bound to its name directly, because a wrapper would cost the
+host more than the call itself.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def _no_cuda(*args: Any) -> Any:
 NO_PASS = -1
 # The engine's number of the backward pass that this thread runs, or `NO_PASS`.
 current_backward_pass: Callable[[], int] = torch._C._current_graph_task_id
-# Whether the backward pass under way runs a node.
+# Whether the current backward pass runs a node.
 will_run: Callable[[Any], bool] = torch._C._will_engine_execute_node
 
 
 def at_end_of_backward(callback: Callable[[], None]) -> None:
-    """Have the engine hold a function until the backward pass under way ends or fails, and call it if it ends."""
+    """Have the engine hold a function until the current backward pass ends or fails, and call it only if it ends."""
     torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
@@ -41,7 +41,7 @@ _VMAP_KEY = cast(torch._C.DispatchKey, torch._C._parse_dispatch_key("VmapMode"))
 
 
 def takes_batched_gradients() -> bool:
-    """Whether `torch.autograd.grad` takes a batch of gradients at once, by a vmap that is not `torch.func`'s."""
+    """Whether `torch.autograd.grad` computes a batch of gradients at once, by a vmap that is not `torch.func`'s."""
     return torch._C._dispatch_tls_is_dispatch_key_included(_VMAP_KEY)
 
 
@@ -64,12 +64,12 @@ def is_jvp_transform() -> bool:
 
 
 def is_recording_proxies() -> bool:
-    """Whether `make_fx` records what is done to tensors."""
+    """Whether `make_fx` records the operations on tensors."""
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
 
 
 def is_exporting() -> bool:
-    """Whether `torch.export` traces. `torch.compiler.is_exporting` says so wherever dynamo of torch 2.11 traces."""
+    """Whether `torch.export` traces; on torch 2.11, `torch.compiler.is_exporting` is True whenever dynamo traces."""
     return torch.compiler._is_exporting_flag
 
 
@@ -83,21 +83,21 @@ def without_dispatch_modes() -> contextlib.AbstractContextManager[Any]:
     return dispatch_modes._disable_current_modes()
 
 
-# The modes of checkpoints that choose what to save.
+# The modes of selective checkpoints, which choose the tensors that they save.
 SELECTIVE_CHECKPOINTS = (checkpoint._CachingTorchDispatchMode, checkpoint._CachedTorchDispatchMode)
 
 
 def saved_tensors_hook() -> Any:
-    """Return the hook that packs what is saved for backward, such as a checkpoint's, or None."""
+    """Return the hook that packs tensors saved for backward (a checkpoint sets one), or None."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return None if hooks is None else hooks[0]
 
 
-# As a tensor subclass's `__torch_function__`: operations take it as a plain tensor.
+# A tensor subclass with this `__torch_function__` is a plain tensor to every operation.
 disabled_torch_function: Any = torch._C._disabled_torch_function_impl
 
 
-# The part that tracks which tensors are views of which.
+# The dispatch key whose kernels track which tensors are views of which.
 _VIEW_TRACKING = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 below_autograd = torch._C._AutoDispatchBelowAutograd
 
@@ -107,17 +107,17 @@ def without_view_tracking() -> contextlib.AbstractContextManager[Any]:
     return torch._C._ExcludeDispatchKeyGuard(_VIEW_TRACKING)
 
 
-# Numbers: the objects that torch makes of devices and streams take longer than what is asked of them.
+# These return numbers: creating torch's device and stream objects takes longer than the query itself.
 current_device_index: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", _no_cuda)
 current_raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _no_cuda)
 _is_capturing: Callable[[], bool] = getattr(torch._C, "_cuda_isCurrentStreamCapturing", _no_cuda)
 
 
 def is_captured(tensor: Tensor) -> bool:
-    """Whether what is done to a tensor now is captured in a CUDA graph."""
+    """Whether operations on a tensor are now captured in a CUDA graph."""
     return tensor.is_cuda and _is_capturing()
 
 
 def compile_settings(**settings: Any) -> contextlib.AbstractContextManager[Any]:
-    """Return the context in which `torch.compile` has these settings of dynamo's."""
+    """Return the context in which dynamo, the front end of `torch.compile`, has these settings."""
     return torch._dynamo.config.patch(settings)

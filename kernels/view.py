@@ -34,13 +34,13 @@ class MappingKind(IntEnum):
 
 
 class SignKind(IntEnum):
-    """What carries a sign of its own."""
+    """Which part of a tensor has a sign of its own."""
 
     NONE = 0
     TILE = 1
     ELEMENT = 2
     ROW = 3
-    """A tensor's row of tiles: the sign leaves the sum over `k`, so that a product needs none in its inner loop."""
+    """A row of tiles: the sign is a factor of the whole sum over `k`, so a product's inner loop applies none."""
 
 
 class TileView(NamedTuple):
@@ -125,23 +125,23 @@ class TileView(NamedTuple):
 
 
 def alike(view: TileView) -> TileView:
-    """Return what must be the same of tensors that one kernel reads together: all but their sizes and places."""
+    """Return the fields that must agree among tensors that one kernel reads together: all but sizes and places."""
     return view._replace(rows=0, cols=0, base=0)
 
 
 @dataclass(eq=False)
 class WeightView:
-    """Where a weight lies in the pool, and how its layer wants it.
+    """Where a weight lies in the pool, and the form in which its layer reads it.
 
-    Each is equal to itself alone: as a key it must cost the host nothing.
+    An object is equal only to itself, so that the host spends no time on comparing dictionary keys.
 
     Args:
-        view: where it lies in the pool.
+        view: where the weight's matrix lies in the pool.
         scale: λ.
-        shape: of the dense tensor.
-        transposed: whether the matrix in the pool is its transpose.
-        basis_index: which of the pool's bases its kernels are combinations of; the matrix then holds their
-            coefficients. None: it holds the tensor.
+        shape: the shape of the dense tensor.
+        transposed: whether the matrix in the pool is the tensor's transpose.
+        basis_index: the number of the pool's basis that the weight's kernels are combinations of; the matrix then holds
+            the coefficients. None: the matrix holds the tensor.
     """
 
     view: TileView
@@ -150,7 +150,7 @@ class WeightView:
     transposed: bool
     basis_index: int | None = None
     gathered_shape: tuple[int, ...] = field(init=False)
-    """Shape of what the pool holds of it: its own, or `(kernels, basis kernels)`."""
+    """Shape of the gathered tensor: the weight's own, or that of its coefficients, `(kernels, basis kernels)`."""
 
     def __post_init__(self) -> None:
         shape = self.shape

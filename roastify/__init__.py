@@ -1,7 +1,7 @@
-"""Convert a PyTorch model into one whose large weights are tile-hashed views into a small trainable pool.
+"""Converts a PyTorch model: its large weights become tile-hashed views into a small trainable pool.
 
-ROAST hashing (Desai, Zhou, Shrivastava, ICML 2023) with the stability repairs of STABLE-RPS (Desai, Shrivastava,
-ICLR 2024).
+The method is ROAST hashing (Desai, Zhou, Shrivastava, ICML 2023) with the stability repairs of STABLE-RPS (Desai,
+Shrivastava, ICLR 2024).
 """
 
 from roastify.api import bench, convert, densify, load, plan, recover, save, verify

@@ -1,4 +1,4 @@
-"""The Python interface: each function reads as the story of its steps."""
+"""The Python interface: convert, plan, verify, bench, recover, save, load and densify."""
 
 from __future__ import annotations
 
@@ -84,25 +84,25 @@ def convert(
 ) -> nn.Module:
     r"""Return the model with its large weights replaced by views into one small trainable pool.
 
-    A shared tensor becomes :math:`W = \lambda \cdot sign \cdot pool[slot(t)]`, tile `t` by tile; of a large convolution
-    these are the coefficients of a few learned kernels of its own (`RoastConfig.kernel_basis`). The class, the forward
-    signature, hooks, modes and attributes stay. Compression is trained, not free: with `init="match"` the pool starts
-    at random; with `init="project"` it starts as the least-squares fit of the model's weights, which at high ratios is
-    still far from them.
+    A shared tensor becomes :math:`W = \lambda \cdot sign \cdot pool[slot(t)]` for each of its tiles `t`. For a large
+    convolution, the pool holds the coefficients of a few learned kernels instead (`RoastConfig.kernel_basis`). The
+    class, the forward signature, hooks, modes and attributes stay. A converted model must be trained. With
+    `init="match"` the pool starts at random. With `init="project"` it starts as the least-squares fit of the model's
+    weights, which at high ratios is still far from them.
 
     Args:
         model: any module with real weights on one device. It is left unchanged, whatever happens, unless `inplace`.
         ratio: parameters of the whole model ÷ parameters stored, at least 1; default: the config's, 10.
-        config: a `RoastConfig`, or the path of a TOML file; the other arguments go before it.
-        example_inputs: a tensor, a sequence of positional or a mapping of keyword arguments; if given, outputs are
+        config: a `RoastConfig`, or the path of a TOML file; the other arguments override it.
+        example_inputs: a tensor, a sequence of positional or a mapping of keyword arguments. If given, outputs are
             compared with the original's in train and eval mode, and weights that the model itself writes to are found
             and stay dense.
         include: patterns of tensors or modules that may be shared (exact name, glob or `re:…`).
         exclude: patterns of tensors or modules that stay dense.
         init: `match` (training from scratch) or `project` (pretrained weights).
-        seed: of the mapping and of the pool's initial values.
+        seed: the seed of the mapping and of the pool's initial values.
         inplace: convert the model itself instead of a copy.
-        emit: `model`, or `graph` for one GraphModule, where that says all that the model's code does.
+        emit: `model`, or `graph` for one GraphModule if a graph can represent all that the model's code does.
 
     Returns:
         the converted model; its pool is the child `roast_pool`.
@@ -110,7 +110,7 @@ def convert(
     Raises:
         ConfigError: a setting is unknown or out of range.
         PlanError: the ratio is unreachable, nothing is eligible, or a pattern matches nothing.
-        ConversionError: the model is of a kind that cannot be converted as it stands, or no graph can stand for it.
+        ConversionError: the model cannot be converted as it is, or no graph can represent it.
         SignatureMismatch: the converted model's forward signature differs.
         OutputMismatch: its outputs differ in structure, shape or dtype.
     """
@@ -160,7 +160,7 @@ def plan(
 ) -> RoastPlan:
     """Return what `convert` would do, without doing it; the model may be on the meta device.
 
-    Arguments and errors are those of `convert`. On a real model the plan holds λ as well.
+    Arguments and errors are those of `convert`. If the model is not on the meta device, the plan holds λ as well.
     """
     settings = _settings(config, ratio=ratio, include=include, exclude=exclude, init=init, seed=seed)
     check_convertible(model)
@@ -171,13 +171,13 @@ def plan(
 def verify(original: nn.Module, converted: nn.Module, example_inputs: Any = None) -> VerifyReport:
     """Check that the converted model can stand in for the original.
 
-    Compares the forward signatures (parameters, kinds, defaults, annotations) and, given example inputs, the outputs'
-    structure, shapes, dtypes and devices in eval and train mode. Then checks that a deep copy and the state dict carry
-    everything, and that gradients reach the pool. Both models are left as they were.
+    The forward signatures are compared (parameters, kinds, defaults, annotations). With example inputs, the outputs'
+    structure, shapes, dtypes and devices are compared in eval and train mode. Then the function checks that a deep copy
+    and the state dict hold all values, and that gradients reach the pool. Both models are left unchanged.
 
     Args:
         original: the dense model.
-        converted: what `convert` made of it.
+        converted: what `convert` returned for it.
         example_inputs: a tensor, a sequence of positional or a mapping of keyword arguments.
 
     Raises:
@@ -213,27 +213,29 @@ def bench(
 ) -> BenchReport:
     """Measure latency and memory of a model beside its converted twin, in the same run and in turn.
 
-    The dense side is given the weights that the converted model stands for, so both must return the same, within what
-    rounding explains; nothing is timed if they do not. Inference runs in eval mode without gradients. On a GPU both are
+    The dense model is given the weights that the converted model represents, so both must return the same outputs up to
+    rounding. If they do not, nothing is timed. Inference runs in eval mode without gradients. On a GPU both models are
     replayed from CUDA graphs.
 
     Args:
         model: as in `convert`; it is left unchanged unless `inplace`.
-        ratio: as in `convert`, like `config`, `include`, `exclude`, `init` and `seed`.
-        config: settings.
-        include: may be shared.
-        exclude: stay dense.
-        init: `match` or `project`; the time does not depend on it.
-        seed: of the conversion.
+        ratio: as in `convert`.
+        config: as in `convert`.
+        include: as in `convert`.
+        exclude: as in `convert`.
+        init: as in `convert`; the time does not depend on it.
+        seed: as in `convert`.
         example_inputs: a tensor, a sequence of positional or a mapping of keyword arguments, on any device.
         device: `cpu`, `cuda` or `cuda:N`; default: a GPU if there is one.
-        dtype: `float32`, `bfloat16` or `float16`, for the model and floating inputs; default: as they are.
-        batches: sizes to bring the example inputs to along their first dimension; default: as they are.
-        compile: run both sides under `torch.compile`.
+        dtype: `float32`, `bfloat16` or `float16`, for the model and floating inputs; default: they are not cast.
+        batches: batch sizes to which the example inputs are repeated or cut along their first dimension; default: they
+            stay as they are.
+        compile: run both models under `torch.compile`.
         graph: False: call the models on a GPU from Python, launches included, instead of replaying CUDA graphs.
         train: time a forward and a backward pass in train mode; the pool's gradient is checked too.
-        seconds: how long each case is timed, both sides together.
-        inplace: use up the model itself instead of a copy: it ends on the device with the converted model's weights.
+        seconds: the time for each case, both models together.
+        inplace: use the model itself instead of a copy; it is then moved to the device and gets the converted model's
+            weights.
 
     Raises:
         ConfigError: an option does not fit, or there are no example inputs.
@@ -267,7 +269,7 @@ def _with_settings(
 ) -> Callable[
     [Callable[[nn.Module, nn.Module, Any, _S], _R]], Callable[Concatenate[nn.Module, nn.Module, Any, _P], _R]
 ]:
-    """Have a function take settings as arguments of its own, so that their names and defaults have one home."""
+    """Return a decorator by which a function takes settings as its own arguments; their defaults stay in one place."""
 
     def decorate(
         function: Callable[[nn.Module, nn.Module, Any, _S], _R],
@@ -290,29 +292,30 @@ def _with_settings(
 
 @_with_settings(RecoverOptions)
 def recover(student: nn.Module, teacher: nn.Module, data: Any, options: RecoverOptions) -> RecoveryReport:
-    r"""Bring a converted pretrained model back to what the dense model did, in place.
+    r"""Recover a converted pretrained model in place: bring its outputs back to the dense model's.
 
     First every layer is aligned. Weights are linear in the pool, so conjugate gradients find the pool (and the biases)
-    that bring the outputs of all layers nearest to the teacher's, on the teacher's inputs of a few batches. Then the
+    for which the outputs of all layers are nearest to the teacher's, on the teacher's inputs of a few batches. Then the
     student is trained on a weighted sum: its outputs' distance from the teacher's, its features' distance, and the
-    task's loss if there is one. The teacher runs in eval mode without gradients and is left as it was. Random numbers
-    are drawn apart from the caller's and depend on `seed` alone.
+    task's loss if there is one. The teacher runs in eval mode without gradients and is left unchanged. Random numbers
+    depend on `seed` alone and leave the caller's generators untouched.
 
     The settings are arguments of this function, by name; `RecoverOptions` describes them.
 
     Args:
         student: what `convert(teacher, ratio, init="project")` returned, on any device.
         teacher: the dense pretrained model, on the same device.
-        data: an iterable of batches that can be iterated again (DataLoader, list), or a function that returns one,
-            without arguments or of the epoch's number. A tensor is the one argument of forward, a mapping its keyword
-            arguments, a sequence its positional ones, or inputs and targets where forward takes a single argument.
+        data: an iterable of batches that can be iterated again (DataLoader, list), or a function that returns one. The
+            function takes no argument, or the epoch's number. A batch that is a tensor is the only argument of forward,
+            a mapping holds its keyword arguments, a sequence its positional ones. If forward takes a single argument, a
+            sequence holds inputs and targets.
         options: the settings: `steps`, `align`, `lr`, …
 
     Raises:
         ConfigError: an option does not fit the models or the data.
         ConversionError: the student is not a converted model.
         SignatureMismatch: the models' forward signatures differ.
-        RecoveryError: outputs cannot be compared, the data ends, or the loss is not finite.
+        RecoveryError: outputs cannot be compared, the data ended, or the loss is not finite.
         CheckpointError: the checkpoint is damaged, or of another run.
     """
     return run_recovery(student, teacher, data, options)
@@ -321,13 +324,13 @@ def recover(student: nn.Module, teacher: nn.Module, data: Any, options: RecoverO
 def save(model: nn.Module, path: str | Path, *, state_dict: Mapping[str, Tensor] | None = None) -> None:
     """Write a converted model as an artifact folder: `roast.json` and `model.safetensors`.
 
-    A save that is killed leaves what was there before whole.
+    If a save is killed, the previous artifact or the new one is complete.
 
     Args:
         model: what `convert` returned, trained or not.
-        path: the folder; made if missing, other files in it stay.
-        state_dict: values to write instead of the model's own, under the same keys: those of a sharded model, gathered
-            by `torch.distributed.checkpoint.state_dict.get_model_state_dict`.
+        path: the folder. It is created if missing, and other files in it stay.
+        state_dict: values to write instead of the model's own, under the same keys. A sharded model needs it:
+            `torch.distributed.checkpoint.state_dict.get_model_state_dict` gathers its values.
 
     Raises:
         ConversionError: the model is not a converted one, or only a part or a wrapper of one.
@@ -338,12 +341,12 @@ def save(model: nn.Module, path: str | Path, *, state_dict: Mapping[str, Tensor]
 
 
 def load(path: str | Path, model: _M) -> _M:
-    """Return the artifact's model: a copy of `model`'s structure with everything it stores read from the artifact.
+    """Return the artifact's model: a copy of `model`'s structure with all values read from the artifact.
 
     Args:
         path: an artifact folder.
-        model: the dense architecture, on any device, meta included (then the result is on the CPU); it is left as it
-            is, and its weights are not used.
+        model: the dense architecture on any device; for the meta device, the result is on the CPU. The model is left
+            unchanged, and its weights are not used.
 
     Raises:
         CheckpointError: the artifact is missing, damaged, newer than this version, or of another architecture.
@@ -365,7 +368,7 @@ def densify(model: _M, *, inplace: bool = False) -> _M:
     """Return a converted model as a dense one: original classes, original state-dict keys, equal outputs.
 
     Args:
-        model: what `convert` returned, trained or not; left as it is unless `inplace`.
+        model: what `convert` returned, trained or not; it is left unchanged unless `inplace`.
         inplace: change the model itself instead of a copy.
 
     Raises:
@@ -383,10 +386,10 @@ def densify_artifact(path: str | Path, output: str | Path) -> int:
 
     Args:
         path: an artifact folder.
-        output: the file to write; one that is there is replaced whole.
+        output: the file to write; an existing file is replaced in one step.
 
     Returns:
-        the number of tensors written; tied tensors are written under each of their names.
+        the number of tensors written; a tied tensor is written under each of its names.
 
     Raises:
         CheckpointError: the artifact is missing, damaged or newer than this version, or the file cannot be written.

@@ -1,8 +1,8 @@
-"""The artifact folder: `roast.json` (versions, plan, digests) and `model.safetensors` (pool, kept tensors, buffers).
+"""The artifact folder: `roast.json` (versions, plan, digests) and `model.safetensors` (all tensors).
 
-Nothing is pickled. A save first writes both files beside their targets, then renames the weights, then the manifest;
-if it is killed between the two renames, the finished manifest still lies under its pending name and reading completes
-the save. At every other moment the folder holds either the old artifact or the new one.
+Nothing is pickled. A save first writes both files beside their targets, then renames the weights, then the manifest. If
+a save is killed between the two renames, the new manifest is complete under its pending name, and `read_artifact` uses
+it. At every other moment the folder holds either the old artifact or the new one.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ WEIGHTS = "model.safetensors"
 
 @dataclass(frozen=True)
 class Artifact:
-    """An artifact whose manifest is read and whose weights' digest is right."""
+    """An artifact whose manifest was read and whose weights match their digest."""
 
     folder: Path
     manifest: dict[str, Any]
@@ -50,8 +50,8 @@ def write_artifact(model: nn.Module, folder: Path, state_dict: Mapping[str, torc
     extra = [key for key in in_state_dict if key.endswith("_extra_state")]
     if extra:
         raise CheckpointError(
-            f"{extra[0]} is state that is not a tensor (get_extra_state), which an artifact cannot hold; save the "
-            f"model with torch.save, or remove it"
+            f"{extra[0]} is state that is not a tensor (get_extra_state), and an artifact holds only tensors; save the "
+            f"model with torch.save, or remove that state"
         )
     if state_dict is not None:
         _check_values(state_dict, model.state_dict())
@@ -78,14 +78,14 @@ def write_artifact(model: nn.Module, folder: Path, state_dict: Mapping[str, torc
 
 
 def seal(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Return a manifest with the digest of everything else in it."""
+    """Return a manifest with the digest of all its other entries, under `sha256`."""
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
     text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
     return {**rest, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def _finish_interrupted_save(folder: Path) -> None:
-    """Do the second rename of a save that was killed before it, and drop what an earlier kill left."""
+    """Complete a save that was killed before its second rename; delete the manifest of one killed before its first."""
     finished = pending(folder / MANIFEST)
     if finished.is_file():
         weights = folder / WEIGHTS
@@ -153,9 +153,10 @@ def _parse(path: Path) -> dict[str, Any]:
 
 
 def check_architecture(artifact: Artifact, model: nn.Module) -> None:
-    """Raise `CheckpointError` unless the dense model is built as the one that the artifact was made from.
+    """Raise `CheckpointError` unless the dense model has the architecture that the artifact was saved from.
 
-    Names, shapes and ties of the parameters, names and shapes of the buffers, and the kinds of the shared layers count.
+    Names, shapes and ties of the parameters, names and shapes of the buffers, and the kinds of the shared layers are
+    compared.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     buffers = dict(model.named_buffers(remove_duplicate=False))
@@ -174,9 +175,9 @@ def check_architecture(artifact: Artifact, model: nn.Module) -> None:
     if differences:
         count = "1 difference" if len(differences) == 1 else f"{len(differences)} differences"
         raise CheckpointError(
-            f"{artifact.folder} was made from another architecture than this {type(model).__name__} "
+            f"{artifact.folder} was saved from another architecture than this {type(model).__name__} "
             f"({count}): "
-            f"{'; '.join(differences[:3])}; build the model as it was when converted"
+            f"{'; '.join(differences[:3])}; build the model as it was when it was converted"
         )
 
 
@@ -199,10 +200,11 @@ def _kind_differences(plan: RoastPlan, model: nn.Module) -> Iterator[str]:
 
 
 def fill_from(artifact: Artifact, model: nn.Module, device: torch.device) -> None:
-    """Give a rewritten structure, whose tensors are all on the meta device, the artifact's values.
+    """Load the artifact's values into a converted model whose tensors are all on the meta device.
 
     Raises:
-        CheckpointError: a tensor is missing, or has another shape, or a value lies outside parameters and buffers.
+        CheckpointError: a tensor is missing or has another shape, or the model has a tensor on the meta device that is
+            neither parameter nor buffer.
     """
     wanted = dict(_named_tensors(model, artifact.plan))
     ties: dict[str, str] = artifact.manifest["ties"]
@@ -217,7 +219,7 @@ def fill_from(artifact: Artifact, model: nn.Module, device: torch.device) -> Non
 
 
 def dense_state_dict(artifact: Artifact) -> dict[str, torch.Tensor]:
-    """Return the state dict that the dense model would have, without its code; tied tensors under all their names."""
+    """Return the dense model's state dict, without the model's code; a tied tensor is there under all its names."""
     plan, ties = artifact.plan, artifact.manifest["ties"]
     pool = build_pool(plan, "cpu")
     prefix = _pool_prefix(plan)
@@ -232,12 +234,12 @@ def dense_state_dict(artifact: Artifact) -> dict[str, torch.Tensor]:
             weight = pooled_weight(pool, tensor).dense().contiguous()
             dense |= dict.fromkeys(tensor.aliases, weight)
     in_order = [alias for tensor in plan.tensors for alias in tensor.aliases]
-    # Every name has memory of its own: safetensors writes no two names for one.
+    # Every name gets memory of its own, because safetensors refuses two names for one tensor.
     return {name: dense[name].clone() for name in [*in_order, *(name for name in dense if name not in set(in_order))]}
 
 
 def write_dense(artifact: Artifact, path: Path) -> int:
-    """Write the dense state dict as one safetensors file, whole or not at all; return the number of tensors."""
+    """Write the dense state dict as one safetensors file, completely or not at all; return the number of tensors."""
     state = dense_state_dict(artifact)
     try:
         write_tensors(state, pending(path))
@@ -281,8 +283,9 @@ def _check_no_meta_left(model: nn.Module) -> None:
             if attribute not in ("_parameters", "_buffers", "_modules") and _holds_meta(value):
                 place = f"{name}.{attribute}" if name else attribute
                 raise CheckpointError(
-                    f"{place} is a plain tensor, neither parameter nor buffer, so no artifact holds its value and it "
-                    f"has none on the meta device; build the model on a real device, or register the tensor as a buffer"
+                    f"{place} is a plain tensor, neither parameter nor buffer, so its value is not in the artifact, "
+                    f"and on the meta device it has none; build the model on a real device, or register the tensor as "
+                    f"a buffer"
                 )
 
 
@@ -303,12 +306,12 @@ def _pool_prefix(plan: RoastPlan) -> str:
 
 
 def _named_tensors(model: nn.Module, plan: RoastPlan) -> list[tuple[str, torch.Tensor]]:
-    """Return every name of every parameter and buffer, without the pool's own buffers, which follow from the plan."""
+    """Return all parameters and buffers under all names, except the pool's buffers, which follow from the plan."""
     return [*model.named_parameters(remove_duplicate=False), *_named_buffers(model, plan)]
 
 
 def _named_buffers(model: nn.Module, plan: RoastPlan) -> list[tuple[str, torch.Tensor]]:
-    """Return the model's own buffers, also those not in a state dict: on the meta device they have no value."""
+    """Return the model's own buffers, also those not in a state dict, which have no value on the meta device."""
     named = model.named_buffers(remove_duplicate=False)
     return [(name, buffer) for name, buffer in named if not _in_pool(name, plan)]
 
@@ -316,23 +319,23 @@ def _named_buffers(model: nn.Module, plan: RoastPlan) -> list[tuple[str, torch.T
 def _check_values(given: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
     for name in expected.keys() - given.keys():
         raise CheckpointError(
-            f"the state dict has no {name}, which the model has; pass the whole model's, gathered in every process and "
-            f"written by one (others get an empty one)"
+            f"the state dict lacks {name}, which the model has; pass the state dict of the whole model: gather it in "
+            f"every process and save in the first (the others get an empty one)"
         )
     for name in given.keys() - expected.keys():
-        raise CheckpointError(f"the state dict has {name}, which the model has not{closest(name, expected)}")
+        raise CheckpointError(f"the state dict has {name}, which the model does not have{closest(name, expected)}")
     for name, value in given.items():
         if value.shape != expected[name].shape:
             raise CheckpointError(
-                f"{name} is of shape {tuple(value.shape)} in the state dict and {tuple(expected[name].shape)} in the "
-                f"model"
+                f"{name} has shape {tuple(value.shape)} in the state dict; expected {tuple(expected[name].shape)}, as "
+                f"in the model"
             )
 
 
 def _stored_tensors(
     model: nn.Module, plan: RoastPlan, values: Mapping[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Return the tensors to write, tied ones once, and for each further name the one that it is stored under."""
+    """Return the tensors to write, tied tensors once, and the stored name for each of their other names."""
     first: dict[int, str] = {}
     tensors: dict[str, torch.Tensor] = {}
     ties: dict[str, str] = {}
@@ -344,13 +347,13 @@ def _stored_tensors(
         value = values.get(name, tensor).detach().to(tensor.dtype)
         if is_sharded(value):
             raise CheckpointError(
-                f"{name} is sharded over processes (FSDP2), so this one holds a part of its values; gather them in all "
-                f"processes, values = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, "
-                f"cpu_offload=True)) of torch.distributed.checkpoint.state_dict, and in the first process "
-                f"roastify.save(model, path, state_dict=values)"
+                f"{name} is sharded over processes (FSDP2), so this process holds only a part of its values. With "
+                f"torch.distributed.checkpoint.state_dict, gather them in all processes: values = get_model_state_dict("
+                f"model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)). Then save in the first "
+                f"process: roastify.save(model, path, state_dict=values)"
             )
         value = value.cpu().contiguous()
-        # Views of one storage (a buffer that aliases another) are written as tensors of their own.
+        # A view of a larger storage is copied, so that only its own elements are written.
         tensors[name] = value.clone() if value.untyped_storage().nbytes() != value.nbytes else value
     return _own_storages(tensors), ties
 

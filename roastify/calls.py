@@ -1,4 +1,4 @@
-"""How a model is called and what it gives back: example inputs, signatures, outputs as their leaves."""
+"""How a model is called and what it returns: example inputs, signatures, and outputs as their leaves."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def split_inputs(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def signature_of(model: nn.Module) -> inspect.Signature | None:
-    """Return the signature of a model's forward, its annotations resolved where they can be; None if there is none."""
+    """Return the signature of a model's forward, with resolved annotations if possible; None if there is none."""
     try:
         return inspect.signature(model.forward, eval_str=True)
     except Exception:  # an annotation that only a type checker can resolve; names then compare as text
@@ -41,14 +41,15 @@ def run_model(
     mode: str,
     then: Callable[[Any], Any] | None = None,
 ) -> Any:
-    """Return a model's output in `eval` or `train` mode; the model and the inputs are left as they were.
+    """Return a model's output in `eval` or `train` mode; the model and the inputs are left unchanged.
 
     Args:
-        model: to run.
+        model: the model to run.
         args: positional inputs.
         kwargs: keyword inputs.
         mode: `eval` or `train`.
-        then: if given, the forward runs with gradients, and this takes its output before the model's state is put back.
+        then: a function of the output, or None. If given, the forward runs with gradients, the function is called
+            before the model's state is restored, and its result is returned.
     """
     with state_kept(model), torch.set_grad_enabled(then is not None):
         output = model.train(mode == "train")(*_copied_inputs(args), **_copied_inputs(kwargs))
@@ -56,7 +57,7 @@ def run_model(
 
 
 def _copied_inputs(inputs: Any) -> Any:
-    """Return inputs whose tensors are copies: a forward may write to what it is given."""
+    """Return inputs whose tensors are copies, because a forward may write to its inputs."""
     return pytree.tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, inputs)
 
 
@@ -65,7 +66,7 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     for key_path, leaf in pytree.tree_flatten_with_path(value)[0]:
         where = path + pytree.keystr(key_path)
         if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            # A plain dataclass is a leaf to pytree; its fields are what a caller reads.
+            # A plain dataclass is a leaf to pytree, but a caller reads its fields.
             for name, field in vars(leaf).items():
                 yield from leaves(field, f"{where}.{name}")
         else:

@@ -64,7 +64,7 @@ def _out() -> Console:
 
 
 def _say(line: str) -> None:
-    """Print one line as it is: no markup in a file's name, and no wrapping of it."""
+    """Print one line unchanged: rich would read markup in a file's name and wrap the line."""
     click.echo(line)
 
 
@@ -97,7 +97,7 @@ def _settings_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--init", type=click.Choice(get_args(Init)), help="match: train from scratch; project: fit the weights."
         ),
-        click.option("--seed", type=int, help="Of the mapping and the pool's initial values."),
+        click.option("--seed", type=int, help="Seed of the mapping and of the pool's initial values."),
     ]
     for option in reversed(options):
         command = option(command)
@@ -175,11 +175,11 @@ def _verify(found: Source, converted: nn.Module, console: Console) -> None:
 @main.command()
 @_settings_options
 @click.option("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one).")
-@click.option("--dtype", type=click.Choice(DTYPES), help="Of model and floating inputs (default: as they are).")
+@click.option("--dtype", type=click.Choice(DTYPES), help="Cast the model and floating inputs (default: as they are).")
 @click.option(
-    "--batch", "batches", type=int, multiple=True, help="Bring the example inputs to this size; may be repeated."
+    "--batch", "batches", type=int, multiple=True, help="Repeat or cut the inputs to this batch size; may be repeated."
 )
-@click.option("--compile", is_flag=True, help="Run both sides under torch.compile.")
+@click.option("--compile", is_flag=True, help="Run both models under torch.compile.")
 @click.option("--no-graph", is_flag=True, help="On a GPU, call the models from Python, without CUDA graphs.")
 @click.option("--train", is_flag=True, help="Time a forward and a backward pass instead of inference.")
 @click.option("--seconds", type=float, default=2.0, show_default=True, help="How long each case is timed.")
@@ -196,7 +196,7 @@ def bench(
     json_file: str | None,
     **settings: Any,
 ) -> None:
-    """Measure latency and memory beside the dense model, checked first and in turn."""
+    """Measure latency and memory beside the dense model; outputs are compared first."""
     config = _config(**settings)
     if json_file is not None:
         check_writable(json_file)
@@ -243,16 +243,16 @@ def _recover_options(command: Callable[..., None]) -> Callable[..., None]:
 
 @main.command()
 @_settings_options
-@click.option("--data", required=True, help="Python file of batches: file.py (its name data) or file.py:NAME.")
-@click.option("--artifact", type=click.Path(file_okay=False), help="Recover this instead of converting the source.")
+@click.option("--data", required=True, help="Python file with the batches: file.py (the name data) or file.py:NAME.")
+@click.option("--artifact", type=click.Path(file_okay=False), help="Recover this artifact, not a new conversion.")
 @click.option(
-    "-o", "--output", required=True, type=click.Path(file_okay=False), help="Write artifact and checkpoint here."
+    "-o", "--output", required=True, type=click.Path(file_okay=False), help="Folder for the artifact and checkpoints."
 )
 @_recover_options
 @click.option(
     "--align", type=int, help=f"Steps of alignment first (default: {RecoverOptions.align}; 0 with --artifact)."
 )
-@click.option("--loss", "loss_name", help="Name of the output that is the task's loss, such as loss.")
+@click.option("--loss", "loss_name", help="Name of the output that is the task's loss, for example loss.")
 @click.option("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one).")
 @click.option("--bfloat16", is_flag=True, help="Run both models under autocast.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Write the report to this file.")
@@ -293,7 +293,7 @@ def recover(
         evaluate=batches.evaluate,
         autocast=torch.bfloat16 if bfloat16 else None,
         folder=Path(output) / "recovery",
-        # What an artifact holds may be trained, and alignment would begin anew.
+        # An artifact may hold a trained pool, and alignment would discard the training.
         align=align if align is not None else RecoverOptions.align if artifact is None else 0,
         **options,
     )
@@ -306,14 +306,15 @@ def recover(
 
 
 def _student(found: Source, artifact: str | None, settings: dict[str, Any]) -> nn.Module:
-    """Return what an artifact holds, or what the settings make of the source."""
+    """Return the artifact's model, or without an artifact the converted source."""
     if artifact is None:
         config = _config(**{**settings, "init": settings["init"] or "project"})
         return api.convert(found.model, config=config)
     given = [f"--{name}" for name, value in settings.items() if value not in (None, ())]
     if given:
         raise ConfigError(
-            f"{', '.join(given)} cannot be given with --artifact, which was converted already; leave it out"
+            f"{', '.join(given)} cannot be given with --artifact, because the artifact is converted already; leave out "
+            f"{', '.join(given)} or --artifact"
         )
     return api.load(artifact, model=found.model)
 
@@ -338,7 +339,7 @@ def doctor() -> None:
 
 
 def diagnosis() -> list[tuple[str, str]]:
-    """Return versions, devices and the path that each kind of tensor takes."""
+    """Return versions, devices and the backend of each device."""
     rows = [
         ("roastify", roastify.__version__),
         ("python", f"{platform.python_version()} on {platform.platform()}"),

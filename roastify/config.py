@@ -21,31 +21,31 @@ Init = Literal["match", "project"]
 Share = Literal["auto", "weights", "all"]
 SignSetting = Literal["auto", SignName]
 
-# No model has as many parameters.
+# More than any model has parameters.
 _LARGEST_RATIO = 10**18
 
 
 @dataclass(frozen=True)
 class RoastConfig:
-    """Settings of a conversion. `configs/default.toml` has the same keys and values, with a line on each.
+    """Settings of a conversion. `configs/default.toml` has the same keys and values, with an explanation of each.
 
     Args:
         ratio: parameters of the whole model ÷ parameters stored, at least 1.
         init: `match` (training from scratch) or `project` (pretrained weights).
-        seed: of the mapping and of the pool's initial values; any integer.
+        seed: the seed of the mapping and of the pool's initial values; any integer.
         include: patterns of tensors or modules that may be shared; empty: everything eligible.
         exclude: patterns of tensors or modules that stay dense.
-        min_numel: smaller tensors stay dense unless `include` names them or `share` takes all.
-        share: `weights` (matrices and whatever has more dimensions), `all` (vectors, constant and small tensors too),
-            or `auto`: `all` where those others would take too much of what may be stored.
+        min_numel: tensors with fewer elements stay dense, unless `include` names them or `share` is `all`.
+        share: `weights` (tensors of two or more dimensions), `all` (vectors, constant and small tensors too), or
+            `auto`, which is `all` if those other tensors would take too much of the parameters that may be stored.
         tile: `auto`, or `ROWSxCOLS`.
         sign: `auto`, `none`, `row`, `tile` or `element`.
         mapping: `permutation`, or for comparison `cyclic`, `roast`, `hashednet`.
         sharing: `global` (one pool for all), or for comparison `local` (a region of the pool for each tensor).
         precondition: divide the pool's gradient by Γ, so that dense learning rates carry over.
-        kernel_basis: make the kernels of convolutions combinations of a few learned ones (`basis`): how many, `none`,
-            or `auto`: two thirds of a kernel's positions, from ratio 30 on a third, for kernels of two dimensions or
-            more with nine positions or more in tensors large enough for that to cost little.
+        kernel_basis: how many learned kernels (the basis) a convolution's kernels are combinations of: a number, `none`
+            or `auto`. `auto` is two thirds of a kernel's positions, and one third from ratio 30 on. It applies to
+            kernels of at least two dimensions and nine positions, in tensors so large that the basis costs little.
 
     Raises:
         ConfigError: a value is of the wrong type or out of range.
@@ -97,10 +97,10 @@ class RoastConfig:
         return int(match[1]), int(match[2])
 
     def replace(self, **changes: Any) -> RoastConfig:
-        """Return a copy with these settings; a change to None is no change.
+        """Return a copy with these settings; a setting that is given as None stays.
 
         Raises:
-            ConfigError: a name is not a setting, or a value does not fit.
+            ConfigError: a name is not a setting, or a value is of the wrong type or out of range.
         """
         _check_settings(changes, "argument")
         return dataclasses.replace(self, **{name: value for name, value in changes.items() if value is not None})
@@ -113,10 +113,10 @@ class RoastConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "config") -> RoastConfig:
-        """Build from plain values.
+        """Return the settings that plain values hold.
 
         Raises:
-            ConfigError: a key is unknown or a value does not fit; the message names `where`.
+            ConfigError: a key is unknown, or a value is of the wrong type or out of range; the message names `where`.
         """
         _check_settings(values, where)
         try:
@@ -126,10 +126,11 @@ class RoastConfig:
 
     @classmethod
     def from_toml(cls, path: str | Path) -> RoastConfig:
-        """Read a TOML file whose top-level keys are settings; keys left out take their defaults.
+        """Read a TOML file whose top-level keys are settings; a key that is left out takes its default.
 
         Raises:
-            ConfigError: the file is missing, is not TOML, or holds an unknown key or a value that does not fit.
+            ConfigError: the file is missing or is not TOML, a key is unknown, or a value is of the wrong type or out of
+                range.
         """
         path = Path(path)
         try:

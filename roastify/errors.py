@@ -1,4 +1,7 @@
-"""The errors that roastify raises on purpose; each message says what was found, what was expected and what to do."""
+"""The errors that roastify raises on purpose.
+
+Each message says what was found, what was expected and what to do.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ class PlanError(RoastError):
 
     Args:
         message: what was found, what was expected and what to do.
-        largest_ratio: the largest that can be reached, if the ratio was at fault; otherwise 0.
+        largest_ratio: the largest reachable ratio if the ratio was too large; otherwise 0.
     """
 
     def __init__(self, message: str, largest_ratio: float = 0.0) -> None:
@@ -28,7 +31,7 @@ class PlanError(RoastError):
 
 
 class ConversionError(RoastError):
-    """The model is of a kind that cannot be converted as it stands."""
+    """The model cannot be converted as it is."""
 
 
 class SourceError(RoastError):
@@ -36,11 +39,11 @@ class SourceError(RoastError):
 
 
 class WriteRefused(RoastError):
-    """Something was about to write to a tensor that was read from the pool, where the write would be lost.
+    """Code tried to write to a tensor that was read from the pool, and the write would be lost.
 
     Args:
         message: what was found, what was expected and what to do.
-        source: the module and the attribute that it was read from; None for a view of it.
+        source: the module and the attribute that the tensor was read from; None for a view of the tensor.
     """
 
     def __init__(self, message: str, source: tuple[object, str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and the digests by which they are known again."""
+"""Files that are written completely or not at all, and digests by which they are recognised."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PENDING = ".pending"
 
 
 def pending(path: Path) -> Path:
-    """Return where a file is written before it takes its place: beside it, under a name of its own."""
+    """Return the path under which a file is written before it replaces the old one: beside it, with another name."""
     return path.with_name(path.name + _PENDING)
 
 
@@ -44,7 +44,7 @@ def _flush(path: Path) -> None:
 
 
 def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write a safetensors file with the permissions that the user's umask gives: its writer makes them private."""
+    """Write a safetensors file with the permissions that the user's umask gives; `save_file` alone makes it private."""
     path.touch()
     mode = path.stat().st_mode
     save_file(tensors, path, metadata={"format": "pt"})
@@ -58,19 +58,19 @@ def digest_of_file(path: Path) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return what an error says, in one line."""
+    """Return an error's message in one line."""
     return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def check_writable(path: str | Path) -> None:
-    """Raise `ConfigError` unless a file can be written there: asked before what takes long."""
+    """Raise `ConfigError` unless a file can be written there; commands call this before work that takes long."""
     folder = Path(path).parent
     if not folder.is_dir():
-        raise ConfigError(f"cannot write {path}: there is no folder {folder}; make it first")
+        raise ConfigError(f"cannot write {path}: there is no folder {folder}; create it first")
     if not os.access(path if Path(path).exists() else folder, os.W_OK):
         raise ConfigError(f"cannot write {path}: no permission; name another file")
 
 
 def write_json(values: dict[str, Any], path: str | Path) -> None:
-    """Write plain values as a JSON file; one that is there is replaced."""
+    """Write plain values as a JSON file; an existing file is replaced."""
     Path(path).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")

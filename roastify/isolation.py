@@ -1,4 +1,4 @@
-"""One sandbox for what running a model changes: random states, modes, buffers, attributes, warnings."""
+"""Contexts that undo what running a model changes: random states, modes, buffers and attributes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def capture_random_states(gpu: torch.device | None = None) -> dict[str, Any]:
 
 
 def restore_random_states(states: dict[str, Any], gpu: torch.device | None = None) -> None:
-    """Put back what `capture_random_states` returned, for the same GPU."""
+    """Restore the states that `capture_random_states` returned, for the same GPU."""
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])
@@ -33,7 +33,7 @@ def restore_random_states(states: dict[str, Any], gpu: torch.device | None = Non
 
 
 def seed_generators(seed: int, gpus: Iterable[torch.device] = ()) -> None:
-    """Seed all generators, and of the GPUs only these: `torch.manual_seed` seeds every GPU there is."""
+    """Seed all generators on the CPU and those of `gpus`; `torch.manual_seed` would seed every GPU."""
     random.seed(seed)
     np.random.seed(seed % (1 << 32))
     torch.default_generator.manual_seed(seed % (1 << 63))
@@ -44,12 +44,14 @@ def seed_generators(seed: int, gpus: Iterable[torch.device] = ()) -> None:
 
 @contextlib.contextmanager
 def random_states_kept(seed: int | None = None, devices: Iterable[torch.device] = ()) -> Iterator[None]:
-    """Put all random generators back at the end, those of GPUs among `devices` too.
+    """Restore all random generators at the end, those of GPUs among `devices` too.
+
+    Python's, numpy's and torch's generators are restored, because models use all three: transformers' speech models
+    choose masks with numpy.
 
     Args:
-        seed: where they start from; None: where they are. Models draw from all three libraries: transformers' speech
-            models mask what numpy tells them.
-        devices: of which the GPUs count.
+        seed: the seed with which the generators start; None: they go on from their states.
+        devices: devices in use; those that are not GPUs are ignored.
     """
     gpus = [device for device in dict.fromkeys(devices) if device.type == "cuda"]
     states = capture_random_states()
@@ -66,7 +68,7 @@ def random_states_kept(seed: int | None = None, devices: Iterable[torch.device] 
 
 @contextlib.contextmanager
 def modes_kept(*models: nn.Module) -> Iterator[None]:
-    """Put every module's train or eval mode back at the end."""
+    """Restore every module's train or eval mode at the end."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     try:
         yield
@@ -77,7 +79,7 @@ def modes_kept(*models: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_warnings() -> Iterator[None]:
-    """Keep warnings from the user: they would be about what roastify does, not about their code."""
+    """Suppress warnings, because they would be about roastify's work and not about the user's code."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -85,9 +87,9 @@ def without_warnings() -> Iterator[None]:
 
 @contextlib.contextmanager
 def state_kept(model: nn.Module) -> Iterator[None]:
-    """Undo what a forward pass changes: buffers, attributes, modes, random generators, which start from one seed."""
+    """Undo what a forward pass changes: buffers, attributes, modes and random generators, which start with seed 0."""
     attributes = [(module, dict(module.__dict__), dict(module._buffers)) for module in model.modules()]
-    # Values are written back only where they were written to: a buffer may be an expanded view.
+    # Only values that changed are written back: a buffer may be an expanded view, which refuses writes.
     values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     devices = [tensor.device for tensor in [*model.parameters(), *model.buffers()]]
     try:
@@ -106,11 +108,11 @@ def state_kept(model: nn.Module) -> Iterator[None]:
 
 
 class RandomStream:
-    """Random generators of its own: what runs under it neither sees nor moves those outside.
+    """A set of random generators: code inside `active` draws from them and leaves the generators outside untouched.
 
     Args:
-        seed: where they start.
-        device: its GPU's generator is one of them.
+        seed: the seed with which the generators start.
+        device: if it is a GPU, its generator is one of the set.
     """
 
     def __init__(self, seed: int, device: torch.device) -> None:
@@ -122,7 +124,7 @@ class RandomStream:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Draw from this stream."""
+        """Return the context in which code draws from this stream."""
         outside = capture_random_states(self._gpu)
         restore_random_states(self.state, self._gpu)
         try:

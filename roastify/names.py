@@ -1,4 +1,4 @@
-"""The one pattern matcher: exact names, globs (`encoder.*.dense`) and regular expressions (`re:.*lm_head`)."""
+"""The one pattern matcher: exact names, globs (`encoder.*.dense`) and expressions (`re:.*lm_head`)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def invalid(pattern: str) -> str | None:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a pattern names `name`: the whole of it, upper and lower case being different."""
+    """Whether a pattern matches the whole of `name`; upper and lower case differ."""
     if pattern.startswith(_REGEX):
         return re.fullmatch(pattern.removeprefix(_REGEX), name) is not None
     return name == pattern or fnmatch.fnmatchcase(name, pattern)
@@ -32,14 +32,14 @@ def matches(pattern: str, name: str) -> bool:
 def select(
     setting: str, patterns: Sequence[str], names: Iterable[str], what: str, error: type[RoastError]
 ) -> dict[str, str]:
-    """Return the names that patterns select, in their order, each with the first pattern that does.
+    """Return the names that patterns select, in the order of `names`, each with the first pattern that selects it.
 
     Args:
-        setting: the patterns' name in messages.
-        patterns: to match.
-        names: to choose from.
-        what: a name is called in messages.
-        error: to raise.
+        setting: what messages call the patterns.
+        patterns: the patterns.
+        names: the names to choose from.
+        what: what messages call a name.
+        error: the class of the error to raise.
 
     Raises:
         RoastError: `error`, for a pattern that is not valid or matches nothing.

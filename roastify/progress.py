@@ -1,4 +1,4 @@
-"""Progress of anything that takes over a second, on a terminal."""
+"""A progress bar on a terminal, for work that takes more than a second."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def track(items: Sequence[_Item], description: str) -> Iterator[_Item]:
     if not sys.stderr.isatty():
         yield from items
         return
-    # Here, so that `import roastify` does not import rich.
+    # Imported here, so that `import roastify` does not import rich.
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 

@@ -1,4 +1,4 @@
-"""What people see: rich tables of plans and results."""
+"""The tables of plans and results that the command line shows, made with rich."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def plan_table(plan: RoastPlan, full: bool = False) -> RenderableType:
 
     Args:
         plan: the plan.
-        full: a row for every tensor; otherwise shared tensors that differ only in a layer's number share a row, and
-            so do kept tensors with the same reason.
+        full: whether every tensor has a row. If not, shared tensors that differ only in a layer's number are one row,
+            and so are kept tensors with the same reason.
     """
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("tensor", overflow="fold", ratio=5)
@@ -68,9 +68,9 @@ def _row(plan: RoastPlan, group: list[TensorPlan]) -> list[str | Text]:
     shapes = {tensor.shape for tensor in group}
     stored: float = sum(tensor.numel for tensor in group)
     if first.shared:
-        # A shared tensor's part of the pool, in proportion to what it asks of it.
-        asked = sum(tensor.matrix_numel for tensor in group) / sum(tensor.matrix_numel for tensor in plan.shared)
-        stored = plan.pool_numel * asked + sum(math.prod(tensor.basis_shape) for tensor in group if tensor.basis_count)
+        # A shared tensor counts for a part of the pool in proportion to its elements.
+        part = sum(tensor.matrix_numel for tensor in group) / sum(tensor.matrix_numel for tensor in plan.shared)
+        stored = plan.pool_numel * part + sum(math.prod(tensor.basis_shape) for tensor in group if tensor.basis_count)
     return [
         Text(_label(group)),
         "×".join(map(str, first.shape)) or "1" if len(shapes) == 1 else "various",
@@ -122,7 +122,7 @@ def summary(plan: RoastPlan) -> RenderableType:
 
 
 def _read_by(plan: RoastPlan) -> str:
-    """Return how many tensors are read by which way; the first of those that a tensor has."""
+    """Return how many tensors are read in which way; a tensor with several ways counts for the first."""
     ways = [tensor.through.split(", ") for tensor in plan.shared]
     layers = sum("layer" in way for way in ways)
     operations = sum("operation" in way and "layer" not in way for way in ways)
@@ -153,7 +153,7 @@ def bench_table(report: BenchReport) -> RenderableType:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("batch", no_wrap=True)
     table.add_column("model", no_wrap=True)
-    # Nothing but a GPU's allocator tells one model's memory from the other's.
+    # Only a GPU's allocator separates the memory of the two models.
     with_peak = report.cases[0].dense.peak_bytes is not None
     for heading in ("median", "quartiles", "weights", *(["peak memory"] if with_peak else [])):
         table.add_column(heading, justify="right", no_wrap=True)

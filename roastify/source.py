@@ -1,6 +1,7 @@
-"""`SOURCE` → `nn.Module`: `file.py`, `file.py:NAME`, or `hf:` with a local directory, config file or hub name.
+"""Loads the model that a `SOURCE` names, and the batches that a `DATA` names.
 
-And `DATA` → batches: `file.py` or `file.py:NAME`.
+A source is `file.py`, `file.py:NAME`, or `hf:` with a local directory, a config file or a hub name. Data is `file.py`
+or `file.py:NAME`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import nn
 
 from roastify.errors import SourceError, closest
 
-# Functions of these names, without required arguments, are taken for the file's model builder.
+# A function with such a name and without required arguments counts as the file's model builder.
 _BUILDER = re.compile(r"(build|make|create|get|load)?_?(model|net|network)", re.IGNORECASE)
 _EXAMPLE_INPUTS = "example_inputs"
 _DATA = "data"
@@ -46,14 +47,14 @@ class Source:
 
 @dataclass(frozen=True)
 class DataSource:
-    """Batches to recover a model on, and what their file says about them.
+    """Batches to recover a model on, and the functions that their file defines for them.
 
     Args:
         name: what the user typed.
         data: an iterable of batches, or a function that returns one.
         inputs: the file's function from a batch to forward's arguments, or None.
-        loss_fn: its function from outputs and batch to the task's loss, the name of an output, or None.
-        evaluate: its function from a model to what is reported, or None.
+        loss_fn: the file's function from outputs and batch to the task's loss, the name of an output, or None.
+        evaluate: the file's function from a model to a result to report, or None.
     """
 
     name: str
@@ -89,7 +90,7 @@ def load_source(name: str) -> Source:
     """Build the model that a `SOURCE` names.
 
     Raises:
-        SourceError: it does not exist, does not import, or does not hold just one model.
+        SourceError: the source does not exist, does not import, or does not hold just one model.
     """
     scheme, colon, rest = name.partition(":")
     if colon and scheme == "hf":
@@ -136,7 +137,7 @@ def _from_file(name: str, path: Path, attribute: str | None) -> Source:
 
 @contextlib.contextmanager
 def _beside(path: Path) -> Iterator[None]:
-    """Look for imports in the file's own folder first, as for a script that is run."""
+    """Let Python look for imports in the file's own folder first, as it does for a script."""
     folder = str(path.resolve().parent)
     sys.path.insert(0, folder)
     try:
@@ -151,7 +152,7 @@ def _import(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(module_name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    # Registered under its name, as dataclasses and pickling in the file expect.
+    # The module is registered under its name, because dataclasses and pickling in the file need that.
     sys.modules[module_name] = module
     try:
         spec.loader.exec_module(module)
@@ -163,7 +164,7 @@ def _import(path: Path) -> ModuleType:
 
 
 def _line_in(path: Path, error: BaseException) -> str:
-    """Return where in the file an error arose, such as ``" (line 3)"``."""
+    """Return where in the file an error arose, for example ``" (line 3)"``."""
     if isinstance(error, SyntaxError) and error.filename == str(path):
         return f" (line {error.lineno})" if error.lineno else ""
     lines = []
@@ -203,8 +204,8 @@ def _only_candidate(path: Path, module: ModuleType) -> str:
                 f"{path} holds several models ({', '.join(candidates)}); name one: {path}:{candidates[0]}"
             )
     raise SourceError(
-        f"{path} holds no model; expected a torch.nn.Module, a function without required arguments such as "
-        f"build_model(), or an nn.Module class without required arguments. Name another with {path}:NAME"
+        f"{path} holds no model; expected a torch.nn.Module, a function without required arguments (for example "
+        f"build_model()), or an nn.Module class without required arguments. Name another with {path}:NAME"
     )
 
 
@@ -213,7 +214,7 @@ def _callable_without_arguments(value: Callable[..., Any]) -> bool:
         parameters = inspect.signature(value).parameters.values()
     except (TypeError, ValueError):
         return False
-    # A function of *args builds something from them; keyword arguments alone are options.
+    # A function of *args builds something from these arguments; **kwargs alone are options.
     return all(p.default is not p.empty or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
@@ -299,7 +300,7 @@ def _architecture(name: str, transformers: ModuleType, config: Any) -> Any:
 
 
 def _dummy_inputs(model: Any) -> Any:
-    """Return transformers' dummy inputs where the model takes them and its vocabulary holds them."""
+    """Return transformers' dummy inputs if the model takes them and its vocabulary holds them; otherwise None."""
     inputs = getattr(model, "dummy_inputs", None)
     if not isinstance(inputs, dict):
         return None

@@ -939,7 +939,7 @@ def _without_layer() -> nn.Module:
         (_with_more, r"this Mixed \(2 differences\): more\.weight is not in the artifact; more\.bias is not in"),
         (_without_layer, r"this Mixed \(2 differences\): small\.weight is missing; small\.bias is missing; build the"),
         (_renamed, r"\(4 differences\): small\.weight is missing; small\.bias is missing; tiny\.weight is not in"),
-        (Stack, r"/a was made from another architecture than this Stack"),
+        (Stack, r"/a was saved from another architecture than this Stack"),
     ],
 )
 def test_another_architecture_is_refused_and_left_alone(

@@ -58,7 +58,7 @@ def test_a_good_model_passes_everything() -> None:
     [
         ("no gradient", "no gradient reaches the pool"),
         ("no converted copy", "cannot be deep-copied, and the original can: TypeError: no copies of this"),
-        ("state elsewhere", "state is kept outside the state dict"),
+        ("state elsewhere", "some state is missing from the state dict"),
     ],
 )
 def test_a_model_that_loses_copies_state_or_gradients_fails(what: str, message: str) -> None:

@@ -257,11 +257,11 @@ def test_bench_refuses_a_conversion_that_changes_the_outputs(folder: Path) -> No
     [
         (["bare.py"], "error: timing needs example inputs and the source has none; define example_inputs beside the"),
         (["good.py", "--device", "gpu"], "error: device must be cpu, cuda or cuda:N; found 'gpu'"),
-        (["good.py", "--device", "cuda:99"], "error: device 'cuda:99' is not there"),
+        (["good.py", "--device", "cuda:99"], "error: device 'cuda:99' is not available"),
         (["good.py", "--dtype", "int8"], "'int8' is not one of 'float32', 'bfloat16', 'float16'"),
         (["good.py", "--batch", "0"], "error: a batch must be an integer of at least 1; found 0"),
         (["good.py", "--seconds", "-1"], "error: seconds must be a positive number; found -1.0"),
-        (["good.py", "--json", "gone/raw.json"], "error: cannot write gone/raw.json: there is no folder gone; make it"),
+        (["good.py", "--json", "gone/raw.json"], "error: cannot write gone/raw.json: there is no folder gone; create"),
         (["good.py", "--json", "."], "Invalid value for '--json': File '.' is a directory"),
     ],
 )

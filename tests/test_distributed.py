@@ -162,16 +162,16 @@ def test_an_artifact_has_the_values_of_a_given_state_dict(tmp_path: Path) -> Non
     [
         (
             lambda values: values.pop("roast_pool.weight"),
-            "the state dict has no roast_pool.weight, which the model has",
+            "the state dict lacks roast_pool.weight, which the model has",
         ),
-        (lambda values: values.clear(), "gathered in every process and written by one"),
+        (lambda values: values.clear(), "gather it in every process and save in the first"),
         (
             lambda values: values.update({"roast_pool.weights": torch.zeros(1)}),
-            "has roast_pool.weights, which the model has not; closest: 'roast_pool.weight'",
+            "has roast_pool.weights, which the model does not have; closest: 'roast_pool.weight'",
         ),
         (
             lambda values: values.update({"roast_pool.weight": torch.zeros(3)}),
-            r"roast_pool.weight is of shape \(3,\) in the state dict and \(\d+, \d+\) in the model",
+            r"roast_pool.weight has shape \(3,\) in the state dict; expected \(\d+, \d+\), as in the model",
         ),
     ],
 )

@@ -804,7 +804,7 @@ def test_an_index_outside_the_table(case: Case, index: int, dtype: torch.dtype) 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.int16], ids=str)
 def test_indices_of_another_dtype(dtype: torch.dtype) -> None:
-    with pytest.raises(RuntimeError, match=f"embedding indices must be int64 or int32, not {dtype}"):
+    with pytest.raises(RuntimeError, match=f"indices must be int64 or int32; found {dtype}"):
         ops.embedding(torch.ones(3).to(dtype), make_pool(PANELS, torch.float32), *PANELS.arguments)
 
 

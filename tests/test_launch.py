@@ -68,7 +68,7 @@ def test_names_of_kernel_arguments_are_checked() -> None:
     fixed = gather_arguments(view)
     with pytest.raises(TypeError, match="_gather_kernel has no parameters BLOCK; it has p_pool, p_table, p_out, scale"):
         Launch(gather._gather_kernel, (1,), **fixed, BLOCK=1)
-    with pytest.raises(TypeError, match="_gather_kernel needs values of rows, BT, which come after key"):
+    with pytest.raises(TypeError, match="_gather_kernel needs fixed values of rows, BT, because key before them is"):
         Launch(gather._gather_kernel, (1,), **{name: fixed[name] for name in fixed if name not in ("rows", "BT")})
     pool, out = randn(*POOL_SHAPE), randn(view.rows, view.cols)
     good = {"p_pool": pool, "p_table": table, "p_out": out, "scale": SCALE}
@@ -92,7 +92,7 @@ def test_arguments_that_need_other_kernels_have_other_kinds() -> None:
     assert all(one != other for one, other in itertools.combinations(kinds, 2))
     assert launch._kind(SCALE) == launch._kind(1.0)
     for number in (1, True, None):
-        with pytest.raises(TypeError, match=f"floats, not {number}: other numbers are fixed"):
+        with pytest.raises(TypeError, match=f"floats; found {number}; pass it to Launch"):
             launch._kind(number)
 
 

@@ -388,7 +388,7 @@ def test_agreement_is_that_of_the_worst_output() -> None:
     [
         ({"device": "gpu"}, "device must be cpu, cuda or cuda:N; found 'gpu'"),
         ({"device": "meta"}, "device must be cpu, cuda or cuda:N; found 'meta'"),
-        ({"device": "cuda:99"}, "device 'cuda:99' is not there: torch sees [0-9]+ CUDA devices; name another"),
+        ({"device": "cuda:99"}, "device 'cuda:99' is not available: torch sees [0-9]+ CUDA devices; name"),
         ({"dtype": "bfloat"}, "dtype must be one of float32, bfloat16, float16; found 'bfloat'; closest: 'bfloat16'"),
         ({"dtype": torch.int8}, "found 'int8'"),
         ({"batches": [0]}, "a batch must be an integer of at least 1; found 0"),

@@ -988,7 +988,7 @@ def test_unusable_data_is_refused(teacher: nn.Module) -> None:
         ({"seed": "x"}, "seed must be an integer; found 'x'"),
         ({"features": "re:["}, r"features pattern 're:\[' is no regular expression: unterminated"),
         ({"clip": 0}, "clip must be a number above 0"),
-        ({"warmup": 1.0}, "warmup is a part of the steps and must be below 1"),
+        ({"warmup": 1.0}, "warmup is a share of the steps and must be below 1"),
         ({"schedule": "cosin"}, "schedule must be one of cosine, constant; found 'cosin'; closest: 'cosine'"),
         ({"autocast": torch.float16}, "autocast must be torch.bfloat16 or None; found torch.float16"),
         ({"loss_fn": 3}, "loss_fn must be a function of outputs and batch, or the name of an output"),
@@ -1049,7 +1049,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run(teacher: nn.Module, tmp_path
     student = converted(teacher)
     before = state_of(student)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.01, momentum=0.9)
-    with pytest.raises(RecoveryError, match=r"the parameter .* is not finite by step 4 \(.*task 0\).*is from before"):
+    with pytest.raises(RecoveryError, match=r"the parameter .* is not finite by step 4 \(.*task 0\).*was saved before"):
         roastify.recover(
             student, teacher, batches(), 8, loss_fn=explode, folder=tmp_path, save_every=2, log_every=50,
             optimizer=optimizer,

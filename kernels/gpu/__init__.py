@@ -1,1 +1,1 @@
-"""The operators as Triton kernels: only what imports Triton, or serves what does."""
+"""The operators as Triton kernels, with their launchers and launch settings."""

@@ -1,4 +1,4 @@
-"""`combine` and `combine_reduce` on a GPU: rows times a small matrix, and its gradient, a sum over all rows."""
+"""`combine` and `combine_reduce` on a GPU: rows times a small basis, and the basis's gradient."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from roastify.kernels.gpu.mapping import interpreted, supported
 from roastify.kernels.gpu.parts import add_parts
 from roastify.kernels.gpu.tuning import cdiv, power_of_2
 
-# The smallest sides of a block that a product takes.
+# The smallest side of a block that `tl.dot` accepts.
 _LEAST = 16
 
 
@@ -62,7 +62,7 @@ def _combine_reduce_kernel(
 
 
 def combine(coefficients: Tensor, basis: Tensor, grad_scale: float = 1.0) -> Tensor:
-    """Return `coefficients · basis` (`reference.combine`); float64 and large bases go through the reference."""
+    """Return `coefficients · basis` (`reference.combine`); float64 and large bases use the reference."""
     if coefficients.shape[1] != basis.shape[0] or not _fits(coefficients, *basis.shape):
         return reference.combine(coefficients, basis, grad_scale)
     coefficients, basis = coefficients.contiguous(), basis.contiguous()
@@ -72,7 +72,7 @@ def combine(coefficients: Tensor, basis: Tensor, grad_scale: float = 1.0) -> Ten
 
 
 def combine_reduce(coefficients: Tensor, grad: Tensor, grad_scale: float = 1.0) -> Tensor:
-    """Return `grad_scale · coefficientsᵀ · grad` in float32; float64 and large bases go through the reference."""
+    """Return `grad_scale · coefficientsᵀ · grad` in float32; float64 and large bases use the reference."""
     (rows, count), size = coefficients.shape, grad.shape[1]
     if grad.shape[0] != rows or not _fits(coefficients, count, size):
         return reference.combine_reduce(coefficients, grad, grad_scale)
@@ -84,7 +84,7 @@ def combine_reduce(coefficients: Tensor, grad: Tensor, grad_scale: float = 1.0) 
 
 
 def is_small_basis(count: int, size: int) -> bool:
-    """Whether a basis is small enough for a program to hold."""
+    """Whether a basis is small enough for one program to hold."""
     return max(count, size) <= tuning.COMBINE_SIZE
 
 
@@ -93,7 +93,7 @@ def _fits(coefficients: Tensor, count: int, size: int) -> bool:
 
 
 def blocks_of(count: int, size: int) -> dict[str, int]:
-    """Return a program's constants for rows of `count` numbers times a basis of that many of `size` positions."""
+    """Return a program's constants for rows `[rows, count]` times a basis `[count, size]`."""
     block_count, block_size = max(_LEAST, power_of_2(count)), max(_LEAST, power_of_2(size))
     rows = tuning.COMBINE_ELEMENTS // max(block_count, block_size)
     return {"COUNT": count, "SIZE": size, "BR": rows, "BC": block_count, "BS": block_size}
@@ -116,7 +116,7 @@ def _reduce_launch(rows: int, count: int, size: int, alike: bool) -> tuple[int, 
         (programs,),
         num_rows=rows,
         steps=steps,
-        # A product takes one dtype, and Triton's interpreter would multiply the integers that hold bfloat16 numbers.
+        # `tl.dot` takes one dtype, and Triton's interpreter would multiply the integers that hold bfloat16 numbers.
         WIDEN=interpreted() or not alike,
         num_warps=tuning.COMBINE_WARPS,
         **blocks,

@@ -1,9 +1,9 @@
-"""`embedding` on a GPU: the rows asked for, and the pool's gradient from them; cost goes with the tokens.
+"""`embedding` on a GPU: looked-up rows, and the pool's gradient from them.
 
-The gradient is sorted by where it goes. A row of a table is made of segments, one row of a tile each; torch sorts the
-looked-up segments by their place in the pool, keeping the order of tokens, and runs of one place are added in that
-order. There are no atomics, so the bits are the same on every run, and nothing waits for the GPU, so that a CUDA graph
-can capture it.
+The cost grows with the number of tokens, not with the table. A row of a table consists of segments, each one row of a
+tile. For the gradient, torch sorts the looked-up segments by their place in the pool; segments with the same place stay
+in the order of tokens. Each run of segments with one place is then added in this order. Atomics are not used, so every
+run gives the same bits. The host never waits for the GPU, so a CUDA graph can capture everything.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from roastify.kernels.view import MappingKind, TileView
 
 @triton.jit
 def _locate(p_index, lookup, exists, rows, first_tile, grid_cols, TILE_ROWS: tl.constexpr):
-    """Take lookups, numbered token by token, apart: column of tiles, tile, row in it, and whether the index is right.
+    """Return each lookup's token, column of tiles, tile, row in the tile, and whether its index is in the table.
 
-    An index outside the table stands for row 0 here; the caller says what becomes of it.
+    Lookups are numbered token by token. An index outside the table counts as row 0 here; the caller handles it.
     """
     token = lookup // grid_cols
     i_col = lookup % grid_cols
@@ -56,15 +56,15 @@ def _embedding_kernel(
     inside = exists[:, None] & (c < TILE_COLS)[None, :] & (col < cols)
     values = tl.load(p_pool + start[:, None] + element, mask=inside, other=0.0).to(tl.float32) * scale
     values = apply_sign(values, tile[:, None], element, key, num_slots, first_tile, grid_cols, MAPPING, SIGN)
-    # An index outside the table would quietly give another tensor's weights.
+    # Without this, an index outside the table would silently give another tensor's weights.
     values = tl.where(known[:, None], values, float("nan"))
     tl.store(p_out + token[:, None] * cols + col, values.to(p_out.dtype.element_ty), mask=inside)
 
 
 def embedding(index: Tensor, pool: Tensor, table: Tensor, view: TileView, scale: float) -> Tensor:
-    """Return the rows `[*index.shape, cols]`; an index outside the table gives NaN, since a GPU raises nothing.
+    """Return the rows `[*index.shape, cols]`; an index outside the table gives NaN, because a kernel cannot raise.
 
-    float64, and tables kept as strips, go through the reference.
+    float64 and tables stored as strips use the reference.
     """
     if not supported(pool) or view.strips:
         return reference.embedding(index, pool, table, view, scale)
@@ -111,14 +111,14 @@ def _run_kernel(
     first_tile, grid_cols, num_slots, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, COLS_POW2: tl.constexpr,
     BC: tl.constexpr, MAPPING: tl.constexpr, SIGN: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    # The sorted lookups are cut into chunks of `steps`; each program walks `BC` of them side by side.
+    # The sorted lookups are cut into chunks of `steps`; each program processes `BC` chunks in parallel.
     chunk = tl.program_id(0).to(tl.int64) * BC + tl.arange(0, BC)
     begin = chunk * steps
     c = tl.arange(0, COLS_POW2)
     columns = (c < TILE_COLS)[None, :]
     before = tl.load(p_place + begin - 1, mask=(begin > 0) & (begin < num_lookups), other=-1).to(tl.int64)
     place = tl.load(p_place + begin, mask=begin < num_lookups, other=-1).to(tl.int64)
-    # Whether the run at hand began in this chunk.
+    # Whether the current run began in this chunk.
     begun = place != before
     total = tl.zeros([BC, COLS_POW2], dtype=tl.float32)
     for step in range(0, steps):
@@ -140,7 +140,7 @@ def _run_kernel(
         if ADD:
             result += tl.load(p_whole, mask=whole[:, None] & columns, other=0.0)
         tl.store(p_whole, result.to(p_out.dtype.element_ty), mask=whole[:, None] & columns)
-        # Runs that other chunks have a part of: at the head of this one, and at its tail.
+        # Runs that lie in several chunks: one at the head of this chunk, one at its tail.
         part = chunk[:, None] * TILE_COLS + c[None, :]
         tl.store(p_head + part, total, mask=(exists & (begun == 0) & (ends | last))[:, None] & columns)
         tl.store(p_tail + part, total, mask=(exists & begun & (ends == 0) & last)[:, None] & columns)
@@ -154,7 +154,7 @@ def _join_kernel(
     p_place, p_head, p_tail, p_out, scale, num_lookups, nowhere, steps, TILE_COLS: tl.constexpr,
     COLS_POW2: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    # A run that was cut is joined by the chunk in which it began.
+    # The program of the chunk in which a run begins adds the run's parts from the following chunks.
     chunk = tl.program_id(0).to(tl.int64)
     begin = chunk * steps
     end = begin + steps
@@ -163,7 +163,7 @@ def _join_kernel(
     before = tl.load(p_place + begin - 1, mask=begin > 0, other=-1).to(tl.int64)
     c = tl.arange(0, COLS_POW2)
     columns = c < TILE_COLS
-    # No branch around the loop: Triton 3.6 fails to compile a loop over a tensor inside one.
+    # No branch around the loop, because Triton 3.6 cannot compile a loop over a tensor inside a branch.
     cut = (following == place) & (before != place) & (place != nowhere)
     total = tl.load(p_tail + chunk * TILE_COLS + c, mask=columns & cut, other=0.0)
     goes_on = cut
@@ -183,9 +183,9 @@ def _join_kernel(
 def embedding_reduce(
     grad: Tensor, index: Tensor, table: Tensor, view: TileView, scale: float, pool_shape: list[int]
 ) -> Tensor:
-    """Return the pool's gradient from looked-up rows; an index outside the table gives nothing.
+    """Return the pool's gradient from looked-up rows; an index outside the table adds nothing.
 
-    float64, tables kept as strips, and mappings whose tiles begin anywhere go through the reference.
+    float64, tables stored as strips and mappings with unaligned tiles use the reference.
     """
     if not _has_kernel(grad, view):
         return reference.embedding_reduce(grad, index, table, view, scale, pool_shape)
@@ -195,7 +195,7 @@ def embedding_reduce(
 
 
 def embedding_reduce_(total: Tensor, grad: Tensor, index: Tensor, table: Tensor, view: TileView, scale: float) -> None:
-    """Add what `embedding_reduce` returns to `total`; only what the rows touch is read and written."""
+    """Add what `embedding_reduce` returns to `total`; only the rows' pool elements are read and written."""
     if not _has_kernel(grad, view):
         reference.embedding_reduce_(total, grad, index, table, view, scale)
     else:
@@ -209,7 +209,7 @@ def _has_kernel(grad: Tensor, view: TileView) -> bool:
 def _write_runs(
     out: Tensor, grad: Tensor, index: Tensor, table: Tensor, view: TileView, scale: float, add: bool
 ) -> None:
-    """Write the sum of each place that the rows touch, or with `add` that and what is there."""
+    """Write the sum for each place that the rows read; with `add`, add it to the value that is already there."""
     grad, index = grad.reshape(-1, view.cols).contiguous(), index.reshape(-1).contiguous()
     if not index.numel():
         return
@@ -224,7 +224,7 @@ def _write_runs(
 
 
 class _Runs(NamedTuple):
-    """How the gradient of so many tokens is added: the launches, and the sizes of what they leave behind."""
+    """The launches that add the gradient of a number of tokens, and the sizes of their intermediate tensors."""
 
     place: Launch
     add: Launch
@@ -237,7 +237,7 @@ class _Runs(NamedTuple):
 @functools.lru_cache(maxsize=1 << 12)
 def _runs(view: TileView, num_tokens: int, pool_numel: int, add: bool, place_lookups: int, run_elements: int) -> _Runs:
     num_lookups = num_tokens * view.grid_cols
-    # Segments of the pool are numbered from 0, so this is one more than the last. Half as many bits sort twice as fast.
+    # The segments of the pool are numbered from 0, so this number is one more than the last.
     nowhere = pool_numel // view.tile_cols
     steps = _steps(num_tokens)
     num_chunks = cdiv(num_lookups, steps)
@@ -277,10 +277,14 @@ def _runs(view: TileView, num_tokens: int, pool_numel: int, add: bool, place_loo
         ADD=add,
         num_warps=1,
     )
+    # Half as many bits sort twice as fast.
     place_dtype = torch.int32 if nowhere < 1 << 31 else torch.int64
     return _Runs(place, run, join, num_lookups, place_dtype, num_chunks)
 
 
 def _steps(num_tokens: int) -> int:
-    """Return the lookups of a chunk: of `n` tokens that are all one row, √n are added in a row, then √n parts."""
+    """Return the number of lookups in a chunk.
+
+    If all `n` tokens look up one row, a program adds √n lookups in sequence, and then another adds √n parts.
+    """
     return max(tuning.RUN_STEPS, power_of_2(math.isqrt(num_tokens)))

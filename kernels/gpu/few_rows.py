@@ -1,12 +1,14 @@
-"""The product with few rows of activations on a GPU: the weight is read from the pool, which stays in the cache.
+"""The product with few rows of activations on a GPU: the weight is read from the pool in the cache.
 
-All of it is bound by the bytes that reach the multiprocessors, so three kernels share the cases:
+The bytes that reach the multiprocessors limit the time. There are three kernels:
 
-- a layer that reads every slot several times, with a row or two: each slot is read once, for all its tiles (`by_slot`);
-- one row and a small weight: no matrix unit (`one_row`);
-- the rest: the matrix unit, with some rows of the weight and a part of `k`, or all of it, to a program (`split`).
+- `by_slot`, for few rows and a weight that uses every slot several times: each slot is read once for all its tiles;
+- `one_row`, for one row and a small weight: it does without the matrix unit;
+- `split`, for all other cases: it uses the matrix unit. A program takes some rows of the weight, and all or a part of
+  `k`.
 
-Partial sums are added in a fixed order by a second kernel: no atomics, nothing to clear, the same bits on every run.
+A second kernel adds partial sums in a fixed order. It needs no atomics and no cleared memory, and every run gives the
+same bits.
 """
 
 from __future__ import annotations
@@ -60,8 +62,9 @@ def _split_kernel(
     row_begin = first_tile.to(INT) + (n_begin // TILE_ROWS).to(INT) * grid_cols
     tile = row_begin + i_split * tiles_each
     end = tl.minimum(tile + tiles_each, row_begin + grid_cols)
-    # BT tiles a step: their weight rows are stacked, and so are the activations that they meet. The product of the
-    # two stacks is BT × BT blocks, of which the diagonal counts: the matrix unit has time, and a step costs a barrier.
+    # A step takes BT tiles: their weight rows are stacked, and so are the activations that they multiply. The product
+    # of the two stacks has BT × BT blocks, and only those on the diagonal count. Fewer steps are worth the wasted
+    # products, because each step costs a barrier and the matrix unit is not the limit.
     r = tl.arange(0, BT * BN)
     t_r = r // BN
     q = tl.arange(0, BT * BM)
@@ -78,11 +81,11 @@ def _split_kernel(
     if SIGN == _SIGN_ROW:
         negative_row = (mix64(key, row_begin) >> 63) != 0
     if DEPENDENT:
-        # Everything above overlaps the kernel before this one; what that wrote may be read from here on.
+        # The code above overlaps the previous kernel. Only from here on may this kernel read what that one wrote.
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     while tile < end:
-        # Within a chunk the slot moves by a constant: a remainder a step would cost 16 to 40 %.
+        # Within a chunk the slot moves by a constant stride. A remainder in each step would cost 16 to 40 %.
         count = (segment_end - tile).to(tl.int32)
         stride = a * BT % slots
         for step in tl.range(0, count, BT, num_stages=STAGES):
@@ -112,7 +115,7 @@ def _split_kernel(
             slot_r += stride
             slot_r = tl.where(slot_r >= slots, slot_r - slots, slot_r)
         if SIGN == _SIGN_ROW:
-            # Chunk 0 has no sign: what it gave is turned now, and turned back with all the rest at the end.
+            # Chunk 0 has no sign: its sum is negated here, and once more with the whole sum at the end.
             total = tl.where(negative_row & (chunk == 0), -total, total)
         col += count * TILE_COLS
         tile = segment_end
@@ -204,7 +207,7 @@ def _by_slot_kernel(
     slot = (tl.program_id(0) // BLOCKS).to(INT)
     r = tl.program_id(0) % BLOCKS * BR + tl.arange(0, BR)
     c = tl.arange(0, TILE_COLS)
-    # A chunk has at most one tile in a slot, known in closed form; all chunks and rows are columns of one product.
+    # A chunk has at most one tile in a slot, known in closed form. All chunks and rows are columns of one product.
     q = tl.arange(0, BC * BM)
     m_q = q % BM
     chunk = chunk_begin.to(INT) + q // BM
@@ -212,8 +215,8 @@ def _by_slot_kernel(
     p_chunk = p_table + (chunk + first_chunk) * 3
     b = tl.load(p_chunk + 1, mask=exists, other=0).to(INT)
     inverse = tl.load(p_chunk + 2, mask=exists, other=0).to(INT)
-    ahead = tl.where(slot >= b, slot - b, slot + slots - b)
-    index = chunk * slots + inverse * ahead % slots - first_tile
+    distance = tl.where(slot >= b, slot - b, slot + slots - b)
+    index = chunk * slots + inverse * distance % slots - first_tile
     exists = exists & (index >= 0) & (index < num_tiles)
     i_n = index // grid_cols
     i_k = index - i_n * grid_cols
@@ -232,14 +235,14 @@ def _by_slot_kernel(
     x = tl.load(p_x + m_q.to(INT)[:, None] * cols + col, mask=exists[:, None] & (col < cols), other=0.0)
     if WIDEN:
         weight, x = weight.to(tl.float32), x.to(tl.float32)
-    # On the activations, a column of which a thread has one; of the product's columns it has several.
+    # The sign is applied to the activations, because a thread holds one of their columns, but several of the product's.
     x = tl.where(negative[:, None], -x, x)
     product = tl.dot(weight, tl.trans(x), input_precision=PRECISION) * scale
     tl.store(p_parts + place, product, mask=exists[None, :] & (n < rows))
 
 
 def by_slot(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: TileView, scale: float) -> Tensor:
-    """Return `x · Wᵀ + bias` for contiguous rows, every slot of the pool read once for all its tiles."""
+    """Return `x · Wᵀ + bias` for contiguous rows; every slot of the pool is read once for all its tiles."""
     launch, parts_shape = _by_slot(view, x.shape[0], x.device, pool.numel(), precision(x.dtype), tuning.BY_SLOT)
     parts = torch.empty(parts_shape, dtype=torch.float32, device=x.device)
     launch(p_x=x, p_pool=pool, p_table=table, p_parts=parts, scale=scale)
@@ -277,7 +280,7 @@ def _by_slot(
 
 
 def one_row(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: TileView, scale: float) -> Tensor:
-    """Return `x · Wᵀ + bias` for one contiguous row: no matrix unit; every program owns whole rows of the weight."""
+    """Return `x · Wᵀ + bias` for one contiguous row, without the matrix unit; a program takes whole weight rows."""
     launch = _one_row(view, x.device, pool.numel(), bias is not None, tuning.one_row_settings(view.rows))
     out = torch.empty(1, view.rows, dtype=x.dtype, device=x.device)
     launch(p_x=x, p_pool=pool, p_table=table, p_bias=out if bias is None else bias, p_out=out, scale=scale)
@@ -301,10 +304,10 @@ def _one_row(view: TileView, device: torch.device, pool_numel: int, biased: bool
 
 
 def split(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: TileView, scale: float) -> Tensor:
-    """Return `x · Wᵀ + bias` for contiguous rows, `k` shared among programs where a row of tiles is long."""
+    """Return `x · Wᵀ + bias` for contiguous rows; several programs divide `k` if a row of tiles is long."""
     num_rows = x.shape[0]
     settings = tuning.split_settings(view, num_rows, x.element_size(), shared_memory(x.device))
-    assert settings is not None, "linear.way asks first"
+    assert settings is not None, "linear.way checks first that settings exist"
     launch, num_parts = _split(view, num_rows, x.device, pool.numel(), bias is not None, precision(x.dtype), settings)
     out = empty_parts(x, view.rows, num_parts)
     launch(p_x=x, p_pool=pool, p_table=table, p_bias=out if bias is None else bias, p_out=out, scale=scale)
@@ -321,7 +324,7 @@ def _split(
     precision: str,
     settings: tuning.Split,
 ) -> tuple[Launch, int]:
-    """Return the launch, and the number of parts that `k` is in."""
+    """Return the launch, and the number of parts that `k` is divided into."""
     block_rows = min(settings.block_rows, view.tile_rows)
     tiles_each = min(settings.tiles, view.grid_cols)
     num_parts = cdiv(view.grid_cols, tiles_each)
@@ -347,7 +350,7 @@ def _split(
 
 
 def fits(x: Tensor, view: TileView) -> bool:
-    """Whether these kernels take a product: tiles that fill a matrix unit, and slots that they can step through."""
+    """Whether these kernels support a product: its tiles fill the matrix unit, and its slots have constant strides."""
     return x.shape[0] > 0 and _fits(view)
 
 

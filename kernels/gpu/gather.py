@@ -1,4 +1,4 @@
-"""`gather` on a GPU: the dense tensor, a block of tiles a program."""
+"""`gather` on a GPU: each program writes a block of tiles of the dense tensor."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from roastify.kernels.view import TileView
 @triton.jit
 def place_of(tile, element, base, rows, cols, first_tile, grid_cols, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr,
              STRIPS: tl.constexpr):  # fmt: skip
-    """Where elements of tiles (int64) stand in the row-major tensor, and whether they do: `[tiles, elements]`."""
+    """Return where elements of tiles (int64) are in the row-major tensor, and whether inside: `[tiles, elements]`."""
     if STRIPS:
         place = tile[:, None] * (TILE_ROWS * TILE_COLS) + element[None, :] - base
-        # Sizes that fit an int32 arrive as one; their product may not fit.
+        # Triton passes sizes that fit an int32 as int32; their product may not fit.
         return place, (place >= 0) & (place < tl.cast(rows, tl.int64) * cols)
     else:
         index = tile - first_tile
@@ -38,11 +38,11 @@ def gather_tiles(
     first_slot, first_chunk, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, MAPPING: tl.constexpr,
     SIGN: tl.constexpr, STRIPS: tl.constexpr,
 ):  # fmt: skip
-    """Write elements (int32) of tiles of a tensor (int64, its first is 0) to where they stand in it."""
+    """Write elements (int32) of tiles (int64, counted from the tensor's first) to their places in the tensor."""
     SIZE: tl.constexpr = TILE_ROWS * TILE_COLS
     tile = first_tile + i_tile
     exists = i_tile < num_tiles
-    # Tiles past the last one read the table where the last one does.
+    # Tiles past the last one read the table at the last one's place, which exists.
     known = first_tile + tl.minimum(i_tile, num_tiles - 1)
     start = tile_start(p_table, known, key, num_slots, first_slot, first_chunk, SIZE, MAPPING)
     place, inside = place_of(tile, element, base, rows, cols, first_tile, grid_cols, TILE_ROWS, TILE_COLS, STRIPS)
@@ -68,7 +68,7 @@ def _gather_kernel(
 
 
 def gather(pool: Tensor, table: Tensor, view: TileView, scale: float) -> Tensor:
-    """Return the dense tensor `[rows, cols]`; float64 goes through the reference."""
+    """Return the dense tensor `[rows, cols]`; float64 uses the reference."""
     if not supported(pool):
         return reference.gather(pool, table, view, scale)
     pool = pool.contiguous()
@@ -79,7 +79,7 @@ def gather(pool: Tensor, table: Tensor, view: TileView, scale: float) -> Tensor:
 
 @functools.lru_cache(maxsize=1 << 12)
 def _launch(view: TileView) -> Launch:
-    # A slot of any size: large ones are several programs' work.
+    # A slot may have any size; several programs divide a large one.
     block_elements = min(power_of_2(view.slot_size), tuning.MOST_ELEMENTS)
     block_tiles = max(1, tuning.GATHER_ELEMENTS // block_elements)
     programs = cdiv(view.num_tiles, block_tiles) * cdiv(view.slot_size, block_elements)

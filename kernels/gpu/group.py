@@ -1,6 +1,7 @@
 """Several weights gathered by one kernel, and their gradients added to the pool's by one.
 
-A launch for each would cost the host more than the GPU. What differs between the weights lies in tables on the GPU.
+A launch for each weight would take longer on the host than on the GPU. The numbers that differ between the weights are
+in tables on the GPU.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ from roastify.kernels.gpu.reduce import sum_chunks
 from roastify.kernels.gpu.tuning import cdiv, power_of_2
 from roastify.kernels.view import MappingKind, SignKind, WeightView, alike
 
-# Where each gathered weight begins is a multiple of this: cuBLAS and wide loads want aligned addresses.
+# Each gathered weight begins at a multiple of this, because cuBLAS and wide loads need aligned addresses.
 _ALIGNED = 64
-# Numbers that kernels read of a weight.
+# How many numbers the kernels read for each weight.
 _FIELDS = tl.constexpr(10)
 
 
 @triton.jit
 def _numbers(p_tensors, i, MULTIPLE: tl.constexpr):
-    """Rows, columns, base, first tile, tiles and columns of tiles of a weight."""
+    """Return a weight's rows, columns, base, first tile, number of tiles and columns of tiles."""
     p = p_tensors + i * _FIELDS
     cols = tl.multiple_of(tl.load(p + 1), MULTIPLE)
     return tl.load(p), cols, tl.load(p + 2), tl.load(p + 3), tl.load(p + 4), tl.load(p + 5)
@@ -85,7 +86,7 @@ def _reduce_group_kernel(
 
 @dataclass
 class _Tables:
-    """What lies on a device: a row of numbers and λ for each weight, and a block of tiles for each program."""
+    """The tables on a device: a row of numbers and λ for each weight, and a block of tiles for each program."""
 
     tensors: Tensor
     scales: Tensor
@@ -96,7 +97,7 @@ class Group:
     """Weights that are alike, and the kernels that gather them and sum their gradients.
 
     Args:
-        weights: whose views are `alike`, and whose bases are of one size if they have any.
+        weights: the weights. Their views are `alike`, and their bases, if any, have one size.
     """
 
     def __init__(self, weights: Sequence[WeightView]) -> None:
@@ -107,17 +108,17 @@ class Group:
         assert len({alike(other) for other in views}) == 1, "the weights of a group differ in more than their sizes"
         sizes = [other.numel for other in views]
         self._offsets, self._begins = _aligned_offsets(sizes), _offsets(sizes)
-        # Whether their matrices lie one under the other in memory without being made flat.
+        # Whether gradients can be concatenated along their rows without being flattened first.
         self._stackable = len({other.cols for other in views}) == 1 and all(len(w.shape) == 2 for w in self.weights)
         self._strides = [_stride(weight) for weight in self.weights]
         self._combine: GroupCombine | None = None
-        # Where the dense tensors begin, and their gradients.
+        # The offsets at which the dense tensors begin, and their gradients.
         self._dense_offsets, self._dense_begins = self._offsets, self._begins
         if (basis := self.weights[0].basis_shape) is not None:
             dense_sizes = [math.prod(weight.shape) for weight in self.weights]
             self._dense_offsets, self._dense_begins = _aligned_offsets(dense_sizes), _offsets(dense_sizes)
             offsets = self._offsets, self._begins, self._dense_offsets, self._dense_begins
-            # The last of each is where the last weight ends.
+            # The last offset of each list is the end of the last weight, so it is left out.
             places = zip(*(each[:-1] for each in offsets), strict=True)
             self._combine = GroupCombine([size // basis[0] for size in sizes], *basis, list(places))
         signs = {effective_sign(other) for other in views}
@@ -129,7 +130,8 @@ class Group:
             "TILE_ROWS": view.tile_rows,
             "TILE_COLS": view.tile_cols,
             "MAPPING": view.mapping,
-            # None is negative where another sign says so either: tiles of the first chunk carry none.
+            # A weight without signs has all its tiles in chunk 0, which every sign kind leaves positive. So the group
+            # can use the sign kind of its other weights.
             "SIGN": int(max(signs, key=lambda sign: sign != SignKind.NONE)),
             "STRIPS": view.strips,
             "MULTIPLE": 16 if all(other.cols % 16 == 0 for other in views) else 1,
@@ -160,7 +162,7 @@ class Group:
         )
 
     def gather(self, pool: Tensor, table: Tensor) -> list[Tensor]:
-        """Return what the pool holds of them, the dense tensors or their coefficients; they share a piece of memory."""
+        """Return the dense tensors, or the coefficients of weights with bases; they share one piece of memory."""
         tables = self._on(pool.device)
         out = torch.empty(self._offsets[-1], dtype=pool.dtype, device=pool.device)
         self._gather(
@@ -177,7 +179,7 @@ class Group:
         ]
 
     def are_together(self, gathered: Sequence[Tensor]) -> bool:
-        """Whether tensors are what `gather` returned, not gathered one by one: each where it must lie."""
+        """Whether tensors were returned by one call of `gather`: each lies at its offset from the first."""
         first = gathered[0].data_ptr()
         begins = (first + offset * gathered[0].element_size() for offset in self._offsets)
         return all(tensor.data_ptr() == begin for tensor, begin in zip(gathered, begins, strict=False))
@@ -186,14 +188,14 @@ class Group:
         """Return the dense tensors of weights with bases; they share one piece of memory.
 
         Args:
-            coefficients: what `gather` returned (`are_together`).
-            bases: each weight's, one under the other.
+            coefficients: the tensors that `gather` returned (`are_together`).
+            bases: the weights' bases, concatenated along their rows.
         """
         assert self._combine is not None, "the weights have no bases"
         first = coefficients[0]
         self._on(first.device)
         out = first.new_empty(self._dense_offsets[-1])
-        # The others lie behind it.
+        # The other coefficients follow the first in memory.
         self._combine.combine(first, bases, out)
         return [
             out[offset : offset + math.prod(weight.shape)].view(weight.shape)
@@ -201,13 +203,13 @@ class Group:
         ]
 
     def reduce_(self, total: Tensor, grads: Sequence[Tensor], table: Tensor, bases: Tensor | None = None) -> None:
-        """Add the pool's gradient of all to `total`, contiguous and float32.
+        """Add the pool's gradient from all weights to `total`.
 
         Args:
-            total: of the pool's shape.
-            grads: of the dense tensors, of one dtype; without `bases`, of what `gather` returned.
+            total: a contiguous float32 tensor of the pool's shape.
+            grads: the gradients of the dense tensors, in one dtype; without `bases`, of the tensors from `gather`.
             table: the pool's chunk table.
-            bases: each weight's, one under the other.
+            bases: the weights' bases, concatenated along their rows.
         """
         tables = self._on(total.device)
         joined = self._joined(grads)
@@ -225,12 +227,12 @@ class Group:
         )
 
     def _joined(self, grads: Sequence[Tensor]) -> Tensor:
-        """Return the elements of the gradients one after the other, each in the order of its matrix in the pool."""
+        """Return all gradients in one tensor, each in the element order of its matrix in the pool."""
         matrices = [grad.t() if weight.transposed else grad for grad, weight in zip(grads, self.weights, strict=True)]
         return torch.cat(matrices if self._stackable else [matrix.reshape(-1) for matrix in matrices])
 
     def is_ready(self, device: torch.device) -> bool:
-        """Whether the tables are on a device, or may be brought there: a CUDA graph cannot capture that."""
+        """Whether the tables are on a device, or can be copied there now: a CUDA graph cannot capture the copy."""
         return device in self._tables or device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
     def _on(self, device: torch.device) -> _Tables:
@@ -244,7 +246,7 @@ class Group:
             ]  # fmt: skip
             if self._combine is not None:
                 self._combine.bring_to(device)
-            # Last: another thread that finds it finds everything.
+            # This entry is set last, so that another thread that finds it finds all tables.
             tables = self._tables[device] = _Tables(
                 torch.tensor(rows, dtype=torch.int64, device=device),
                 torch.tensor([weight.scale for weight in self.weights], dtype=torch.float32, device=device),
@@ -254,14 +256,14 @@ class Group:
 
 
 def fits(pool: Tensor, weight: WeightView) -> bool:
-    """Whether these kernels take a pool's dtype, and a weight's mapping and basis."""
+    """Whether these kernels support a pool's dtype, and a weight's mapping and basis."""
     if weight.basis_shape is not None and not is_small_basis(*weight.basis_shape):
         return False
     return supported(pool) and weight.view.mapping == MappingKind.PERMUTATION
 
 
 def _stride(weight: WeightView) -> tuple[int, ...]:
-    """Return the strides of what the pool holds of a weight, its matrix being in order."""
+    """Return the strides of a gathered weight, whose matrix is row-major in memory."""
     if weight.transposed:
         return 1, weight.view.cols
     shape = weight.gathered_shape
@@ -274,5 +276,5 @@ def _aligned_offsets(sizes: Iterable[int]) -> list[int]:
 
 
 def _offsets(sizes: Iterable[int]) -> list[int]:
-    """Return where each of the pieces begins, and where the last ends."""
+    """Return the offset at which each piece begins, and the end of the last."""
     return list(itertools.accumulate(sizes, initial=0))

@@ -1,7 +1,6 @@
-"""Coefficients of several weights times each one's basis by one kernel, and the coefficients' gradients by one.
+"""`combine` for several weights by one kernel, and the gradients of their coefficients by one.
 
-What `combine` is to one weight. The weights' bases are alike in their sizes; what differs between the weights lies in
-tables on the GPU.
+All bases have one size. The numbers that differ between the weights are in tables on the GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from roastify.kernels.gpu import tuning
 from roastify.kernels.gpu.combine import blocks_of, load_rows
 from roastify.kernels.gpu.launch import PLAIN_ARGUMENTS, Launch
 
-# Numbers that kernels read of a weight: rows of coefficients, then where its elements begin.
+# How many numbers the kernels read for each weight: rows of coefficients, then four offsets of its elements.
 _FIELDS = tl.constexpr(5)
 _COEFFICIENTS, _COEFFICIENT_GRADS, _DENSE, _DENSE_GRADS = 1, 2, 3, 4
 
@@ -46,21 +45,21 @@ def _combine_group_kernel(
 
 @dataclass
 class _CombineTables:
-    """What lies on a device: `_FIELDS` numbers of each weight, and a block of rows for each program."""
+    """The tables on a device: `_FIELDS` numbers for each weight, and a block of rows for each program."""
 
     weights: Tensor
     blocks: Tensor
 
 
 class GroupCombine:
-    """The kernels for weights whose bases are of one size.
+    """The kernels for weights whose bases have one size.
 
     Args:
-        rows: of each weight's coefficients, `[rows, count]`.
-        count: of basis kernels.
-        size: positions of a kernel.
-        places: where each weight's elements begin among all of them: coefficients, their gradients, the dense weights
-            and their gradients.
+        rows: the number of rows of each weight's coefficients, `[rows, count]`.
+        count: the number of basis kernels.
+        size: the positions of a kernel.
+        places: each weight's offsets: in the coefficients, in their gradients, in the dense weights and in their
+            gradients.
     """
 
     def __init__(self, rows: Sequence[int], count: int, size: int, places: Sequence[tuple[int, int, int, int]]) -> None:
@@ -90,11 +89,11 @@ class GroupCombine:
         self._tables: dict[torch.device, _CombineTables] = {}
 
     def combine(self, coefficients: Tensor, bases: Tensor, out: Tensor) -> None:
-        """Write the dense weights, `coefficients · basis` of each, to `out`; the bases lie one under the other."""
+        """Write each dense weight, `coefficients · basis`, to `out`; the bases are concatenated along their rows."""
         self._launch(self._forward, coefficients, bases, out)
 
     def coefficient_grads(self, grads: Tensor, bases: Tensor, out: Tensor) -> None:
-        """Write the gradients of the coefficients, `grad · basisᵀ` of each, to `out`."""
+        """Write the gradient of each weight's coefficients, `grad · basisᵀ`, to `out`."""
         self._launch(self._backward, grads, bases, out)
 
     def _launch(self, launch: Launch, rows: Tensor, bases: Tensor, out: Tensor) -> None:
@@ -102,7 +101,7 @@ class GroupCombine:
         launch(p_rows=rows, p_bases=bases, p_out=out, p_weights=tables.weights, p_blocks=tables.blocks)
 
     def bring_to(self, device: torch.device) -> None:
-        """Bring to a device what the kernels read there."""
+        """Copy the tables that the kernels read to a device."""
         self._tables[device] = _CombineTables(
             torch.tensor(self._numbers, dtype=torch.int64, device=device),
             torch.tensor(self._blocks, dtype=torch.int64, device=device),

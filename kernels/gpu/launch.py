@@ -1,6 +1,6 @@
-"""How kernels are launched at little cost to the host, and what launchers decide alike.
+"""Kernel launches that cost the host little, and the decisions that all launchers share.
 
-That is integer widths, precision, and whether kernels may overlap.
+The shared decisions are integer widths, precision, and whether kernels may overlap.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from roastify.kernels.gpu.mapping import interpreted
 from roastify.kernels.view import TileView
 
-# Addresses and counts whose values must not make a kernel of their own. Row lengths are not among them: whether they
-# are multiples of 16 decides how wide a load may be.
+# Addresses and counts for whose values Triton must not compile another kernel. Row lengths are not among them: whether
+# they are multiples of 16 decides how wide a load may be.
 PLAIN_ARGUMENTS = [
     "key",
     "num_rows",
@@ -43,28 +43,34 @@ PLAIN_ARGUMENTS = [
 
 
 _TENSORS = (Tensor, torch.nn.Parameter)
-# What a launch may say beside a kernel's parameters.
+# Launch options, which are not parameters of the kernel.
 _OPTIONS = ("num_warps", "launch_pdl")
 
 
 class Launch:
-    """A kernel of which all is known but its tensors; a call with those costs the host a few microseconds.
+    """A kernel whose arguments are fixed, except tensors and floats; a call costs the host a few microseconds.
 
-    On every call of `kernel[grid](...)` Triton looks for the compiled kernel that fits, at a cost of tens of
-    microseconds, which a short kernel cannot hide. What makes one fit is the values of its constants; of its integers,
-    whether they are 1 or a multiple of 16 (not of those in `PLAIN_ARGUMENTS`), and their widths; of its tensors, the
-    dtype and whether the address is a multiple of 16; of its tensor descriptors, the dtype and the box; and the device.
-    Here all numbers are fixed, so the rest of these is the key by which compiled kernels are remembered. No tensor is.
+    On every call of `kernel[grid](...)`, Triton looks for the compiled kernel that fits. This takes tens of
+    microseconds, which a short kernel cannot hide. A compiled kernel fits one device and one set of:
 
-    In Triton's interpreter, and on AMD's GPUs, whose kernels depend on more, every call is Triton's own.
+    - values of the constants;
+    - widths of the integers, and whether each is 1 or a multiple of 16 (except those in `PLAIN_ARGUMENTS`);
+    - dtypes of the tensors, and whether each address is a multiple of 16;
+    - dtypes and boxes of the tensor descriptors.
+
+    Here all integers are fixed, so the device and the properties of tensors and descriptors are the key of a compiled
+    kernel. No tensor is stored.
+
+    In Triton's interpreter every call goes through Triton. So it does on AMD's GPUs, where a compiled kernel depends on
+    more.
 
     Args:
-        kernel: a function under `triton.jit`. What each call brings comes first among its parameters.
-        grid: the numbers of its programs.
+        kernel: a `triton.jit` function; the arguments of each call come first among its parameters.
+        grid: the number of programs along each axis.
         fixed: the kernel's other parameters, `num_warps` and `launch_pdl`.
 
     Raises:
-        TypeError: a name is not the kernel's, or one that follows the first of `fixed` is missing.
+        TypeError: a name is no parameter of the kernel, or a parameter after the first fixed one is missing.
     """
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], **fixed: Any) -> None:
@@ -86,8 +92,8 @@ class Launch:
             arguments: tensors, tensor descriptors and floats by name, in the order of the kernel's parameters.
 
         Raises:
-            TypeError: these are not the names of what is not fixed, in their order. Like everything else about a
-                kernel it is checked when the kernel is compiled, so on the first call with arguments of their kind.
+            TypeError: the names or their order differ from the parameters that are not fixed. This is checked when the
+                kernel is compiled, on the first call with arguments of this kind.
         """
         if self._by_triton:
             self._check_arguments(arguments)
@@ -99,7 +105,7 @@ class Launch:
         key = (device, *map(_kind, values))
         run = self._compiled.get(key)
         if run is None:
-            # Two threads may both come here: Triton compiles once or twice, and either result will do.
+            # If two threads get here at once, Triton compiles once or twice, and either result is right.
             self._check_arguments(arguments)
             compiled = self._kernel.warmup(grid=self._grid, **arguments, **self._fixed)
             run = self._compiled[key] = compiled[self._grid]
@@ -119,27 +125,27 @@ def _check_parameters(kernel: Any, parameters: list[str], changing: tuple[str, .
     if changing != tuple(parameters[: len(changing)]):
         first = next(parameter for parameter in parameters if parameter in fixed)
         missing = [given for given in changing if parameters.index(given) > parameters.index(first)]
-        raise TypeError(f"{name} needs values of {', '.join(missing)}, which come after {first}")
+        raise TypeError(f"{name} needs fixed values of {', '.join(missing)}, because {first} before them is fixed")
 
 
 def _kind(value: Any) -> tuple[Any, ...] | type[float]:
-    """Return all by which a kernel is compiled anew for an argument."""
-    # By its class first: `isinstance(value, Tensor)` is a call of torch's, and there are 15 arguments a layer and step.
+    """Return the properties of an argument for which Triton compiles another kernel."""
+    # The class is checked first: `isinstance(value, Tensor)` calls torch code, and a layer has 15 arguments in a step.
     kind = type(value)
     if kind in _TENSORS or (kind not in (float, TensorDescriptor) and isinstance(value, Tensor)):
         return value.dtype, value.data_ptr() % 16 == 0
     if kind is TensorDescriptor:
-        # Its address is a multiple of 16, or it could not have been made.
+        # A descriptor's address is always a multiple of 16, which its constructor checks.
         return value.base.dtype, *value.block_shape
     if kind is float:
         return float
-    raise TypeError(f"a launch takes tensors, tensor descriptors and floats, not {value!r}: other numbers are fixed")
+    raise TypeError(f"a launch takes tensors, tensor descriptors and floats; found {value!r}; pass it to Launch(…)")
 
 
 def address_type(pool_numel: int, view: TileView, num_rows: int) -> tl.dtype:
-    """Return the integers in which a kernel may compute tiles, slots and places: 32 bits wherever they are enough.
+    """Return the integer type in which a kernel computes tiles, slots and places: 32 bits if they suffice.
 
-    (64-bit remainders made a single-pass kernel take 10 µs where 32-bit ones take 6.)
+    With 64-bit remainders a single-pass kernel took 10 µs, with 32-bit ones 6 µs.
     """
     largest = max(
         view.num_slots**2,
@@ -151,14 +157,14 @@ def address_type(pool_numel: int, view: TileView, num_rows: int) -> tl.dtype:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """Return how a product in a dtype is computed: in float32 following torch's own setting, else in the one way."""
+    """Return a product's `input_precision`: for float32 as torch is set to, for every other dtype `ieee`."""
     if dtype != torch.float32:
         return "ieee"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def dependent_launch(device: torch.device) -> dict[str, Any]:
-    """Return the arguments that let a kernel start before the one ahead of it ends (Hopper and later)."""
+    """Return the arguments that let a kernel start before the previous kernel ends (Hopper and later)."""
     return {"DEPENDENT": True, "launch_pdl": True} if _may_overlap(device) else {"DEPENDENT": False}
 
 
@@ -168,7 +174,7 @@ def _may_overlap(device: torch.device) -> bool:
 
 
 def shared_memory(device: torch.device) -> int:
-    """Return the bytes of shared memory that a program may take on a device, as Triton itself checks them."""
+    """Return the bytes of shared memory that a program may use on a device, which is the limit that Triton checks."""
     if interpreted():
         return 227 << 10
     return _shared_memory(torch.cuda.current_device() if device.index is None else device.index)

@@ -1,9 +1,9 @@
-"""`linear`, its transpose and its pool gradient on a GPU: which way each product goes.
+"""`linear`, its transpose and its pool gradient on a GPU, and which kernel computes each product.
 
-Few rows of activations: kernels that read the weight from the pool (`few_rows`). More, on a Hopper GPU: the
-tensor-copy engine brings whole slots to the matrix unit (`many_rows`). The rest, and the products of the backward
-pass: the weight is gathered into a scratch tensor, a panel of tile rows at a time where it is large, and multiplied by
-cuBLAS.
+With few rows of activations, kernels read the weight from the pool (`few_rows`). With more rows on a Hopper GPU, the
+tensor-copy engine brings whole slots to the matrix unit (`many_rows`). In all other cases, and in the backward pass,
+the weight is gathered into a scratch tensor and cuBLAS multiplies it. A large weight is gathered a panel of tile rows
+at a time.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def linear(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: Ti
 
 
 def _as_rows(x: Tensor, size: int) -> Tensor:
-    """Return `[..., size]` as `[num_rows, size]`; a call of `reshape` costs a microsecond where nothing changes."""
+    """Return `[..., size]` as `[num_rows, size]`; `reshape` would cost a microsecond even if nothing changes."""
     return x if x.dim() == 2 and x.shape[1] == size else x.reshape(-1, size)
 
 
@@ -44,8 +44,8 @@ def way(x: Tensor, pool: Tensor, view: TileView) -> Callable[..., Tensor]:
         return gathered
     num_rows = x.shape[0]
     if x.dtype == torch.float32 and precision(x.dtype) == "ieee":
-        # The matrix unit has no such precision; without it only a row is worth a kernel of its own. (4096², 16 rows:
-        # 91 µs in `split`, 84 gathered, 50 dense.)
+        # The matrix unit does not have this precision. Without it, a kernel of our own pays only for one row. (4096²,
+        # 16 rows: 91 µs in `split`, 84 gathered, 50 dense.)
         return few_rows.one_row if num_rows == 1 else gathered
     if tuning.reads_by_slot(view, num_rows) and effective_sign(view) != SignKind.ELEMENT:
         return few_rows.by_slot

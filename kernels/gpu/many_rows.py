@@ -1,8 +1,8 @@
-"""The product with many rows of activations on a Hopper GPU: the tensor-copy engine loads whole slots.
+"""The product with many rows of activations on a Hopper GPU; the tensor-copy engine loads slots.
 
-The pool is a matrix whose rows are the rows of its tiles, so a tile (or a half of one) is one box of it, and one
-instruction brings it to a multiprocessor's memory while the matrix unit works. No weight is gathered. With a sign for
-each row of tiles the loop over `k` has no sign in it; signs of finer grain go other ways (`kernels.linear`).
+The pool is a matrix whose rows are the rows of its tiles, so a tile or half a tile is one box of the matrix. One
+instruction brings a box to a multiprocessor's memory while the matrix unit works. No weight is gathered. With one sign
+for each row of tiles, the loop over `k` applies no sign. Weights with finer signs use other kernels (`linear.way`).
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ def _many_rows_kernel(
             tl.extra.cuda.gdc_launch_dependents()
     while tile < end:
         count = (segment_end - tile).to(tl.int32)
-        # In rows of the pool; what a box is addressed by is 32 bits wide.
+        # Places are counted in rows of the pool, because a box's coordinates are 32 bits wide.
         row = ((first_slot + slot) * TILE_ROWS + n_begin % TILE_ROWS).to(tl.int32)
         last = ((first_slot + slots) * TILE_ROWS).to(tl.int32)
         stride = (a * TILE_ROWS).to(tl.int32)
-        around = (slots * TILE_ROWS).to(tl.int32)
+        region_rows = (slots * TILE_ROWS).to(tl.int32)
         for step in tl.range(0, count, num_stages=STAGES):
             x = d_x.load([i_m * BM, col + step * TILE_COLS])
             weight = d_pool.load([row, 0])
@@ -65,9 +65,9 @@ def _many_rows_kernel(
                 x, weight = x.to(tl.float32), weight.to(tl.float32)
             total = tl.dot(x, weight.T, total, input_precision=PRECISION)
             row += stride
-            row = tl.where(row >= last, row - around, row)
+            row = tl.where(row >= last, row - region_rows, row)
         if SIGN == _SIGN_ROW:
-            # Chunk 0 has no sign: what it gave is turned now, and turned back with all the rest at the end.
+            # Chunk 0 has no sign: its sum is negated here, and once more with the whole sum at the end.
             total = tl.where(negative_row & (chunk == 0), -total, total)
         col += count * TILE_COLS
         tile = segment_end
@@ -114,7 +114,7 @@ def _launch(
     precision: str,
     settings: tuning.ManyRows,
 ) -> tuple[Launch, int, int]:
-    """Return the launch, the number of parts that `k` is in, and the rows of the weight of a program."""
+    """Return the launch, the number of parts that `k` is divided into, and the rows of the weight in a program."""
     block_n = min(settings.block_n, view.tile_rows)
     tiles_each = min(settings.tiles, view.grid_cols)
     num_parts = cdiv(view.grid_cols, tiles_each)
@@ -139,17 +139,17 @@ def _launch(
 
 
 def fits(x: Tensor, pool: Tensor, view: TileView) -> bool:
-    """Whether the kernel takes a product.
+    """Whether the kernel supports a product.
 
-    It wants a Hopper GPU, boxes that the copy engine can address, whole tiles along `k` (a padded column would be
-    multiplied by zero, and the pool's memory there may hold anything), no sign inside the loop, and for float32 the
-    matrix unit's own precision.
+    It needs a Hopper GPU, boxes that the copy engine can address, whole tiles along `k`, no sign inside the loop, and
+    for float32 the matrix unit's own precision. Padded columns would be multiplied by zero, but the pool may hold NaN
+    there.
     """
     return (
         (interpreted() or has_copy_engine(x.device))
         and x.shape[0] > 0
         and _fits(view)
-        # A row of the pool may be stepped past the last one, by less than the pool, before it wraps.
+        # Before it wraps, a row number may exceed the last row by almost the pool's rows; it must fit 32 bits.
         and pool.shape[0] < 1 << 30
         and x.data_ptr() % 16 == 0
         and pool.data_ptr() % 16 == 0

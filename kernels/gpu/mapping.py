@@ -1,7 +1,7 @@
-"""The device twin of `roastify.pool.mapping`: where a tile begins in the pool, and which elements are negated.
+"""`roastify.pool.mapping` in Triton: where a tile begins in the pool, and which elements are negated.
 
-Triton is imported with this module, so only the launchers' modules import it, and they are imported when the first CUDA
-tensor arrives. With ``TRITON_INTERPRET=1`` in the environment at that moment, the kernels run on a CPU.
+This module imports Triton. Only the launchers' modules import it, and they are imported when the first CUDA tensor
+arrives. If ``TRITON_INTERPRET=1`` is in the environment at that moment, the kernels run on a CPU.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _SIGN_ROW = tl.constexpr(int(SignKind.ROW))
 
 @triton.jit
 def mix64(key, counter):
-    """A splitmix64 step on each of `counter`."""
+    """Return a splitmix64 step on each of `counter`."""
     word = counter.to(tl.uint64) * _GOLDEN64 + (key.to(tl.uint64) + _GOLDEN64)
     word = (word ^ (word >> 30)) * _MIX64_A
     word = (word ^ (word >> 27)) * _MIX64_B
@@ -52,7 +52,7 @@ def mix64(key, counter):
 
 @triton.jit
 def mix32(word):
-    """MurmurHash3's finalizer on each 32-bit word."""
+    """Return MurmurHash3's finalizer on each 32-bit word."""
     word = (word ^ (word >> 16)) * _MIX32_A
     word = (word ^ (word >> 13)) * _MIX32_B
     return word ^ (word >> 16)
@@ -60,7 +60,7 @@ def mix32(word):
 
 @triton.jit
 def tile_start(p_table, tile, key, num_slots, first_slot, first_chunk, SIZE: tl.constexpr, MAPPING: tl.constexpr):
-    """The pool element at which each of `tile` (int64) begins."""
+    """Return the pool element at which each of `tile` (int64) begins."""
     if MAPPING == _PERMUTATION:
         chunk = tile // num_slots
         p_chunk = p_table + (chunk + first_chunk) * 3
@@ -72,16 +72,16 @@ def tile_start(p_table, tile, key, num_slots, first_slot, first_chunk, SIZE: tl.
         if MAPPING == _HASHED:
             return (first_slot + word % num_slots) * SIZE
         else:
-            # A pool may have more elements than an int32, in which small arguments arrive, can count.
+            # Triton passes small numbers as int32, and a pool may have more elements than an int32 can count.
             span = (tl.cast(num_slots, tl.int64) - 1) * SIZE + 1
             return tl.cast(first_slot, tl.int64) * SIZE + word % span
 
 
 @triton.jit
 def segment(p_table, tile, end, slots, first_chunk, INT: tl.constexpr):
-    """Of the run of tiles from `tile` to its chunk's or `end`: chunk, the slot's step, the first slot, and its end.
+    """Return the chunk, slot stride, first slot and end of the run of tiles from `tile` to `end` or its chunk's end.
 
-    All in integers of type `INT`, which `address_type` chooses. Only a permutation has chunks.
+    All are integers of type `INT`, which `address_type` chooses. Only the permutation mapping has chunks.
     """
     chunk = tile // slots
     p_chunk = p_table + (chunk + first_chunk) * 3
@@ -93,13 +93,13 @@ def segment(p_table, tile, end, slots, first_chunk, INT: tl.constexpr):
 
 @triton.jit
 def row_tile(tile, first_tile, grid_cols):
-    """The first tile of the row of tiles that each of `tile` is in; strips take `SIGN` tile instead."""
+    """Return the first tile of the row of tiles that each of `tile` is in; strips use `SIGN` tile instead."""
     return tile - (tile - first_tile) % grid_cols
 
 
 @triton.jit
 def is_negative_tile(tile, source, key, num_slots, MAPPING: tl.constexpr):
-    """Whether each of `tile` is negated as a whole; `source` is the tile whose word decides; integers of any width."""
+    """Whether each of `tile` is negated; the hash of the tile `source` decides. Both are integers of any width."""
     negative = (mix64(key, source) >> 63) != 0
     if MAPPING == _PERMUTATION:
         negative = negative & (tile >= num_slots)
@@ -123,7 +123,7 @@ def is_negative_element(tile, element, key, num_slots, MAPPING: tl.constexpr):
 @triton.jit
 def apply_sign(values, tile, element, key, num_slots, first_tile, grid_cols, MAPPING: tl.constexpr,
                SIGN: tl.constexpr):  # fmt: skip
-    """`values` with their signs; `tile` (int64) and `element` broadcast to their shape."""
+    """Return `values` with their signs; `tile` (int64) and `element` broadcast to their shape."""
     if SIGN == _NO_SIGN:
         return values
     elif SIGN == _SIGN_TILE:
@@ -136,7 +136,7 @@ def apply_sign(values, tile, element, key, num_slots, first_tile, grid_cols, MAP
 
 
 def supported(pool: torch.Tensor) -> bool:
-    """Whether the kernels take this dtype: a kernel's scalars are float32, which would round a float64 scale."""
+    """Whether the kernels support this dtype: a kernel's scalars are float32, which would round a float64 scale."""
     return pool.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -160,7 +160,7 @@ def view_arguments(view: TileView) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=1 << 12)
 def effective_sign(view: TileView) -> SignKind:
-    """Return what a kernel must do about signs: nothing where no tile is negative; a strip is a row of its own."""
+    """Return the sign kind that a kernel applies: none if no tile is negative; row signs of strips are tile signs."""
     if view.all_positive:
         return SignKind.NONE
     return SignKind.TILE if view.strips and view.sign == SignKind.ROW else SignKind(view.sign)

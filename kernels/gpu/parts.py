@@ -1,4 +1,4 @@
-"""Sums of partial results on a GPU, in a fixed order: what programs that share a sum leave behind."""
+"""Sums, in a fixed order, of the partial results of a product's programs on a GPU."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _sum_kernel(
 
 
 def empty_parts(x: Tensor, rows: int, num_parts: int) -> Tensor:
-    """Return where the programs of a product write: its output, or float32 parts of it, where they share `k`."""
+    """Return a tensor for the programs of a product: its output, or float32 parts of it if they divide `k`."""
     if num_parts == 1:
         return torch.empty(x.shape[0], rows, dtype=x.dtype, device=x.device)
     return torch.empty(num_parts, x.shape[0], rows, dtype=torch.float32, device=x.device)

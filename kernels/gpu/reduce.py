@@ -1,7 +1,8 @@
-"""`reduce` on a GPU: each slot sums its own tiles' gradients, one a chunk, in order. No atomics, so the same bits.
+"""`reduce` on a GPU: each slot sums the gradients of its tiles, one a chunk, in order.
 
-What adds to a sum that is there already goes by tile where the tensor has fewer tiles than there are slots, so that the
-cost goes with the tensor: within a chunk no two tiles have the same slot, and chunks follow one after the other.
+Atomics are not used, so every run gives the same bits. `reduce_`, which adds to an existing sum, has another kernel for
+a tensor with fewer tiles than there are slots. It adds tile by tile, so that the cost grows with the tensor and not
+with the pool. Within a chunk no two tiles have the same slot, and the chunks are launched one after another.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ def sum_chunks(
     grid_cols, num_slots, first_chunk, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, BS: tl.constexpr,
     BE: tl.constexpr, MAPPING: tl.constexpr, SIGN: tl.constexpr, STRIPS: tl.constexpr,
 ):  # fmt: skip
-    """The signed sum of a tensor's gradient over the tiles of each slot, one a chunk, in order: `[slots, elements]`."""
+    """Return a gradient's signed sum over the tiles of each slot, one a chunk, in order: `[slots, elements]`."""
     total = tl.zeros([BS, BE], dtype=tl.float32)
     for chunk in range(chunk_begin, chunk_end):
-        # What fits an int32 arrives as one, and tiles may be more than it counts.
+        # Triton passes a number that fits an int32 as int32, and there may be more tiles than an int32 can count.
         p_chunk = p_table + (tl.cast(chunk, tl.int64) + first_chunk) * 3
         b = tl.load(p_chunk + 1)
         inverse = tl.load(p_chunk + 2)
-        # slot - b may be negative, and the remainder of a negative number is not the one wanted.
+        # Adding num_slots keeps the difference positive: a kernel's remainder of a negative number is negative.
         position = inverse * ((slot + num_slots - b) % num_slots) % num_slots
         tile = tl.cast(chunk, tl.int64) * num_slots + position
         place, inside = place_of(tile, element, base, rows, cols, first_tile, grid_cols, TILE_ROWS, TILE_COLS, STRIPS)
@@ -80,7 +81,7 @@ def _reduce_chunk_kernel(
     tile = begin_tile + program // PARTS * BT + tl.arange(0, BT)
     element = (program % PARTS * BE).to(tl.int32) + tl.arange(0, BE)
     exists = tile < end_tile
-    # Tiles past the last one read the table where the last one does.
+    # Tiles past the last one read the table at the last one's place, which exists.
     known = tl.minimum(tile, end_tile - 1)
     start = tile_start(p_table, known, key, num_slots, first_slot, first_chunk, SIZE, MAPPING)
     place, inside = place_of(tile, element, base, rows, cols, first_tile, grid_cols, TILE_ROWS, TILE_COLS, STRIPS)
@@ -93,11 +94,11 @@ def _reduce_chunk_kernel(
 
 
 def reduce(grad_weight: Tensor, table: Tensor, view: TileView, scale: float, pool_shape: list[int]) -> Tensor:
-    """Return the pool's gradient; float64 and the comparison mappings go through the reference."""
+    """Return the pool's gradient; float64 and the comparison mappings use the reference."""
     if not _has_kernel(grad_weight, view):
         return reference.reduce(grad_weight, table, view, scale, pool_shape)
     whole = view.num_slots * view.slot_size == pool_shape[0] * pool_shape[1]
-    # A region's kernel writes every slot of the region; the rest of the pool is not read by this tensor.
+    # The kernel writes every slot of the tensor's region. The tensor reads no other slots, whose gradient is zero.
     make = torch.empty if whole else torch.zeros
     out = make(pool_shape, dtype=grad_weight.dtype, device=grad_weight.device)
     _add_by_slot(out, grad_weight.contiguous(), table, view, scale, add=False)
@@ -105,7 +106,7 @@ def reduce(grad_weight: Tensor, table: Tensor, view: TileView, scale: float, poo
 
 
 def reduce_(total: Tensor, grad_weight: Tensor, table: Tensor, view: TileView, scale: float) -> None:
-    """Add the pool's gradient to `total`; float64 and the comparison mappings go through the reference."""
+    """Add the pool's gradient to `total`; float64 and the comparison mappings use the reference."""
     if not _has_kernel(grad_weight, view):
         reference.reduce_(total, grad_weight, table, view, scale)
     elif view.num_tiles < view.num_slots:
@@ -119,7 +120,7 @@ def _has_kernel(grad_weight: Tensor, view: TileView) -> bool:
 
 
 def _add_by_slot(out: Tensor, grad_weight: Tensor, table: Tensor, view: TileView, scale: float, add: bool) -> None:
-    """Write every slot of the region: the sum over its tiles, or with `add` that and what is there."""
+    """Write the sum over its tiles to every slot of the region; with `add`, add it to the value already there."""
     _slots_launch(view, add)(p_grad=grad_weight, p_table=table, p_out=out, scale=scale)
 
 

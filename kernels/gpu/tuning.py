@@ -1,7 +1,7 @@
 """The one table of launch settings. None of them is part of the mapping: they change speed, never weights.
 
-Found by `python -m benchmarks.search` on an H200 (132 multiprocessors), bfloat16, tiles of 128×64. Settings depend on
-shapes alone, so the same call gives the same bits on every run.
+They were found by `python -m benchmarks.search` on an H200 (132 multiprocessors), for bfloat16 and tiles of 128×64. The
+settings depend on shapes alone, so the same call gives the same bits on every run.
 """
 
 from __future__ import annotations
@@ -11,29 +11,30 @@ from typing import NamedTuple
 
 from roastify.kernels.view import TileView
 
-# Elements and warps of a program.
+# Elements and warps of a program of each kernel.
 GATHER_ELEMENTS, GATHER_WARPS = 4096, 8
-# Of one tile, in one program: the default tiles' 128 × 64. With many more, registers run out.
+# The most elements of one tile in a program: those of a tile of 128×64. Many more need too many registers.
 MOST_ELEMENTS = 1 << 13
 REDUCE_ELEMENTS, REDUCE_WARPS = 2048, 4
 EMBEDDING_ELEMENTS, EMBEDDING_WARPS = 2048, 4
-# Lookups of a program that finds their places; elements and warps of one that adds runs, and its fewest steps.
+# `embedding_reduce`: lookups of a program that computes places; then elements and warps of a program that adds runs,
+# and its fewest steps.
 PLACE_LOOKUPS = 256
 RUN_ELEMENTS, RUN_WARPS, RUN_STEPS = 1024, 4, 16
-# Elements of the wider side and warps of a program that multiplies kernels by their basis, the most parts that its
-# gradient is summed in, and the largest side that it takes.
+# `combine`: elements along the wider side and warps of a program, the most parts in which the basis's gradient is
+# summed, and the largest side of a basis.
 COMBINE_ELEMENTS, COMBINE_WARPS, COMBINE_PARTS, COMBINE_SIZE = 2048, 4, 256, 64
-# Partial sums: numbers that a program holds at a time, and the most parts among them.
+# Partial sums: elements that a program holds at a time, the most parts among them, and warps.
 SUM_ELEMENTS, SUM_PARTS, SUM_WARPS = 2048, 64, 4
 
-# A gathered weight's most elements; larger ones are gathered and multiplied in panels of tile rows.
+# The most elements of a gathered weight. Larger weights are gathered and multiplied in panels of tile rows.
 SCRATCH_ELEMENTS = 1 << 26
 
-# Rows of activations up to which `few_rows` is taken where `many_rows` could run, and where it cannot. (4096², 128
-# rows: 13.8 µs in the first, 27 gathered.)
+# The most rows of activations for `few_rows`: where `many_rows` can run, and where it cannot. (4096², 128 rows: 13.8 µs
+# in `few_rows`, 27 gathered.)
 FEW_ROWS, FEW_ROWS_ALONE = 32, 128
-# Above this many rows the gathered copy costs less than what cuBLAS is faster by. (4096², 4096 rows: 215 µs and 222;
-# 8192 rows: 440 and 420.)
+# Above this many rows, cuBLAS saves more time than gathering costs. (4096², 4096 rows: 215 µs in `many_rows`, 222
+# gathered; 8192 rows: 440 and 420.)
 MANY_ROWS = 4096
 _MULTIPROCESSORS = 132
 
@@ -42,11 +43,11 @@ class Split(NamedTuple):
     """Settings of `few_rows.split`.
 
     Args:
-        block_rows: rows of the weight (columns of the output) of a program, at most a tile's.
-        tiles: tiles along `k` of a program; the rest of the row is other programs'.
-        stacked: tiles of a step.
-        num_warps: of a program.
-        num_stages: of its pipeline.
+        block_rows: rows of the weight (columns of the output) in a program, at most a tile's.
+        tiles: tiles along `k` in a program; other programs take the rest of the row.
+        stacked: tiles in a step.
+        num_warps: warps of a program.
+        num_stages: stages of a program's pipeline.
     """
 
     block_rows: int
@@ -57,7 +58,7 @@ class Split(NamedTuple):
 
 
 class OneRow(NamedTuple):
-    """Settings of `few_rows.one_row`: rows of the weight of a program, tiles along `k` that it reads at a time."""
+    """Settings of `few_rows.one_row`: rows of the weight in a program, and tiles along `k` that it reads at a time."""
 
     block_rows: int
     tiles: int
@@ -65,7 +66,7 @@ class OneRow(NamedTuple):
 
 
 class BySlot(NamedTuple):
-    """Settings of `few_rows.by_slot`: rows of a slot of a program."""
+    """Settings of `few_rows.by_slot`: rows of a slot in a program."""
 
     block_rows: int
     num_warps: int
@@ -75,12 +76,12 @@ class ManyRows(NamedTuple):
     """Settings of `many_rows`.
 
     Args:
-        block_m: rows of activations of a program.
-        block_n: rows of the weight of a program, at most a tile's.
-        tiles: tiles along `k` of a program.
-        num_warps: of a program.
-        num_stages: of its pipeline.
-        early: whether the next kernel may start when this one does, not when its loop is done.
+        block_m: rows of activations in a program.
+        block_n: rows of the weight in a program, at most a tile's.
+        tiles: tiles along `k` in a program.
+        num_warps: warps of a program.
+        num_stages: stages of a program's pipeline.
+        early: whether the next kernel may start when this one starts. If not, it may start after this one's loop.
     """
 
     block_m: int
@@ -92,16 +93,17 @@ class ManyRows(NamedTuple):
 
 
 BY_SLOT = BySlot(block_rows=64, num_warps=4)
-# Columns of its product: activations of a row for each chunk.
+# The most columns of a `by_slot` product, which has one for each chunk and row of activations.
 _BY_SLOT_COLUMNS = 128
-# Of a program's shared memory, for what is not its pipeline's: the matrix unit's results on their way out.
+# Shared memory of a program that its pipeline cannot use: the matrix unit's results are stored through it.
 _BESIDE_STAGES_BYTES = 4096
 
-# Shapes for which settings are remembered: a launch should not cost more than it saves.
+# The number of shapes whose settings are cached, because choosing settings takes host time in every launch.
 _REMEMBERED = 1 << 12
 
 _ANY = 1 << 62
-# The first line that fits counts: up to so many elements of the weight, and rows of activations.
+# Each line holds for weights with fewer elements than its first number, and at most so many rows of activations as its
+# second. The first line that fits applies.
 _SPLIT = (
     (1 << 20, 16, Split(block_rows=16, tiles=_ANY, stacked=4, num_warps=4, num_stages=3)),
     (1 << 23, 1, Split(block_rows=16, tiles=_ANY, stacked=4, num_warps=4, num_stages=3)),
@@ -110,25 +112,26 @@ _SPLIT = (
     (_ANY, 8, Split(block_rows=32, tiles=_ANY, stacked=4, num_warps=4, num_stages=4)),
     (_ANY, _ANY, Split(block_rows=64, tiles=16, stacked=1, num_warps=4, num_stages=4)),
 )
-# A pool of more elements than this is not all in the cache, and longer loads in flight pay more.
+# A pool with more elements than this does not fit in the cache, so more loads in flight pay.
 _LARGE_POOL = 1 << 24
 _SPLIT_LARGE_POOL = Split(block_rows=32, tiles=_ANY, stacked=2, num_warps=4, num_stages=6)
-# From so many rows of the weight on, so that there are programs enough.
+# Each line holds for weights with at least so many rows. Smaller weights need smaller blocks to give enough programs.
 _ONE_ROW = (
     (4096, OneRow(block_rows=16, tiles=4, num_warps=4)),
     (2048, OneRow(block_rows=8, tiles=8, num_warps=4)),
     (0, OneRow(block_rows=4, tiles=16, num_warps=2)),
 )
-# With the time of a wave of programs beside the first's; `tiles` follows from the shape. (4096², 1024 rows in one wave
-# of 256: 44.6 µs, in two of 128: 48.8; 256 rows in one of 64: 15.2.)
+# The first number is the time of a wave of programs, relative to the first line's. `tiles` follows from the shape.
+# (4096²: 1024 rows take 44.6 µs in one wave of blocks of 256 rows, and 48.8 µs in two waves of 128; 256 rows take 15.2
+# µs in one wave of 64.)
 _MANY_ROWS = (
     (1.0, ManyRows(block_m=256, block_n=128, tiles=0, num_warps=8, num_stages=3, early=False)),
     (0.55, ManyRows(block_m=128, block_n=128, tiles=0, num_warps=4, num_stages=4, early=False)),
     (0.34, ManyRows(block_m=64, block_n=128, tiles=0, num_warps=4, num_stages=6, early=False)),
 )
-# Of a program's shared memory, for what its pipeline loads.
+# Shared memory of a program for the loads of its pipeline.
 _STAGES_BYTES = 220_000
-# Up to a block's rows the time is that of the loads, and the next kernel's start may overlap them.
+# If one block holds all rows, loads take all of the time, and the start of the next kernel may overlap them.
 _MANY_ROWS_OF_ONE_BLOCK = ManyRows(block_m=64, block_n=128, tiles=0, num_warps=4, num_stages=4, early=True)
 
 
@@ -146,8 +149,8 @@ def cdiv(count: int, each: int) -> int:
 def reads_by_slot(view: TileView, num_rows: int) -> bool:
     """Whether each slot should be read once for all its tiles.
 
-    A layer has several of each; the activations that a slot meets fit a program; partial sums fit the scratch; and no
-    column is padding, which would be multiplied by zero whatever the pool's memory there holds.
+    The weight must use each slot at least twice, the activations of a slot's tiles must fit a program, the partial sums
+    must fit the scratch, and no column may be padding. Padding is multiplied by zero, but the pool may hold NaN there.
     """
     return num_rows <= 4 and _reads_by_slot(view, num_rows)
 
@@ -169,45 +172,45 @@ def is_small_product(view: TileView) -> bool:
 
 @functools.lru_cache(maxsize=_REMEMBERED)
 def split_settings(view: TileView, num_rows: int, itemsize: int, shared_bytes: int) -> Split | None:
-    """Return the settings of `few_rows.split`, with no more stages than a program's shared memory holds; None: not one.
+    """Return the settings of `few_rows.split`, with as many stages as shared memory holds; None if it holds none.
 
     Args:
-        view: of the weight.
-        num_rows: of activations.
-        itemsize: bytes of a number.
-        shared_bytes: that a program may take (`launch.shared_memory`).
+        view: the view of the weight.
+        num_rows: the rows of activations.
+        itemsize: the bytes of a number.
+        shared_bytes: the shared memory that a program may use (`launch.shared_memory`).
     """
     if 8 < num_rows <= 32 and view.num_slots * view.slot_size > _LARGE_POOL and view.numel >= 1 << 23:
-        found = _SPLIT_LARGE_POOL
+        settings = _SPLIT_LARGE_POOL
     else:
-        found = next(found for numel, rows, found in _SPLIT if view.numel < numel and num_rows <= rows)
-    stacked_rows = min(found.block_rows, view.tile_rows) + max(power_of_2(num_rows), 16 // found.stacked)
-    stage_bytes = found.stacked * stacked_rows * view.tile_cols * itemsize
-    stages = min(found.num_stages, (shared_bytes - _BESIDE_STAGES_BYTES) // stage_bytes)
-    return found._replace(num_stages=stages) if stages > 0 else None
+        settings = next(line for numel, rows, line in _SPLIT if view.numel < numel and num_rows <= rows)
+    stacked_rows = min(settings.block_rows, view.tile_rows) + max(power_of_2(num_rows), 16 // settings.stacked)
+    stage_bytes = settings.stacked * stacked_rows * view.tile_cols * itemsize
+    stages = min(settings.num_stages, (shared_bytes - _BESIDE_STAGES_BYTES) // stage_bytes)
+    return settings._replace(num_stages=stages) if stages > 0 else None
 
 
 def one_row_settings(rows: int) -> OneRow:
-    """Return the settings of `few_rows.one_row` for a weight of so many rows."""
-    return next(found for least, found in _ONE_ROW if rows >= least)
+    """Return the settings of `few_rows.one_row` for a weight with this many rows."""
+    return next(settings for least, settings in _ONE_ROW if rows >= least)
 
 
 @functools.lru_cache(maxsize=_REMEMBERED)
 def many_rows_settings(view: TileView, num_rows: int, itemsize: int) -> ManyRows:
-    """Return the settings of `many_rows`: the blocks of fewest waves, `k` shared where a wave has room."""
+    """Return the settings of `many_rows`: the blocks whose waves take least time, with `k` divided to fill a wave."""
 
-    def programs(found: ManyRows) -> int:
-        return -(-num_rows // found.block_m) * -(-view.rows // min(found.block_n, view.tile_rows))
+    def programs(settings: ManyRows) -> int:
+        return -(-num_rows // settings.block_m) * -(-view.rows // min(settings.block_n, view.tile_rows))
 
-    def time(entry: tuple[float, ManyRows]) -> float:
-        wave, found = entry
-        return wave * -(-programs(found) // _MULTIPROCESSORS)
+    def time(line: tuple[float, ManyRows]) -> float:
+        wave, settings = line
+        return wave * -(-programs(settings) // _MULTIPROCESSORS)
 
     if num_rows <= _MANY_ROWS_OF_ONE_BLOCK.block_m:
-        found = _MANY_ROWS_OF_ONE_BLOCK
+        settings = _MANY_ROWS_OF_ONE_BLOCK
     else:
-        _, found = min(_MANY_ROWS, key=time)
-    parts = max(1, min(_MULTIPROCESSORS // programs(found), view.grid_cols // 8))
-    stage_bytes = (found.block_m + found.block_n) * view.tile_cols * itemsize
-    stages = min(found.num_stages, _STAGES_BYTES // stage_bytes)
-    return found._replace(tiles=-(-view.grid_cols // parts), num_stages=stages)
+        _, settings = min(_MANY_ROWS, key=time)
+    parts = max(1, min(_MULTIPROCESSORS // programs(settings), view.grid_cols // 8))
+    stage_bytes = (settings.block_m + settings.block_n) * view.tile_cols * itemsize
+    stages = min(settings.num_stages, _STAGES_BYTES // stage_bytes)
+    return settings._replace(tiles=-(-view.grid_cols // parts), num_stages=stages)

@@ -1,4 +1,4 @@
-"""What a converted model must be able to do beside giving outputs: copy, keep its state, take gradients."""
+"""Checks that a converted model can be copied, keeps its state in its state dict and gets gradients."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from roastify.kernels.torch_internals import pytree
 
 
 def check_behaviour(original: nn.Module, converted: nn.Module, example_inputs: Any = None) -> tuple[str, ...]:
-    """Return the names of the checks that a converted model passed; one that the original fails as well is left out.
+    """Return the names of the checks that a converted model passed; a check that the original fails too is left out.
 
     Raises:
-        OutputMismatch: a copy, or a model that was given the state dict, computes something else, or no gradient
-            reaches the pool though outputs have one.
+        OutputMismatch: the model cannot be copied, a copy with the model's state dict returns other outputs, or no
+            gradient reaches the pool although gradients reach the original's parameters.
     """
     pool = find_pool(converted)
     if pool is None:
@@ -31,7 +31,7 @@ def check_behaviour(original: nn.Module, converted: nn.Module, example_inputs: A
         state = converted.state_dict()
         missing = twin.load_state_dict(state, strict=True)
         if missing.missing_keys or missing.unexpected_keys:
-            raise OutputMismatch(f"the converted model does not take its own state dict: {missing}")
+            raise OutputMismatch(f"a copy of the converted model does not load the model's own state dict: {missing}")
         passed += ["deepcopy", "state dict"]
     if example_inputs is None:
         return tuple(passed)
@@ -42,16 +42,16 @@ def check_behaviour(original: nn.Module, converted: nn.Module, example_inputs: A
         for place, (one, other) in enumerate(zip(expected, found, strict=True)):
             if not torch.equal(torch.nan_to_num(one), torch.nan_to_num(other)):
                 raise OutputMismatch(
-                    f"a copy of the converted model that was given its state dict computes another output "
-                    f"({place}) than the converted model itself: state is kept outside the state dict"
+                    f"a copy of the converted model with the same state dict returns another output {place} than the "
+                    f"model itself; expected equal outputs, so some state is missing from the state dict"
                 )
     if pool.weight.requires_grad and _takes_gradients(original, args, kwargs):
         if _gradients_reach(converted, args, kwargs, [pool.weight]):
             passed.append("gradients")
         elif _gradients_reach(original, args, kwargs, _shared(original, pool.plan)):
             raise OutputMismatch(
-                "no gradient reaches the pool of the converted model in train mode, though the original's parameters "
-                "get theirs; the weights are read somewhere without gradients"
+                "no gradient reaches the pool of the converted model in train mode, although gradients reach the "
+                "original's parameters; look for code that reads a weight without gradients (no_grad, detach)"
             )
     return tuple(passed)
 
@@ -65,12 +65,12 @@ def _copied_model(original: nn.Module, converted: nn.Module) -> nn.Module | None
         except Exception:  # as above
             return None
         raise OutputMismatch(
-            f"the converted model cannot be deep-copied, and the original can: {type(error).__name__}: {error}"
+            f"the converted model cannot be deep-copied, but the original can: {type(error).__name__}: {error}"
         ) from error
 
 
 def _scramble(model: nn.Module) -> None:
-    """Change every stored value, so that a state dict that does not bring it back shows."""
+    """Change every stored value, so that a value that the state dict does not restore shows."""
     with torch.no_grad():
         for key, value in model.state_dict().items():
             if isinstance(value, Tensor) and value.is_floating_point() and not key.endswith("_extra_state"):
@@ -89,7 +89,7 @@ def _takes_gradients(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _gradients_reach(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> bool:
-    """Whether any of these has a gradient that is not zero: behind a head that starts at zero, none has."""
+    """Whether any of these tensors gets a gradient that is not zero; behind a head that starts at zero, none does."""
 
     def differentiate(output: Any) -> bool:
         loss = _loss(output)
@@ -102,13 +102,16 @@ def _gradients_reach(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _shared(original: nn.Module, plan: Any) -> list[Tensor]:
-    """Return the original's parameters that the converted model has in its pool."""
+    """Return the original's parameters whose weights are in the converted model's pool."""
     names = {tensor.name for tensor in plan.shared}
     return [parameter for name, parameter in original.named_parameters() if name in names and parameter.requires_grad]
 
 
 def _loss(output: Any) -> Tensor | None:
-    """Return a sum of all outputs that have a history, no two elements weighing the same: a norm's sum is constant."""
+    """Return a weighted sum of all differentiable outputs; None if there are none.
+
+    Each element has another weight, because the plain sum of a normalisation layer's outputs is constant.
+    """
     terms = []
     for leaf in pytree.tree_leaves(output):
         if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.numel():

@@ -1,4 +1,4 @@
-"""How a call is timed: in turn with another, from a CUDA graph or by the wall clock; and on what machine."""
+"""How calls are timed: in turn, from a CUDA graph or by the wall clock; and a record of the machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch
 import roastify
 from roastify.errors import BenchError
 
-# Lazily made handles, compiled kernels and the allocator's blocks are there after this.
+# After so many calls, compiled kernels, library handles and the allocator's blocks exist.
 WARM_UP_CALLS = 3
 _LEAST_RUNS = 5
 
@@ -27,7 +27,7 @@ Call = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one call: median and quartiles of `runs` of them."""
+    """Milliseconds of a call: median and quartiles of `runs` calls."""
 
     median_ms: float
     q1_ms: float
@@ -36,10 +36,10 @@ class Timing:
 
 
 def alternate(calls: dict[str, Call], clock: Callable[[Call], float], seconds: float) -> dict[str, Timing]:
-    """Time the calls in turn for about so many seconds in all, and at least five times each.
+    """Time the calls in turn for about `seconds` in all, and at least five times each.
 
-    Each timed call follows one of its own that is not timed: caches then hold what its own last call left there, as in
-    use, and not the other model's weights.
+    Before each timed call, the same call runs untimed. The caches then hold this model's data, as in real use, and not
+    the other model's.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds
@@ -58,7 +58,7 @@ def _timing(times: list[float]) -> Timing:
 
 
 def wall_clock(device: torch.device) -> Callable[[Call], float]:
-    """Return a function that times one call from start to finish, its launches included; milliseconds."""
+    """Return a function that times one call in milliseconds, from start to finish, with its launches."""
 
     def clock(call: Call) -> float:
         wait(device)
@@ -71,7 +71,7 @@ def wall_clock(device: torch.device) -> Callable[[Call], float]:
 
 
 def event_clock(call: Call) -> float:
-    """Time one replay of a CUDA graph on the GPU, behind work that is already queued; milliseconds."""
+    """Return the milliseconds of one replay of a CUDA graph on the GPU, behind work that is already queued."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
     call()
@@ -81,16 +81,16 @@ def event_clock(call: Call) -> float:
 
 
 def wait(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def captured(call: Call, what: str) -> Call:
-    """Return a replay of the call's CUDA graph on the current GPU, which returns what the call returned.
+    """Capture a call in a CUDA graph on the current GPU; return a function that replays it and returns its outputs.
 
     Raises:
-        BenchError: `what` does something that a graph cannot hold; there is no other path.
+        BenchError: the call cannot be captured, and the message names `what`; there is no fallback.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -104,7 +104,7 @@ def captured(call: Call, what: str) -> Call:
         with torch.cuda.graph(graph):
             try:
                 outputs = call()
-            except Exception as error:  # ending the capture raises another, which says less
+            except Exception as error:  # ending the capture raises another error, which says less
                 first = reason(error)
                 raise
     except Exception as error:
@@ -130,7 +130,7 @@ class _Replay:
 
 
 def peak_bytes_of(call: Call) -> int:
-    """Return the most that a call allocates on the current GPU beside what is there before it."""
+    """Return the most bytes that a call allocates on the current GPU beyond those allocated before it."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -140,13 +140,13 @@ def peak_bytes_of(call: Call) -> int:
 
 
 def reason(error: BaseException) -> str:
-    """Return an error's type and the first line of its message; CUDA's go on for many."""
+    """Return an error's type and the first line of its message; CUDA's messages have many lines."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Return what a measurement is made on: the device, versions and the date."""
+    """Return the circumstances of a measurement: device, versions and date."""
     found: dict[str, Any] = {"cpu": _cpu_name(), "threads": torch.get_num_threads()}
     if device.type == "cuda":
         found |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}

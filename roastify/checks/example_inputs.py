@@ -1,6 +1,7 @@
-"""Example inputs for a model that brings none: guessed from its signature, its config and its first layer, then tried.
+"""Guessed example inputs for a model that has none.
 
-A guess is only returned if the model runs on it, so a wrong one costs time and nothing else.
+Guesses come from the model's signature, its config and its first layer. A guess is returned only if the model runs on
+it, so a wrong guess costs time and nothing else.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def find_inputs(model: nn.Module) -> Any:
 
 
 def how_to_give(source: str) -> str:
-    """Return what to do about a model whose inputs could not be guessed."""
+    """Return a message for a model whose inputs could not be guessed: what the user can do."""
     return (
         f"no example inputs, and none could be guessed, so outputs are not compared; define `example_inputs` in "
         f"{source} (a tensor, a tuple of positional or a dict of keyword arguments, or a function that returns one)"
@@ -67,10 +68,10 @@ def _candidates(model: nn.Module) -> Iterator[Any]:
 
 
 def _for_transformers(model: nn.Module, config: Any, parameters: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the main input alone, with the decoder's, and with what multimodal models take beside it."""
+    """Yield the main input alone, with the decoder's input, and with the other inputs of a multimodal model."""
     main = str(getattr(model, "main_input_name", "input_ids"))
-    made = {name: _named_input(name, config) for name in parameters}
-    known = {name: value for name, value in made.items() if value is not None}
+    guesses = {name: _named_input(name, config) for name in parameters}
+    known = {name: value for name, value in guesses.items() if value is not None}
     decoder = {name: known[name] for name in ("decoder_input_ids",) if name in known}
     firsts = [name for name in (main, "input_ids", "pixel_values", "input_values", "input_features") if name in known]
     firsts = list(dict.fromkeys(firsts))
@@ -90,7 +91,7 @@ def _is_multimodal(config: Any) -> bool:
 
 
 def _number_of(config: Any, *names: str, default: int) -> int:
-    """Return the first of several settings that a config, or a part of it, has as a whole number."""
+    """Return the first of several settings for which a config, or a part of it, has a positive integer."""
     parts = [config, *(getattr(config, f"{part}_config", None) for part in ("vision", "audio", "text", "encoder"))]
     for name, part in itertools.product(names, parts):
         value = getattr(part, name, None)
@@ -142,7 +143,7 @@ def _named_input(name: str, config: Any) -> Tensor | None:
 
 
 def _for_first_layer(model: nn.Module) -> Iterator[Tensor]:
-    """Yield tensors of the shapes that the model's first layer takes, at a few usual ranks and sizes."""
+    """Yield tensors that the model's first layer takes, in a few usual shapes."""
     generator = torch.Generator().manual_seed(_SEED)
     dtype = next((parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()), torch.float32)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

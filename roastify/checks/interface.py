@@ -1,4 +1,4 @@
-"""Whether two models look alike to a caller: forward signature, and the outputs' structure, shapes and dtypes."""
+"""Compares two models as a caller sees them: forward signature, and structure and dtypes of outputs."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class VerifyReport:
 
     Args:
         signature: the forward signature.
-        modes: in which outputs were compared: `eval`, `train`; empty without example inputs.
+        modes: the modes in which outputs were compared: `eval`, `train`; empty without example inputs.
         outputs: `(path, description)` of every output.
-        behaviour: what else was checked: `deepcopy`, `state dict`, `gradients`.
+        behaviour: the other checks that passed: `deepcopy`, `state dict`, `gradients`.
     """
 
     signature: str
@@ -34,8 +34,8 @@ class Observation:
     """What a caller sees of a model.
 
     Args:
-        signature: of the bound forward; None where Python cannot tell.
-        outputs: for each mode run, the output's type and `(path, description)` of its leaves.
+        signature: the signature of the bound forward; None if Python cannot tell.
+        outputs: for each mode that was run, the output's type and `(path, description)` of its leaves.
     """
 
     signature: inspect.Signature | None
@@ -43,7 +43,7 @@ class Observation:
 
 
 def observe(model: nn.Module, example_inputs: Any = None, who: str = "original") -> Observation:
-    """Look at a model as a caller would; it is left as it was.
+    """Return what a caller sees of a model; the model is left unchanged.
 
     Raises:
         OutputMismatch: the converted model fails on the example inputs.
@@ -65,7 +65,7 @@ def observe(model: nn.Module, example_inputs: Any = None, who: str = "original")
 
 
 def compare_interfaces(expected: Observation, found: Observation) -> VerifyReport:
-    """Compare what was seen of the original with what was seen of the converted model.
+    """Compare the observations of the original and of the converted model.
 
     Raises:
         SignatureMismatch: the forward signatures differ.

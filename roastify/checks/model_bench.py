@@ -1,7 +1,7 @@
 """A model beside its converted twin: checked against each other, then timed in turn, in one run.
 
-The dense side holds the weights that the converted model stands for, so both compute the same function, and what is
-timed is also what is compared.
+The dense model is given the weights that the converted model represents, so both compute the same function. The calls
+that are timed are also the calls that are compared.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from roastify.isolation import random_states_kept
 from roastify.kernels.torch_internals import compile_settings, pytree
 
 DTYPES = ("float32", "bfloat16", "float16")
-# `torch.compile` quietly runs a function as it is once it was compiled 8 times, and the layers of a converted model
-# differ in their place in the pool; no limit, so that what is reported as compiled is compiled.
+# After 8 compilations of a function, `torch.compile` silently runs it uncompiled. The layers of a converted model need
+# more, because each has another place in the pool. Without a limit, a model that is reported as compiled is compiled.
 _COMPILE_LIMITS = {"recompile_limit": 1 << 30, "accumulated_recompile_limit": 1 << 30}
 
 
@@ -36,14 +36,15 @@ class BenchOptions:
     """How two models are timed.
 
     Args:
-        device: where; see `parse_device`.
-        dtype: that model and floating inputs are cast to; None: as they are.
-        batches: sizes that the example inputs are brought to along their first dimension; empty: as they are.
-        compile: run both sides under `torch.compile`.
-        graph: on a GPU, replay both sides from CUDA graphs.
+        device: the device; see `parse_device`.
+        dtype: the dtype that the model and floating inputs are cast to; None: they are not cast.
+        batches: batch sizes to which the example inputs are repeated or cut along their first dimension; empty: they
+            stay as they are.
+        compile: run both models under `torch.compile`.
+        graph: on a GPU, replay both models from CUDA graphs.
         train: time a forward and a backward pass in train mode instead of inference.
-        seconds: how long a case is timed, both sides together; five runs of each in any case.
-        fullgraph: let compiling fail rather than break the graph.
+        seconds: the time for each case, both models together; each model runs at least five times.
+        fullgraph: fail if a model does not compile as one graph.
 
     Raises:
         ConfigError: a value is out of range.
@@ -69,10 +70,10 @@ class BenchOptions:
 
 
 def parse_device(device: str | torch.device | None) -> torch.device:
-    """Return a device that is there: `cpu`, `cuda` or `cuda:N`; None: a GPU if there is one.
+    """Return an available device: `cpu`, `cuda` or `cuda:N`; None: a GPU if there is one.
 
     Raises:
-        ConfigError: it is of another kind, or not there.
+        ConfigError: the device is of another kind, or not available.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -86,15 +87,15 @@ def parse_device(device: str | torch.device | None) -> torch.device:
         return found
     count = torch.cuda.device_count()
     if (found.index or 0) >= count:
-        raise ConfigError(f"device {str(device)!r} is not there: torch sees {count} CUDA devices; name another")
+        raise ConfigError(f"device {str(device)!r} is not available: torch sees {count} CUDA devices; name another")
     return torch.device("cuda", torch.cuda.current_device() if found.index is None else found.index)
 
 
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """Return a dtype given as itself or by name, or None.
+    """Return the dtype for a dtype or its name; None stays None.
 
     Raises:
-        ConfigError: it is none of `DTYPES`.
+        ConfigError: the dtype is none of `DTYPES`.
     """
     name = str(dtype).removeprefix("torch.")
     if dtype is not None and name not in DTYPES:
@@ -104,14 +105,15 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 @dataclass(frozen=True)
 class Side:
-    """What was measured of one of the two models.
+    """The measurements of one of the two models.
 
     Args:
-        time: of one call.
-        parameters: that it stores.
-        parameter_bytes: of them.
-        peak_bytes: on a GPU, its weights, buffers and inputs, and the most that a call (without a CUDA graph) allocated
-            beside them; the other model is not counted. None on a CPU, where no allocator tells the two apart.
+        time: the time of one call.
+        parameters: the number of stored parameters.
+        parameter_bytes: the bytes of the stored parameters.
+        peak_bytes: on a GPU, the bytes of weights, buffers and inputs, plus the most that a call without a CUDA graph
+            allocates beside them; the other model does not count. None on a CPU, whose allocator does not separate the
+            two models.
     """
 
     time: Timing
@@ -125,9 +127,9 @@ class BenchCase:
     """Both sides at one batch size.
 
     Args:
-        batch: asked for; None: the example inputs as they are.
+        batch: the batch size asked for; None: the example inputs as they are.
         inputs: `(path, description)` of every input.
-        agreement: how far the two differ, and what was allowed.
+        agreement: how far the two models differ, and the difference allowed.
         dense: the dense model.
         converted: its converted twin.
     """
@@ -140,7 +142,7 @@ class BenchCase:
 
     @property
     def dense_over_converted(self) -> float:
-        """Time of the dense model ÷ time of the converted one: below 1 the converted one is slower."""
+        """Time of the dense model ÷ time of the converted model; below 1 the converted model is slower."""
         return self.dense.time.median_ms / self.converted.time.median_ms
 
     def to_dict(self) -> dict[str, Any]:
@@ -153,16 +155,16 @@ class BenchReport:
     """A benchmark of one model.
 
     Args:
-        model: its class.
-        ratio: asked for.
+        model: the name of the model's class.
+        ratio: the ratio asked for.
         achieved_ratio: parameters of the dense model ÷ parameters stored.
-        device: such as `cuda:0`.
-        dtype: that was asked for, or None for the model's own.
-        compile: whether both sides ran under `torch.compile`.
-        graph: whether both sides were replayed from CUDA graphs.
-        train: whether a forward and a backward pass were timed, or inference.
+        device: the device, for example `cuda:0`.
+        dtype: the dtype asked for; None: the model's own.
+        compile: whether both models ran under `torch.compile`.
+        graph: whether both models were replayed from CUDA graphs.
+        train: whether a forward and a backward pass were timed, instead of inference.
         machine: device, versions and date.
-        cases: one for each batch size.
+        cases: a case for each batch size.
     """
 
     model: str
@@ -187,8 +189,8 @@ class Subject:
 
     Args:
         name: `dense` or `converted`.
-        model: in the mode that is timed.
-        inputs: its own copy, on the device.
+        model: the model, in the mode that is timed.
+        inputs: the model's own copy of the inputs, on the device.
         check: a call whose outputs are compared.
         run: the call that is timed.
         peak_bytes: see `Side`.
@@ -206,15 +208,15 @@ def measure(dense: nn.Module, converted: nn.Module, example_inputs: Any, options
     """Check and time a dense model beside its converted twin, at every batch size.
 
     Args:
-        dense: on the options' device, holding the converted model's weights (`rewrite.copy_weights`).
-        converted: its twin.
+        dense: the dense model on the options' device, with the converted model's weights (`rewrite.copy_weights`).
+        converted: the converted model.
         example_inputs: a tensor, a sequence of positional or a mapping of keyword arguments, on any device.
-        options: how.
+        options: how the models are timed.
 
     Raises:
         ConfigError: the example inputs cannot be brought to a batch size.
         BenchError: a model fails, does not compile, or cannot be captured in a CUDA graph.
-        OutputMismatch: the two do not agree; the case is not timed then.
+        OutputMismatch: the two models do not agree; the case is then not timed.
     """
     cases = [(batch, rebatch(example_inputs, batch)) for batch in options.batches or (None,)]
     plan = pool_of(converted).plan
@@ -255,7 +257,7 @@ def rebatch(example_inputs: Any, batch: int | None) -> Any:
     """Return example inputs repeated or cut to `batch` along the first dimension of every tensor that has one.
 
     Raises:
-        ConfigError: their first dimensions differ, so that none of them is known to be the batch.
+        ConfigError: the first dimensions differ, so it is not known which of them is the batch.
     """
     if batch is None:
         return example_inputs
@@ -263,7 +265,7 @@ def rebatch(example_inputs: Any, batch: int | None) -> Any:
         (path, leaf) for path, leaf in leaves(example_inputs, "inputs") if isinstance(leaf, Tensor) and leaf.dim() > 0
     ]
     if len({leaf.shape[0] for _, leaf in tensors} - {0}) != 1 or not all(leaf.shape[0] for _, leaf in tensors):
-        # One tensor of each size tells what differs.
+        # The message names one tensor of each size.
         first = {leaf.shape[0]: f"{path} of {list(leaf.shape)}" for path, leaf in reversed(tensors)}
         found = ", ".join(reversed(first.values())) or "no tensor with a dimension"
         raise ConfigError(
@@ -283,7 +285,7 @@ def prepare(name: str, model: nn.Module, inputs: Any, options: BenchOptions) -> 
     """Compile, warm up and capture a model on inputs of its own, and measure its peak memory.
 
     Raises:
-        BenchError: the model fails, does not compile, or cannot be captured; there is no other path then.
+        BenchError: the model fails, does not compile, or cannot be captured; there is no fallback.
     """
     model.train(options.train)
     inputs = _placed(inputs, options)
@@ -302,7 +304,7 @@ def prepare(name: str, model: nn.Module, inputs: Any, options: BenchOptions) -> 
                     step()
             peak = _peak_bytes(model, step, inputs) if options.device.type == "cuda" else None
         run = clocks.captured(step, f"the {name} model") if options.graph else step
-    # In training the passes are compared as they are: compiling may draw dropout's masks in another order.
+    # Training passes are compared uncompiled, because a compiled model may draw dropout's masks in another order.
     check = _training_step(model, model, args, kwargs) if options.train else run
     return Subject(name, model, inputs, check, run, peak)
 
@@ -311,7 +313,7 @@ def check_and_time(dense: Subject, converted: Subject, options: BenchOptions, ba
     """Check that two models agree, then time them in turn.
 
     Raises:
-        OutputMismatch: they do not agree; nothing is timed then.
+        OutputMismatch: the models do not agree; then nothing is timed.
         BenchError: there is nothing to compare.
     """
     with _on(options.device):
@@ -337,7 +339,7 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
 
 @contextlib.contextmanager
 def _stated(what: str) -> Iterator[None]:
-    """Raise whatever a user's model raises as a `BenchError` that begins with `what`."""
+    """Turn any error of a user's model into a `BenchError` whose message begins with `what`."""
     try:
         yield
     except RoastError:
@@ -347,7 +349,7 @@ def _stated(what: str) -> Iterator[None]:
 
 
 def _placed(inputs: Any, options: BenchOptions) -> Any:
-    """Return copies of the inputs on the device, floating ones in the dtype asked for: a forward may write to them."""
+    """Return copies of the inputs (a forward may write to them) on the device, floating ones in the dtype asked for."""
 
     def place(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
@@ -372,7 +374,7 @@ def _inference_step(
 def _training_step(
     model: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Callable[[], Any]:
-    """Return a step whose backward pass starts from fixed gradients of the outputs: no loss is made up and timed."""
+    """Return a step whose backward pass starts from fixed gradients of the outputs, so that no loss is timed."""
     gradients: list[Tensor] = []
 
     def step() -> Any:
@@ -385,7 +387,7 @@ def _training_step(
             generator = torch.Generator(differentiable[0].device).manual_seed(0)
             gradients.extend(torch.empty_like(leaf).normal_(generator=generator) for leaf in differentiable)
         torch.autograd.backward(differentiable, gradients)
-        # A captured step's outputs are kept; what led to them is not.
+        # A captured step keeps its outputs, but not the graph that computed them.
         return pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, outputs)
 
     return step
@@ -395,13 +397,13 @@ def _peak_bytes(model: nn.Module, step: Callable[[], Any], inputs: Any) -> int:
     given = [leaf for _, leaf in leaves(inputs) if isinstance(leaf, Tensor)]
     storages = [tensor.untyped_storage() for tensor in [*model.parameters(), *model.buffers(), *given]]
     own = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-    # The gradients of the last step are no part of what is there before this one.
+    # Gradients of an earlier step must not count as memory that was allocated before this step.
     model.zero_grad(set_to_none=True)
     return own + clocks.peak_bytes_of(step)
 
 
 def _check(dense: Subject, converted: Subject, options: BenchOptions) -> Agreement:
-    """Run both on the same random numbers and compare what they return."""
+    """Run both models with the same random numbers and compare their outputs."""
     outputs = []
     for subject in (dense, converted):
         with _stated(f"the {subject.name} model fails on the example inputs"):

@@ -1,4 +1,4 @@
-"""Whether a converted model computes what the dense model with its weights does: outputs, and the pool's gradient."""
+"""Compares a converted model's outputs and pool gradient with those of a dense model of its weights."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from roastify.checks.interface import compare_outputs
 from roastify.conversion.converted import pool_of, pooled_weight
 from roastify.errors import BenchError, OutputMismatch
 
-# The largest difference that rounding explains, over the largest value. A wrong tile is off by about 1. The kernels
-# apply λ to sums, where a dense bfloat16 weight has rounded it: 0.7 % through 2 Llama layers and 2.1 % through 32.
+# The largest difference that rounding explains, relative to the largest value. A wrong tile gives about 1. The kernels
+# apply λ to sums, while a dense bfloat16 weight is rounded after λ is applied. Between the two there is 0.7 % after 2
+# Llama layers and 2.1 % after 32.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _TOLERANCE_TF32 = 1e-2
-# What the gradient's difference may be over the gradient, as norms. Where rounding by ε turns a ReLU on or off, a share
-# ε of the gradient's terms is another, so the difference goes with √ε.
+# The largest norm of the gradient's difference, relative to the gradient's norm. Rounding by ε turns a share ε of the
+# ReLUs on or off and so changes a share ε of the gradient's terms. The norm of the difference then grows with √ε.
 _GRADIENT_TOLERANCE = {torch.float64: 1e-4, torch.float32: 2e-2, torch.float16: 1e-1, torch.bfloat16: 2e-1}
 _GRADIENT_TOLERANCE_TF32 = 1e-1
 
@@ -29,11 +30,12 @@ class Agreement:
     """How far two models differ.
 
     Args:
-        error: the largest difference of an output over the output's largest value; the worst output's.
-        tolerance: what it may be.
-        gradient_error: in training, the difference of the pool's gradient from the dense gradients summed over their
-            readers, over the latter, as norms; None in inference and where the pool is frozen.
-        gradient_tolerance: what it may be.
+        error: the largest difference of an output, relative to the output's largest value; of the worst output.
+        tolerance: the largest error allowed.
+        gradient_error: in training, the norm of the difference between the pool's gradient and the dense gradients
+            summed over the readers of each element, relative to the norm of the latter; None in inference and if the
+            pool is frozen.
+        gradient_tolerance: the largest gradient error allowed.
     """
 
     error: float
@@ -46,13 +48,13 @@ def check_agreement(dense: nn.Module, converted: nn.Module, expected: Any, found
     """Compare two models' outputs and, in train mode after a backward pass of both, the pool's gradient.
 
     Args:
-        dense: the model whose weights are those that the converted one stands for.
-        converted: its twin.
-        expected: what the dense model returned.
-        found: what the converted model returned for the same inputs and random numbers.
+        dense: the dense model with the weights that the converted model represents.
+        converted: the converted model.
+        expected: the dense model's outputs.
+        found: the converted model's outputs for the same inputs and random numbers.
 
     Raises:
-        OutputMismatch: they differ in structure, or by more than rounding explains.
+        OutputMismatch: the models differ in structure, or by more than rounding explains.
         BenchError: there is nothing to compare.
     """
     mode = "train" if dense.training else "eval"
@@ -67,8 +69,8 @@ def check_agreement(dense: nn.Module, converted: nn.Module, expected: Any, found
     ]
     if not pairs:
         raise BenchError(
-            "the models cannot be compared: no output is a floating-point tensor; wrap the model in one that returns "
-            "such a tensor, its logits for example"
+            "the models cannot be compared: no output is a floating-point tensor; wrap the model in a module that "
+            "returns such a tensor, for example its logits"
         )
     dtypes = {parameter.dtype for parameter in dense.parameters() if parameter.is_floating_point()}
     dtypes |= {leaf.dtype for _, leaf, _ in pairs}
@@ -86,8 +88,8 @@ def _refuse_beyond(tolerance: float, error: float, what: str, measure: str) -> N
     if not error <= tolerance:
         raise OutputMismatch(
             f"{what} of the converted model differs from the dense model's with the same weights by {error:.2g} of "
-            f"{measure}; expected at most {tolerance:g}, so nothing was timed. If the model draws random numbers of "
-            f"its own or amplifies rounding, leave that out or try float32"
+            f"{measure}; expected at most {tolerance:g}, so nothing was timed. If the model has a random generator of "
+            f"its own or amplifies rounding errors, remove that part or try float32"
         )
 
 
@@ -99,7 +101,7 @@ def _tolerances(dtype: torch.dtype) -> tuple[float, float]:
 
 
 def _error(what: str, expected: Tensor, found: Tensor) -> float:
-    """Return the largest difference over the largest value; infinite where one is finite and the other is not."""
+    """Return the largest difference, relative to the largest value; infinite if only one side of a pair is finite."""
     wide = torch.float64 if expected.dtype in (torch.float64, torch.complex128) else torch.float32
     if expected.is_complex():
         expected, found = torch.view_as_real(expected), torch.view_as_real(found)
@@ -120,7 +122,7 @@ def _error(what: str, expected: Tensor, found: Tensor) -> float:
 def _gradient_error(dense: nn.Module, converted: nn.Module) -> float | None:
     """Return the error of the pool's gradient against the dense gradients, summed over the readers of each element.
 
-    That of basis kernels counts as well: the largest is returned.
+    The gradients of basis kernels are compared too, and the largest error is returned.
     """
     pool = pool_of(converted)
     if not pool.weight.requires_grad:
@@ -137,9 +139,9 @@ def _gradient_error(dense: nn.Module, converted: nn.Module) -> float | None:
 
 
 def _distance(found: Tensor | None, parameter: Tensor) -> float:
-    """Return how far a gradient is from the parameter's own, over the size of that; None stands for zeros.
+    """Return the norm of a gradient's difference from the parameter's own, relative to the norm of the latter.
 
-    Infinite instead of NaN, which `max` may pass over.
+    None counts as zeros. The result is infinite instead of NaN, because `max` may skip a NaN.
     """
     nothing = torch.zeros_like(parameter)
     expected = (nothing if parameter.grad is None else parameter.grad).double()

@@ -1,1 +1,1 @@
-"""Bringing a converted pretrained model back to what the dense model did."""
+"""Recovery: bringing a converted pretrained model's outputs back to the dense model's."""

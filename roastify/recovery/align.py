@@ -1,12 +1,13 @@
-r"""The pool that brings every layer's outputs nearest to the dense layer's, on the inputs that the teacher gives it.
+r"""Alignment: finds the pool for which every layer's outputs are nearest to the dense layer's.
 
-Weights are linear in the pool, so the error of all layers together,
+Every layer's inputs :math:`X_l` are those of the teacher's layer. Weights are linear in the pool, so the error of all
+layers together,
 
 .. math:: \sum_l \frac{\lVert X_l\,(W_l(pool) - W_l)^\top \rVert^2}{\lVert X_l\,W_l^\top \rVert^2},
 
-is one convex quadratic. It needs no more of the data than each layer's second moments :math:`X_l^\top X_l`; conjugate
-gradients then find the minimum without another look at the data. The projection is the case where every layer's inputs
-are uncorrelated and equally large, which they never are.
+is one convex quadratic. Of the data it needs only each layer's second moments :math:`X_l^\top X_l`. Conjugate gradients
+then find the minimum without reading the data again. The projection (`init="project"`) is the special case of inputs
+that are uncorrelated and equally large, which no layer's inputs are.
 """
 
 from __future__ import annotations
@@ -31,18 +32,19 @@ from roastify.pool.plan import TensorPlan
 from roastify.pool.pool import RoastPool
 from roastify.progress import track
 
-# Of the mean second moment, added to each: what the data says little about stays near the dense weights.
+# This share of the mean second moment is added to each. Weights about which the data says little then stay near the
+# dense weights.
 _RIDGE = 1e-2
-# Elements of unfolded convolution inputs at a time.
+# The most elements of a convolution's inputs that are unfolded at a time.
 _UNFOLDED = 1 << 25
-# A step that gains less than this part of the first one's is rounding.
+# A step whose gain is below this share of the first step's gains only rounding.
 _CONVERGED = 1e-10
-# A target of under this part of the squares that its tensor's spread makes is none.
+# A target whose squared size is below this share of the one that its tensor's scale gives counts as zero.
 _NOTHING = 1e-2
 
 
 class _Moments:
-    """First and second moments of what a layer multiplies its weight with, group by group of its channels."""
+    """First and second moments of the inputs that a layer multiplies by its weight, for each group of channels."""
 
     def __init__(self) -> None:
         self.second: Tensor | None = None
@@ -69,22 +71,22 @@ class _Moments:
         if centered:
             second = second - self.mean()[:, :, None] * self.mean()[:, None, :]
         second = second.to(like)
-        # Moments of few samples are noise, in proportion: there the dense weights are the better guide.
+        # The ridge grows as samples become few, because their moments are noisy and the dense weights a better guide.
         ridge = (_RIDGE + second.shape[1] / self.count) * second.diagonal(dim1=1, dim2=2).mean()
         return second + ridge * torch.eye(second.shape[1], dtype=like.dtype, device=like.device)
 
 
 @dataclass
 class _Reader:
-    """A layer that multiplies by a shared tensor, or looks its rows up; what it is given is counted as it is called.
+    """A layer that multiplies by a shared tensor or looks up its rows, with statistics of its inputs.
 
     Args:
-        name: of the module.
+        name: the module's name.
         tensor: the shared tensor.
-        rows_of: what the layer multiplies its weight with, from its input; None for a lookup.
-        has_bias: whether it has a bias of its own to train, which takes up the error's mean.
-        moments: of its inputs.
-        lookups: how often each row was looked up; None before the first.
+        rows_of: the function from the layer's input to the rows that the weight multiplies; None for a lookup.
+        has_bias: whether the layer has a trainable bias, which can absorb the mean of the error.
+        moments: the moments of the layer's inputs.
+        lookups: how often each row was looked up; None before the first lookup.
     """
 
     name: str
@@ -95,9 +97,9 @@ class _Reader:
     lookups: Tensor | None = None
 
     def look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Take note of an input: a hook before the teacher's layer."""
+        """Add an input to the statistics; the teacher's layer calls this as a forward pre-hook."""
         x = (args[0] if args else next(iter(kwargs.values()))).detach()
-        # Sums of many terms, which autocast would round.
+        # Without autocast, which would round sums of many terms.
         with torch.autocast(x.device.type, enabled=False):
             if self.rows_of is not None:
                 for rows in self.rows_of(x):
@@ -107,25 +109,25 @@ class _Reader:
                 self.lookups = count if self.lookups is None else self.lookups + count
 
     def check(self) -> None:
-        """Raise `RecoveryError` if an input was not finite: nothing could be aligned by its moments."""
+        """Raise `RecoveryError` if an input was not finite, because its moments are then useless."""
         second = self.moments.second
         if second is not None and not bool(second.isfinite().all()):
             raise RecoveryError(
                 f"the inputs of the teacher's layer {self.name} are not finite on the first batches, or their squares "
-                f"are not; look for NaN and infinite values in the data, or for a teacher that overflows, or do "
-                f"without alignment (align=0); the student is as it was"
+                f"are not; look for NaN and infinite values in the data and for an overflow in the teacher, or skip "
+                f"alignment (align=0); the student is unchanged"
             )
 
 
 @dataclass
 class _Term:
-    """What one reader of a tensor adds to the error, by its second moments, or by a weight for each row.
+    """The error of one reader of a tensor, defined by the inputs' second moments or by a weight for each row.
 
     Args:
         tensor: the shared tensor.
         target: the dense matrix.
-        second: moments of the inputs, `[groups, cols, cols]`.
-        weight: of each row.
+        second: second moments of the inputs, `[groups, cols, cols]`; None for a lookup.
+        weight: the weight of each row; None for a product.
     """
 
     tensor: TensorPlan
@@ -163,16 +165,17 @@ class _Term:
 def align_layers(
     student: nn.Module, teacher: nn.Module, forwards: Iterable[Callable[[], Any]], steps: int
 ) -> tuple[float, float]:
-    """Set the pool, and the biases beside shared weights, to what brings the layers' outputs nearest to the teacher's.
+    """Set the pool, and the biases beside shared weights, so that the layers' outputs are nearest to the teacher's.
 
     Args:
         student: a converted model.
-        teacher: the dense model that the student was made from, in eval mode.
-        forwards: each runs the teacher on a batch.
-        steps: of conjugate gradients, at most.
+        teacher: the dense model that the student was converted from, in eval mode.
+        forwards: functions that each run the teacher on one batch.
+        steps: the most steps of conjugate gradients.
 
     Returns:
-        the error before and after: squared, over the squares of the layers' outputs, in the mean over layers.
+        the errors before and after: the squared error of a layer's outputs, relative to the outputs' squares, in the
+        mean over layers.
     """
     pool = pool_of(student)
     readers = [reader for tensor in pool.plan.shared for reader in _readers(tensor, student, teacher)]
@@ -199,7 +202,7 @@ def align_layers(
 
 
 def _readers(tensor: TensorPlan, student: nn.Module, teacher: nn.Module) -> Iterator[_Reader]:
-    """Yield the teacher's layers of which it is known what they do with a shared tensor."""
+    """Yield the teacher's layers whose operation on a shared tensor is known."""
     for module, attribute in owners(teacher, tensor):
         kind = kind_of(type(module), attribute)
         if kind is None or kind.transposed != tensor.transposed:
@@ -214,7 +217,7 @@ def _readers(tensor: TensorPlan, student: nn.Module, teacher: nn.Module) -> Iter
 
 
 def _inputs_of(module: Any, op: str) -> Callable[[Tensor], Iterator[Tensor]] | None:
-    """Return what turns a layer's input into rows `[groups, samples, features]`, or None where none do."""
+    """Return the function from a layer's input to rows `[groups, samples, features]`; None for other operations."""
     if op == "linear":
         return lambda x: iter([x.reshape(1, -1, x.shape[-1])])
     if op in ("conv1d", "conv2d", "conv3d"):
@@ -242,7 +245,7 @@ def _unfolded(layer: nn.modules.conv._ConvNd, x: Tensor) -> Iterator[Tensor]:
 
 
 def _terms(tensor: TensorPlan, teacher: nn.Module, readers: Sequence[_Reader], pool_std: float) -> Iterator[_Term]:
-    """Yield a tensor's parts of the error; where its readers are unknown or idle, all its elements count alike."""
+    """Yield a tensor's terms of the error; if its readers are unknown or were not called, all elements count alike."""
     dense = teacher.get_parameter(tensor.name).detach()
     target = matrix(tensor, dense - tensor.center if tensor.center else dense)
     target = target if target.dtype == torch.float64 else target.float()
@@ -256,8 +259,8 @@ def _terms(tensor: TensorPlan, teacher: nn.Module, readers: Sequence[_Reader], p
             counts = reader.lookups.to(target)
             terms.append(_Term(tensor, target, weight=counts + _RIDGE * counts.mean()))
     for term in terms or [_Term(tensor, target, weight=target.new_ones(tensor.rows))]:
-        # Of a constant tensor (a bias of zeros, a fresh norm) the target is zero, and no error is small next to it.
-        # Its errors count next to the spread that the conversion gave it.
+        # The target of a constant tensor (a bias of zeros, a new norm) is zero, so no error is small relative to it.
+        # Its error is taken relative to the scale that the conversion gave the tensor.
         size, usual = term.error(target), ((tensor.scale or 0.0) * pool_std) ** 2 * term.curvature().sum()
         size = torch.where(size > _NOTHING * usual, size, usual).clamp(min=torch.finfo(target.dtype).tiny)
         if term.second is not None:
@@ -269,13 +272,13 @@ def _terms(tensor: TensorPlan, teacher: nn.Module, readers: Sequence[_Reader], p
 
 @dataclass
 class _LinearMap:
-    """Where a tensor's weight comes from: a linear function of the pool.
+    """A tensor's weight as a linear function of the pool.
 
     Args:
-        table: the pool's.
-        view: of the tensor's matrix.
+        table: the pool's chunk table.
+        view: where the tensor's matrix lies.
         scale: λ.
-        basis: its basis kernels, or None.
+        basis: the tensor's basis kernels, or None.
     """
 
     table: Tensor
@@ -289,7 +292,7 @@ class _LinearMap:
         return matrix if self.basis is None else combined_matrix(matrix, self.basis)
 
     def adjoint(self, weight: Tensor, pool_shape: Sequence[int]) -> Tensor:
-        """Return the transpose of `weight` applied."""
+        """Return the transpose of the function `weight`, applied to a tensor of the weight's shape."""
         matrix = weight if self.basis is None else coefficient_matrix(weight, self.basis)
         return ops.reduce(matrix.contiguous(), self.table, self.view, self.scale, pool_shape)
 
@@ -300,7 +303,7 @@ def _basis(pool: RoastPool, term: _Term, dtype: torch.dtype) -> Tensor | None:
 
 
 def _solve(pool: RoastPool, terms: Sequence[_Term], steps: int) -> tuple[float, float]:
-    """Minimise the mean of the terms over the pool by conjugate gradients; return it before and after."""
+    """Minimise the mean of the terms by conjugate gradients on the pool; return the mean before and after."""
     wide = summed_in(pool.weight.dtype)
     x = pool.weight.detach().to(wide, copy=True)
     places = [
@@ -339,20 +342,20 @@ def _solve(pool: RoastPool, terms: Sequence[_Term], steps: int) -> tuple[float, 
         previous, gain = gain, (residual * preconditioned).sum()
         direction = preconditioned + (gain / previous) * direction
     after = error()
-    # Conjugate gradients never move up; rounding at the very minimum may.
+    # Conjugate gradients never increase the error, but rounding at the minimum may.
     if after < before:
         pool.weight.copy_(x)
     return before, min(before, after)
 
 
 def _curvature(pool: RoastPool, terms: Sequence[_Term], like: Tensor) -> Tensor:
-    """Return the diagonal of the quadratic, by which conjugate gradients are preconditioned; 1 where nothing reads."""
+    """Return the quadratic's diagonal, which preconditions conjugate gradients; 1 for an element without readers."""
     total = torch.zeros_like(like)
     for term in terms:
         scale = term.tensor.scale or 0.0
         view = pool.plan.view(term.tensor)._replace(sign=int(SignKind.NONE))
         basis = _basis(pool, term, like.dtype)
-        # Of a coefficient, as if the inputs of a kernel's positions were uncorrelated.
+        # For coefficients, the inputs at a kernel's positions are taken as uncorrelated.
         squared = None if basis is None else basis**2
         total += _LinearMap(pool.table, view, scale, squared).adjoint(term.curvature() * scale, like.shape)
     return torch.where(total > 0, total, 1.0)

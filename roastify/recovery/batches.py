@@ -1,4 +1,4 @@
-"""The batches of a recovery: how each is passed to `forward`, and where in the data a run stands."""
+"""The batches of a recovery: how `forward` gets each batch, and the position of a run in its data."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_O
 def passing(model: nn.Module, inputs: Callable[[Any], Any] | None) -> Callable[[Any], Inputs]:
     """Return the function from a batch to the `(args, kwargs)` that a model is called with.
 
-    What `inputs` returns is taken as example inputs are: a mapping is keyword arguments, a sequence positional ones,
-    anything else the one argument. Without it a batch is taken the same way, but where forward takes a single argument
-    a sequence is inputs and targets, and its first element is passed.
+    The result of `inputs` is read like example inputs: a mapping holds keyword arguments, a sequence holds positional
+    arguments, and anything else is the only argument. Without `inputs`, the batch itself is read in this way, with one
+    exception: if forward takes a single argument, a sequence is inputs and targets, and its first element is passed.
     """
     if inputs is not None:
         return lambda batch: split_inputs(inputs(batch))
@@ -45,8 +45,9 @@ def passing(model: nn.Module, inputs: Callable[[Any], Any] | None) -> Callable[[
         if not open_ended and len(batch) == required:
             return tuple(batch), {}
         raise ConfigError(
-            f"a batch is a {type(batch).__name__} of {len(batch)}, and it is not clear which of it {signature} takes; "
-            f"pass inputs=, a function from a batch to the arguments, such as inputs=lambda batch: batch[0]"
+            f"a batch is a {type(batch).__name__} of {len(batch)} elements, and it is not clear which of them "
+            f"forward{signature} takes; pass inputs=, a function from a batch to the arguments, for example "
+            f"inputs=lambda batch: batch[0]"
         )
 
     return split
@@ -60,22 +61,23 @@ def on_device(batch: Any, device: torch.device) -> Any:
 
 
 def mask_of(kwargs: Mapping[str, Any]) -> Tensor | None:
-    """Return the attention mask `[batch, tokens]` among keyword arguments, if there is one: padding teaches nothing."""
+    """Return the attention mask `[batch, tokens]` among keyword arguments, or None; padding is left out of losses."""
     mask = kwargs.get("attention_mask")
     return mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
 
 class Feed:
-    """Batches without end: epoch after epoch of the data, drawn under a random stream of their own.
+    """Batches without end: epoch after epoch of the data, drawn with a random stream of their own.
 
-    A position is an epoch's number, the random states at its beginning, and the batches drawn since. Whoever resumes
-    begins the epoch again with those states and draws as many batches, so that shuffling and augmentation come out as
-    they did, whatever else has drawn random numbers.
+    A position consists of an epoch's number, the random states at its beginning, and the number of batches drawn since.
+    A resumed run begins the epoch again with those states and draws as many batches. Shuffling and augmentation then
+    repeat, whatever other code has drawn random numbers.
 
     Args:
-        data: an iterable of batches, or a function that returns one, without arguments or of the epoch's number.
-        stream: that iterating draws from.
-        resumed: a position that `state` returned, of which the random states at the data's beginning are taken.
+        data: an iterable of batches, or a function that returns one. The function takes no argument, or the epoch's
+            number.
+        stream: the random stream that iterating draws from.
+        resumed: a position that `state` returned; the first epoch begins with its random states.
     """
 
     def __init__(self, data: Any, stream: RandomStream, resumed: dict[str, Any] | None = None) -> None:
@@ -89,45 +91,47 @@ class Feed:
         self.epoch = 0
         self.taken = 0
         self._iterator: Iterator[Any] = iter(())
-        # Drawn, and not taken yet.
-        self._ahead: deque[Any] = deque()
+        # Batches that were drawn but not taken yet.
+        self._peeked: deque[Any] = deque()
         self._begin(resumed and resumed["first"])
         self._first = self._began
 
     def peek(self, count: int) -> list[Any]:
-        """Return the next batches of this epoch, at most so many, without moving on."""
+        """Return up to `count` next batches of this epoch, without taking them."""
         with self.stream.active():
-            self._ahead.extend(itertools.islice(self._iterator, count - len(self._ahead)))
-        if not self._ahead:
+            self._peeked.extend(itertools.islice(self._iterator, count - len(self._peeked)))
+        if not self._peeked:
             raise RecoveryError("data holds no batch; give an iterable of at least one")
-        return list(self._ahead)[:count]
+        return list(self._peeked)[:count]
 
     def next(self) -> Any:
-        """Return the next batch, of the next epoch where this one is at its end."""
-        if not self._ahead:
+        """Return the next batch; after the last one of an epoch, the first of the next epoch."""
+        if not self._peeked:
             with self.stream.active():
-                self._ahead.extend(itertools.islice(self._iterator, 1))
-        if not self._ahead:
+                self._peeked.extend(itertools.islice(self._iterator, 1))
+        if not self._peeked:
             if isinstance(self.data, Iterator):
                 raise RecoveryError(
                     f"data ended after {self.taken} batches and cannot be iterated again; give a list, a DataLoader or "
                     f"a function that returns an iterable"
                 )
             if not self.taken:
-                raise RecoveryError(f"data holds no batch in epoch {self.epoch}")
+                raise RecoveryError(
+                    f"data holds no batch in epoch {self.epoch}; give an iterable that yields batches in every epoch"
+                )
             self.epoch += 1
             self.taken = 0
             self._begin()
             return self.next()
         self.taken += 1
-        return self._ahead.popleft()
+        return self._peeked.popleft()
 
     def state(self) -> dict[str, Any]:
         """Return the position."""
         return {
             "epoch": self.epoch,
             "taken": self.taken,
-            "ahead": len(self._ahead),
+            "ahead": len(self._peeked),
             "began": self._began,
             "first": self._first,
             "stream": self.stream.state,
@@ -137,29 +141,29 @@ class Feed:
         """Go to a position that `state` returned, from the beginning of the same data.
 
         Raises:
-            CheckpointError: the epoch is shorter than it was.
+            CheckpointError: the epoch holds fewer batches than the position needs.
         """
         self.epoch, self.taken = state["epoch"], state["taken"]
         if not isinstance(self.data, Iterator):
-            self._ahead.clear()
+            self._peeked.clear()
             self._begin(state["began"])
-        drawn = self.taken + state["ahead"]
-        passed = 0
-        ahead: deque[Any] = deque(maxlen=state["ahead"])
+        num_needed = self.taken + state["ahead"]
+        num_drawn = 0
+        peeked: deque[Any] = deque(maxlen=state["ahead"])
         with self.stream.active():
-            for batch in itertools.islice(itertools.chain(list(self._ahead), self._iterator), drawn):
-                ahead.append(batch)
-                passed += 1
-        if passed < drawn:
+            for batch in itertools.islice(itertools.chain(list(self._peeked), self._iterator), num_needed):
+                peeked.append(batch)
+                num_drawn += 1
+        if num_drawn < num_needed:
             raise CheckpointError(
-                f"the data holds {passed} batches in epoch {self.epoch}, and the checkpoint was written after "
-                f"{drawn}; resume with the same data"
+                f"the data holds {num_drawn} batches in epoch {self.epoch}, and the checkpoint was written after "
+                f"{num_needed}; resume with the same data"
             )
-        self._ahead = deque(ahead)
+        self._peeked = deque(peeked)
         self.stream.state = state["stream"]
 
     def _begin(self, states: dict[str, Any] | None = None) -> None:
-        """Begin the epoch, with random states from an earlier run if given."""
+        """Begin the epoch, with the random states of an earlier run if they are given."""
         generators = _generators(self.data)
         if states is not None:
             self.stream.state = states["stream"]
@@ -182,14 +186,15 @@ def _batches_of_epoch(function: Callable[..., Any], epoch: int) -> Iterable[Any]
         parameter.default is parameter.empty and parameter.kind in _POSITIONAL
         for parameter in inspect.signature(function).parameters.values()
     )
-    made = function(epoch) if takes_epoch else function()
-    if not isinstance(made, Iterable):
-        raise ConfigError(f"data is a function that returned a {type(made).__name__}; expected an iterable of batches")
-    return made
+    batches = function(epoch) if takes_epoch else function()
+    if not isinstance(batches, Iterable):
+        found = type(batches).__name__
+        raise ConfigError(f"data is a function that returned a {found}; expected an iterable of batches")
+    return batches
 
 
 def _generators(data: Any) -> list[torch.Generator]:
-    """Return the generators that a DataLoader was given, itself or through its samplers."""
+    """Return the random generators of a DataLoader and of its samplers."""
     holders = [data, getattr(data, "sampler", None), getattr(data, "batch_sampler", None)]
     holders.append(getattr(holders[-1], "sampler", None))
     found = [getattr(holder, "generator", None) for holder in holders]
@@ -197,7 +202,7 @@ def _generators(data: Any) -> list[torch.Generator]:
 
 
 def digest_of(batches: Sequence[Any]) -> str:
-    """Return a digest of batches' tensors, by which a resumed run knows its data again."""
+    """Return a digest of batches' tensors, by which a resumed run recognises its data."""
     digest = hashlib.sha256()
     for leaf in pytree.tree_leaves([on_device(batch, torch.device("cpu")) for batch in batches]):
         if isinstance(leaf, Tensor):

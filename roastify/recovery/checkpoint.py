@@ -1,8 +1,8 @@
-"""A training run on disk: one file of tensors and one of everything else, written whole or not at all, no pickle.
+"""Checkpoints of a recovery: one file of tensors and one JSON file of everything else, without pickle.
 
-`recovery.json` names the file of tensors that belongs to it, with its digest. A save writes new tensors under a name of
-their own, then replaces the JSON file in one step, then drops the old tensors: whenever it is killed, the JSON file and
-the tensors that it names are whole.
+`recovery.json` names its file of tensors and holds that file's digest. A save writes the new tensors under a new name,
+then replaces the JSON file in one step, then deletes the old tensors. Whenever a save is killed, the JSON file and the
+tensors that it names are complete.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def write_checkpoint(folder: Path, made_by: dict[str, Any], state: Any) -> None:
     """Write a checkpoint.
 
     Args:
-        folder: made if missing.
-        made_by: what the run is, as JSON-ready values; `read_checkpoint` compares it.
+        folder: the folder, which is created if missing.
+        made_by: a description of the run, as JSON-ready values; `read_checkpoint` compares it.
         state: numbers, strings, None, tensors and arrays, nested in dicts, lists and tuples.
 
     Raises:
@@ -50,7 +50,7 @@ def write_checkpoint(folder: Path, made_by: dict[str, Any], state: Any) -> None:
         manifest_path, unnamed = folder / MANIFEST, pending(folder / "tensors")
         write_tensors(tensors, unnamed)
         digest = digest_of_file(unnamed)
-        # Named by content: the file that the old manifest names is another one, or the same.
+        # The name depends on the content, so that a save never changes the file that the old manifest names.
         weights = folder / f"state-{digest[:16]}.safetensors"
         manifest = {
             "format_version": FORMAT_VERSION,
@@ -109,7 +109,7 @@ def read_checkpoint(folder: Path, made_by: dict[str, Any]) -> Any:
 
 
 def _encode(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
-    """Return a value as JSON-ready ones; tensors go to `tensors`, each with memory of its own."""
+    """Return a value as JSON-ready values; copies of its tensors are added to `tensors`."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Tensor):

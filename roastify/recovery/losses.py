@@ -1,4 +1,4 @@
-"""What a student is trained on: its outputs and its features against the teacher's."""
+"""The losses of a recovery: how far the student's outputs and features are from the teacher's."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _EPSILON = 1e-12
 
 
 def floats_of(output: Any) -> dict[str, Tensor]:
-    """Return an output's floating tensors by path; single numbers, such as a loss, are left out."""
+    """Return an output's floating tensors by path; tensors of one element, for example a loss, are left out."""
     return {
         path.strip(".[]'"): leaf
         for path, leaf in leaves(output)
@@ -34,8 +34,8 @@ def check_comparable(student: Any, teacher: Any) -> None:
     ours, theirs = floats_of(student), floats_of(teacher)
     if not theirs:
         raise RecoveryError(
-            "no output of the teacher is a floating-point tensor of several elements, so there is nothing to learn "
-            "from it; wrap both models in one that returns such a tensor, its logits for example"
+            "no output of the teacher is a floating-point tensor of several elements, so the student cannot learn from "
+            "it; wrap both models in a module that returns such a tensor, for example the logits"
         )
     if ours.keys() != theirs.keys():
         raise RecoveryError(
@@ -51,7 +51,7 @@ def check_comparable(student: Any, teacher: Any) -> None:
 
 
 def find_logits(output: Any, patterns: Sequence[str] | None) -> tuple[str, ...]:
-    """Return the outputs to match as logits: those that patterns select, or without any those named so.
+    """Return the outputs to match as logits: those that patterns select; without patterns, those named `…logits`.
 
     Raises:
         ConfigError: a pattern matches no output.
@@ -67,9 +67,9 @@ def output_loss(
 ) -> Tensor:
     r"""Return the distance of a student's outputs from the teacher's, in the mean over outputs.
 
-    Of logits, :math:`T^2\,KL(softmax(t/T) \,\Vert\, softmax(s/T))` (Hinton, Vinyals, Dean, 2015), over classes along
-    the last dimension, or the second of four (images); of other outputs :math:`\lVert s - t \rVert^2 / \lVert t -
-    mean(t) \rVert^2`.
+    The distance of logits is :math:`T^2\,KL(softmax(t/T) \,\Vert\, softmax(s/T))` (Hinton, Vinyals, Dean, 2015). The
+    classes lie along the last dimension, or along the second of four (images). The distance of other outputs is
+    :math:`\lVert s - t \rVert^2 / \lVert t - mean(t) \rVert^2`.
     """
     ours, theirs = floats_of(student), floats_of(teacher)
     losses = []
@@ -82,7 +82,7 @@ def output_loss(
 
 
 def class_dim(logits: Tensor) -> int:
-    """Return the dimension of the classes: the last, or as `cross_entropy` has it for images, the second."""
+    """Return the dimension of the classes: the last; for images the second, as in `cross_entropy`."""
     return 1 if logits.dim() == 4 else -1
 
 
@@ -90,13 +90,13 @@ def _divergence(student: Tensor, teacher: Tensor, temperature: float, mask: Tens
     dim = class_dim(teacher)
     ours = F.log_softmax(student.float() / temperature, dim)
     theirs = F.log_softmax(teacher.float() / temperature, dim)
-    # What the teacher holds impossible (a masked score) adds nothing.
+    # A class of teacher probability 0 (a masked score) adds nothing.
     terms = torch.where(theirs == -torch.inf, 0.0, theirs.exp() * (theirs - ours)).sum(dim)
     return _mean(terms, mask)
 
 
 def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the mean over what the mask `[batch, tokens]` leaves, where it fits."""
+    """Return the mean over the tokens that the mask `[batch, tokens]` keeps; over all values if it does not fit."""
     if mask is None or values.shape[:2] != mask.shape:
         return values.mean()
     kept = mask.to(values.dtype)
@@ -105,7 +105,7 @@ def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def relative_error(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return the squared difference over the teacher's squares around its mean."""
+    """Return the mean squared difference, relative to the teacher's variance."""
     ours, theirs = student.float(), teacher.float()
     if mask is None or theirs.shape[:2] != mask.shape:
         return F.mse_loss(ours, theirs) / (theirs.var(correction=0) + _EPSILON)
@@ -114,7 +114,7 @@ def relative_error(student: Tensor, teacher: Tensor, mask: Tensor | None = None)
 
 
 def finite(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Return two outputs with 0 where the teacher's is infinite: masked scores teach nothing."""
+    """Return two outputs with 0 where the teacher's is not finite, so that masked scores do not count."""
     known = teacher.isfinite()
     return torch.where(known, student, 0.0), torch.where(known, teacher, 0.0)
 
@@ -122,8 +122,9 @@ def finite(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 def find_features(student: nn.Module, teacher: nn.Module, patterns: Sequence[str] | None) -> tuple[str, ...]:
     """Return the modules whose outputs are matched.
 
-    With patterns, the modules that they select. Without, the modules that hold layers on the pool as their children
-    (blocks and sublayers), or in a model that has no such module beside itself, the layers on the pool.
+    With patterns, these are the modules that the patterns select. Without, they are the modules that have layers on the
+    pool as children (blocks and sublayers). If only the model itself has such children, they are the layers on the
+    pool.
 
     Raises:
         ConfigError: a pattern matches no module, or the teacher lacks a module.
@@ -150,11 +151,11 @@ def _is_list(module: nn.Module) -> bool:
 
 
 class Recorder:
-    """What a model's modules return, call by call, while it records.
+    """Records the outputs of a model's modules, call by call.
 
     Args:
         model: the model.
-        names: its modules.
+        names: the names of the modules.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
@@ -176,7 +177,7 @@ class Recorder:
             self.outputs = {}
 
     def take(self) -> dict[str, list[Tensor]]:
-        """Return what was recorded since the last call."""
+        """Return the outputs recorded since the last call of `take`."""
         taken, self.outputs = self.outputs, {}
         return taken
 
@@ -194,11 +195,11 @@ def feature_loss(
     """Return the relative error of the features, in the mean over modules and their calls.
 
     Raises:
-        RecoveryError: no feature was seen, or a module was called otherwise in the two models.
+        RecoveryError: no feature was recorded, or a module returned tensors of other shapes in the student.
     """
     if not teacher:
         raise RecoveryError(
-            "no module chosen as a feature was called or returned a floating-point tensor; choose others with "
+            "no module chosen as a feature was called and returned a floating-point tensor; choose other modules with "
             "features=, or none with feature_weight=0"
         )
     losses = []
@@ -208,7 +209,7 @@ def feature_loss(
             raise RecoveryError(
                 f"module {name!r} returned tensors of shapes {[list(tensor.shape) for tensor in ours]} in the student "
                 f"and {[list(tensor.shape) for tensor in theirs]} in the teacher, so its features cannot be matched; "
-                f"choose others with features=, or none with feature_weight=0"
+                f"choose other modules with features=, or none with feature_weight=0"
             )
         pairs = zip(ours, theirs, strict=True)
         losses.append(torch.stack([relative_error(one, other, mask) for one, other in pairs]).mean())

@@ -1,4 +1,4 @@
-"""`RecoverOptions`: every setting of a recovery, its default and its meaning, for Python and the command line."""
+"""`RecoverOptions`: the settings of a recovery with defaults and meanings, for Python and the CLI."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _AUTOCAST = (torch.bfloat16,)
 
 
 def _setting(default: Any, meaning: str, flag: str = "") -> Any:
-    """Return a field with its meaning, and the flag that the command line has for it, if any."""
+    """Return a field with its meaning and, if the command line has it, its flag."""
     return field(default=default, metadata={"meaning": meaning, "flag": flag})
 
 
@@ -30,61 +30,60 @@ class RecoverOptions:
         ConfigError: a value is of the wrong type or out of range.
     """
 
-    steps: int = _setting(1000, "of the optimizer", "--steps")
+    steps: int = _setting(1000, "steps of the optimizer", "--steps")
     _: KW_ONLY
     align: int = _setting(30, "steps of conjugate gradients before training; 0: train from the pool as it is")
-    align_batches: int = _setting(8, "batches that the layers' inputs are taken from", "--align-batches")
-    lr: float = _setting(1e-3, "peak of the learning rate, for an optimizer that `recover` makes", "--lr")
-    warmup: float = _setting(0.05, "the part of the steps in which the rate rises", "--warmup")
-    schedule: Schedule = _setting("cosine", "of the rate after that: `cosine` falls to 0", "--schedule")
+    align_batches: int = _setting(8, "batches from which alignment takes the layers' inputs", "--align-batches")
+    lr: float = _setting(1e-3, "peak learning rate of the default optimizer", "--lr")
+    warmup: float = _setting(0.05, "share of the steps in which the learning rate rises", "--warmup")
+    schedule: Schedule = _setting("cosine", "learning rate after the warmup: `cosine` falls to 0", "--schedule")
     optimizer: torch.optim.Optimizer | Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer] | None = _setting(
         None,
-        "over the student's parameters, or a function from those that require a gradient; its own rates are the peaks. "
-        "Default: AdamW without weight decay",
+        "an optimizer of the student's parameters, or a function that builds one from those that require a gradient; "
+        "its own learning rates are the peaks. Default: AdamW without weight decay",
     )
-    clip: float | None = _setting(1.0, "largest norm of the gradient; None does not clip", "--clip")
+    clip: float | None = _setting(1.0, "largest norm of the gradient; None: no clipping", "--clip")
     accumulate: int = _setting(1, "batches in a step", "--accumulate")
     autocast: torch.dtype | None = _setting(None, "`torch.bfloat16` for mixed precision")
     logits: str | Sequence[str] | None = _setting(
         None,
-        "patterns of outputs that are logits, matched by divergence; default: those named so. A model's only tensor is "
-        "called `output`. All other floating outputs are matched by their squares",
+        "patterns of outputs that are logits, matched by KL divergence; default: outputs named `…logits`. If a model "
+        "returns one tensor, it is called `output`. All other floating outputs are matched by squared error",
         "--logits",
     )
-    temperature: float = _setting(2.0, "of the logits", "--temperature")
-    output_weight: float = _setting(1.0, "of the outputs' distance; 0: none", "--output-weight")
+    temperature: float = _setting(2.0, "temperature of the logits", "--temperature")
+    output_weight: float = _setting(1.0, "weight of the outputs' distance; 0: not used", "--output-weight")
     features: str | Sequence[str] | None = _setting(
         None,
         "patterns of modules whose outputs are matched; default: the modules around the shared layers",
         "--features",
     )
-    feature_weight: float = _setting(1.0, "of the features' distance; 0: none", "--feature-weight")
+    feature_weight: float = _setting(1.0, "weight of the features' distance; 0: not used", "--feature-weight")
     loss_fn: Callable[[Any, Any], torch.Tensor] | str | None = _setting(
         None,
-        "a function from the student's outputs and the batch to the task's loss, or the name of an output that is the "
-        'loss, as `"loss"` of transformers\' models that are given labels',
+        "a function from the student's outputs and the batch to the task's loss, or the name of the output that is the "
+        'loss, for example `"loss"` if a transformers model gets labels',
     )
-    task_weight: float = _setting(1.0, "of the task's loss", "--task-weight")
+    task_weight: float = _setting(1.0, "weight of the task's loss", "--task-weight")
     inputs: Callable[[Any], Any] | None = _setting(
         None,
-        "from a batch to forward's arguments, taken as example inputs are: a mapping is keyword arguments, a sequence "
-        "positional ones",
+        "a function from a batch to forward's arguments: a mapping holds keyword arguments, a sequence positional ones",
     )
     evaluate: Callable[[torch.nn.Module], Any] | None = _setting(
         None,
-        "called with the student in eval mode; what it returns is reported. Numbers and strings, in dicts and lists",
+        "a function of the student in eval mode, whose result is reported: numbers and strings, in dicts and lists",
     )
-    evaluate_every: int = _setting(0, "steps between evaluations; 0: at the end alone", "--evaluate-every")
-    folder: str | Path | None = _setting(None, "of the checkpoint")
+    evaluate_every: int = _setting(0, "steps between evaluations; 0: only at the end", "--evaluate-every")
+    folder: str | Path | None = _setting(None, "folder of the checkpoint")
     save_every: int = _setting(100, "steps between checkpoints", "--save-every")
     resume: bool = _setting(
         False,
-        "go on from the folder's checkpoint, or begin if there is none. On a CPU the result is the uninterrupted run's "
-        "to the last bit",
+        "continue from the folder's checkpoint, or begin if there is none. On a CPU the result has the same bits as an "
+        "uninterrupted run",
         "--resume",
     )
-    log_every: int = _setting(0, "steps between points of the loss curve; 0: a hundredth of all")
-    seed: int = _setting(0, "of everything random")
+    log_every: int = _setting(0, "steps between points of the loss curve; 0: a hundredth of all steps")
+    seed: int = _setting(0, "seed of all random numbers")
 
     def __post_init__(self) -> None:
         for name in ("logits", "features"):
@@ -108,7 +107,7 @@ class RecoverOptions:
             self._check_number("clip", above=True)
         self._check_number("warmup")
         if self.warmup >= 1:
-            raise ConfigError(f"warmup is a part of the steps and must be below 1; found {self.warmup!r}")
+            raise ConfigError(f"warmup is a share of the steps and must be below 1; found {self.warmup!r}")
         schedules = get_args(Schedule)
         if self.schedule not in schedules:
             hint = closest(str(self.schedule), schedules)
@@ -119,8 +118,8 @@ class RecoverOptions:
             )
         if self.loss_fn is not None and not callable(self.loss_fn) and not isinstance(self.loss_fn, str):
             raise ConfigError(
-                f"loss_fn must be a function of outputs and batch, or the name of an output such as 'loss'; found a "
-                f"{type(self.loss_fn).__name__}"
+                f"loss_fn must be a function of outputs and batch, or the name of an output, for example 'loss'; found "
+                f"a {type(self.loss_fn).__name__}"
             )
         for name in ("inputs", "evaluate"):
             if getattr(self, name) is not None and not callable(getattr(self, name)):
@@ -128,7 +127,10 @@ class RecoverOptions:
         if self.folder is None and self.resume:
             raise ConfigError("resume needs the folder that the checkpoints are in; pass folder=")
         if not self.output_weight and not self.feature_weight and self.loss_fn is None and self.steps:
-            raise ConfigError("nothing to train on: output_weight and feature_weight are 0 and there is no loss_fn")
+            raise ConfigError(
+                "nothing to train on: output_weight and feature_weight are 0 and there is no loss_fn; set one of them, "
+                "or steps=0"
+            )
 
     def _check_number(self, name: str, above: bool = False) -> None:
         value = getattr(self, name)
@@ -138,7 +140,7 @@ class RecoverOptions:
             raise ConfigError(f"{name} must be a number {what}; found {value!r}")
 
     def rate(self, step: int) -> float:
-        """Return the learning rate of a step, counted from 0, over its peak."""
+        """Return the learning rate of a step, counted from 0, relative to its peak."""
         ramp = math.ceil(self.warmup * self.steps)
         if step < ramp:
             return (step + 1) / (ramp + 1)
@@ -147,12 +149,12 @@ class RecoverOptions:
         return 0.5 * (1 + math.cos(math.pi * (step - ramp) / (self.steps - ramp)))
 
     def every(self) -> int:
-        """Return after how many steps losses are reported."""
+        """Return the number of steps between points of the loss curve."""
         return self.log_every or max(1, self.steps // 100)
 
 
 def described() -> str:
-    """Return a line on each setting, as the arguments section of a docstring."""
+    """Return a docstring's arguments section, with a line for each setting."""
     lines = (f"    {each.name}: {each.metadata['meaning']}." for each in dataclasses.fields(RecoverOptions))
     return "Args:\n" + "\n".join(lines)
 

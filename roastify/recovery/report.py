@@ -12,8 +12,8 @@ class Likeness:
     """How near a student is to its teacher, in eval mode, on the first batches of the data.
 
     Args:
-        error: of the outputs: squared differences over the teacher's squares around its mean, in the mean over outputs.
-        top: the share of predictions whose largest logit is the teacher's; None where no output is logits.
+        error: the mean over outputs of the squared difference, relative to the teacher's variance.
+        top: the share of predictions whose largest logit is the teacher's; None if no output is logits.
     """
 
     error: float
@@ -25,10 +25,10 @@ class LossPoint:
     """The mean losses of the steps since the last point.
 
     Args:
-        step: steps done.
-        loss: the weighted sum that is trained on.
+        step: the number of steps done.
+        loss: the weighted sum that training minimises.
         parts: `outputs`, `features` and `task`, before their weights.
-        lr: of the last step.
+        lr: the learning rate of the last step.
     """
 
     step: int
@@ -42,18 +42,18 @@ class RecoveryReport:
     """What a recovery did.
 
     Args:
-        steps: of the optimizer.
-        seconds: that training took, alignment and earlier runs that this one resumed included, evaluations not.
-        align_seconds: of these, alignment's.
-        align_error: of the layers' outputs before and after alignment; None without it.
-        before: likeness of the student as it came.
-        aligned: after alignment; None without it.
-        after: at the end.
-        losses: the curve.
+        steps: the steps of the optimizer.
+        seconds: the time of training, with alignment and with earlier runs that were resumed, without evaluations.
+        align_seconds: the part of `seconds` that alignment took.
+        align_error: the error of the layers' outputs before and after alignment; None without alignment.
+        before: the student's likeness before the recovery.
+        aligned: the student's likeness after alignment; None without alignment.
+        after: the student's likeness at the end.
+        losses: the loss curve.
         evaluations: `(steps done, what evaluate returned)`.
         features: the modules whose outputs were matched.
-        logits: the outputs that were matched as logits; the other floating outputs by their squares.
-        resumed_at: the step at which the last run began; 0 for a run of one piece.
+        logits: the outputs that were matched as logits; other floating outputs were matched by squared error.
+        resumed_at: the step at which the last run resumed; 0 if the recovery was not resumed.
     """
 
     steps: int

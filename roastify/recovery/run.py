@@ -1,4 +1,4 @@
-"""Brings a converted pretrained model back to what it did: layers aligned, then trained on the teacher's outputs."""
+"""Runs a recovery: aligns the student's layers, then trains the student on the teacher's outputs."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ from roastify.recovery.losses import (
 from roastify.recovery.options import RecoverOptions
 from roastify.recovery.report import Likeness, LossPoint, RecoveryReport
 
-# Batches by which the report tells how alike the two models are.
+# Batches on which the report compares the two models.
 _LIKENESS_BATCHES = 4
-# Elements, about, of each of the teacher's parameters that a checkpoint knows it by.
+# About how many elements of each parameter are in the digest by which a checkpoint recognises the teacher.
 _DIGESTED = 256
 
 
 class _NotFinite(RecoveryError):
-    """Training left nothing of the student worth keeping."""
+    """A loss or parameter is not finite, so the student is restored to its state before the recovery."""
 
 
 def run_recovery(student: nn.Module, teacher: nn.Module, data: Any, options: RecoverOptions) -> RecoveryReport:
@@ -85,7 +85,7 @@ def _check_models(student: nn.Module, teacher: nn.Module) -> None:
         what = "are one model" if teacher is student else f"share the parameter {both}"
         raise ConfigError(
             f"student and teacher {what}, so training one would change the other; convert a copy of the dense model "
-            f"(inplace=False) and keep the dense one as the teacher"
+            f"(inplace=False) and keep the dense model as the teacher"
         )
     theirs = {name: tuple(parameter.shape) for name, parameter in teacher.named_parameters(remove_duplicate=False)}
     for tensor in pool.plan.shared:
@@ -97,7 +97,9 @@ def _check_models(student: nn.Module, teacher: nn.Module) -> None:
                 f"from"
             )
     if not any(parameter.requires_grad for parameter in student.parameters()):
-        raise ConfigError("no parameter of the student requires a gradient; let the pool train: requires_grad_(True)")
+        raise ConfigError(
+            "no parameter of the student requires a gradient; make the pool trainable: student.requires_grad_(True)"
+        )
     devices = {tensor.device for model in (student, teacher) for tensor in model.parameters()}
     if len(devices) > 1 or next(iter(devices)).type == "meta":
         found = ", ".join(sorted(map(str, devices)))
@@ -107,7 +109,7 @@ def _check_models(student: nn.Module, teacher: nn.Module) -> None:
 
 @contextlib.contextmanager
 def _gradients_cleared(student: nn.Module) -> Iterator[None]:
-    """Leave no gradients on the student."""
+    """Remove the student's gradients at the end."""
     try:
         yield
     finally:
@@ -117,8 +119,8 @@ def _gradients_cleared(student: nn.Module) -> Iterator[None]:
 class _Run:
     """One recovery, from the first batch to the report.
 
-    Everything random draws from two streams of the run's own, one for the data and one for the models, so that it
-    depends on `seed` alone and can be resumed.
+    All random numbers come from two streams of the run's own, one for the data and one for the models. They depend on
+    `seed` alone, so a run can be resumed.
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module, data: Any, options: RecoverOptions) -> None:
@@ -130,7 +132,7 @@ class _Run:
         self.split = passing(teacher, options.inputs)
         self.optimizer = _optimizer(student, options, self.device)
         self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]
-        # Those that are to stay so: a parameter may be infinite by design.
+        # Parameters that must stay finite. Others may be infinite by design.
         self.finite = {
             name: parameter
             for name, parameter in student.named_parameters()
@@ -165,7 +167,7 @@ class _Run:
             self._resume(stored)
 
     def start(self) -> None:
-        """Take the student's likeness as it came, and align its layers."""
+        """Compare the two models and align the student's layers; a resumed run has done both."""
         if self.before is not None:
             return
         self.before = self._likeness()
@@ -182,7 +184,7 @@ class _Run:
         self._save()
 
     def train(self) -> None:
-        """Take the steps that are left."""
+        """Take the remaining steps of the optimizer."""
         options = self.options
         self.teacher.eval()
         self.student.train()
@@ -205,7 +207,7 @@ class _Run:
                     begun = self._now()
 
     def _save_and_evaluate(self, recorders: Sequence[Recorder], saving: bool) -> None:
-        """Save, and evaluate if it is time: in this order, as an evaluation is code of the user's, which may fail."""
+        """Save, then evaluate if it is time; in this order, because an evaluation is the user's code and may fail."""
         if saving:
             self._save()
         if not self._evaluates():
@@ -219,7 +221,7 @@ class _Run:
 
     @contextlib.contextmanager
     def rates_put_back(self) -> Iterator[None]:
-        """Put the optimizer's learning rates back at the end: it may be the user's."""
+        """Restore the optimizer's learning rates at the end, because the optimizer may be the user's."""
         try:
             yield
         finally:
@@ -284,7 +286,7 @@ class _Run:
         self.optimizer.step()
 
     def _log(self) -> None:
-        """Close a stretch of the curve."""
+        """Add a point to the loss curve."""
         self._check_finite()
         means = self._means()
         rate = self.rates[0] * self.options.rate(self.step - 1)
@@ -296,7 +298,7 @@ class _Run:
         return {name: float(total) / self.summed for name, total in self.sums.items()}
 
     def _check_finite(self) -> None:
-        """Raise `RecoveryError` if a loss since the last point of the curve, or a parameter that was, is not finite."""
+        """Raise `_NotFinite` if a loss since the last point of the curve, or a parameter that was finite, is not."""
         means = self._means()
         each = [parameter.isfinite().all() for parameter in self.finite.values()]
         fine = torch.stack(each).tolist() if each else []
@@ -307,15 +309,15 @@ class _Run:
         else:
             return
         folder = self.folder
-        kept = f"; the checkpoint in {folder} is from before" if folder and holds_checkpoint(folder) else ""
+        kept = f"; the checkpoint in {folder} was saved before that" if folder and holds_checkpoint(folder) else ""
         parts = ", ".join(f"{name} {value:g}" for name, value in means.items())
         raise _NotFinite(
             f"{what} is not finite by step {self.step}{f' ({parts})' if parts else ''}; lower the learning rate, clip "
-            f"gradients, or look for NaN and infinite values in the data; the student is as it was{kept}"
+            f"gradients, or look for NaN and infinite values in the data; the student was restored{kept}"
         )
 
     def _evaluates(self) -> bool:
-        """Whether the model is to be evaluated at this step, and was not yet."""
+        """Whether an evaluation is due at this step and has not been done yet."""
         options = self.options
         if options.evaluate is None or (self.evaluations and self.evaluations[-1][0] == self.step):
             return False
@@ -324,13 +326,13 @@ class _Run:
     def _evaluate(self) -> None:
         assert self.options.evaluate is not None
         self.student.eval()
-        # Always the same random numbers, and none of the run's.
+        # Every evaluation draws the same random numbers, and none from the run's streams.
         with RandomStream(self.options.seed, self.device).active(), torch.no_grad():
             found = self.options.evaluate(self.student)
         self.evaluations.append((self.step, pytree.tree_map(_plain_number, found)))
 
     def _likeness(self) -> Likeness:
-        """Compare the two models in eval mode on the held batches."""
+        """Compare the two models in eval mode on the first batches."""
         self.student.eval()
         self.teacher.eval()
         errors: list[float] = []
@@ -375,8 +377,8 @@ class _Run:
             except Exception as error:  # whatever a model raises on inputs that do not fit it
                 raise RecoveryError(
                     f"the {who} fails on the first batch, called with {_described(args, kwargs)}: "
-                    f"{type(error).__name__}: {error}; if that is not how it is called, pass inputs=, a function from "
-                    f"a batch to the arguments"
+                    f"{type(error).__name__}: {error}; if the model takes other arguments, pass inputs=, a function "
+                    f"from a batch to the arguments"
                 ) from error
         check_comparable(outputs["student"], outputs["teacher"])
         return find_logits(outputs["teacher"], self.options.logits)
@@ -449,13 +451,13 @@ def _optimizer(student: nn.Module, options: RecoverOptions, device: torch.device
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
     asked = options.optimizer
     if asked is None:
-        # No decay: the weights are the teacher's, whose training had its own.
+        # No weight decay: the weights are the teacher's, whose training has already decayed them.
         return torch.optim.AdamW(trained, lr=options.lr, weight_decay=0.0, fused=device.type == "cuda")
     if not isinstance(asked, torch.optim.Optimizer):
         if not callable(asked):
             raise ConfigError(
-                f"optimizer must be a torch.optim.Optimizer over the student's parameters, or a function from them to "
-                f"one; found a {type(asked).__name__}"
+                f"optimizer must be a torch.optim.Optimizer of the student's parameters, or a function that builds one "
+                f"from them; found a {type(asked).__name__}"
             )
         asked = asked(trained)
         if not isinstance(asked, torch.optim.Optimizer):
@@ -480,7 +482,7 @@ def _task_loss(loss_fn: Callable[[Any, Any], Tensor] | str, outputs: Any, batch:
     """Return the task's loss.
 
     Raises:
-        ConfigError: there is none of that name, or it is not one number with a gradient.
+        ConfigError: no output has that name, or the loss is not one number with a gradient.
     """
     if callable(loss_fn):
         loss: Any = loss_fn(outputs, batch)
@@ -499,7 +501,7 @@ def _named(loss_fn: Any) -> str | None:
 
 
 def _plain_number(value: Any) -> Any:
-    """Return a Python number for one of numpy's or torch's, which JSON cannot hold; anything else as it is."""
+    """Return a number of numpy or torch as a Python number, which JSON can hold; anything else unchanged."""
     if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.numel() == 1):
         return value.item()
     return value
@@ -507,16 +509,16 @@ def _plain_number(value: Any) -> Any:
 
 def _check_teacher(outputs: dict[str, Tensor]) -> None:
     for path, output in outputs.items():
-        # Some may be infinite or NaN by design, as scores behind a mask.
+        # Some values may be infinite or NaN by design, for example masked scores.
         if not bool(output.isfinite().any()):
             raise RecoveryError(
-                f"the teacher's output {path} has no finite value on the first batches, and nothing can be learnt from "
-                f"that; look for NaN and infinite values in the data; the student is as it was"
+                f"the teacher's output {path} has no finite value on the first batches, so the student cannot learn "
+                f"from it; look for NaN and infinite values in the data; the student is unchanged"
             )
 
 
 def _digest_of_model(model: nn.Module) -> str:
-    """Return what a model's weights and buffers are known again by, on any device: a digest of some of each."""
+    """Return a digest of some elements of every parameter and buffer, which is the same on any device."""
     digest = hashlib.sha256()
     for name, parameter in itertools.chain(model.named_parameters(), model.named_buffers()):
         flat = parameter.detach().reshape(-1)
