@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu zoo map check bench bench-gpu accuracy clean
+.PHONY: help setup demo test test-long test-gpu zoo map check bench bench-gpu accuracy clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -24,7 +24,10 @@ demo: $(READY)  ## Convert a BERT-base of 110 M parameters at ratio 50 and write
 	$(BIN)/roastify examples/bert.py --ratio 50 -o out/bert
 
 test: $(READY)  ## Run the tests; on a CPU the kernels run in Triton's interpreter
-	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist worksteal
+	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist worksteal -m "not long"
+
+test-long: $(READY)  ## Run the tests that repeat others at full size, or run whole programs
+	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist worksteal -m long
 
 test-gpu: $(READY)  ## Run the tests that need a CUDA device, in one process (an environment of your own: BIN=... READY=)
 	$(BIN)/pytest -m gpu

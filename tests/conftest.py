@@ -17,6 +17,9 @@ from torch import Tensor
 # Two threads on every machine, so that a dependence on the number of threads shows. If several test workers run, each
 # has one thread: four threads on two cores mostly wait for each other.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # For the processes that tests start.
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 # Derandomized, so that a failure in CI is a failure here. No deadline: the first example includes torch's start.
 hypothesis.settings.register_profile("roastify", derandomize=True, deadline=None)

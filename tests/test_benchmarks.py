@@ -215,7 +215,7 @@ def run(*arguments: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_regime_is_measured_and_shown_on_the_page(small: None, tmp_path: Path) -> None:
     path = tmp_path / "kernels.json"
     code, output = run("--output", str(path))

@@ -471,7 +471,7 @@ def test_the_installed_script_converts(folder: Path, script: Callable[..., Any])
     roastify.load(folder / "out", _model(folder))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_installed_script_times_compiled_models(folder: Path, script: Callable[..., Any]) -> None:
     done = script("bench", "good.py", "--ratio", "4", "--compile", "--device", "cpu", "--json", "raw.json")
     assert done.returncode == 0, done.stderr

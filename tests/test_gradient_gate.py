@@ -748,7 +748,7 @@ def train(model: nn.Module, steps: int, device: str) -> None:
         optimizer.step()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ten_thousand_steps_leak_no_memory() -> None:
     # On small matrices several threads mostly wait for each other.
     torch.set_num_threads(1)

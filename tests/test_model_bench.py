@@ -555,7 +555,7 @@ def _models(folder: Path, *arguments: str, code: str | None = None, compiled: bo
     return json.loads(output.read_text())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_benchmark_of_whole_models_runs(tmp_path: Path) -> None:
     values = _models(tmp_path, "--quick", "--only", "llama", compiled=True)
     assert values["machine"]["transformers"] and values["machine"]["date"]
@@ -588,7 +588,7 @@ models.main()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_failing_case_is_a_row_of_the_benchmark_of_whole_models(tmp_path: Path) -> None:
     rows = _models(tmp_path, code=FAILING)["rows"]
     assert [row["case"] for row in rows] == [

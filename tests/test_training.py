@@ -148,6 +148,7 @@ def regression(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[floa
     return losses[0], losses[-1]
 
 
+@pytest.mark.long
 def test_learning_rates() -> None:
     """At ratio 50 the pool trains at the dense model's rates; with SGD it is slower, and trains at higher rates too."""
     torch.manual_seed(0)

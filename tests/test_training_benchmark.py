@@ -52,7 +52,7 @@ def rows_of(path: Path) -> dict[str, dict[str, Any]]:
     return {row["case"]: row for row in json.loads(path.read_text())["rows"]}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_rows_of_one_device_and_their_page(tmp_path: Path) -> None:
     output = tmp_path / "rows.json"
     settings = ("--smoke", "--steps", "5", "--device", "cpu", "--output", str(output))
@@ -81,7 +81,7 @@ def test_rows_of_one_device_and_their_page(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "images").iterdir()] == ["training-time.png"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_rows_of_two_processes(tmp_path: Path) -> None:
     output = tmp_path / "rows.json"
     settings = ("--smoke", "--steps", "5", "--device", "cpu", "--output", str(output), "--only", "llama")

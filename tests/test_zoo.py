@@ -28,6 +28,8 @@ _FAST = (
     "bert deberta-v2 longformer ctrl gemma2 gpt2 t5 led mixtral llama4_text nllb-moe falcon_mamba rwkv beit segformer "
     "sew-d wavlm whisper clip groupvit patchtst"
 ).split()
+# Those that take longest.
+_LONG = {"groupvit", "led", "longformer", "sew-d", "wavlm", "nllb-moe"}
 _BY_TYPE = {name: family for family, types in pretrained.FAMILIES.items() for name in types.split()}
 
 
@@ -42,7 +44,9 @@ def test_modules_of_torch_and_awkward_models(entry: Entry) -> None:
     assert_passes(entry)
 
 
-@pytest.mark.parametrize("model_type", _FAST)
+@pytest.mark.parametrize(
+    "model_type", [pytest.param(name, marks=pytest.mark.long if name in _LONG else ()) for name in _FAST]
+)
 def test_an_architecture_of_every_family(model_type: str) -> None:
     assert_passes(pretrained.base_model(model_type, _BY_TYPE[model_type]))
 
@@ -96,6 +100,7 @@ def test_every_listed_type_is_known_to_the_newest_transformers_and_the_page_name
         assert page == own_part(page).rstrip("\n") + "\n" + outside(load(OUTSIDE))
 
 
+@pytest.mark.long
 def test_the_program_runs_one_model() -> None:
     command = [sys.executable, "-m", "zoo", "--processes", "1", "nn.Bilinear"]
     result = subprocess.run(command, cwd=ROOT / "tests", capture_output=True, text=True, check=True)
@@ -110,6 +115,7 @@ def run_outside(output: Path, *options: str) -> tuple[str, dict[str, Any]]:
     return result.stdout.splitlines()[-1], json.loads(output.read_text())
 
 
+@pytest.mark.long
 def test_the_program_for_other_packages(tmp_path: Path) -> None:
     last, results = run_outside(tmp_path / "one.json", "--processes", "1", "bert", "gpt2")
     assert last == "2 of 2 pass, 0 not run" and [row["name"] for row in results["rows"]] == ["bert", "gpt2"]
@@ -117,6 +123,7 @@ def test_the_program_for_other_packages(tmp_path: Path) -> None:
     assert "**2 of 2 models pass** with torch" in text and "| bert | encoder |" in text
 
 
+@pytest.mark.long
 def test_a_model_that_takes_too_long_is_a_row_and_models_not_run_are_named(tmp_path: Path) -> None:
     last, results = run_outside(tmp_path / "late.json", "--processes", "1", "--timeout", "0.001", "bert")
     assert last == "0 of 1 pass, 0 not run" and results["rows"][0]["failure"] == "took over 0.001 s"
@@ -124,6 +131,7 @@ def test_a_model_that_takes_too_long_is_a_row_and_models_not_run_are_named(tmp_p
     assert last == "0 of 0 pass, 2 not run" and results["unbuilt"][0] == "bert: no time was left"
 
 
+@pytest.mark.long
 def test_a_process_that_dies_is_a_row() -> None:
     """The worker gets a number that is not in its list, and that ends it."""
     entry = Entry("dying", "failing", lambda: Failing("nothing"))
