@@ -151,6 +151,46 @@ def test_numerics_import_no_user_interface() -> None:
             assert not any(module.split(".")[0] in ("rich", "click", "sympy") for module in modules), name
 
 
+TYPES = """
+import torch
+from torch import nn
+import roastify
+from roastify.kernels.view import TileView
+
+class Net(nn.Module): ...
+
+def lines(view: TileView, net: Net) -> None:
+    view.slot_size
+    view.slot_sise
+    reveal_type(roastify.convert(net, 10))
+    reveal_type(roastify.convert(net, 10, emit="graph"))
+    reveal_type(roastify.load("out", net))
+    roastify.convert(net, 10, init="projekt")
+    roastify.recover(net, net, [], 10, lr=1e-3)
+    roastify.recover(net, net, [], 10, rl=1e-3)
+"""
+
+
+@pytest.mark.long
+def test_types_reach_across_the_boundary_to_the_kernels(tmp_path: Path) -> None:
+    """A misspelt attribute, choice or setting fails `make check`, and `convert` gives back the class that it took."""
+    (tmp_path / "types_seen.py").write_text(TYPES)
+    command = [sys.executable, "-m", "mypy", "--config-file", "pyproject.toml", str(tmp_path / "types_seen.py")]
+    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    found = [line.partition(".py:")[2] for line in output.splitlines() if "types_seen.py" in line]
+    expected = [
+        '11: error: "TileView" has no attribute "slot_sise"',
+        '12: note: Revealed type is "types_seen.Net"',
+        '13: note: Revealed type is "torch.fx.graph_module.GraphModule"',
+        '14: note: Revealed type is "types_seen.Net"',
+        "15: error: ",
+        '17: error: Unexpected keyword argument "rl" for "recover"',
+    ]
+    starts = [next((line for line in found if line.startswith(start)), f"missing: {start}") for start in expected]
+    assert all(line.startswith(start) for line, start in zip(starts, expected, strict=True)), output
+    assert {line.split(":")[0] for line in found} == {start.split(":")[0] for start in expected}, output
+
+
 def test_importing_starts_nothing() -> None:
     code = (
         "import sys, torch; before = set(sys.modules); import roastify, roastify.kernels.ops; "
