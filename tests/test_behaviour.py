@@ -57,7 +57,7 @@ def test_a_good_model_passes_everything() -> None:
     ("what", "message"),
     [
         ("no gradient", "no gradient reaches the pool"),
-        ("no converted copy", "cannot be deep-copied, and the original can: TypeError: no copies of this"),
+        ("no converted copy", "cannot be deep-copied, but the original can: TypeError: no copies of this"),
         ("state elsewhere", "some state is missing from the state dict"),
     ],
 )

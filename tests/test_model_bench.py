@@ -359,7 +359,7 @@ def test_frozen_weights_have_no_gradient_to_compare(inputs: Tensor) -> None:
 @pytest.mark.parametrize(
     ("structure", "message"),
     [
-        (lambda y: y.argmax(-1), "no output is a floating-point tensor; wrap the model in one"),
+        (lambda y: y.argmax(-1), "no output is a floating-point tensor; wrap the model in a module"),
         (lambda y: [], "no output is a floating-point tensor"),
         (lambda y: (y, y * torch.nan), r"the dense model's \[1\] holds no finite number"),
     ],

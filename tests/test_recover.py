@@ -1022,7 +1022,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(teacher: nn.Module, tmp_path: Pa
     student = converted(teacher)
     before = state_of(student)
     message = (
-        r"the loss is not finite by step 4 \(.*task nan\); lower the learning rate.*checkpoint in .* is from before"
+        r"the loss is not finite by step 4 \(.*task nan\); lower the learning rate.*checkpoint in .* was saved before"
     )
     # This holds whether or not the loss curve has a point there.
     for every in (1, 50):
