@@ -285,6 +285,7 @@ def _with_settings(
             return function(*leading, settings(**given))  # type: ignore[call-arg]
 
         call.__signature__ = signature  # type: ignore[attr-defined]
+        call.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\n{settings.__doc__}"
         return call
 
     return decorate

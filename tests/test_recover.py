@@ -986,7 +986,7 @@ def test_unusable_data_is_refused(teacher: nn.Module) -> None:
         ({"lr": "fast"}, "lr must be a number above 0; found 'fast'"),
         ({"feature_weight": -1}, "feature_weight must be a number of at least 0; found -1"),
         ({"seed": "x"}, "seed must be an integer; found 'x'"),
-        ({"features": "re:["}, r"features pattern 're:\[' is no regular expression: unterminated"),
+        ({"features": "re:["}, r"features: 're:\[' is not a valid regular expression: unterminated"),
         ({"clip": 0}, "clip must be a number above 0"),
         ({"warmup": 1.0}, "warmup is a share of the steps and must be below 1"),
         ({"schedule": "cosin"}, "schedule must be one of cosine, constant; found 'cosin'; closest: 'cosine'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
@@ -153,10 +154,10 @@ class RecoverOptions:
         return self.log_every or max(1, self.steps // 100)
 
 
-def described() -> str:
-    """Return a docstring's arguments section, with a line for each setting."""
+def _described() -> str:
+    """Return the class's docstring with a line for each setting."""
     lines = (f"    {each.name}: {each.metadata['meaning']}." for each in dataclasses.fields(RecoverOptions))
-    return "Args:\n" + "\n".join(lines)
+    return "\n".join([inspect.cleandoc(RecoverOptions.__doc__ or ""), "", "Args:", *lines])
 
 
-RecoverOptions.__doc__ = f"{RecoverOptions.__doc__}\n    {described()}"
+RecoverOptions.__doc__ = _described()
