@@ -28,7 +28,6 @@ from roastify.errors import ConfigError, OutputMismatch, closest
 from roastify.pool.plan import RoastPlan
 from roastify.recovery.options import RecoverOptions
 from roastify.recovery.report import RecoveryReport
-from roastify.recovery.run import run_recovery
 
 _M = TypeVar("_M", bound=nn.Module)
 _P = ParamSpec("_P")
@@ -319,6 +318,9 @@ def recover(student: nn.Module, teacher: nn.Module, data: Any, options: RecoverO
         RecoveryError: outputs cannot be compared, the data ended, or the loss is not finite.
         CheckpointError: the checkpoint is damaged, or of another run.
     """
+    # Here, because `import roastify` would take a third longer.
+    from roastify.recovery.run import run_recovery
+
     return run_recovery(student, teacher, data, options)
 
 
