@@ -1,4 +1,4 @@
-"""Which implementation runs the operators on a device, found without importing Triton."""
+"""What runs the operators on a device, in words for reports; `dispatch` decides, and no Triton is imported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How an operator is called: through torch's dispatcher if a tool watches the call, else directly."""
+"""How an operator is called, directly or through torch's dispatcher, and whether GPU or plain torch runs it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The private parts of PyTorch that roastify uses; no other file names them.
+"""The private functions of PyTorch that roastify calls; no other file names them.
+
+What `nn.Module` and its layers keep under an underscore is another matter: the files that rewrite modules use it.
 
 They were checked on torch 2.11 and 2.13. PyTorch may change them without notice, so look here first when a new version
 fails. A function that every layer calls in every step is bound to its name directly, because a wrapper would cost the

@@ -18,8 +18,8 @@ from roastify.checks.interface import VerifyReport, compare_interfaces, observe
 from roastify.checks.model_bench import BenchOptions, BenchReport, check_inputs, measure, parse_device, parse_dtype
 from roastify.config import Init, RoastConfig
 from roastify.conversion.converted import pool_of, refuse_sharded, refused_write
+from roastify.conversion.emitted_graph import emit_graph
 from roastify.conversion.fx_pass import trace
-from roastify.conversion.graph import emit_graph
 from roastify.conversion.initial_values import complete_plan, fill_pool
 from roastify.conversion.planner import make_plan
 from roastify.conversion.rewrite import apply_plan, build_pool, copy_weights, copy_without, restore_dense

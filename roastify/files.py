@@ -1,4 +1,4 @@
-"""Files that are written completely or not at all, and digests by which they are recognised."""
+"""Files that appear whole or not at all, digests by which they are recognised, and plain JSON files."""
 
 from __future__ import annotations
 

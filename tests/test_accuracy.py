@@ -279,7 +279,7 @@ def test_warm_up_steps_change_no_later_step(data: Path, cache: Path, optimizer: 
         model = roastify.convert(nets.image_net(task), 10)
         taken = a_step(model, Run("resnet9", "ours", 10.0), folder, task)
         if warm:
-            with taken._kept():
+            with taken._retained():
                 for _ in range(3):
                     taken()
             assert int(taken.done) == 0 and int(taken.position) == 0 and float(taken.loss) == 0

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 import roastify
 from roastify.conversion.converted import pool_of
-from roastify.conversion.graph import emit_graph
+from roastify.conversion.emitted_graph import emit_graph
 from roastify.errors import ConfigError, ConversionError
 from roastify.layers.reading import tracers
 

@@ -28,7 +28,7 @@ from roastify.conversion.rewrite import copy_weights
 from roastify.errors import ConversionError, OutputMismatch
 from roastify.files import digest_of_file, write_tensors
 from roastify.kernels import ops, reference
-from roastify.kernels.kept_weights import WeightGroup
+from roastify.kernels.gathered_weights import WeightGroup
 from roastify.layers.base import RoastModule
 from roastify.pool import pass_cache
 from roastify.pool.kernel_basis import coefficient_matrix, combined_matrix, cosine_basis, principal_basis

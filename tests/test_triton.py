@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import roastify
 from roastify.conversion.converted import pool_of
-from roastify.kernels import kept_weights as weights
+from roastify.kernels import gathered_weights as weights
 from roastify.kernels import ops, reference
 from roastify.kernels.view import TileView, WeightView
 from roastify.pool.mapping import TileMap

@@ -87,7 +87,7 @@ class Step:
             raise CaptureError(str(error)) from error
 
     def _captured(self) -> torch.cuda.CUDAGraph:
-        with self._kept():
+        with self._retained():
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
@@ -125,7 +125,7 @@ class Step:
         self.position += self.batch
 
     @contextlib.contextmanager
-    def _kept(self) -> Iterator[None]:
+    def _retained(self) -> Iterator[None]:
         """Put back all that steps change: a fresh optimizer's state is zeros."""
         tensors = [*self.model.parameters(), *self.model.buffers(), self.position, self.done, self.loss]
         saved = [tensor.detach().clone() for tensor in tensors]

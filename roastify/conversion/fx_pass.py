@@ -113,7 +113,8 @@ class _ForestBuilder:
     def __init__(self) -> None:
         self.regions: list[TracedRegion] = []
         # Why each untraceable class cannot be traced. Once a class could not be traced in one place, it is a leaf
-        # everywhere. That loses nothing, because each leaf is traced by itself.
+        # everywhere. That loses nothing, because each leaf of another class is traced by itself, and an opaque
+        # module's children are.
         self.reasons: dict[type[nn.Module], str] = {}
         self.covered: set[nn.Module] = set()
         self.opaque: list[nn.Module] = []

@@ -15,7 +15,7 @@ from roastify.conversion.transformers_ties import forget_ties, remember_ties
 from roastify.errors import ConversionError
 from roastify.layers.base import RoastModule
 from roastify.layers.class_swap import to_dense, to_emptied, to_roast
-from roastify.layers.kinds import keeps_weight
+from roastify.layers.kinds import retains_weight
 from roastify.pool.forward_pass import RootForward
 from roastify.pool.plan import RoastPlan, TensorPlan
 from roastify.pool.pool import RoastPool
@@ -112,7 +112,7 @@ def apply_plan(model: nn.Module, plan: RoastPlan, pool: RoastPool) -> Callable[[
             for module, attribute in holders:
                 swapped.append((module, attribute, module._parameters[attribute]))
                 to_roast(module, attribute, shared)
-            if any(keeps_weight(cast(RoastModule, module), attribute, shared) for module, attribute in holders):
+            if any(retains_weight(cast(RoastModule, module), attribute, shared) for module, attribute in holders):
                 kept.append(shared)
         pool.weights = tuple(kept)
         for module in filled:

@@ -40,7 +40,7 @@ class LayerKind:
         materialises: whether the operation needs the whole dense weight; if so, the weight is cut into strips, not
             tiles.
         refusal: a function that returns why a module of this kind must keep its dense weight, or None.
-        keeps: a function that returns whether the layer's forward may keep this dense weight until the backward pass.
+        retains: a function that returns whether the layer's forward may keep this dense weight until the backward pass.
         kernels: whether the weight is a convolution's: one kernel (all dimensions but the first two) for each pair of
             channels.
     """
@@ -50,7 +50,7 @@ class LayerKind:
     transposed: bool = False
     materialises: bool = False
     refusal: Callable[[Any], str | None] = lambda module: None
-    keeps: Callable[[PooledWeight], bool] = lambda shared: False
+    retains: Callable[[PooledWeight], bool] = lambda shared: False
     kernels: bool = False
 
 
@@ -62,23 +62,23 @@ def _refuse_table(module: nn.Embedding | nn.EmbeddingBag) -> str | None:
     return None
 
 
-def _keeps_product(shared: PooledWeight) -> bool:
+def _retains_product(shared: PooledWeight) -> bool:
     return shared.is_small and not shared.center
 
 
-def _keeps_whole(shared: PooledWeight) -> bool:
+def _retains_whole(shared: PooledWeight) -> bool:
     return shared.can_be_whole
 
 
 # The one list of layers whose own operation reads the pool. `read_path_of` decides for all other modules.
 _KINDS: dict[type[nn.Module], LayerKind] = {
-    nn.Linear: LayerKind("linear", RoastLinear, keeps=_keeps_product),
+    nn.Linear: LayerKind("linear", RoastLinear, retains=_retains_product),
     nn.Bilinear: LayerKind("bilinear", RoastBilinear, materialises=True),
     nn.Embedding: LayerKind("embedding", RoastEmbedding, refusal=_refuse_table),
     nn.EmbeddingBag: LayerKind("embedding_bag", RoastEmbeddingBag, refusal=_refuse_table),
-    nn.Conv1d: LayerKind("conv1d", RoastConv1d, materialises=True, keeps=_keeps_whole, kernels=True),
-    nn.Conv2d: LayerKind("conv2d", RoastConv2d, materialises=True, keeps=_keeps_whole, kernels=True),
-    nn.Conv3d: LayerKind("conv3d", RoastConv3d, materialises=True, keeps=_keeps_whole, kernels=True),
+    nn.Conv1d: LayerKind("conv1d", RoastConv1d, materialises=True, retains=_retains_whole, kernels=True),
+    nn.Conv2d: LayerKind("conv2d", RoastConv2d, materialises=True, retains=_retains_whole, kernels=True),
+    nn.Conv3d: LayerKind("conv3d", RoastConv3d, materialises=True, retains=_retains_whole, kernels=True),
     nn.ConvTranspose1d: LayerKind("conv_transpose1d", RoastConvTranspose1d, materialises=True),
     nn.ConvTranspose2d: LayerKind("conv_transpose2d", RoastConvTranspose2d, materialises=True),
     nn.ConvTranspose3d: LayerKind("conv_transpose3d", RoastConvTranspose3d, materialises=True),
@@ -98,7 +98,7 @@ def kind_of(module_class: type, attribute: str = "weight") -> LayerKind | None:
         if base in _KINDS:
             return _KINDS[base]
         if base is transformers_conv1d():
-            return LayerKind("linear", RoastTransformersConv1D, transposed=True, keeps=_keeps_product)
+            return LayerKind("linear", RoastTransformersConv1D, transposed=True, retains=_retains_product)
     return None
 
 
@@ -149,7 +149,7 @@ def has_forward_of_its_own(module_class: type[nn.Module]) -> bool:
     return kind is not None and layer is not None and module_class.forward is not layer.forward
 
 
-def keeps_weight(module: RoastModule, attribute: str, shared: PooledWeight) -> bool:
+def retains_weight(module: RoastModule, attribute: str, shared: PooledWeight) -> bool:
     """Whether a training pass may gather a module's weight in a group: the layer's own forward reads and keeps it.
 
     The output projection of `nn.MultiheadAttention` is an exception: the attention reads its weight, and never calls
@@ -159,7 +159,7 @@ def keeps_weight(module: RoastModule, attribute: str, shared: PooledWeight) -> b
     kind = kind_of(original, attribute)
     if kind is None or has_forward_of_its_own(original):
         return False
-    return kind.keeps(shared) and not issubclass(original, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    return kind.retains(shared) and not issubclass(original, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
 def _other_code_in_call(module: nn.Module) -> str | None:

@@ -69,7 +69,7 @@ class PooledWeight(WeightView):
         """Return `x · weightᵀ + bias`."""
         if self.center:
             return F.linear(x, self.dense(), bias)
-        weight = self._kept_for(x)
+        weight = self._retained_for(x)
         if weight is not None:
             return F.linear(x, weight, bias)
         return self._product(ops.linear_t if self.transposed else ops.linear, x, bias)
@@ -78,7 +78,7 @@ class PooledWeight(WeightView):
         """Return `x · weight + bias`."""
         if self.center:
             return F.linear(x, self.dense().t(), bias)
-        weight = self._kept_for(x)
+        weight = self._retained_for(x)
         if weight is not None:
             return F.linear(x, weight.t(), bias)
         return self._product(ops.linear if self.transposed else ops.linear_t, x, bias)
@@ -92,7 +92,7 @@ class PooledWeight(WeightView):
             return not is_exporting()
         return not is_jit_tracing()
 
-    def _kept_for(self, x: Tensor) -> Tensor | None:
+    def _retained_for(self, x: Tensor) -> Tensor | None:
         """Return the dense weight for a product if it is kept for the backward pass, which else gathers it again.
 
         A weight is kept if two conditions hold. It is small: then the host's time limits the layer, and a second gather
@@ -109,14 +109,14 @@ class PooledWeight(WeightView):
             kept = statically_known_true(x.numel() >= self.numel)
         else:
             kept = x.numel() >= self.numel
-        return self._kept(x) if kept else None
+        return self._retained(x) if kept else None
 
-    def _kept(self, x: Tensor) -> Tensor:
+    def _retained(self, x: Tensor) -> Tensor:
         """Return the dense tensor for a recorded operation on `x`, in the dtype that the operation runs in."""
         dtype = ops.autocast_dtype(x) or self.current_dtype
         if torch.compiler.is_compiling():
             return self._gathered(dtype)
-        return self.pool.read_weight(self, dtype)
+        return self.pool.gathered_weight(self, dtype)
 
     def _gathered(self, dtype: torch.dtype) -> Tensor:
         matrix = ops.gather(self.pool.read(dtype), self.pool.table, self.view, self.scale)
@@ -128,7 +128,7 @@ class PooledWeight(WeightView):
     def whole(self, x: Tensor) -> Tensor:
         """Return the dense tensor for an operation on `x` that needs all of it, in the operation's dtype."""
         if self.can_be_whole and self._is_recorded():
-            return self._kept(x)
+            return self._retained(x)
         return self.dense(ops.autocast_dtype(x))
 
     def _product(self, product: Callable[..., Tensor], x: Tensor, bias: Tensor | None) -> Tensor:

@@ -7,8 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from roastify.kernels.gathered_weights import WeightGroup
 from roastify.kernels.grad_buffer import GradBuffer
-from roastify.kernels.kept_weights import WeightGroup
 from roastify.kernels.reference import summed_in
 from roastify.kernels.view import WeightView
 from roastify.pool.preconditioner import divide_, divided

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from roastify.errors import RoastError
 from roastify.kernels import ops
-from roastify.kernels.kept_weights import WeightGroup, combine_group, combined_weight, gather_group, gathered_again
+from roastify.kernels.gathered_weights import WeightGroup, combine_group, combined_weight, gather_group, gathered_again
 from roastify.kernels.torch_internals import (
     NO_PASS,
     SELECTIVE_CHECKPOINTS,

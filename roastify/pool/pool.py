@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from roastify.errors import RoastError
 from roastify.kernels import reference
-from roastify.kernels.kept_weights import WeightGroup, make_groups
+from roastify.kernels.gathered_weights import WeightGroup, make_groups
 from roastify.kernels.reference import summed_in
 from roastify.kernels.torch_internals import is_exporting
 from roastify.kernels.view import TileView, WeightView
@@ -128,7 +128,7 @@ class RoastPool(nn.Module):
                 return cache_of(self).read(dtype, tracked)
         return cache_of(self).read(dtype, tracked)
 
-    def read_weight(self, weight: WeightView, dtype: torch.dtype) -> Tensor:
+    def gathered_weight(self, weight: WeightView, dtype: torch.dtype) -> Tensor:
         """Return a dense weight in a dtype, in a graph, for a forward pass that autograd records.
 
         Within the model's forward, the weight is gathered once, together with the weights of its group. Outside of it,

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import roastify
 from roastify.conversion.converted import pool_of
-from roastify.kernels import dispatch, kept_weights
+from roastify.kernels import dispatch, gathered_weights
 from roastify.layers import pooled_weight
 from roastify.layers.pooled_weight import PooledWeight
 from roastify.pool.pass_cache import passes
@@ -99,9 +99,9 @@ class Gathers:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.groups: list[int] = []
-        gather = kept_weights.gather_group
+        gather = gathered_weights.gather_group
 
-        def watched(pool: Tensor, table: Tensor, group: kept_weights.WeightGroup, *rest: Any) -> Any:
+        def watched(pool: Tensor, table: Tensor, group: gathered_weights.WeightGroup, *rest: Any) -> Any:
             self.groups.append(len(group.weights))
             return gather(pool, table, group, *rest)
 
@@ -254,7 +254,7 @@ def test_a_weight_is_gathered_once_a_step_and_together_with_its_group(gathers: G
 
 
 def test_groups_are_no_larger_than_their_bound(gathers: Gathers, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kept_weights, "_GROUP_ELEMENTS", 3 * WIDTH**2)
+    monkeypatch.setattr(gathered_weights, "_GROUP_ELEMENTS", 3 * WIDTH**2)
     model = converted()
     model(rows()).sum().backward()
     assert gathers.groups == [3, 1, 1]
@@ -433,7 +433,7 @@ def test_weights_are_not_kept_where_it_would_not_pay(
 def test_no_weight_is_kept_after_a_step(kind: type[Net]) -> None:
     model = converted(kind)
     made: list[weakref.ref[Tensor]] = []
-    gather = kept_weights.gather_group
+    gather = gathered_weights.gather_group
 
     def watched(*args: Any) -> Any:
         tensors = gather(*args)
