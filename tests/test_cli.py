@@ -488,18 +488,21 @@ def test_the_installed_script_fails_without_a_traceback(folder: Path, script: Ca
     assert "\x1b" not in done.stderr
 
 
+@pytest.mark.long
 def test_the_installed_script_refuses_wrong_usage(script: Callable[..., Any]) -> None:
     done = script("good.py", "--ratio", "0.5")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: ratio must be at least 1") and "Traceback" not in done.stderr
 
 
+@pytest.mark.long
 def test_the_installed_script_shows_a_traceback_when_asked(script: Callable[..., Any]) -> None:
     done = script("--traceback", "good.py", "--ratio", "5000")
     assert done.returncode == 1
     assert done.stderr.startswith("Traceback") and "PlanError: ratio 5000 is unreachable" in done.stderr
 
 
+@pytest.mark.long
 def test_the_installed_script_writes_json_for_a_pipe(folder: Path, script: Callable[..., Any]) -> None:
     assert os.environ.get("FORCE_COLOR") is None
     done = script("plan", "good.py", "--ratio", "4", "--json")

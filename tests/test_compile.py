@@ -249,6 +249,7 @@ def test_a_model_runs_on_fake_tensors() -> None:
     assert_near(step(model, model, tokens(4)), step(other, other, tokens(4)))
 
 
+@pytest.mark.long
 @inductor
 def test_inductor() -> None:
     model = convert(nn.Sequential(nn.Embedding(96, 64, padding_idx=3), nn.Linear(64, 32)))
@@ -366,8 +367,8 @@ def test_a_second_backward_pass_through_a_compiled_graph() -> None:
 
 
 @inductor
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("precondition", [False, True])
+@pytest.mark.parametrize("autocast", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.parametrize("precondition", [pytest.param(False, marks=pytest.mark.long), True])
 def test_layers_add_to_one_gradient_of_the_pool(precondition: bool, autocast: bool) -> None:
     model = convert(Stack(plain, depth=12), precondition=precondition)
     compiled = torch.compile(model, fullgraph=True)

@@ -184,6 +184,7 @@ def test_values_of_another_model_are_refused(tmp_path: Path, change: Any, messag
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("settings", [[], ["--fsdp"]], ids=["ddp", "fsdp"])
 def test_the_example(tmp_path: Path, settings: list[str]) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

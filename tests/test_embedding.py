@@ -130,7 +130,7 @@ def test_adding_looked_up_rows_to_a_sum(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 2, 16])
-@pytest.mark.parametrize("elements", [1, 64, 1024])
+@pytest.mark.parametrize("elements", [pytest.param(1, marks=pytest.mark.long), 64, 1024])
 @pytest.mark.parametrize("name", ["padded", "one slot", "one column of tiles", "element by element"])
 def test_runs_are_summed_whatever_the_chunk_size(
     monkeypatch: pytest.MonkeyPatch, name: str, elements: int, steps: int

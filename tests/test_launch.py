@@ -225,6 +225,7 @@ def test_a_launch_is_compiled_again_for_another_precision(
         assert fixed["PRECISION"] == (asked if dtype == torch.float32 else "ieee")
 
 
+@pytest.mark.long
 def test_a_launch_is_compiled_again_for_another_bias_or_dtype(launched: list[tuple[str, dict[str, Any]]]) -> None:
     """Dtype and bias change forth and back on one view, and every result is checked."""
     view, table = mapped()

@@ -135,6 +135,7 @@ def test_recovery_brings_the_student_near_the_teachers_accuracy(teacher: nn.Modu
     assert report.logits == ("output",)
 
 
+@pytest.mark.long
 def test_training_after_alignment_ends_better(teacher: nn.Module) -> None:
     errors = []
     for steps in (0, 30):
@@ -236,7 +237,7 @@ class Convolutions(nn.Module):
         self.back = nn.ConvTranspose1d(32, 16, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.back(self.along(self.make_groups(self.first(x).relu()).relu().flatten(2)).relu())
+        return self.back(self.along(self.grouped(self.first(x).relu()).relu().flatten(2)).relu())
 
 
 def test_alignment_of_convolutions() -> None:
@@ -553,6 +554,7 @@ def test_an_unclear_batch_is_refused(forward: Callable[..., Any], batch: Any) ->
     assert passing(Calls(forward), lambda batch: batch[0])(batch) == ((X,), {})
 
 
+@pytest.mark.long
 def test_batches_of_every_kind_recover_alike(teacher: nn.Module) -> None:
     x, y = samples(256, 2)
     kinds: list[tuple[Any, dict[str, Any]]] = [
@@ -695,7 +697,7 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("kind", ["loader", "generator", "function"])
-@pytest.mark.parametrize("killed_at", [3, 11])
+@pytest.mark.parametrize("killed_at", [3, pytest.param(11, marks=pytest.mark.long)])
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(
     teacher: nn.Module, tmp_path: Path, kind: str, killed_at: int
 ) -> None:

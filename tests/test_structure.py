@@ -207,6 +207,7 @@ def test_no_top_level_package_named_kernels() -> None:
     assert output.strip() == "True"
 
 
+@pytest.mark.long
 def test_installed_wheel_works(tmp_path: Path) -> None:
     """Build the wheel, unpack it as an installation would, and convert with it from another folder."""
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path / "dist"), str(ROOT)]

@@ -360,6 +360,7 @@ def train(run: Callable[[Tensor], Tensor], model: nn.Module, device: str = "cpu"
     return losses
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.filterwarnings("ignore")
 def test_a_compiled_step_breaks_where_the_dense_models_does() -> None:
@@ -401,6 +402,7 @@ def test_a_compiled_model_trains_as_the_eager_one() -> None:
     assert len(set(found)) == 4
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.filterwarnings("ignore")
 def test_a_compiled_backward_pass_of_an_eager_model() -> None:
@@ -414,6 +416,7 @@ def test_a_compiled_backward_pass_of_an_eager_model() -> None:
     torch.testing.assert_close(weight.grad, expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.filterwarnings("ignore")
 def test_blocks_compiled_by_themselves() -> None:

@@ -366,6 +366,7 @@ def wide_integers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[TileView]]:
         function.cache_clear()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["many chunks, padded", "whole columns, many chunks", "sign per element", "a region"])
 def test_products_in_wide_integers(wide_integers: list[TileView], name: str) -> None:
     """Large pools need 64-bit addresses; the results must be the same."""
@@ -875,6 +876,7 @@ def test_a_group_with_bases_in_training_loops(
     assert_steps_alike(model, dense, step)
 
 
+@pytest.mark.long
 @pytest.mark.compiled
 @pytest.mark.filterwarnings("ignore")
 def test_a_compiled_backward_pass_of_an_eager_group_with_bases(
