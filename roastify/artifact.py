@@ -72,7 +72,7 @@ def write_artifact(model: nn.Module, folder: Path, state_dict: Mapping[str, torc
         }
         text = json.dumps(seal(manifest), indent=1, ensure_ascii=False)
         pending(manifest_path).write_text(text + "\n", encoding="utf-8")
-        put_in_place(weights_path, manifest_path)
+        put_in_place({pending(path): path for path in (weights_path, manifest_path)})
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"cannot write the artifact {folder}: {reason_of(error)}") from error
 
@@ -243,7 +243,7 @@ def write_dense(artifact: Artifact, path: Path) -> int:
     state = dense_state_dict(artifact)
     try:
         write_tensors(state, pending(path))
-        put_in_place(path)
+        put_in_place({pending(path): path})
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"cannot write {path}: {reason_of(error)}") from error
     return len(state)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,16 @@ def pending(path: Path) -> Path:
     return path.with_name(path.name + _PENDING)
 
 
-def put_in_place(*paths: Path) -> None:
-    """Make the pending files of these paths durable, then rename each to its path, in this order.
+def put_in_place(moves: Mapping[Path, Path]) -> None:
+    """Make files durable, then rename each to where it belongs, in this order.
 
-    A run that is killed in between leaves every path with its old file or its new one.
+    A run that is killed in between leaves every target with its old file or its new one.
     """
-    for path in paths:
-        _flush(pending(path))
-    for path in paths:
-        os.replace(pending(path), path)
-    for folder in dict.fromkeys(path.parent for path in paths):
+    for source in moves:
+        _flush(source)
+    for source, target in moves.items():
+        os.replace(source, target)
+    for folder in dict.fromkeys(target.parent for target in moves.values()):
         _flush(folder)
 
 

@@ -874,8 +874,8 @@ def test_a_damaged_checkpoint_is_refused(teacher: nn.Module, tmp_path: Path) -> 
     manifest.write_text(text[:50])
     with pytest.raises(CheckpointError, match="is not a readable checkpoint"):
         resume()
-    manifest.write_text(text.replace('"format_version": 1', '"format_version": 2'))
-    with pytest.raises(CheckpointError, match="has format version 2, and this roastify reads 1"):
+    manifest.write_text(text.replace('"format_version": 2', '"format_version": 3'))
+    with pytest.raises(CheckpointError, match="has format version 3, and this roastify reads up to 2"):
         resume()
     manifest.write_text(text)
     assert resume().resumed_at == 2

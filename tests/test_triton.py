@@ -21,8 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import roastify
 from roastify.conversion.converted import pool_of
-from roastify.kernels import gathered_weights as weights
-from roastify.kernels import ops, reference
+from roastify.kernels import gathered_weights, ops, reference
 from roastify.kernels.view import TileView, WeightView
 from roastify.pool.mapping import TileMap
 
@@ -144,7 +143,9 @@ def test_reduce_to_a_sum(monkeypatch: pytest.MonkeyPatch, name: str, dtype: torc
     """Sums are in float32 whatever the gradient's dtype; elements that the tensor does not read stay unchanged."""
     view, table, shape = ADDED[name].build()
     by_tile = []
-    monkeypatch.setattr(reduce, "_by_tile", lambda *args, run=reduce._by_tile: (by_tile.append(True), run(*args)))
+    monkeypatch.setattr(
+        reduce, "_add_by_tile", lambda *args, run=reduce._add_by_tile: (by_tile.append(True), run(*args))
+    )
     grad, before = randn(view.rows, view.cols, dtype=dtype), randn(*shape, seed=1)
     expected = in_float64(lambda grad: reference.reduce(grad, table, view, 0.7, list(shape)), grad) + before.double()
     results = []
@@ -474,7 +475,6 @@ def test_products_in_panels(monkeypatch: pytest.MonkeyPatch, name: str, scratch:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize("num_rows", [1, 5, 200])
 def test_tensors_on_a_device_that_is_not_the_current_one(num_rows: int) -> None:
-    from roastify.kernels import ops
 
     arguments, expected = product_case("whole columns", num_rows, torch.bfloat16)
     x, pool, bias, table = (value.to("cuda:1") for value in arguments[:4])
@@ -601,8 +601,8 @@ def test_a_groups_kernel_adds_the_gradients_if_most_of_the_group_has_one(
     reduce_ = group.Group.reduce_
     monkeypatch.setattr(group.Group, "reduce_", lambda *args: calls.append("") or reduce_(*args))
     if DEVICE == "cpu":
-        monkeypatch.setattr(weights.WeightGroup, "kernels", lambda chosen, *_: group.Group(chosen.weights))
-        monkeypatch.setattr(ops, "on_device_of", lambda tensor: contextlib.nullcontext())
+        monkeypatch.setattr(gathered_weights.WeightGroup, "kernels", lambda chosen, *_: group.Group(chosen.weights))
+        monkeypatch.setattr(gathered_weights, "on_device_of", lambda tensor: contextlib.nullcontext())
     config = roastify.RoastConfig(ratio=3.0, min_numel=1, tile="8x8", sign="row")
     torch.manual_seed(0)
     model = roastify.convert(Net().to(DEVICE), config=config)
@@ -731,13 +731,13 @@ def convolutions(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any, list[int]]:
         calls.append(0 if args[-1] is None else len(args[-1]) // args[0].weights[0].basis_shape[0])
         reduce_(*args)
 
-    def forced(chosen: weights.WeightGroup, pool: Tensor) -> Any:
+    def forced(chosen: gathered_weights.WeightGroup, pool: Tensor) -> Any:
         return None if pool.dtype == torch.float64 or len(chosen.weights) == 1 else group.Group(chosen.weights)
 
     monkeypatch.setattr(group.Group, "reduce_", watched)
     if DEVICE == "cpu":
-        monkeypatch.setattr(weights.WeightGroup, "kernels", forced)
-        monkeypatch.setattr(ops, "on_device_of", lambda tensor: contextlib.nullcontext())
+        monkeypatch.setattr(gathered_weights.WeightGroup, "kernels", forced)
+        monkeypatch.setattr(gathered_weights, "on_device_of", lambda tensor: contextlib.nullcontext())
     torch.manual_seed(0)
     config = roastify.RoastConfig(ratio=3.0, min_numel=1, tile="8x8")
     model = roastify.convert(Convolutions().to(DEVICE), config=config)
@@ -920,7 +920,7 @@ def test_a_basis_of_another_shape_is_refused(convolutions: tuple[Any, Any, list[
 def test_a_failed_backward_pass_leaves_no_gradient_behind(convolutions: tuple[Any, Any, list[int]]) -> None:
     model, _, _ = convolutions
     left = []
-    leave = weights._DeferredGrads.leave
+    leave = gathered_weights._DeferredGrads.defer
 
     def watched(self: Any, node: Any, index: int, grad: Tensor) -> bool:
         left.append(StorageWeakRef(grad.untyped_storage()))
@@ -932,7 +932,7 @@ def test_a_failed_backward_pass_leaves_no_gradient_behind(convolutions: tuple[An
     out = model(randn(2, 24, 9, 9)).square().sum()
     hook = pool_of(model).bases()[0].register_hook(fail)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights._DeferredGrads, "leave", watched)
+        patch.setattr(gathered_weights._DeferredGrads, "defer", watched)
         with pytest.raises(ValueError, match="on purpose"):
             out.backward(retain_graph=True)
     hook.remove()

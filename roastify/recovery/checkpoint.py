@@ -8,7 +8,6 @@ tensors that it names are complete.
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -58,9 +57,8 @@ def write_checkpoint(folder: Path, made_by: dict[str, Any], state: Any) -> None:
             "tensors": {"file": weights.name, "sha256": digest},
             "state": encoded,
         }
-        os.replace(unnamed, pending(weights))
         pending(manifest_path).write_text(json.dumps(manifest) + "\n", encoding="utf-8")
-        put_in_place(weights, manifest_path)
+        put_in_place({unnamed: weights, pending(manifest_path): manifest_path})
         for old in folder.glob("state-*.safetensors"):
             if old != weights:
                 old.unlink()
