@@ -20,8 +20,8 @@ from roastify.pool.mapping import TileMap
 from roastify.source import Source, load_source
 
 ROOT = Path(__file__).parents[1]
-# GPT-2 is as large as BERT, and differs in a layer that the zoo has too.
-EXAMPLES = ["bert", pytest.param("gpt2", marks=pytest.mark.long), "resnet", "recommender"]
+# `make check` converts the large ones too.
+EXAMPLES = [*(pytest.param(name, marks=pytest.mark.long) for name in ("bert", "gpt2")), "resnet", "recommender"]
 
 
 @pytest.fixture(scope="module", params=EXAMPLES)

@@ -401,6 +401,7 @@ def test_logits_are_found_by_name_or_pattern() -> None:
         find_logits(output, ("hiden",))
 
 
+@pytest.mark.long
 def test_each_loss_can_stand_alone(teacher: nn.Module) -> None:
     data = [(x, y) for x, y in zip(*(part.split(32) for part in samples(512, 2)), strict=True)]
     for changes, parts in (
@@ -696,7 +697,9 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("kind", ["loader", "generator", "function"])
+@pytest.mark.parametrize(
+    "kind", ["loader", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("generator", "function"))]
+)
 @pytest.mark.parametrize("killed_at", [3, pytest.param(11, marks=pytest.mark.long)])
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(
     teacher: nn.Module, tmp_path: Path, kind: str, killed_at: int
