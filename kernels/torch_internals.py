@@ -10,12 +10,14 @@ host more than the call itself.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn.utils import parametrizations
 from torch.utils import _python_dispatch as dispatch_modes
 from torch.utils import _pytree, checkpoint
 
@@ -95,8 +97,16 @@ def saved_tensors_hook() -> Any:
     return None if hooks is None else hooks[0]
 
 
+# In this context every tensor subclass is a plain tensor to operations.
+without_subclasses = torch._C.DisableTorchFunctionSubclass
 # A tensor subclass with this `__torch_function__` is a plain tensor to every operation.
 disabled_torch_function: Any = torch._C._disabled_torch_function_impl
+
+
+def is_householder(parametrization: Any) -> bool:
+    """Whether a parametrization makes orthogonal weights of Householder reflectors, whose original must be exact."""
+    orthogonal = isinstance(parametrization, parametrizations._Orthogonal)
+    return orthogonal and parametrization.orthogonal_map == parametrizations._OrthMaps.householder
 
 
 # The dispatch key whose kernels track which tensors are views of which.
@@ -123,3 +133,15 @@ def is_captured(tensor: Tensor) -> bool:
 def compile_settings(**settings: Any) -> contextlib.AbstractContextManager[Any]:
     """Return the context in which dynamo, the front end of `torch.compile`, has these settings."""
     return torch._dynamo.config.patch(settings)
+
+
+def is_compiled(module: Any) -> bool:
+    """Whether a module is what `torch.compile` returns for a module; dynamo is not imported to find out."""
+    frames = sys.modules.get("torch._dynamo.eval_frame")
+    return frames is not None and isinstance(module, frames.OptimizedModule)
+
+
+def with_static_sizes(tensor: Any) -> Any:
+    """Return a tensor whose sizes are constants to `torch.compile`, as `torch._dynamo.mark_static` makes them."""
+    tensor._dynamo_static_indices = set(range(tensor.dim()))
+    return tensor

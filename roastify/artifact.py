@@ -28,6 +28,7 @@ from roastify.layers.kinds import refusal_of
 from roastify.pool.mapping import MAPPING_VERSION
 from roastify.pool.plan import RoastPlan
 from roastify.pool.pool import is_sharded
+from roastify.pool.state import plan_with
 
 FORMAT_VERSION = 4
 MANIFEST = "roast.json"
@@ -47,14 +48,15 @@ def write_artifact(model: nn.Module, folder: Path, state_dict: Mapping[str, torc
     """Write a converted model; see `roastify.save`."""
     plan = current_plan(model)
     in_state_dict = model.state_dict().keys()
-    extra = [key for key in in_state_dict if key.endswith("_extra_state")]
+    extra = [key for key in in_state_dict if key.endswith("_extra_state") and not _in_pool(key, plan)]
     if extra:
         raise CheckpointError(
             f"{extra[0]} is state that is not a tensor (get_extra_state), and an artifact holds only tensors; save the "
             f"model with torch.save, or remove that state"
         )
     if state_dict is not None:
-        _check_values(state_dict, model.state_dict())
+        _check_values(state_dict, model.state_dict(), plan)
+        plan = _plan_of_values(state_dict, plan)
     tensors, ties = _stored_tensors(model, plan, state_dict or {})
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -267,7 +269,8 @@ def _read_tensors(artifact: Artifact, names: set[str]) -> dict[str, torch.Tensor
 def _as_tensor(name: str, value: torch.Tensor, like: torch.Tensor, device: torch.device) -> torch.Tensor:
     if value.shape != like.shape:
         raise CheckpointError(f"{name} has shape {tuple(value.shape)} in the artifact; expected {tuple(like.shape)}")
-    value = value.to(device)
+    # A copy, because a file's tensors begin anywhere, and on a CPU products of such memory round otherwise.
+    value = value.to(device, copy=True)
     return nn.Parameter(value, requires_grad=like.requires_grad) if isinstance(like, nn.Parameter) else value
 
 
@@ -316,8 +319,9 @@ def _named_buffers(model: nn.Module, plan: RoastPlan) -> list[tuple[str, torch.T
     return [(name, buffer) for name, buffer in named if not _in_pool(name, plan)]
 
 
-def _check_values(given: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
-    for name in expected.keys() - given.keys():
+def _check_values(given: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], plan: RoastPlan) -> None:
+    # Values that were gathered by hand have no state.
+    for name in expected.keys() - given.keys() - {_state_key(plan)}:
         raise CheckpointError(
             f"the state dict lacks {name}, which the model has; pass the state dict of the whole model: gather it in "
             f"every process and save in the first (the others get an empty one)"
@@ -325,11 +329,25 @@ def _check_values(given: Mapping[str, torch.Tensor], expected: Mapping[str, torc
     for name in given.keys() - expected.keys():
         raise CheckpointError(f"the state dict has {name}, which the model does not have{closest(name, expected)}")
     for name, value in given.items():
-        if value.shape != expected[name].shape:
+        if name != _state_key(plan) and value.shape != expected[name].shape:
             raise CheckpointError(
                 f"{name} has shape {tuple(value.shape)} in the state dict; expected {tuple(expected[name].shape)}, as "
                 f"in the model"
             )
+
+
+def _plan_of_values(values: Mapping[str, torch.Tensor], plan: RoastPlan) -> RoastPlan:
+    """Return the plan with λ of the values, which a model of the same plan and other values may have given."""
+    if _state_key(plan) not in values:
+        return plan
+    try:
+        return plan_with(plan, values[_state_key(plan)])
+    except ValueError as error:
+        raise CheckpointError(f"the values cannot be saved with this model: {error}") from error
+
+
+def _state_key(plan: RoastPlan) -> str:
+    return f"{_pool_prefix(plan)}_extra_state"
 
 
 def _stored_tensors(

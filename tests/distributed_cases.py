@@ -30,6 +30,7 @@ WORDS, WIDTH, LENGTH, BATCH = 96, 64, 8, 4
 STEPS = 4
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 Values = dict[str, Tensor]
+STATE = "roast_pool._extra_state"
 
 
 class Block(nn.Module):
@@ -203,6 +204,15 @@ def ddp_refusal(name: str) -> str:
     except RuntimeError as error:
         return str(error)
     raise AssertionError("DDP took the model")
+
+
+def convert_wrapped() -> str:
+    """Return the error of a conversion of a wrapped model."""
+    try:
+        roastify.convert(DistributedDataParallel(Net()), 4)
+    except RoastError as error:
+        return str(error)
+    raise AssertionError("the wrapper was converted")
 
 
 def ddp_narrow() -> tuple[Values, Values]:

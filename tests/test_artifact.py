@@ -175,6 +175,18 @@ def test_a_loaded_model_is_the_saved_one_bit_for_bit(tmp_path: Path, fresh_on: s
             assert torch.equal(expected, found)
 
 
+@pytest.mark.parametrize("length", [1, 4])
+def test_loaded_tensors_begin_where_torchs_own_do(tmp_path: Path, length: int) -> None:
+    """A file's tensors begin at any multiple of 8 bytes, and products of such memory round otherwise."""
+    model, fresh = Stack(), Stack()
+    for each in (model, fresh):
+        each.register_buffer("n" * length, torch.zeros(3))
+    converted = roastify.convert(model, 4)
+    roastify.save(converted, tmp_path / "a")
+    loaded = roastify.load(tmp_path / "a", fresh)
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in [*loaded.parameters(), *loaded.buffers()])
+
+
 def test_loaded_and_fresh_models_share_no_memory(tmp_path: Path) -> None:
     roastify.save(_mixed(), tmp_path / "a")
     fresh = Mixed()

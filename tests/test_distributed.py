@@ -42,7 +42,8 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], atol: flo
 
 def moved(values: dict[str, Tensor], name: str = "net") -> bool:
     start = cases.converted(name).state_dict()
-    return all((values[name] - start[name]).abs().max() > 1e-3 for name in start)
+    assert torch.equal(values[cases.STATE], start[cases.STATE])
+    return all((values[name] - start[name]).abs().max() > 1e-3 for name in start if name != cases.STATE)
 
 
 @pytest.mark.parametrize(
@@ -83,6 +84,11 @@ def test_ddp_refuses_reentrant_checkpointing_without_static_graph(two: Processes
         assert "mark a variable ready only once" in message and "roast_pool.weight" in message, message
 
 
+def test_a_wrapped_model_is_not_converted(two: Processes) -> None:
+    for message in two.run(cases.convert_wrapped):
+        assert "wrapped in DistributedDataParallel; convert the model inside it (its .module)" in message, message
+
+
 @pytest.mark.parametrize("skips", [((True,), (True,)), ((True,), (False,))], ids=["both", "one"])
 @pytest.mark.parametrize("name", ["net", "convolutions", "experts"])
 def test_ddp_with_layers_that_a_process_does_not_use(two: Processes, name: str, skips: tuple[Any, ...]) -> None:
@@ -115,7 +121,8 @@ def test_fsdp_with_accumulation(two: Processes, way: str) -> None:
     assert_same(together, alone)
     assert moved(together)
     # If gradients stay whole, no parameter has its shard of one before the last backward pass of a step.
-    assert shared_out == [0 if way == "sync" else len(alone), len(alone)] * STEPS
+    parameters = len(alone.keys() - {cases.STATE})
+    assert shared_out == [0 if way == "sync" else parameters, parameters] * STEPS
 
 
 def test_fsdp_in_bfloat16(two: Processes) -> None:
@@ -150,7 +157,7 @@ def test_a_sharded_weight_can_be_read_only_while_it_is_gathered(two: Processes) 
 
 def test_an_artifact_has_the_values_of_a_given_state_dict(tmp_path: Path) -> None:
     model = cases.converted()
-    values = {name: value + 1 for name, value in model.state_dict().items()}
+    values = {name: value if name == cases.STATE else value + 1 for name, value in model.state_dict().items()}
     before = {name: value.clone() for name, value in model.state_dict().items()}
     roastify.save(model, tmp_path / "a", state_dict=values)
     assert_same(model.state_dict(), before, atol=0.0)

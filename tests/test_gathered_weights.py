@@ -275,15 +275,15 @@ def test_groups_hold_weights_that_one_kernel_can_gather() -> None:
     config = roastify.RoastConfig(ratio=2.0, min_numel=1, tile="8x8")
     model = roastify.convert(Kinds(), config=config)
     pool = pool_of(model)
-    groups = {frozenset(weight.shape for weight in pool.group_of(chosen).weights) for chosen in pool.weights}
+    groups = {frozenset(weight.shape for weight in pool.group_of(chosen).weights) for chosen in pool.retained}
     # The 3×3 convolutions have a basis, and other kernels make their weights.
     assert groups == {
         frozenset({(32, 48)}), frozenset({(48, 32)}), frozenset({(32, 32, 1)}), frozenset({(48, 32, 3, 3)}),
     }  # fmt: skip
     # A subclass with a forward of its own may not read its weight, so that weight is in no group.
-    assert len(pool.weights) == 5
+    assert len(pool.retained) == 5 and len(pool.weights) == 7 and set(pool.retained) < set(pool.weights)
     apart = pool_of(roastify.convert(Kinds(), config=dataclasses.replace(config, sharing="local")))
-    assert all(len(apart.group_of(weight).weights) == 1 for weight in apart.weights)
+    assert all(len(apart.group_of(weight).weights) == 1 for weight in apart.retained)
 
 
 def test_a_weight_that_other_code_reads_is_not_gathered_with_a_group(gathers: Gathers) -> None:
@@ -394,7 +394,7 @@ def test_copies_and_pickles_have_groups_of_their_own(gathers: Gathers) -> None:
         twin(rows()).sum().backward()
         assert gathers.groups == [4, 1]
         assert torch.equal(pool_of(twin).weight.grad, pool_of(model).weight.grad)
-        weight = pool_of(twin).weights[0]
+        weight = pool_of(twin).retained[0]
         assert weight in pool_of(twin).group_of(weight).weights and weight not in pool_of(model).weights
 
 

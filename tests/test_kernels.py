@@ -1178,12 +1178,12 @@ def test_moves_and_casts_keep_the_table_and_gamma_right(group: str, move: Callab
     cases = GROUPS[group][:1] + _with(GROUPS[group][1:], scale=300.1)
     before = _build(cases)
     pool = move(_build(cases))
-    for name, buffer in before.named_buffers():
-        moved = getattr(pool, name)
-        widened = buffer.is_floating_point() and pool.weight.dtype == torch.float64
-        assert moved.dtype == (torch.float64 if widened else buffer.dtype)
-        assert torch.equal(moved.to(buffer.dtype), buffer), name
-    assert list(pool.state_dict()) == ["weight"]
+    for name in ("table", "per_slot", "uneven_slots", "uneven"):
+        constant, moved = getattr(before, name), getattr(pool, name)
+        widened = constant.is_floating_point() and pool.weight.dtype == torch.float64
+        assert moved.dtype == (torch.float64 if widened else constant.dtype)
+        assert torch.equal(moved.to(constant.dtype), constant), name
+    assert list(pool.state_dict()) == ["weight", "_extra_state"] and not list(pool.buffers())
     pool.initialise_random(1.0, 0)
     _assert_preconditioned(pool, cases)
 

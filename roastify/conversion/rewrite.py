@@ -17,7 +17,7 @@ from roastify.layers.base import RoastModule
 from roastify.layers.class_swap import to_dense, to_emptied, to_roast
 from roastify.layers.kinds import retains_weight
 from roastify.pool.forward_pass import RootForward
-from roastify.pool.plan import RoastPlan, TensorPlan
+from roastify.pool.plan import RoastPlan
 from roastify.pool.pool import RoastPool
 
 _M = TypeVar("_M", bound=nn.Module)
@@ -58,7 +58,7 @@ def build_pool(plan: RoastPlan, device: torch.device | str) -> RoastPool:
             for tensor in plan.shared
             if tensor.zero_row is not None
         ],
-        bases=[(tensor.basis_shape, _basis_energy(plan, tensor)) for tensor in plan.with_basis],
+        bases=[(tensor.basis_shape, plan.basis_energy(tensor)) for tensor in plan.with_basis],
         dtype=getattr(torch, plan.dtype),
         device=device,
         trainable=plan.trainable,
@@ -66,15 +66,6 @@ def build_pool(plan: RoastPlan, device: torch.device | str) -> RoastPool:
     )
     pool.plan = plan
     return pool
-
-
-def _basis_energy(plan: RoastPlan, tensor: TensorPlan) -> float:
-    """Return the expected sum of squared coefficients of a basis kernel, for a random pool.
-
-    If the gradient of a basis is divided by this sum, an SGD step on the basis is the projected dense step.
-    """
-    assert plan.pool_std is not None, "the plan was not measured"
-    return max(tensor.matrix_numel / tensor.basis_count * (scale_of(tensor) * plan.pool_std) ** 2, 1e-12)
 
 
 def apply_plan(model: nn.Module, plan: RoastPlan, pool: RoastPool) -> Callable[[], None]:
@@ -105,16 +96,17 @@ def apply_plan(model: nn.Module, plan: RoastPlan, pool: RoastPool) -> Callable[[
 
     try:
         remember_ties(model)
-        kept = []
+        retained, weights = [], []
         for tensor in plan.shared:
             shared = pooled_weight(pool, tensor)
+            weights.append(shared)
             holders = list(owners(model, tensor))
             for module, attribute in holders:
                 swapped.append((module, attribute, module._parameters[attribute]))
                 to_roast(module, attribute, shared)
             if any(retains_weight(cast(RoastModule, module), attribute, shared) for module, attribute in holders):
-                kept.append(shared)
-        pool.weights = tuple(kept)
+                retained.append(shared)
+        pool.retained, pool.weights = tuple(retained), tuple(weights)
         for module in filled:
             if not _holds_parameters(module):
                 to_emptied(module)

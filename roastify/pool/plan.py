@@ -223,6 +223,14 @@ class RoastPlan:
         """Return the view of a shared tensor, which says where in the pool the operations read it."""
         return self.maps()[tensor.region].view(tensor.rows, tensor.cols, tensor.base, tensor.strips)
 
+    def basis_energy(self, tensor: TensorPlan) -> float:
+        """Return the expected sum of squared coefficients of a basis kernel, for a random pool.
+
+        If the gradient of a basis is divided by this sum, an SGD step on the basis is the projected dense step.
+        """
+        assert self.pool_std is not None and tensor.scale is not None, "the plan was not measured"
+        return max(tensor.matrix_numel / tensor.basis_count * (tensor.scale * self.pool_std) ** 2, 1e-12)
+
     def with_values(
         self, scales: dict[str, float], centers: dict[str, float], zero_rows: dict[str, int], pool_std: float
     ) -> RoastPlan:

@@ -2,6 +2,7 @@ r"""`RoastPool`: the module with the shared Parameter, its initial values and it
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -13,12 +14,14 @@ from roastify.errors import RoastError
 from roastify.kernels import reference
 from roastify.kernels.gathered_weights import WeightGroup, make_groups
 from roastify.kernels.reference import summed_in
-from roastify.kernels.torch_internals import is_exporting
+from roastify.kernels.torch_internals import is_exporting, with_static_sizes
 from roastify.kernels.view import TileView, WeightView
 from roastify.pool import compiled_read
 from roastify.pool.mapping import TileMap
 from roastify.pool.pass_cache import cache_of, is_watched_by_modes, unseen
+from roastify.pool.plan import RoastPlan
 from roastify.pool.preconditioner import divide_, inverse_gamma
+from roastify.pool.state import encode, plan_with
 
 
 class RoastPool(nn.Module):
@@ -78,8 +81,10 @@ class RoastPool(nn.Module):
         self.precondition = precondition
         # The plan that the pool was built from. Saving and densifying need it; `rewrite` sets it.
         self.plan: Any = None
-        # The weights that their layers may keep during a training pass, in the layers' order; `rewrite` sets them.
-        self.weights: tuple[WeightView, ...] = ()
+        # The shared tensors as their layers hold them, in the plan's order, and those that their layers may keep during
+        # a training pass; `rewrite` sets both.
+        self.weights: tuple[Any, ...] = ()
+        self.retained: tuple[WeightView, ...] = ()
         self._groups: dict[WeightView, WeightGroup] | None = None
         # The dtype that the Parameter is stored in. While a forward pass runs, sharding may show it in another dtype.
         self.stored_dtype = dtype
@@ -90,15 +95,14 @@ class RoastPool(nn.Module):
             basis = nn.Parameter(torch.empty(basis_shape, dtype=dtype, device=device), requires_grad=trainable)
             self.register_parameter(_basis_name(index), basis)
         self._basis_energy = tuple(energy for _, energy in bases)
-        # The chunk table and 1/Γ follow from the plan, so they are never part of a state dict. The masters stay on the
-        # CPU, whatever the default device is. `_apply` copies from the masters, so the buffers stay correct through
-        # `to_empty` and exact through `half`.
+        # The chunk table and 1/Γ follow from the plan. They are no buffers: averages of models (EMA), casts and
+        # broadcasts change buffers, and a table that was averaged leads to other slots. The masters stay on the CPU,
+        # whatever the default device is; where the pool is, there are copies of them.
         with torch.device("cpu"):
             rows = [row for tile_map in maps for row in tile_map.chunk_table()]
             self._masters = {"table": torch.tensor(rows, dtype=torch.int64).view(-1, 3)}
             self._masters |= inverse_gamma(num_slots, tile, self._masters["table"], shared, unread_rows)
-        for name, master in self._masters.items():
-            self.register_buffer(name, self._from_master(master), persistent=False)
+        self._place_constants(self.weight.device)
 
     @property
     def slot_size(self) -> int:
@@ -160,7 +164,7 @@ class RoastPool(nn.Module):
     def group_of(self, weight: WeightView) -> WeightGroup:
         """Return the group of weights that a pass gathers together with this one."""
         if self._groups is None:
-            self._groups = make_groups(self.weights)
+            self._groups = make_groups(self.retained)
         return self._groups.get(weight) or WeightGroup([weight])
 
     def parameter(self) -> nn.Parameter:
@@ -178,6 +182,9 @@ class RoastPool(nn.Module):
                 "call the whole model. To read weights or to call a part of the model, call model.unshard() first and "
                 "model.reshard() afterwards"
             )
+        # Sharding and offloading move a Parameter without `_apply`.
+        if weight.device != self._constants_device:
+            self._place_constants(weight.device)
         return weight
 
     def forward(self, x: Any) -> Any:
@@ -217,14 +224,72 @@ class RoastPool(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RoastPool:
         super()._apply(fn, recurse)
         self.stored_dtype = self.weight.dtype
-        for name, master in self._masters.items():
-            setattr(self, name, self._from_master(master))
+        self._place_constants(self.weight.device)
         return self
 
-    def _from_master(self, master: Tensor) -> Tensor:
-        """Return a master on the pool's device; 1/Γ in the dtype that gradients are summed in."""
-        dtype = summed_in(self.weight.dtype) if master.is_floating_point() else master.dtype
-        return master.to(self.weight.device, dtype)
+    def _place_constants(self, device: torch.device) -> None:
+        """Copy the chunk table and 1/Γ from their masters to a device, 1/Γ in the dtype of summed gradients."""
+        for name, master in self._masters.items():
+            dtype = summed_in(self.stored_dtype) if master.is_floating_point() else master.dtype
+            # Past `nn.Module`, which would look for a Parameter or a buffer of the name.
+            self.__dict__[name] = with_static_sizes(master.to(device, dtype, copy=True))
+        self._constants_device = device
+
+    def get_extra_state(self) -> Tensor:
+        """Return what the pool's values mean: the plan's fingerprint, λ, centers and zero rows, as bytes."""
+        return torch.empty(0, dtype=torch.uint8) if self.plan is None else encode(self.plan)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Leave it: `_load_from_state_dict` takes it before the pool's values."""
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        key = prefix + "_extra_state"
+        if self.plan is not None and prefix + "weight" in state_dict:
+            if key not in state_dict:
+                warnings.warn(
+                    f"the state dict holds {prefix}weight and no {key}: an older roastify saved it, or something left "
+                    f"the key out. It cannot be checked whether the values were made under this model's seed, plan and "
+                    f"λ; if they were not, the model's outputs are wrong",
+                    stacklevel=2,
+                )
+                state_dict[key] = self.get_extra_state()
+            try:
+                plan = plan_with(self.plan, state_dict[key])
+            except ValueError as error:
+                error_msgs.append(f"{prefix}weight cannot be loaded: {error}")
+                return
+            if plan is not self.plan:
+                self._set_plan(plan)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _set_plan(self, plan: RoastPlan) -> None:
+        """Take another plan of the same fingerprint: its λ, centers and zero rows."""
+        self.plan = plan
+        for tensor, weight in zip(plan.shared, self.weights, strict=True):
+            weight.scale, weight.center, weight.zero_row = tensor.scale, tensor.center, tensor.zero_row
+            weight.__post_init__()
+        shared = [(plan.view(tensor), tensor.scale or 0.0) for tensor in plan.shared]
+        unread = [
+            (plan.view(tensor), tensor.scale or 0.0, tensor.zero_row)
+            for tensor in plan.shared
+            if tensor.zero_row is not None
+        ]
+        with torch.device("cpu"):
+            self._masters |= inverse_gamma(self.num_slots, self.tile, self._masters["table"], shared, unread)
+        self._basis_energy = tuple(plan.basis_energy(tensor) for tensor in plan.with_basis)
+        self._groups = None
+        self._place_constants(self.weight.device)
 
     def extra_repr(self) -> str:
         """Describe the pool's size."""
