@@ -21,7 +21,7 @@ from roastify import RoastConfig
 from roastify.conversion.converted import pool_of
 from roastify.errors import WriteRefused
 from roastify.layers.lazy_weight import LazyWeight
-from roastify.layers.read_weight import ReadWeight
+from roastify.layers.read_weight import GuardedWeight, ReadWeight
 
 # torch.compile makes an object of every `autograd.Function` and looks at every `.grad`, of which torch itself warns.
 pytestmark = [
@@ -288,7 +288,7 @@ def test_kernels_on_parts_of_a_weight(name: str, tile: str, autocast: bool) -> N
 
 def test_outside_of_a_call_the_weight_reads_as_a_tensor() -> None:
     converted = roastify.convert(model(by_linear), config=SETTINGS)
-    assert type(converted.w) is ReadWeight and isinstance(converted.w, nn.Parameter)
+    assert type(converted.w) is GuardedWeight and isinstance(converted.w, nn.Parameter)
     assert converted.get_parameter("w").shape == (96, 64)
     with pytest.raises(roastify.RoastError, match="lives in the shared pool"):
         nn.init.zeros_(converted.w)

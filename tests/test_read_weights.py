@@ -21,7 +21,7 @@ import roastify.api
 from roastify import RoastConfig, RoastError
 from roastify.conversion.converted import current_plan, pool_of
 from roastify.layers.base import RoastModule
-from roastify.layers.read_weight import ReadWeight
+from roastify.layers.read_weight import GuardedWeight
 from roastify.pool import pool as pool_module
 
 transformers.utils.logging.set_verbosity_error()
@@ -193,9 +193,9 @@ def test_parameters_yields_read_weights_if_a_module_has_no_parameter_left() -> N
     body = converted.body
     assert isinstance(body, nn.Sequential) and type(body).__name__ == "Sequential"
     (weight,) = body.parameters()
-    assert type(weight) is ReadWeight and torch.equal(weight, body[0].weight)
+    assert type(weight) is GuardedWeight and torch.equal(weight, body[0].weight)
     assert [name for name, _ in body.named_parameters()] == []
-    with pytest.raises(RuntimeError, match="leaf"):
+    with pytest.raises(RoastError, match="the shared pool, which is trained as a whole"):
         body.requires_grad_(False)
     with pytest.raises(ValueError, match="non-leaf"):
         torch.optim.SGD(body.parameters(), 0.1)
@@ -246,10 +246,10 @@ def test_a_write_to_a_read_weight_is_refused(layer: Any, write: Callable[[Any], 
 def test_a_read_weight_is_an_instance_of_parameter_and_computes_as_a_tensor(layer: Any) -> None:
     weight = layer.weight
     assert isinstance(weight, nn.Parameter) and layer.get_parameter("weight").shape == (32, 32)
-    assert not torch.overrides.has_torch_function((weight,))
+    assert type(weight) is GuardedWeight and torch.overrides.has_torch_function((weight,))
     for result in (weight + 1, weight @ weight, weight.clone(), torch.relu(weight), copy.deepcopy(weight.detach())):
         assert type(result) is Tensor
-    assert type(weight[0]) is ReadWeight
+    assert type(weight[0]) is GuardedWeight
     loaded = through_torch_save(weight.detach())  # type: ignore[arg-type]
     assert type(loaded) is Tensor and torch.equal(loaded, weight)
     assert repr(weight).startswith("tensor(")
@@ -354,7 +354,9 @@ def test_a_replica_of_data_parallel_reads_the_pools_replica(name: str, monkeypat
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_that_torch_exports_is_exported_after_conversion_too(name: str) -> None:
     build, inputs = MODELS[name]
-    model = build().eval()
+    # In float64, because the outputs of some are the sum of large terms, which float32 rounds.
+    model = build().double().eval()
+    inputs = tuple(x.double() if x.is_floating_point() else x for x in inputs)
     try:
         torch.export.export(model, inputs)
     except Exception:  # torch exports neither lengths of packed sequences nor the old weight norm
@@ -363,4 +365,4 @@ def test_a_model_that_torch_exports_is_exported_after_conversion_too(name: str) 
     converted = roastify.convert(model, config=settings(2, "all"))
     exported = torch.export.export(converted, inputs).module()
     for one, other in zip(run(exported, inputs), run(converted, inputs), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)

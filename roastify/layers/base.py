@@ -72,8 +72,8 @@ class RoastModule(nn.Module):
         """Yield the module's Parameters; if sharing left none, the tensors that the module reads from the pool.
 
         Code reads a dtype or a device from `next(self.parameters())`, and a tensor that was read from the pool has
-        both. An optimizer or `requires_grad = False` raises torch's error for such a tensor, because a part of the pool
-        can be neither optimized nor frozen by itself.
+        both. An optimizer or `requires_grad = False` raises an error for such a tensor, because a part of the pool can
+        be neither optimized nor frozen by itself.
         """
         count = 0
         for parameter in super().parameters(recurse):

@@ -9,10 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from roastify.kernels.torch_internals import is_recording_proxies, saved_tensors_hook
+from roastify.kernels.torch_internals import (
+    NO_PASS,
+    current_backward_pass,
+    is_recording_proxies,
+    saved_tensors_hook,
+)
 from roastify.layers.lazy_weight import LazyWeight
-from roastify.layers.read_weight import ReadWeight
-from roastify.pool.pass_cache import cache_of
+from roastify.layers.read_weight import GuardedWeight, ReadWeight
+from roastify.pool.pass_cache import cache_of, passes
 
 # Tracers that record reads (a module and an attribute's name) instead of reading the pool. The last one is active.
 tracers: list[Callable[[Any, str], Any]] = []
@@ -27,9 +32,14 @@ def read_attribute(module: Any, name: str) -> Tensor:
     # A fake tensor has a class of its own already. `make_fx`, which records operators, does not support `ReadWeight`.
     if torch.compiler.is_compiling() or type(dense) is not Tensor or is_recording_proxies():
         return dense
-    weight = dense.as_subclass(ReadWeight)
+    weight = dense.as_subclass(ReadWeight if _in_forward(shared.pool) else GuardedWeight)
     weight.source = (module, name, shared)
     return weight
+
+
+def _in_forward(pool: Any) -> bool:
+    """Whether the model's own code reads: in a forward pass, in a module's call, or again in a backward pass."""
+    return bool(running.calls) or pool in passes.running or current_backward_pass() != NO_PASS
 
 
 class ModuleCall:
