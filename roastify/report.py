@@ -79,8 +79,13 @@ def _row(plan: RoastPlan, group: list[TensorPlan]) -> list[str | Text]:
         scales[0] + (f"…{scales[-1]}" if len(scales) > 1 else "") if scales else "",
         f"{sum(tensor.num_tiles for tensor in group):,}" if first.shared else "",
         f"{stored / plan.stored_numel:.1%}",
-        Text(f"{first.reason}; materialised: {first.whole}" if first.whole else first.reason),
+        Text(_reason(first)),
     ]
+
+
+def _reason(tensor: TensorPlan) -> str:
+    around = f"; spread around {tensor.center:.3g}" if tensor.center else ""
+    return tensor.reason + around + (f"; materialised: {tensor.whole}" if tensor.whole else "")
 
 
 def _label(group: list[TensorPlan]) -> str:

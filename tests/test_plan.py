@@ -32,6 +32,7 @@ from roastify.pool.plan import TensorPlan
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
 # Modules of any other class read their parameters as a whole.
 _TILED = (nn.Linear, Conv1D, *_TABLES)
+_LAYERS = (*_TILED, nn.Bilinear, nn.modules.conv._ConvNd)
 
 
 class Holder(nn.Module):
@@ -108,7 +109,12 @@ def shareable(model: nn.Module, config: RoastConfig) -> set[str]:
         value = model.get_parameter(name)
         if any(getattr(module, "max_norm", None) for module, _ in holders) or value.numel() == 0:
             continue
-        if value.numel() > 1 if config.share == "all" else value.dim() > 1 and value.numel() >= config.min_numel:
+        # Only a layer's own weight is a matrix if one of its sizes at most is above 1.
+        vector = value.dim() <= 1 or (
+            sum(size > 1 for size in value.shape) <= 1
+            and not all(isinstance(module, _LAYERS) and attribute == "weight" for module, attribute in holders)
+        )
+        if value.numel() > 1 if config.share == "all" else not vector and value.numel() >= config.min_numel:
             found.add(name)
     return found
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from roastify.conversion.converted import basis_of, matrix, owners
 from roastify.errors import ConversionError
+from roastify.layers.kinds import is_vector
 from roastify.pool.kernel_basis import coefficient_matrix, cosine_basis, principal_basis
 from roastify.pool.plan import RoastPlan, TensorPlan
 from roastify.pool.pool import RoastPool
@@ -22,6 +23,11 @@ _POOL_SEED_OFFSET = 0x5EED
 _CONSTANT_SPREAD = 0.02
 
 
+# A tensor whose mean is at least this part of its standard deviation is spread around its mean. Layers' initial values
+# have a mean of about std/√numel; Mamba's `A_log` has one of 2.5 std.
+_OFF_CENTER = 0.5
+
+
 def complete_plan(model: nn.Module, plan: RoastPlan, init: str) -> RoastPlan:
     r"""Return the plan with λ and center of every shared tensor, and the padding rows that are zero.
 
@@ -29,7 +35,8 @@ def complete_plan(model: nn.Module, plan: RoastPlan, init: str) -> RoastPlan:
 
     σ is the parameter-weighted root mean square of all shared tensors' standard deviations. So every layer starts with
     the standard deviation that its author gave it. And λ is near 1, so that a step of Adam moves a weight about as far
-    as in the dense model. For vectors and constant tensors (norms, biases), the center is their mean.
+    as in the dense model. The center is the mean of vectors, of constant tensors and of tensors whose mean is not small
+    beside their spread (Mamba's `A_log`, norms of several dimensions); for all others it is 0.
 
     If no slot is shared and `init` is "project", λ is 1 and there are no centers. Then the weights come back bit for
     bit, except for tensors with a basis, which are approximated.
@@ -41,7 +48,8 @@ def complete_plan(model: nn.Module, plan: RoastPlan, init: str) -> RoastPlan:
     for tensor in track(plan.shared, "measuring weights"):
         dense = model.get_parameter(tensor.name).detach()
         mean, deviations[tensor.name] = _mean_and_deviation(tensor, dense)
-        if deviations[tensor.name] == 0 or dense.dim() <= 1:
+        vector = any(is_vector(module, name, dense.shape) for module, name in owners(model, tensor))
+        if vector or abs(mean) >= _OFF_CENTER * deviations[tensor.name]:
             centers[tensor.name] = mean
         if deviations[tensor.name] == 0:
             deviations[tensor.name] = _CONSTANT_SPREAD * max(1.0, abs(mean))

@@ -13,11 +13,13 @@ from fractions import Fraction
 from typing import Any
 
 import torch
+from torch.nn.utils.parametrize import ParametrizationList
 
 from roastify.config import RoastConfig, check_ratio
 from roastify.conversion.fx_pass import Forest, ParameterInfo, WeightUse, matrix_of
 from roastify.errors import ConfigError, PlanError
-from roastify.layers.kinds import kind_of, read_path_of, refusal_of
+from roastify.kernels.torch_internals import is_householder
+from roastify.layers.kinds import is_vector, kind_of, read_path_of, refusal_of
 from roastify.names import select
 from roastify.pool.mapping import MAPPING_VERSION, TileMap
 from roastify.pool.plan import PoolRegion, RoastPlan, TensorPlan
@@ -165,7 +167,7 @@ def _verdicts(
             dtype=str(info.parameter.dtype).removeprefix("torch."),
             op=_op(info.uses),
             shared=reason is None,
-            reason=reason or ("tied: " + ", ".join(info.aliases[1:]) if len(info.aliases) > 1 else "eligible"),
+            reason=reason or _why_shared(model, info),
             **(_matrix(model, info, config) if reason is None else {}),
         )
     return verdicts, trainable
@@ -182,6 +184,13 @@ def _trainable(candidates: Sequence[ParameterInfo]) -> bool:
     return balance >= 0
 
 
+def _why_shared(model: torch.nn.Module, info: ParameterInfo) -> str:
+    why = "tied: " + ", ".join(info.aliases[1:]) if len(info.aliases) > 1 else "eligible"
+    owners = (model.get_submodule(alias.rpartition(".")[0]) for alias in info.aliases)
+    sparse = any(isinstance(owner, torch.nn.Embedding | torch.nn.EmbeddingBag) and owner.sparse for owner in owners)
+    return why + ("; its gradient becomes dense, not sparse" if sparse else "")
+
+
 def _reason_to_keep(model: torch.nn.Module, info: ParameterInfo, everything: bool) -> str | None:
     """Return why a tensor cannot be shared, or None."""
     parameter = info.parameter
@@ -195,7 +204,9 @@ def _reason_to_keep(model: torch.nn.Module, info: ParameterInfo, everything: boo
         refusal = refusal_of(module, attribute)
         if refusal:
             return refusal
-        if parameter.dim() <= 1 and not everything:
+        if isinstance(module, ParametrizationList) and any(map(is_householder, module)):
+            return "its Householder reflectors must be exact: their diagonal of ±1 gives the weight its signs"
+        if is_vector(module, attribute, parameter.shape) and not everything:
             return f"vector of {type(module).__name__}"
     if parameter.numel() == 0:
         return "empty"

@@ -102,6 +102,16 @@ def kind_of(module_class: type, attribute: str = "weight") -> LayerKind | None:
     return None
 
 
+def is_vector(module: nn.Module, attribute: str, shape: Sequence[int]) -> bool:
+    """Whether a tensor has one size above 1 at most: magnitudes of `weight_norm`, layer scales `[channels, 1, 1]`.
+
+    A layer's own weight is a matrix whatever its sizes, as that of `nn.Linear(4096, 1)`.
+    """
+    if len(shape) <= 1:
+        return True
+    return kind_of(type(module), attribute) is None and sum(size > 1 for size in shape) <= 1
+
+
 def refusal_of(module: nn.Module, attribute: str) -> str | None:
     """Return why a module must keep an attribute dense, or None."""
     kind = kind_of(type(module), attribute)
