@@ -212,6 +212,16 @@ REFUSALS: dict[str, tuple[Callable[[], nn.Module], type[RoastError], str]] = {
         "^the model is a TorchScript module, whose code cannot be rewritten; convert the eager model",
     ),
     "a TorchScript child": (lambda: _scripted(root=False), ConversionError, r"^block\.0 is a TorchScript module"),
+    "compiled": (
+        lambda: torch.compile(Net(), backend="eager"),
+        ConversionError,
+        r"torch\.compile's wrapper; convert the eager model \(its \._orig_mod\), and compile the converted model",
+    ),
+    "in DataParallel": (
+        lambda: nn.DataParallel(Net()),
+        ConversionError,
+        r"wrapped in DataParallel; convert the model inside it \(its \.module\), and wrap the converted model",
+    ),
     "two devices": (
         _on_two_devices,
         ConversionError,
@@ -257,6 +267,8 @@ def test_a_refused_model_converts_if_the_user_follows_the_errors_advice() -> Non
     lazy = _lazy()
     lazy.late(torch.zeros(2, 48))
     roastify.convert(lazy, 3)
+    roastify.convert(torch.compile(Net(), backend="eager")._orig_mod, 3)
+    roastify.convert(nn.DataParallel(Net()).module, 3)
     roastify.convert(_with_nan("block.0.weight"), 1.5, exclude="block.0.weight")
     roastify.convert(nn.Sequential(nn.LayerNorm(64), nn.Linear(20, 20)), 1.2, include="1")
     roastify.convert(roastify.densify(roastify.convert(Net(), 3)), 3)
