@@ -11,26 +11,26 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors
 import torch
 from torch import nn
 
-from roastify.conversion.converted import POOL_NAME, current_plan, owners, pooled_weight
+from roastify.conversion.converted import current_plans, owners, pooled_weight, pools_in
 from roastify.conversion.rewrite import build_pool
 from roastify.errors import CheckpointError, closest
 from roastify.files import digest_of_file, pending, put_in_place, reason_of, write_tensors
 from roastify.layers.kinds import refusal_of
 from roastify.pool.mapping import MAPPING_VERSION
-from roastify.pool.plan import RoastPlan
-from roastify.pool.pool import is_sharded
+from roastify.pool.plan import RoastPlan, TensorPlan
+from roastify.pool.pool import POOL_NAME, RoastPool, is_sharded
 from roastify.pool.state import plan_with
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 MANIFEST = "roast.json"
 WEIGHTS = "model.safetensors"
 
@@ -41,23 +41,30 @@ class Artifact:
 
     folder: Path
     manifest: dict[str, Any]
-    plan: RoastPlan
+    plans: tuple[RoastPlan, ...]
+
+    @property
+    def tensors(self) -> list[TensorPlan]:
+        """The tensors of all plans."""
+        return [tensor for plan in self.plans for tensor in plan.tensors]
 
 
 def write_artifact(model: nn.Module, folder: Path, state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
     """Write a converted model; see `roastify.save`."""
-    plan = current_plan(model)
+    plans = current_plans(model)
     in_state_dict = model.state_dict().keys()
-    extra = [key for key in in_state_dict if key.endswith("_extra_state") and not _in_pool(key, plan)]
+    prefixes = tuple(map(_pool_prefix, plans))
+    extra = [key for key in in_state_dict if key.endswith("_extra_state") and not key.startswith(prefixes)]
     if extra:
         raise CheckpointError(
             f"{extra[0]} is state that is not a tensor (get_extra_state), and an artifact holds only tensors; save the "
             f"model with torch.save, or remove that state"
         )
     if state_dict is not None:
-        _check_values(state_dict, model.state_dict(), plan)
-        plan = _plan_of_values(state_dict, plan)
-    tensors, ties = _stored_tensors(model, plan, state_dict or {})
+        _check_values(state_dict, model.state_dict(), plans)
+        pools = pools_in(model)
+        plans = [_plan_of_values(state_dict, plan, pool) for plan, pool in zip(plans, pools, strict=True)]
+    tensors, ties = _stored_tensors(model, plans, state_dict or {})
     try:
         folder.mkdir(parents=True, exist_ok=True)
         weights_path, manifest_path = folder / WEIGHTS, folder / MANIFEST
@@ -68,9 +75,10 @@ def write_artifact(model: nn.Module, folder: Path, state_dict: Mapping[str, torc
             "mapping_version": MAPPING_VERSION,
             "weights": {"file": WEIGHTS, "sha256": digest_of_file(pending(weights_path))},
             "ties": ties,
-            "buffers": {name: list(buffer.shape) for name, buffer in _named_buffers(model, plan)},
+            "buffers": {name: list(buffer.shape) for name, buffer in model.named_buffers(remove_duplicate=False)},
             "state_dict": [name for name in [*tensors, *ties] if name in in_state_dict],
-            "plan": plan.to_dict(),
+            "plan": plans[0].to_dict(),
+            "other_plans": [plan.to_dict() for plan in plans[1:]],
         }
         text = json.dumps(seal(manifest), indent=1, ensure_ascii=False)
         pending(manifest_path).write_text(text + "\n", encoding="utf-8")
@@ -125,12 +133,13 @@ def read_artifact(folder: Path) -> Artifact:
                 f"{manifest['weights']['sha256']}; it is truncated or was changed, so restore both files from one save"
             )
     try:
-        plan = RoastPlan.from_dict(manifest["plan"])
+        # Up to format 4, an artifact has one plan.
+        plans = tuple(map(RoastPlan.from_dict, [manifest["plan"], *manifest.get("other_plans", [])]))
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise CheckpointError(f"the plan in {manifest_path} is damaged ({error}); restore the file") from error
     if manifest.get("sha256") != seal(manifest)["sha256"]:
         raise CheckpointError(f"{manifest_path} was changed after it was saved (its digest is wrong); restore the file")
-    return Artifact(folder, manifest, plan)
+    return Artifact(folder, manifest, plans)
 
 
 def _parse(path: Path) -> dict[str, Any]:
@@ -162,7 +171,7 @@ def check_architecture(artifact: Artifact, model: nn.Module) -> None:
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     buffers = dict(model.named_buffers(remove_duplicate=False))
-    expected = {alias: tensor.shape for tensor in artifact.plan.tensors for alias in tensor.aliases}
+    expected = {alias: tensor.shape for tensor in artifact.tensors for alias in tensor.aliases}
     expected |= {name: tuple(shape) for name, shape in artifact.manifest["buffers"].items()}
     found = {name: tuple(tensor.shape) for name, tensor in [*parameters.items(), *buffers.items()]}
     differences = [f"{name} is missing" for name in expected if name not in found]
@@ -173,7 +182,7 @@ def check_architecture(artifact: Artifact, model: nn.Module) -> None:
         if name in found and found[name] != shape
     ]
     if not differences:
-        differences = [*_tie_differences(artifact.plan, parameters), *_kind_differences(artifact.plan, model)]
+        differences = [*_tie_differences(artifact.tensors, parameters), *_kind_differences(artifact.tensors, model)]
     if differences:
         count = "1 difference" if len(differences) == 1 else f"{len(differences)} differences"
         raise CheckpointError(
@@ -183,9 +192,9 @@ def check_architecture(artifact: Artifact, model: nn.Module) -> None:
         )
 
 
-def _tie_differences(plan: RoastPlan, parameters: dict[str, nn.Parameter]) -> Iterator[str]:
+def _tie_differences(tensors: Iterable[TensorPlan], parameters: dict[str, nn.Parameter]) -> Iterator[str]:
     owner: dict[int, str] = {}
-    for tensor in plan.tensors:
+    for tensor in tensors:
         for alias in tensor.aliases:
             if parameters[alias] is not parameters[tensor.name]:
                 yield f"{alias} is not tied to {tensor.name}"
@@ -193,8 +202,8 @@ def _tie_differences(plan: RoastPlan, parameters: dict[str, nn.Parameter]) -> It
                 yield f"{alias} is tied to {owner[id(parameters[alias])]}"
 
 
-def _kind_differences(plan: RoastPlan, model: nn.Module) -> Iterator[str]:
-    for tensor in plan.shared:
+def _kind_differences(tensors: Iterable[TensorPlan], model: nn.Module) -> Iterator[str]:
+    for tensor in (each for each in tensors if each.shared):
         for module, attribute in owners(model, tensor):
             refusal = refusal_of(module, attribute)
             if refusal:
@@ -208,7 +217,7 @@ def fill_from(artifact: Artifact, model: nn.Module, device: torch.device) -> Non
         CheckpointError: a tensor is missing or has another shape, or the model has a tensor on the meta device that is
             neither parameter nor buffer.
     """
-    wanted = dict(_named_tensors(model, artifact.plan))
+    wanted = dict(_named_tensors(model, [pool.plan for pool in pools_in(model)]))
     ties: dict[str, str] = artifact.manifest["ties"]
     stored = _read_tensors(artifact, {ties.get(name, name) for name in wanted})
     loaded: dict[str, torch.Tensor] = {}
@@ -222,20 +231,21 @@ def fill_from(artifact: Artifact, model: nn.Module, device: torch.device) -> Non
 
 def dense_state_dict(artifact: Artifact) -> dict[str, torch.Tensor]:
     """Return the dense model's state dict, without the model's code; a tied tensor is there under all its names."""
-    plan, ties = artifact.plan, artifact.manifest["ties"]
-    pool = build_pool(plan, "cpu")
-    prefix = _pool_prefix(plan)
-    of_pool = {prefix + name: parameter for name, parameter in pool.named_parameters()}
-    names = artifact.manifest["state_dict"]
+    ties, names = artifact.manifest["ties"], artifact.manifest["state_dict"]
+    pools = [build_pool(plan, "cpu") for plan in artifact.plans]
+    of_pool = {
+        _pool_prefix(pool.plan) + name: parameter for pool in pools for name, parameter in pool.named_parameters()
+    }
     stored = _read_tensors(artifact, {*of_pool, *(ties.get(name, name) for name in names)})
     dense = {name: stored[ties.get(name, name)] for name in names if name not in of_pool}
     with torch.no_grad():
         for key, parameter in of_pool.items():
             parameter.copy_(_as_tensor(key, stored[key], parameter, torch.device("cpu")))
-        for tensor in plan.shared:
-            weight = pooled_weight(pool, tensor).dense().contiguous()
-            dense |= dict.fromkeys(tensor.aliases, weight)
-    in_order = [alias for tensor in plan.tensors for alias in tensor.aliases]
+        for pool in pools:
+            for tensor in (each for each in pool.plan.shared if each.aliases):
+                weight = pooled_weight(pool, tensor).dense().contiguous()
+                dense |= dict.fromkeys(tensor.aliases, weight)
+    in_order = [alias for tensor in artifact.tensors for alias in tensor.aliases]
     # Every name gets memory of its own, because safetensors refuses two names for one tensor.
     return {name: dense[name].clone() for name in [*in_order, *(name for name in dense if name not in set(in_order))]}
 
@@ -277,7 +287,12 @@ def _as_tensor(name: str, value: torch.Tensor, like: torch.Tensor, device: torch
 def _assign(model: nn.Module, name: str, value: torch.Tensor) -> None:
     path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path)
-    (module._parameters if isinstance(value, nn.Parameter) else module._buffers)[attribute] = value  # type: ignore[assignment]
+    if isinstance(value, nn.Parameter):
+        module._parameters[attribute] = value
+    else:
+        module._buffers[attribute] = value
+    if isinstance(module, RoastPool):
+        module.register_parameter(attribute, cast(nn.Parameter, value))
 
 
 def _check_no_meta_left(model: nn.Module) -> None:
@@ -300,28 +315,33 @@ def _holds_meta(value: object) -> bool:
     return isinstance(value, torch.Tensor) and value.is_meta
 
 
-def _in_pool(name: str, plan: RoastPlan) -> bool:
-    return name.startswith(_pool_prefix(plan))
-
-
 def _pool_prefix(plan: RoastPlan) -> str:
     return f"{plan.owner}.{POOL_NAME}." if plan.owner else f"{POOL_NAME}."
 
 
-def _named_tensors(model: nn.Module, plan: RoastPlan) -> list[tuple[str, torch.Tensor]]:
-    """Return all parameters and buffers under all names, except the pool's buffers, which follow from the plan."""
-    return [*model.named_parameters(remove_duplicate=False), *_named_buffers(model, plan)]
+def _named_tensors(model: nn.Module, plans: Sequence[RoastPlan]) -> list[tuple[str, torch.Tensor]]:
+    """Return all parameters and buffers under all names, the Parameters of a pool only under its own.
+
+    Buffers that are not in a state dict are among them: they have no value on the meta device.
+    """
+    pools = pools_in(model)
+    of_pools = {
+        id(parameter): _pool_prefix(plan) + name
+        for plan, pool in zip(plans, pools, strict=True)
+        for name, parameter in pool.named_parameters()
+    }
+    named: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        named[of_pools.get(id(parameter), name)] = parameter
+    return [*named.items(), *model.named_buffers(remove_duplicate=False)]
 
 
-def _named_buffers(model: nn.Module, plan: RoastPlan) -> list[tuple[str, torch.Tensor]]:
-    """Return the model's own buffers, also those not in a state dict, which have no value on the meta device."""
-    named = model.named_buffers(remove_duplicate=False)
-    return [(name, buffer) for name, buffer in named if not _in_pool(name, plan)]
-
-
-def _check_values(given: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], plan: RoastPlan) -> None:
+def _check_values(
+    given: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], plans: Sequence[RoastPlan]
+) -> None:
     # Values that were gathered by hand have no state.
-    for name in expected.keys() - given.keys() - {_state_key(plan)}:
+    states = set(map(_state_key, plans))
+    for name in expected.keys() - given.keys() - states:
         raise CheckpointError(
             f"the state dict lacks {name}, which the model has; pass the state dict of the whole model: gather it in "
             f"every process and save in the first (the others get an empty one)"
@@ -329,19 +349,19 @@ def _check_values(given: Mapping[str, torch.Tensor], expected: Mapping[str, torc
     for name in given.keys() - expected.keys():
         raise CheckpointError(f"the state dict has {name}, which the model does not have{closest(name, expected)}")
     for name, value in given.items():
-        if name != _state_key(plan) and value.shape != expected[name].shape:
+        if name not in states and value.shape != expected[name].shape:
             raise CheckpointError(
                 f"{name} has shape {tuple(value.shape)} in the state dict; expected {tuple(expected[name].shape)}, as "
                 f"in the model"
             )
 
 
-def _plan_of_values(values: Mapping[str, torch.Tensor], plan: RoastPlan) -> RoastPlan:
+def _plan_of_values(values: Mapping[str, torch.Tensor], plan: RoastPlan, pool: RoastPool) -> RoastPlan:
     """Return the plan with λ of the values, which a model of the same plan and other values may have given."""
     if _state_key(plan) not in values:
         return plan
     try:
-        return plan_with(plan, values[_state_key(plan)])
+        return plan_with(plan, pool.present_names(), values[_state_key(plan)])
     except ValueError as error:
         raise CheckpointError(f"the values cannot be saved with this model: {error}") from error
 
@@ -351,13 +371,13 @@ def _state_key(plan: RoastPlan) -> str:
 
 
 def _stored_tensors(
-    model: nn.Module, plan: RoastPlan, values: Mapping[str, torch.Tensor]
+    model: nn.Module, plans: Sequence[RoastPlan], values: Mapping[str, torch.Tensor]
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Return the tensors to write, tied tensors once, and the stored name for each of their other names."""
     first: dict[int, str] = {}
     tensors: dict[str, torch.Tensor] = {}
     ties: dict[str, str] = {}
-    for name, tensor in _named_tensors(model, plan):
+    for name, tensor in _named_tensors(model, plans):
         if id(tensor) in first:
             ties[name] = first[id(tensor)]
             continue

@@ -86,7 +86,7 @@ def test_ddp_refuses_reentrant_checkpointing_without_static_graph(two: Processes
 
 def test_a_wrapped_model_is_not_converted(two: Processes) -> None:
     for message in two.run(cases.convert_wrapped):
-        assert "wrapped in DistributedDataParallel; convert the model inside it (its .module)" in message, message
+        assert "is the wrapper DistributedDataParallel; pass the model inside it (its .module)" in message, message
 
 
 @pytest.mark.parametrize("skips", [((True,), (True,)), ((True,), (False,))], ids=["both", "one"])
@@ -140,7 +140,9 @@ def test_checkpoints_resume_and_load_into_one_process(two: Processes, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("wrapped", "message"), [("ddp", r"for a wrapper, its \.module"), ("fsdp", "state_dict=")], ids=["ddp", "fsdp"]
+    ("wrapped", "message"),
+    [("ddp", r"pass the model inside it \(its \.module\)"), ("fsdp", "state_dict=")],
+    ids=["ddp", "fsdp"],
 )
 def test_artifacts(two: Processes, tmp_path: Path, wrapped: str, message: str) -> None:
     for expected, found, refusals in two.run(cases.artifact, str(tmp_path / "artifact"), wrapped):

@@ -23,9 +23,9 @@ from torch.utils.checkpoint import checkpoint
 import roastify
 from roastify import ConfigError, PlanError, RoastConfig, RoastPlan, artifact
 from roastify.checks import numerics as agreement
-from roastify.conversion.converted import current_plan, pool_of, pooled_weight
+from roastify.conversion.converted import current_plans, pool_of, pooled_weight
 from roastify.conversion.rewrite import copy_weights
-from roastify.errors import ConversionError, OutputMismatch
+from roastify.errors import OutputMismatch
 from roastify.files import digest_of_file, write_tensors
 from roastify.kernels import ops, reference
 from roastify.kernels.gathered_weights import WeightGroup
@@ -1041,13 +1041,12 @@ def test_the_error_names_a_missing_basis(tmp_path: Path) -> None:
             read()
 
 
-def test_the_current_plan_is_the_models_plan_unless_a_parameter_was_added() -> None:
+def test_the_current_plan_is_the_models_plan_with_its_present_dtypes_and_parameters() -> None:
     model, _ = pair()
-    assert current_plan(model) == pool_of(model).plan
-    assert current_plan(model.float()).dtype == "float32"
+    assert current_plans(model) == [pool_of(model).plan]
+    assert current_plans(model.float())[0].dtype == "float32"
     model.extra = nn.Parameter(torch.ones(3))
-    with pytest.raises(ConversionError, match="extra was added since the conversion"):
-        current_plan(model)
+    assert current_plans(model)[0].tensors[-1].name == "extra"
 
 
 def test_a_state_dict_contains_the_bases() -> None:

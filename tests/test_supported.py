@@ -215,12 +215,12 @@ REFUSALS: dict[str, tuple[Callable[[], nn.Module], type[RoastError], str]] = {
     "compiled": (
         lambda: torch.compile(Net(), backend="eager"),
         ConversionError,
-        r"torch\.compile's wrapper; convert the eager model \(its \._orig_mod\), and compile the converted model",
+        r"torch\.compile's wrapper; pass the model inside it \(its \._orig_mod\), and wrap what comes back",
     ),
     "in DataParallel": (
         lambda: nn.DataParallel(Net()),
         ConversionError,
-        r"wrapped in DataParallel; convert the model inside it \(its \.module\), and wrap the converted model",
+        r"is the wrapper DataParallel; pass the model inside it \(its \.module\), and wrap what comes back",
     ),
     "two devices": (
         _on_two_devices,
@@ -309,7 +309,7 @@ def test_patterns_that_match_nothing_or_leave_nothing_to_share_are_refused(
         ({"include": 3}, r"include must be a pattern or a list of patterns \(strings\); found 3"),
         ({"exclude": ["embed", ""]}, r"exclude must be a pattern or a list of patterns .*found \['embed', ''\]"),
         ({"include": "re:("}, r"include: 're:\(' is not a valid regular expression"),
-        ({"init": "random"}, "init must be one of match, project; found 'random'"),
+        ({"init": "random"}, "init must be one of auto, match, project; found 'random'"),
         ({"init": "projct"}, "found 'projct'; closest: 'project'"),
         ({"seed": 1.5}, r"seed must be an integer; found 1\.5"),
         ({"config": {"ratio": 3}}, "config must be a RoastConfig or the path of a TOML file; found dict"),

@@ -349,7 +349,8 @@ def test_convert_leaves_the_original_and_the_random_generator_as_they_were() -> 
     assert _traces(model) == before
     assert converted.seen.tolist() == 0
     assert converted.norm.num_batches_tracked.tolist() == 0
-    assert [module.training for module in converted.modules()][:5] == before["modes"][:5]
+    modes = [module.training for name, module in converted.named_modules() if name != "roast_pool"]
+    assert modes == before["modes"]
 
 
 def test_a_buffer_that_forward_assigns_anew_is_restored() -> None:

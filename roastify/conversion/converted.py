@@ -4,49 +4,106 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from roastify.errors import ConversionError, WriteRefused
+from roastify.kernels.torch_internals import is_compiled
 from roastify.layers.base import RoastModule
 from roastify.layers.pooled_weight import PooledWeight
 from roastify.pool.plan import RoastPlan, TensorPlan
-from roastify.pool.pool import RoastPool, is_sharded
+from roastify.pool.pool import POOL_NAME, RoastPool, is_sharded
 
-POOL_NAME = "roast_pool"
+
+def pools_in(model: nn.Module) -> list[RoastPool]:
+    """Return the pools that a model's modules read or hold."""
+    pools: dict[int, RoastPool] = {}
+    for module in model.modules():
+        if isinstance(module, RoastModule):
+            pools |= {id(pool): pool for pool in module._pools()}
+        elif isinstance(module, RoastPool):
+            pools[id(module)] = module
+    return list(pools.values())
 
 
 def find_pool(model: nn.Module) -> RoastPool | None:
-    """Return the pool of a converted model, or None for any other model."""
-    return next((module for module in model.modules() if isinstance(module, RoastPool)), None)
+    """Return the first pool of a converted model, or None for any other model."""
+    return next(iter(pools_in(model)), None)
 
 
-def pool_of(model: nn.Module) -> RoastPool:
-    """Return the pool of a whole converted model.
+def pools_of(model: nn.Module) -> list[RoastPool]:
+    """Return the pools of a converted model, or of a model that contains converted models or parts of them.
 
     Raises:
-        ConversionError: the model is not converted, or it is only a part or a wrapper of a converted model.
+        ConversionError: the model reads no pool, or it is a wrapper whose own code would get in the way.
     """
     if not isinstance(model, nn.Module):
         raise ConversionError(f"expected a torch.nn.Module; found {type(model).__name__}")
-    pool = find_pool(model)
-    part = next((module for module in model.modules() if isinstance(module, RoastModule)), None)
-    if pool is None and part is None:
+    refuse_wrapped(model)
+    pools = pools_in(model)
+    if not pools:
         raise ConversionError(
             f"this {type(model).__name__} holds no roastify pool; expected a model that roastify.convert or "
             f"roastify.load returned"
         )
-    try:
-        owner = model.get_submodule(pool.plan.owner) if pool else nn.Module()
-    except AttributeError:
-        owner = nn.Module()
-    if pool is None or owner._modules.get(POOL_NAME) is not pool:
+    return pools
+
+
+def pool_of(model: nn.Module) -> RoastPool:
+    """Return the only pool of a converted model; see `pools_of`.
+
+    Raises:
+        ConversionError: as in `pools_of`, or there are several pools.
+    """
+    pools = pools_of(model)
+    if len(pools) > 1:
         raise ConversionError(
-            f"this {type(model).__name__} is a wrapper or a part of a converted model; pass the model that "
-            f"roastify.convert returned (for a wrapper, its .module)"
+            f"this {type(model).__name__} reads {len(pools)} pools; pass one converted model at a time"
         )
-    return pool
+    return pools[0]
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raise `ConversionError` for a model inside a wrapper that runs it, and say where the model itself is."""
+    if is_compiled(model):
+        what, where = "torch.compile's wrapper", "_orig_mod"
+    elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        what, where = f"the wrapper {type(model).__name__}", "module"
+    else:
+        return
+    raise ConversionError(
+        f"this model is {what}; pass the model inside it (its .{where}), and wrap what comes back again if you need to"
+    )
+
+
+class Place(NamedTuple):
+    """A module that reads a shared tensor, the tensor's name in it, and the path of the module."""
+
+    path: str
+    module: RoastModule
+    attribute: str
+
+    @property
+    def name(self) -> str:
+        """The tensor's name in the model."""
+        return f"{self.path}.{self.attribute}" if self.path else self.attribute
+
+
+def readers_of(model: nn.Module, pool: RoastPool) -> list[list[Place]]:
+    """Return where a model's modules read every shared tensor of a pool now, in the order of the plan's tensors.
+
+    A tensor has several places if it is tied, or if its module is in the model several times; it has none if its layer
+    was replaced or removed.
+    """
+    places: dict[int, list[Place]] = {id(weight): [] for weight in pool.weights}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, RoastModule):
+            for attribute, weight in module._roast.items():
+                if id(weight) in places:
+                    places[id(weight)].append(Place(path, module, attribute))
+    return [places[id(weight)] for weight in pool.weights]
 
 
 def refuse_sharded(model: nn.Module) -> None:
@@ -92,6 +149,7 @@ def pooled_weight(pool: RoastPool, tensor: TensorPlan) -> PooledWeight:
         dtype=getattr(torch, tensor.dtype),
         zero_row=tensor.zero_row,
         center=tensor.center,
+        diagonal=tensor.diagonal,
     )
 
 
@@ -120,48 +178,73 @@ def refused_write(model: nn.Module, plan: RoastPlan, error: BaseException | None
     return next((tensor.name for tensor in plan.shared if error.source in list(owners(model, tensor))), None)
 
 
-def current_plan(model: nn.Module) -> RoastPlan:
-    """Return the plan of a converted model, with the model's present dtypes.
+def current_plans(model: nn.Module) -> list[RoastPlan]:
+    """Return the plans of a model's pools, with the names, dtypes and kept parameters that the model has now.
 
-    Raises:
-        ConversionError: a layer on the pool, or a parameter, was replaced, added or removed since the conversion.
+    Layers may have been moved, renamed, repeated, or replaced by dense ones since the conversion. A shared tensor that
+    no layer reads any more stays in its plan, without names, because others share its place in the pool. All kept
+    parameters are in the first plan.
     """
-    pool = pool_of(model)
-    plan: RoastPlan = pool.plan
-    unseen = dict(model.named_parameters(remove_duplicate=False))
-    tensors = []
-    for tensor in plan.tensors:
-        if tensor.shared:
-            views = [_on_pool(model, alias) for alias in tensor.aliases]
-            changed = any(view is None or view.pool is not pool for view in views)
-            dtype = None if views[0] is None else views[0].dtype
-        else:
-            parameters = [unseen.pop(alias, None) for alias in tensor.aliases]
-            changed = any(parameter is None or tuple(parameter.shape) != tensor.shape for parameter in parameters)
-            dtype = None if parameters[0] is None else parameters[0].dtype
-        if changed:
-            raise ConversionError(
-                f"{tensor.name} was replaced or removed since the conversion, so the plan no longer describes the "
-                f"model; call roastify.densify(model) and convert the dense model again"
+    plans: list[RoastPlan] = []
+    pools = pools_of(model)
+    parameters = _kept_parameters(model)
+    for pool in pools:
+        old: RoastPlan = pool.plan
+        shared = [
+            dataclasses.replace(
+                tensor,
+                name=places[0].name if places else tensor.name,
+                aliases=tuple(place.name for place in places),
+                dtype=_dtype_name(weight.dtype),
             )
-        tensors.append(dataclasses.replace(tensor, dtype=_dtype_name(dtype)))
-    pools = {id(pool.weight), *map(id, pool.bases())}
-    extra = [name for name, parameter in unseen.items() if id(parameter) not in pools]
-    if extra:
-        raise ConversionError(
-            f"{extra[0]} was added since the conversion, so the plan does not describe it; call "
-            f"roastify.densify(model) and convert the dense model again"
-        )
-    return dataclasses.replace(plan, tensors=tuple(tensors), dtype=_dtype_name(pool.weight.dtype))
+            for tensor, weight, places in zip(old.shared, pool.weights, readers_of(model, pool), strict=True)
+        ]
+        kept = [] if plans else [_kept(old, names, parameter) for names, parameter in parameters]
+        dtype = _dtype_name(pool.weight.dtype)
+        tensors = _in_order(old, shared, kept)
+        owner, root = _owner_and_root(model, pool)
+        plans.append(dataclasses.replace(old, tensors=tensors, dtype=dtype, owner=owner, root=root))
+    return plans
 
 
-def _on_pool(model: nn.Module, alias: str) -> PooledWeight | None:
-    path, _, attribute = alias.rpartition(".")
-    try:
-        module = model.get_submodule(path)
-    except AttributeError:
-        return None
-    return module._roast.get(attribute) if isinstance(module, RoastModule) else None
+def _owner_and_root(model: nn.Module, pool: RoastPool) -> tuple[str, str]:
+    """Return the path of the module that has a pool, or else reads it first, and that of the pool's root."""
+    owner = reader = root = None
+    for path, module in model.named_modules():
+        if owner is None and module._modules.get(POOL_NAME) is pool:
+            owner = path
+        if reader is None and isinstance(module, RoastModule) and any(each is pool for each in module._pools()):
+            reader = path
+        if root is None and pool.is_read_by(module):
+            root = path
+    return owner if owner is not None else reader or "", root or ""
+
+
+def _kept_parameters(model: nn.Module) -> list[tuple[tuple[str, ...], nn.Parameter]]:
+    """Return a model's Parameters, with all their names, but for those of its pools."""
+    pools = {id(parameter) for pool in pools_in(model) for parameter in pool.parameters()}
+    names: dict[int, list[str]] = {}
+    parameters: dict[int, nn.Parameter] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) not in pools:
+            names.setdefault(id(parameter), []).append(name)
+            parameters[id(parameter)] = parameter
+    return [(tuple(names[key]), parameter) for key, parameter in parameters.items()]
+
+
+def _kept(plan: RoastPlan, names: tuple[str, ...], parameter: nn.Parameter) -> TensorPlan:
+    before = next((tensor for tensor in plan.kept if tensor.name == names[0]), None)
+    shape = tuple(parameter.shape)
+    if before is None or before.shape != shape:
+        before = TensorPlan(names[0], names, shape, "", "", False, "new since the conversion")
+    return dataclasses.replace(before, aliases=names, dtype=_dtype_name(parameter.dtype))
+
+
+def _in_order(plan: RoastPlan, shared: list[TensorPlan], kept: list[TensorPlan]) -> tuple[TensorPlan, ...]:
+    """Return shared tensors in their order, and between them, where a plan has them, kept ones; new ones last."""
+    rest, by_name = iter(shared), {tensor.name: tensor for tensor in kept}
+    merged = [next(rest) if tensor.shared else by_name.pop(tensor.name, None) for tensor in plan.tensors]
+    return tuple(tensor for tensor in [*merged, *by_name.values()] if tensor is not None)
 
 
 def _dtype_name(dtype: torch.dtype | None) -> str:

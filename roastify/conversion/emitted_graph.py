@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from roastify.calls import signature_of
-from roastify.conversion.converted import POOL_NAME, pool_of
+from roastify.conversion.converted import pool_of
 from roastify.errors import ConversionError
 from roastify.isolation import modes_kept, random_states_kept
 from roastify.layers import reading
@@ -89,7 +89,7 @@ def emit_graph(model: nn.Module) -> fx.GraphModule:
     for name, module in parts.items():
         if isinstance(module, nn.Module):
             emitted.get_submodule(name).training = module.training
-    emitted.add_module(POOL_NAME, pool)
+    pool.become_child_of(emitted)
     type(emitted).forward.__signature__ = _unbound_signature(model)  # type: ignore[attr-defined]
     return emitted
 

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
 
-from roastify.conversion.converted import POOL_NAME, owners, pool_of, pooled_weight, scale_of
+from roastify.conversion.converted import owners, pool_of, pooled_weight, pools_of, readers_of, scale_of
 from roastify.conversion.fx_pass import computed_attributes
 from roastify.conversion.transformers_ties import forget_ties, remember_ties
 from roastify.errors import ConversionError
 from roastify.layers.base import RoastModule
-from roastify.layers.class_swap import to_dense, to_emptied, to_roast
+from roastify.layers.class_swap import to_dense, to_roast
 from roastify.layers.kinds import retains_weight
-from roastify.pool.forward_pass import RootForward
+from roastify.pool.forward_pass import RootForward, bound_to
 from roastify.pool.plan import RoastPlan
-from roastify.pool.pool import RoastPool
+from roastify.pool.pool import POOL_NAME, RoastPool
 
 _M = TypeVar("_M", bound=nn.Module)
 
@@ -77,17 +77,13 @@ def apply_plan(model: nn.Module, plan: RoastPlan, pool: RoastPool) -> Callable[[
         a function that restores the dense model. While it exists, it keeps the dense Parameters in memory.
     """
     swapped: list[tuple[nn.Module, str, nn.Parameter | None]] = []
-    owner = model.get_submodule(plan.owner)
-    own_forward = model.__dict__.get("forward")
-    around = {model.get_submodule(path) for path in _paths_to(plan.owner)}
-    # Without the modules around the pool: they have the pool's Parameter.
-    filled = [module for module in model.modules() if module not in around and _holds_parameters(module)]
+    owner, root = model.get_submodule(plan.owner), model.get_submodule(plan.root)
+    own_forward = root.__dict__.get("forward")
 
     def undo() -> None:
         owner._modules.pop(POOL_NAME, None)
-        _set_forward(model, own_forward)
+        _set_forward(root, own_forward)
         forget_ties(model)
-        _restore_emptied(model)
         for module, attribute, parameter in reversed(swapped):
             if isinstance(module, RoastModule) and attribute in module._roast:
                 to_dense(module, {attribute: parameter})
@@ -96,6 +92,7 @@ def apply_plan(model: nn.Module, plan: RoastPlan, pool: RoastPool) -> Callable[[
 
     try:
         remember_ties(model)
+        pool.become_child_of(owner)
         retained, weights = [], []
         for tensor in plan.shared:
             shared = pooled_weight(pool, tensor)
@@ -107,11 +104,7 @@ def apply_plan(model: nn.Module, plan: RoastPlan, pool: RoastPool) -> Callable[[
             if any(retains_weight(cast(RoastModule, module), attribute, shared) for module, attribute in holders):
                 retained.append(shared)
         pool.retained, pool.weights = tuple(retained), tuple(weights)
-        for module in filled:
-            if not _holds_parameters(module):
-                to_emptied(module)
-        owner.add_module(POOL_NAME, pool)
-        _set_forward(model, RootForward(model, pool, own_forward))
+        _set_forward(root, RootForward(root, pool, own_forward))
     except BaseException:
         undo()
         raise
@@ -136,43 +129,26 @@ def _set_forward(model: nn.Module, forward: Callable[..., Any] | None) -> None:
         model.__dict__["_replicate_for_data_parallel"] = forward.replicate
 
 
-def _paths_to(path: str) -> Iterator[str]:
-    parts = path.split(".") if path else []
-    yield from (".".join(parts[:length]) for length in range(len(parts) + 1))
-
-
-def _holds_parameters(module: nn.Module) -> bool:
-    return next(module.named_parameters(), None) is not None
-
-
-def _restore_emptied(model: nn.Module) -> None:
-    """Give modules that `to_emptied` changed their original classes back."""
-    for module in model.modules():
-        if isinstance(module, RoastModule) and not module._roast:
-            to_dense(module, {})
-
-
 def restore_dense(model: nn.Module) -> None:
-    """Turn a converted model back into a dense model, in place, with its original classes, names and ties."""
-    pool = pool_of(model)
-    plan: RoastPlan = pool.plan
+    """Turn a converted model back into a dense model, in place, with its original classes, names and ties.
+
+    Layers are found where they are now: moved, renamed, wrapped, repeated, or in a model around the converted one.
+    """
+    pools = pools_of(model)
     dense: list[tuple[RoastModule, str, nn.Parameter]] = []
-    for tensor in plan.shared:
-        # A layer that the user has replaced since the conversion stays as it is.
-        holders = [
-            (module, name)
-            for module, name in owners(model, tensor)
-            if isinstance(module, RoastModule) and name in module._roast
-        ]
-        if holders:
-            weight = holders[0][0]._roast[holders[0][1]].dense().detach()
-            parameter = nn.Parameter(weight.contiguous(), requires_grad=pool.weight.requires_grad)
-            dense += [(module, name, parameter) for module, name in holders]
+    for pool in pools:
+        for places in readers_of(model, pool):
+            holders = list(dict.fromkeys((place.module, place.attribute) for place in places))
+            if holders:
+                weight = holders[0][0]._roast[holders[0][1]].dense().detach()
+                parameter = nn.Parameter(weight.contiguous(), requires_grad=pool.weight.requires_grad)
+                dense += [(module, name, parameter) for module, name in holders]
     for module, name, parameter in dense:
         to_dense(module, {name: parameter})
-    del model.get_submodule(plan.owner)._modules[POOL_NAME]
-    # A forward that the user has set since the conversion stays as it is.
-    if isinstance(forward := model.__dict__.get("forward"), RootForward):
-        _set_forward(model, forward.inner)
+    for each in list(model.modules()):
+        if isinstance(each._modules.get(POOL_NAME), RoastPool):
+            del each._modules[POOL_NAME]
+        # A forward that the user has set since the conversion stays as it is.
+        while (forward := bound_to(each)) is not None:
+            _set_forward(each, forward.inner)
     forget_ties(model)
-    _restore_emptied(model)

@@ -6,10 +6,9 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from roastify.conversion.converted import POOL_NAME, find_pool
+from roastify.conversion.converted import find_pool, refuse_wrapped
 from roastify.errors import ConversionError
-from roastify.kernels.torch_internals import is_compiled
-from roastify.layers.base import RoastModule
+from roastify.pool.pool import POOL_NAME
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -22,17 +21,8 @@ def check_convertible(model: object) -> None:
     if not isinstance(model, nn.Module):
         hint = f" {model.__name__}; call it to build a model" if isinstance(model, type) else ""
         raise ConversionError(f"expected a torch.nn.Module; found {type(model).__name__}{hint}")
-    if is_compiled(model):
-        raise ConversionError(
-            "the model is torch.compile's wrapper; convert the eager model (its ._orig_mod), and compile the converted "
-            "model afterwards"
-        )
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        raise ConversionError(
-            f"the model is wrapped in {type(model).__name__}; convert the model inside it (its .module), and wrap the "
-            f"converted model afterwards"
-        )
-    if find_pool(model) is not None or any(isinstance(module, RoastModule) for module in model.modules()):
+    refuse_wrapped(model)
+    if find_pool(model) is not None:
         raise ConversionError(
             "the model is already converted; convert the dense model, or go back with roastify.densify(model) first"
         )

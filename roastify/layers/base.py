@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, cast
 
@@ -14,15 +16,17 @@ from roastify.layers.pooled_weight import PooledWeight
 from roastify.layers.read_weight import ReadWeight
 from roastify.layers.reading import ModuleCall, dense_property, read_attribute, read_in_call, running, tracers
 from roastify.pool.forward_pass import RootForward
-from roastify.pool.pool import ReplicatedPool, RoastPool
+from roastify.pool.pool import MEMBER, POOL_NAME, MemberPool, ReplicatedPool, RoastPool
 
 
 class RoastModule(nn.Module):
     """The base class of every module on the pool: its shared attributes read as dense, differentiable tensors.
 
-    `_roast` holds the shared attributes by name. The class that `class_swap` creates for the module has a property for
-    each of them. In `_parameters`, a `None` replaces each shared Parameter, so that a densified model's state dict has
-    its keys in the original order.
+    `_roast` holds the shared attributes by name. The pool's Parameter is a member of the module, as a tied Parameter
+    is, under the name `roast_pool.weight`: what a module reads is among its `parameters()`, in its state dict (a whole
+    model's holds the pool once) and in its copies. The class that `class_swap` creates for the module has a property
+    for each shared attribute. In `_parameters`, a `None` replaces each shared Parameter, so that a densified model's
+    state dict has its keys in the original order.
     """
 
     _roast: dict[str, PooledWeight]
@@ -34,17 +38,38 @@ class RoastModule(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__.get("_roast", ()):
             self._assign_shared(name, value)
-        else:
-            super().__setattr__(name, value)
+            return
+        if name == "qconfig":
+            _warn_of_quantization(type(self).__name__)
+        if name == "_is_fsdp_managed_module":
+            for pool in self._pools():
+                pool.__dict__["_sharded_reader"] = value
+        super().__setattr__(name, value)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Register a Parameter. If a shared attribute has that name, the attribute leaves the pool."""
         if name in self.__dict__.get("_roast", ()):
             self._assign_shared(name, param)
+        elif name.startswith(MEMBER):
+            raise RoastError(
+                f"this {type(self).__name__} reads the pool, and so do others: the pool cannot be replaced or split "
+                f"for this layer alone, as tensor parallelism does. Shard the whole model with FSDP2 instead, or pass "
+                f"roastify.densify(model)"
+            )
+        elif isinstance(param, ReadWeight):
+            raise RoastError(
+                f"{name!r} of this {type(self).__name__} would be a weight that lives in the shared pool, and no "
+                f"Parameter, as pruning needs it; prune before the conversion, or prune roastify.densify(model)"
+            )
         else:
             super().register_parameter(name, param)
 
     def __delattr__(self, name: str) -> None:
+        if f"{name}_orig" in self.__dict__.get("_roast", ()) and name in self.__dict__:
+            raise RoastError(
+                f"{name!r} of this {type(self).__name__} is computed from {name}_orig, which lives in the shared pool, "
+                f"and a pruned weight cannot: make the pruning permanent in roastify.densify(model)"
+            )
         if name in self.__dict__.get("_roast", ()):
             self._leave_pool(name)
             # Not super(): `_leave_pool` may have changed the class of this object.
@@ -58,7 +83,7 @@ class RoastModule(nn.Module):
             # A tie to the same shared tensor changes nothing; transformers' `tie_weights` makes such ties.
             if value.source is not None and value.source[2] is self._roast[name]:
                 return
-        elif isinstance(value, nn.Parameter):
+        elif type(value) is nn.Parameter:
             self._leave_pool(name)
             setattr(self, name, value)
             return
@@ -68,22 +93,66 @@ class RoastModule(nn.Module):
             f"call roastify.densify(model) to get a model whose weights can be set"
         )
 
-    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """Yield the module's Parameters; if sharing left none, the tensors that the module reads from the pool.
+    @property
+    def roast_pool(self) -> nn.Module:
+        """The pool that the module reads."""
+        if (child := self._modules.get(POOL_NAME)) is not None:
+            return child
+        for pool in self._pools():
+            return MemberPool(pool)
+        raise AttributeError(POOL_NAME)
 
-        Code reads a dtype or a device from `next(self.parameters())`, and a tensor that was read from the pool has
-        both. An optimizer or `requires_grad = False` raises an error for such a tensor, because a part of the pool can
-        be neither optimized nor frozen by itself.
+    def _renew_members(self) -> None:
+        """Make the Parameters of the pool that this module reads its members, and no others."""
+        for key in [key for key in self._parameters if key.startswith(MEMBER)]:
+            del self._parameters[key]
+        own = dict(self._parameters)
+        self._parameters.clear()
+        # First, so that a tool that changes one Parameter after the other meets those that it cannot change first.
+        for pool in self._pools():
+            bases = {each.basis_index for each in self._roast.values() if each.pool is pool}
+            pool.add_reader(self, sorted(index for index in bases if index is not None))
+        self._parameters.update(own)
+
+    def _pools(self) -> list[RoastPool]:
+        """Return the pool that this module reads in a list; empty in a replica of `nn.DataParallel`."""
+        pools = {id(each.pool): each.pool for each in self._roast.values()}
+        return [pool for pool in pools.values() if isinstance(pool, RoastPool)]
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the module's Parameters with their names.
+
+        Without `recurse`, the pool's are left out: code that visits every module finds them in the pool itself. That
+        puts the pool into the root's group of FSDP2, which shards a Parameter with the first module that shows it.
+        """
+        for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
+            if recurse or not name.removeprefix(prefix).lstrip(".").startswith(MEMBER):
+                yield name, parameter
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Yield the module's Parameters; if there are none, the tensors that the module reads from the pool.
+
+        Code reads a dtype or a device from `next(self.parameters(recurse=False))`, and a tensor that was read from the
+        pool has both.
         """
         count = 0
         for parameter in super().parameters(recurse):
             count += 1
             yield parameter
         if count == 0:
-            for module in self.modules() if recurse else [self]:
-                if isinstance(module, RoastModule):
-                    for name in module._roast:
-                        yield cast(nn.Parameter, read_attribute(module, name))
+            for name in self._roast:
+                yield cast(nn.Parameter, read_attribute(self, name))
+
+    @contextlib.contextmanager
+    def _without_members(self) -> Iterator[None]:
+        for key in [key for key in self._parameters if key.startswith(MEMBER)]:
+            del self._parameters[key]
+        try:
+            yield
+        finally:
+            self._renew_members()
 
     def _replicate_for_data_parallel(self) -> RoastModule:
         replica = super()._replicate_for_data_parallel()
@@ -94,11 +163,23 @@ class RoastModule(nn.Module):
         return replica
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RoastModule:
-        super()._apply(fn, recurse)
+        # The pool takes care of its Parameters: where `fn` makes new ones, each module would make one of its own.
+        with self._without_members():
+            super()._apply(fn, recurse)
+            for pool in self._pools():
+                pool.apply_of_reader(fn)
         for shared in self._roast.values():
             # `fn` (half, to, …) decides the dtype, so it is applied to an empty tensor of the present dtype.
             shared.dtype = fn(torch.empty(0, dtype=shared.dtype)).dtype
         return self
+
+
+def _warn_of_quantization(layer: str) -> None:
+    warnings.warn(
+        f"torch.ao.quantization replaces layers by their exact class, so a {layer} stays as it is, on the pool in its "
+        f"own dtype; to quantize it, pass roastify.densify(model)",
+        stacklevel=3,
+    )
 
 
 def describe_shared(module: RoastModule) -> str:

@@ -7,8 +7,9 @@ reference to the module stay as they are. `to_dense` reverses it.
 from __future__ import annotations
 
 import copy
+import types
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, Generic, cast
 
 from torch import nn
 
@@ -18,6 +19,7 @@ from roastify.layers.modules import RoastRNN, RoastTransformersConv1D
 from roastify.layers.pooled_weight import PooledWeight
 from roastify.layers.reading import dense_property, lazy_property
 from roastify.layers.source_scan import uses_in_source
+from roastify.pool.pool import MEMBER, POOL_NAME
 
 
 class _Swapped:
@@ -40,16 +42,43 @@ class _Swapped:
             # The class's own `__deepcopy__` would create a dense module, so it is not called. Torch's parametrized
             # classes define one, because they refuse `__getstate__`.
             twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+            twin._renew_members()
         else:
             twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         return twin
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        cast(RoastModule, self)._renew_members()
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        module = cast(RoastModule, self)
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
         # A class with a state-dict method of its own may write a shared attribute's dense tensor. It is removed, since
-        # the state dict has the pool once.
+        # the state dict has the pool.
         for name in self._roast:
             destination.pop(prefix + name, None)
+        for key in module._parameters:
+            if key.startswith(MEMBER):
+                destination.pop(prefix + key, None)
+        for pool in module._pools():
+            if module._modules.get(POOL_NAME) is not pool:
+                pool.save_in(destination, prefix + MEMBER, keep_vars)
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
+        module = cast(RoastModule, self)
+        pools = [pool for pool in module._pools() if module._modules.get(POOL_NAME) is not pool]
+        if not pools:
+            return super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)  # type: ignore[misc]
+        of_pool = {key: value for key, value in state_dict.items() if key.startswith(prefix + MEMBER)}
+        rest = {key: value for key, value in state_dict.items() if key not in of_pool} if of_pool else state_dict
+        with module._without_members():
+            super()._load_from_state_dict(rest, prefix, metadata, strict, *lists)  # type: ignore[misc]
+        for pool in pools:
+            pool.load_from(of_pool, prefix + MEMBER, metadata, strict, *lists)
+        return None
 
     def _leave_pool(self, name: str) -> None:
         to_dense(cast(RoastModule, self), {name: None})
@@ -60,6 +89,7 @@ class _Swapped:
         return ", ".join(part for part in parts if part)
 
 
+_layouts: dict[type, type] = {}
 _roast_classes: dict[tuple[type[nn.Module], frozenset[str]], type[RoastModule]] = {}
 
 
@@ -83,16 +113,37 @@ def roast_class(module_class: type[nn.Module], names: frozenset[str]) -> type[Ro
             title, bases = module_class.__name__, _other_bases(module_class)
             attributes |= {"__module__": module_class.__module__, "__qualname__": module_class.__qualname__}
         else:
+            # The module of a layer of torch's own: torch.fx does not trace into what is defined in torch.nn.
             title, bases = f"Roast{module_class.__name__}", _layer_bases(module_class, kind)
+            attributes["__module__"] = module_class.__module__
             if _looks_up(module_class):
                 bases += (RoastLookup,)
         if names and replaced and bases[0] is module_class:
             # `RoastReader` goes first, so that its `__call__` runs before the class's own. Its base `RoastModule` stays
             # behind the class.
             bases = (RoastReader, *bases)
-        swapped = type(title, (_Swapped, *bases), attributes)
+        bases = (*_layout(module_class), _Swapped, *bases)
+        swapped = types.new_class(title, bases, exec_body=lambda body: body.update(attributes))
         _roast_classes[key] = cast("type[RoastModule]", swapped)
     return _roast_classes[key]
+
+
+def _layout(module_class: type[nn.Module]) -> tuple[type, ...]:
+    """Return the base that gives a class on the pool the original class's layout in memory, if it needs one.
+
+    Python changes an object's class only if both classes' first bases add the same slots to the same base. A class
+    whose first base has no `__dict__` (`abc.ABC`, `typing.Generic`) adds one to that base, and not to `object`.
+    """
+    layout: type = module_class
+    while layout.__base__ is not None and layout.__base__.__dictoffset__:
+        layout = layout.__base__
+    base = layout.__base__
+    if base is None or base is object:
+        return ()
+    if base not in _layouts:
+        # `Generic` refuses a subclass without parameters, unless it has this name.
+        _layouts[base] = types.new_class("Protocol" if base is Generic else "Layout", (base,))
+    return (_layouts[base],)
 
 
 def _reader(module_class: type[nn.Module], name: str) -> property:
@@ -139,14 +190,8 @@ def to_roast(module: nn.Module, name: str, shared: PooledWeight) -> None:
     module._parameters[name] = None
     module.__class__ = roast_class(original, frozenset(attributes))
     module.__dict__["_roast"] = attributes
+    cast(RoastModule, module)._renew_members()
     _renew_flat_weights(module)
-
-
-def to_emptied(module: nn.Module) -> None:
-    """Change the class of a module that has no Parameter left, in place, so that `parameters()` is not empty."""
-    if not isinstance(module, RoastModule):
-        module.__class__ = roast_class(type(module), frozenset())
-        module.__dict__["_roast"] = {}
 
 
 def to_dense(module: RoastModule, parameters: Mapping[str, nn.Parameter | None]) -> None:
@@ -155,13 +200,19 @@ def to_dense(module: RoastModule, parameters: Mapping[str, nn.Parameter | None])
     If no shared attribute is left, the module gets its original class back.
     """
     original = type(module)._roast_original
+    pools = module._pools()
     left = {name: shared for name, shared in module._roast.items() if name not in parameters}
     module.__class__ = roast_class(original, frozenset(left)) if left else original  # type: ignore[assignment]
+    for key in [key for key in module._parameters if key.startswith(MEMBER)]:
+        del module._parameters[key]
+    module._parameters.update(parameters)
     if left:
         module.__dict__["_roast"] = left
+        module._renew_members()
     else:
         del module.__dict__["_roast"]
-    module._parameters.update(parameters)
+        for pool in pools:
+            pool.remove_reader(module)
     _renew_flat_weights(module)
 
 

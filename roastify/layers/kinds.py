@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
+from roastify.kernels.torch_internals import is_householder
 from roastify.layers.base import RoastLayer, RoastModule
 from roastify.layers.modules import (
     RoastBilinear,
@@ -63,7 +65,7 @@ def _refuse_table(module: nn.Embedding | nn.EmbeddingBag) -> str | None:
 
 
 def _retains_product(shared: PooledWeight) -> bool:
-    return shared.is_small and not shared.center
+    return shared.is_small and shared.is_scaled_pool
 
 
 def _retains_whole(shared: PooledWeight) -> bool:
@@ -110,6 +112,14 @@ def is_vector(module: nn.Module, attribute: str, shape: Sequence[int]) -> bool:
     if len(shape) <= 1:
         return True
     return kind_of(type(module), attribute) is None and sum(size > 1 for size in shape) <= 1
+
+
+def is_reflectors(module: nn.Module) -> bool:
+    """Whether a module holds the Householder reflectors of an orthogonal weight.
+
+    On their diagonal stand the weight's signs; the weight becomes zero if they are not ±1.
+    """
+    return isinstance(module, ParametrizationList) and any(map(is_householder, module))
 
 
 def refusal_of(module: nn.Module, attribute: str) -> str | None:

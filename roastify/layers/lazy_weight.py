@@ -59,12 +59,12 @@ class LazyWeight:
     @property
     def device(self) -> torch.device:
         """The tensor's device."""
-        return self.shared.pool.weight.device
+        return self.shared.pool.parameter().device
 
     @property
     def requires_grad(self) -> bool:
         """Whether the pool requires a gradient."""
-        return self.shared.pool.weight.requires_grad
+        return self.shared.pool.parameter().requires_grad
 
     def size(self, dim: int | None = None) -> Any:
         """Return the tensor's shape, or its size along one dimension."""
@@ -138,7 +138,7 @@ class LazyWeight:
     @property
     def _irregular(self) -> bool:
         """Whether the pool's operations do not give the tensor's elements, because it has a center or a zero row."""
-        return bool(self.shared.center) or self.shared.zero_row is not None
+        return not self.shared.can_be_whole
 
     def product(self, x: Tensor, bias: Tensor | None, transposed: bool) -> Tensor | None:
         """Return `x · weightᵀ + bias`, or if `transposed`, `x · weight + bias`.
@@ -331,13 +331,13 @@ def _bounds(index: slice, size: int) -> tuple[int, int]:
 def _span(shared: PooledWeight, start: int, stop: int) -> Tensor:
     if torch.compiler.is_compiling():
         # Not `rows_between`: the view that it creates is a constant of the graph, and the slice's length may vary.
-        return shared.rows(torch.arange(start, stop, device=shared.pool.weight.device))
+        return shared.rows(torch.arange(start, stop, device=shared.pool.parameter().device))
     return shared.rows_between(start, stop)
 
 
 def _from_start(index: Tensor, size: int, shared: PooledWeight) -> Tensor:
     """Return an index without negative numbers and on the pool's device, as torch's indexing accepts both."""
-    index = index.to(shared.pool.weight.device)
+    index = index.to(shared.pool.parameter().device)
     return torch.where(index < 0, index + size, index)
 
 
@@ -346,5 +346,5 @@ def _row_index(index: Any, size: int, shared: PooledWeight) -> Tensor:
     if isinstance(index, int) and not -size <= index < size:
         raise IndexError(f"index {index} is out of bounds for dimension 0 with size {size}")
     if not isinstance(index, Tensor):
-        index = torch.full((), index, dtype=torch.int64, device=shared.pool.weight.device)
+        index = torch.full((), index, dtype=torch.int64, device=shared.pool.parameter().device)
     return _from_start(index, size, shared)

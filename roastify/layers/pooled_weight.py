@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ class PooledWeight(WeightView):
         pool: the pool's module. Its Parameter is looked up at each use, because sharding replaces the Parameter.
         dtype: dtype of the dense tensor.
         zero_row: a row that is zero and stays zero (an embedding's padding row), or None.
+        diagonal: signs of the ones on the diagonal; see `TensorPlan`.
         center: number that is added to every element, such as 1 for a norm's weights, which start from ones.
     """
 
@@ -35,13 +37,16 @@ class PooledWeight(WeightView):
     dtype: torch.dtype = field(kw_only=True)
     zero_row: int | None = field(default=None, kw_only=True)
     center: float = field(default=0.0, kw_only=True)
+    diagonal: str = field(default="", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         # Attributes and not properties, because every call of a layer needs them, and a property is slow.
         self.numel = self.view.numel
         self.is_small = self.numel < _SMALL_ELEMENTS
-        self.can_be_whole = not self.center and self.zero_row is None
+        # Whether every element is a sign times λ times an element of the pool.
+        self.is_scaled_pool = not self.center and not self.diagonal
+        self.can_be_whole = self.is_scaled_pool and self.zero_row is None
 
     @property
     def current_dtype(self) -> torch.dtype:
@@ -58,6 +63,8 @@ class PooledWeight(WeightView):
         weight = self._gathered(dtype or self.current_dtype)
         if self.center:
             weight = weight + self.center
+        if self.diagonal:
+            weight = self._with_diagonal(weight)
         if self.zero_row is None:
             return weight
         # The comparison runs on the device, because a CUDA graph cannot capture a copy from the CPU. Not `index_fill`:
@@ -65,9 +72,22 @@ class PooledWeight(WeightView):
         row = torch.arange(weight.shape[0], device=weight.device) == self.zero_row
         return weight.masked_fill(row.view(-1, *(1,) * (weight.dim() - 1)), 0.0)
 
+    def _with_diagonal(self, weight: Tensor) -> Tensor:
+        rows, cols = (torch.arange(size, device=weight.device) for size in self.shape)
+        # The comparison runs on the device, and each run of equal signs is one comparison: see `dense`.
+        on_diagonal = rows[:, None] == cols
+        weight = weight.masked_fill(on_diagonal, 1.0)
+        start = 0
+        for sign, run in itertools.groupby(self.diagonal):
+            stop = start + len(list(run))
+            if sign == "-":
+                weight = weight.masked_fill(on_diagonal & (cols >= start) & (cols < stop), -1.0)
+            start = stop
+        return weight
+
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return `x · weightᵀ + bias`."""
-        if self.center:
+        if not self.is_scaled_pool:
             return F.linear(x, self.dense(), bias)
         weight = self._retained_for(x)
         if weight is not None:
@@ -76,7 +96,7 @@ class PooledWeight(WeightView):
 
     def linear_t(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return `x · weight + bias`."""
-        if self.center:
+        if not self.is_scaled_pool:
             return F.linear(x, self.dense().t(), bias)
         weight = self._retained_for(x)
         if weight is not None:
@@ -138,7 +158,7 @@ class PooledWeight(WeightView):
 
     def rows(self, index: Tensor) -> Tensor:
         """Return `weight[index]`."""
-        if self.transposed or self.center:
+        if self.transposed or not self.is_scaled_pool:
             return F.embedding(index, self.dense())
         rows = ops.embedding(index, self.pool.read(self.current_dtype), self.pool.table, self.view, self.scale)
         if self.zero_row is None:
@@ -151,7 +171,7 @@ class PooledWeight(WeightView):
         None if the part begins inside a row of tiles, or if the tensor is transposed, in strips, or has a zero row.
         """
         view = self.view
-        if self.transposed or view.strips or self.zero_row is not None or start % view.tile_rows:
+        if self.transposed or view.strips or self.zero_row is not None or self.diagonal or start % view.tile_rows:
             return None
         base = view.base + start // view.tile_rows * view.grid_cols * view.slot_size
         rows = math.prod(shape) // view.cols

@@ -29,6 +29,9 @@ class _PoolArguments:
     uneven_slots: Tensor | None
     uneven: Tensor | None
 
+    def parameter(self) -> Tensor:
+        return self.weight
+
 
 class _RecordedGate(Gate):
     """A gate that is created while a compiler records a graph."""
@@ -76,4 +79,4 @@ _library.impl("read", _read, "CompositeImplicitAutograd")
 def read(pool: Pool, dtype: torch.dtype) -> Tensor:
     """Return the pool's values in a dtype, as one operator of a graph; their gradient goes to the gate."""
     gamma = (pool.per_slot, pool.uneven_slots, pool.uneven) if pool.precondition else (None, None, None)
-    return torch.ops.roastify.read.default(pool.weight, *gamma, dtype)
+    return torch.ops.roastify.read.default(pool.parameter(), *gamma, dtype)

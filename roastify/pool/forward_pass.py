@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from roastify.kernels.torch_internals import is_captured
-from roastify.pool.gradient_gate import Pool
 from roastify.pool.pass_cache import Pass, passes
+from roastify.pool.pool import MEMBER, RoastPool
 
 
 class RootForward:
@@ -37,10 +39,19 @@ class RootForward:
 
     __name__ = "forward"
 
-    def __init__(self, model: nn.Module, pool: Pool, inner: Callable[..., Any] | None = None) -> None:
+    def __init__(self, model: nn.Module, pool: RoastPool, inner: Callable[..., Any] | None = None) -> None:
         self.model = model
         self.pool = pool
         self.inner = inner
+        self._trained = _Trained()
+        pool.set_root(model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_trained": _Trained()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.pool.set_root(self.model)
 
     @property
     def __wrapped__(self) -> Callable[..., Any]:
@@ -56,11 +67,19 @@ class RootForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward as one pass."""
+        # A tool that unwraps models may bind this object to the model as if it were a function.
+        if args and args[0] is self.model:
+            args = args[1:]
+        elif args and isinstance(args[0], nn.Module) and bound_to(args[0]) is self:
+            # A copy of a bound method is bound to the copied model, but has the same function.
+            return self._of_copy(args[0])(*args[1:], **kwargs)
         if torch.compiler.is_compiling():
             return self._run(*args, **kwargs)
+        if torch.is_grad_enabled():
+            self._trained.check(self.model, self.pool)
         running, pool = passes.running, self.pool
         outer = running.get(pool)
-        running[pool] = Pass(is_captured(pool.weight), whole=True)
+        running[pool] = Pass(is_captured(pool.parameter()), whole=True)
         try:
             return self._run(*args, **kwargs)
         finally:
@@ -81,8 +100,83 @@ class RootForward:
             replica.__dict__["forward"] = self.inner
         return replica
 
+    def _of_copy(self, model: nn.Module) -> Callable[..., Any]:
+        """Give a copy of the model a forward of its own."""
+        pools = [each.pool for module in model.modules() for each in module.__dict__.get("_roast", {}).values()]
+        inner = self.inner
+        if isinstance(inner, types.MethodType) and inner.__self__ is self.model:
+            inner = types.MethodType(inner.__func__, model)
+        model.__dict__["forward"] = RootForward(model, pools[0], inner)
+        return model.__dict__["forward"]
+
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         # Not through `__wrapped__`: torch.compile traces this code, but cannot trace `types.MethodType`.
         if self.inner is not None:
             return self.inner(*args, **kwargs)
         return type(self.model).forward(self.model, *args, **kwargs)
+
+
+def bound_to(model: nn.Module) -> RootForward | None:
+    """Return the forward of a converted model that is an instance's own, also if it was bound to it as a method."""
+    forward = model.__dict__.get("forward")
+    forward = getattr(forward, "__func__", forward)
+    return forward if isinstance(forward, RootForward) else None
+
+
+class _Trained:
+    """Notices that only a part of a model is frozen while all of it reads one pool.
+
+    A pool can only be frozen or trained as a whole: freezing one layer freezes the weights of all, and making one layer
+    trainable again makes all weights trainable. What shows it are biases and norms of which some are frozen and some
+    are not. Each pass compares the pool and the first and the last of them; the others are looked at if one of these
+    has changed.
+    """
+
+    def __init__(self) -> None:
+        self.ends: tuple[weakref.ref[nn.Parameter], ...] = ()
+        self.seen: tuple[bool | None, ...] = ()
+
+    def check(self, model: nn.Module, pool: RoastPool) -> None:
+        """Warn if a model is frozen in part."""
+        seen = self._flags(pool)
+        if seen == self.seen:
+            return
+        beside = list(_beside_readers(model))
+        self.ends = tuple(weakref.ref(beside[index][2]) for index in (0, -1) if beside)
+        self.seen = self._flags(pool)
+        first: dict[tuple[type, str], tuple[str, bool]] = {}
+        for kind, name, parameter in beside:
+            earlier, flag = first.setdefault((kind, name.rpartition(".")[2]), (name, parameter.requires_grad))
+            if parameter.requires_grad is not flag:
+                frozen, trained = (name, earlier) if flag else (earlier, name)
+                warnings.warn(
+                    f"{frozen} is frozen and {trained} is trained, but the weights of both layers lie in one pool, "
+                    f"which is {'trained' if seen[0] else 'frozen'}, and with it all weights of the model. A pool "
+                    f"cannot be frozen in one layer and trained in another: to train a part, leave that part dense "
+                    f"when you convert (exclude=…), and freeze the pool (model.roast_pool.requires_grad_(False)) or "
+                    f"all converted layers",
+                    stacklevel=3,
+                )
+                return
+
+    def _flags(self, pool: RoastPool) -> tuple[bool | None, ...]:
+        parameters = (end() for end in self.ends)
+        return pool.parameter().requires_grad, *(p.requires_grad if p is not None else None for p in parameters)
+
+
+def _beside_readers(model: nn.Module) -> Iterator[tuple[type, str, nn.Parameter]]:
+    """Yield class, name and value of the Parameters of readers and of modules that stand beside them."""
+    for path, parent in model.named_modules():
+        near = [parent, *(child for child in parent._modules.values() if child is not None)]
+        if not any(_reads(other) for module in near for other in (module, *module._modules.values())):
+            continue
+        for name, module in parent._modules.items():
+            if module is None or isinstance(module, RoastPool):
+                continue
+            for attribute, parameter in module._parameters.items():
+                if parameter is not None and not attribute.startswith(MEMBER):
+                    yield type(module), ".".join(part for part in (path, name, attribute) if part), parameter
+
+
+def _reads(module: nn.Module | None) -> bool:
+    return module is not None and bool(module.__dict__.get("_roast"))

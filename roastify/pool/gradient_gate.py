@@ -116,7 +116,7 @@ class Gate:
 
     def __init__(self, pool: Pool, plain: bool) -> None:
         # A reference, so that no other tensor gets the Parameter's id or memory while this gate exists.
-        self.weight = weight = pool.weight
+        self.weight = weight = pool.parameter()
         self.buffer = GradBuffer(weight.shape, summed_in(weight.dtype), weight.device) if plain else None
         gamma = (pool.per_slot, pool.uneven_slots, pool.uneven) if pool.precondition else (None, None, None)
         self.token: Tensor = _GateNode.apply(weight, self.buffer, *gamma)

@@ -52,8 +52,8 @@ class PoolCache:
         # Whether a whole forward pass reads this cache. If so, every weight of a gathered group will be read.
         self.whole = whole
         # A reference, so that no other tensor gets the Parameter's id or memory while this cache exists.
-        self.weight = pool.weight
-        self.values = pool.weight.detach()
+        self.weight = pool.parameter()
+        self.values = self.weight.detach()
         self.copies: dict[torch.dtype, Tensor] = {}
         # The same copies behind a `_ReadNode`, for layers to read in a graph. All layers of a pass share one node: a
         # node for each layer takes the host longer than this lookup.
@@ -219,11 +219,11 @@ def _gate_of(pool: Pool) -> Gate:
 
     A compiler gets a new gate each time. So does a transform, because it wraps tensors while it runs.
     """
-    if torch.compiler.is_compiling() or not _is_plain(pool.weight):
+    if torch.compiler.is_compiling() or not _is_plain(pool.parameter()):
         return Gate(pool, plain=False)
-    *content, _, _ = _seen(pool.weight)
+    *content, _, _ = _seen(pool.parameter())
     # Without the stream: layers on several streams may add to one buffer, since they wait for each other.
-    seen = (*content, torch.is_inference_mode_enabled(), is_captured(pool.weight), pool.precondition)
+    seen = (*content, torch.is_inference_mode_enabled(), is_captured(pool.parameter()), pool.precondition)
     last = passes.gates.get(pool)
     gate = last[1]() if last is not None and last[0] == seen else None
     if gate is None:
@@ -241,7 +241,7 @@ def _running(pool: Pool) -> Pass | None:
     # exist at once.
     recomputed = passes.recomputed.get((task, id(pool)))
     if recomputed is None:
-        recomputed = passes.recomputed[task, id(pool)] = Pass(is_captured(pool.weight), whole=False)
+        recomputed = passes.recomputed[task, id(pool)] = Pass(is_captured(pool.parameter()), whole=False)
         at_end_of_backward(recomputed.close)
     return recomputed
 
@@ -257,7 +257,7 @@ def unseen(pool: Pool) -> contextlib.AbstractContextManager[Any]:
     A selective checkpoint must see the same operators when its region is recomputed. The first layer that reads the
     pool runs the cache's operators, and in the recomputation another layer is the first.
     """
-    if not _is_plain(pool.weight):
+    if not _is_plain(pool.parameter()):
         return contextlib.nullcontext()
     modes = dispatch_mode_stack()
     selective = any(isinstance(mode, SELECTIVE_CHECKPOINTS) for mode in modes)

@@ -19,7 +19,8 @@ class TensorPlan:
 
     Args:
         name: the tensor's first name in `named_parameters`.
-        aliases: all names of the tensor; a tied tensor has several.
+        aliases: all names of the tensor; a tied tensor has several. A shared tensor that the model no longer reads,
+            because its layer was replaced, has none.
         shape: shape of the dense tensor.
         dtype: dtype of the dense tensor, such as `float32`.
         op: the operations that consume the tensor.
@@ -39,6 +40,8 @@ class TensorPlan:
         zero_row: a row that is zero and stays zero (an embedding's padding row), or None.
         center: number that is added to every element read from the pool.
         whole: why the tensor is materialised; empty if it is not.
+        diagonal: signs (`+` and `-`) of the ones that stand on the matrix's diagonal in place of pool values; empty if
+            pool values do. Householder reflectors keep the signs of an orthogonal weight there.
         basis_count: number of basis kernels that the tensor's kernels are combinations of. If it is not 0, the matrix
             holds the coefficients; if it is 0, the matrix holds the tensor.
     """
@@ -63,6 +66,7 @@ class TensorPlan:
     center: float = 0.0
     whole: str = ""
     basis_count: int = 0
+    diagonal: str = ""
 
     @property
     def numel(self) -> int:
@@ -113,6 +117,8 @@ class RoastPlan:
         dtype: dtype of the pool.
         trainable: whether the pool requires a gradient.
         owner: path of the module that the pool is registered in; empty for the root.
+        init: what the pool starts as: `match` (random numbers) or `project` (the fit of the dense weights).
+        root: path of the module whose forward is a pass; not the root if a converted model stands inside another.
         regions: regions of the pool.
         tensors: the verdict on every parameter, in `named_parameters` order.
         pool_std: standard deviation of a random pool; None until the model's values are known.
@@ -136,6 +142,8 @@ class RoastPlan:
     tensors: tuple[TensorPlan, ...]
     pool_std: float | None = None
     share: str = "weights"
+    root: str = ""
+    init: str = "match"
 
     @property
     def slot_size(self) -> int:
@@ -155,7 +163,7 @@ class RoastPlan:
     @property
     def total_numel(self) -> int:
         """Parameters of the dense model."""
-        return sum(tensor.numel for tensor in self.tensors)
+        return sum(tensor.numel for tensor in self.tensors if tensor.aliases)
 
     @property
     def kept_numel(self) -> int:
@@ -190,7 +198,7 @@ class RoastPlan:
     @property
     def total_nbytes(self) -> int:
         """Bytes of the dense model's parameters."""
-        return sum(tensor.nbytes for tensor in self.tensors)
+        return sum(tensor.nbytes for tensor in self.tensors if tensor.aliases)
 
     @property
     def stored_nbytes(self) -> int:
@@ -232,7 +240,12 @@ class RoastPlan:
         return max(tensor.matrix_numel / tensor.basis_count * (tensor.scale * self.pool_std) ** 2, 1e-12)
 
     def with_values(
-        self, scales: dict[str, float], centers: dict[str, float], zero_rows: dict[str, int], pool_std: float
+        self,
+        scales: dict[str, float],
+        centers: dict[str, float],
+        zero_rows: dict[str, int],
+        pool_std: float,
+        diagonals: dict[str, str] | None = None,
     ) -> RoastPlan:
         """Return the plan with the figures that need the model's values.
 
@@ -241,6 +254,7 @@ class RoastPlan:
             centers: centers of the shared tensors that have one, by name.
             zero_rows: zero rows of the shared tensors that have one, by name.
             pool_std: standard deviation of a random pool.
+            diagonals: diagonals of the shared tensors that have one, by name; None leaves them as they are.
         """
         tensors = (
             dataclasses.replace(
@@ -248,6 +262,7 @@ class RoastPlan:
                 scale=scales[tensor.name],
                 center=centers.get(tensor.name, 0.0),
                 zero_row=zero_rows.get(tensor.name),
+                diagonal=tensor.diagonal if diagonals is None else diagonals.get(tensor.name, ""),
             )
             if tensor.shared
             else tensor

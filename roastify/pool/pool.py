@@ -5,23 +5,27 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from roastify.errors import RoastError
 from roastify.kernels import reference
+from roastify.kernels.flops import teach_flop_counters
 from roastify.kernels.gathered_weights import WeightGroup, make_groups
 from roastify.kernels.reference import summed_in
-from roastify.kernels.torch_internals import is_exporting, with_static_sizes
+from roastify.kernels.torch_internals import is_exporting, is_jit_tracing, with_static_sizes
 from roastify.kernels.view import TileView, WeightView
 from roastify.pool import compiled_read
 from roastify.pool.mapping import TileMap
 from roastify.pool.pass_cache import cache_of, is_watched_by_modes, unseen
 from roastify.pool.plan import RoastPlan
-from roastify.pool.preconditioner import divide_, inverse_gamma
+from roastify.pool.preconditioner import divide_, divided, inverse_gamma
 from roastify.pool.state import encode, plan_with
+
+# The name of the pool: of the child that a converted model has, and in the names of its Parameters elsewhere.
+POOL_NAME = "roast_pool"
 
 
 class RoastPool(nn.Module):
@@ -37,6 +41,10 @@ class RoastPool(nn.Module):
     so that an SGD step on the pool is the dense SGD step projected onto the weights that the pool can express (Desai
     and Shrivastava, ICLR 2024, section 4.1, with λ added). Weight decay must not be divided: the projection of the
     dense weights' decay is the pool's decay.
+
+    The Parameters are also tied members of every module that reads the pool (`add_reader`), so a part of a model owns
+    what it reads: its `parameters()`, its state dict and its copies hold the pool. Whatever replaces a Parameter of
+    the pool (sharding, an assignment) replaces it in these modules too.
 
     The pool module also owns the basis kernels of convolutions (`basis`). Each layer with a basis has a Parameter
     `basis_…` of `[count, positions]`. A step on a basis kernel moves as many weights as the layer has kernels, so the
@@ -56,6 +64,14 @@ class RoastPool(nn.Module):
         precondition: whether the gradients of the pool and of the bases are divided.
     """
 
+    _readers: weakref.WeakSet[nn.Module]
+    _root: weakref.ref[nn.Module] | None
+    _owner: weakref.ref[nn.Module] | None
+    _sharded_reader: bool
+    _given: dict[str, dict[int, Tensor]]
+    _saved: tuple[str, weakref.ref[Tensor]] | None
+    _loading: tuple[list[str] | None, tuple[str, ...]]
+    _tied: dict[str, nn.Parameter]
     table: Tensor
     per_slot: Tensor
     uneven_slots: Tensor
@@ -76,6 +92,7 @@ class RoastPool(nn.Module):
         precondition: bool = True,
     ) -> None:
         super().__init__()
+        self._forget_modules()
         self.num_slots = num_slots
         self.tile = tile
         self.precondition = precondition
@@ -123,14 +140,40 @@ class RoastPool(nn.Module):
         dtype = dtype or weight.dtype
         tracked = torch.is_grad_enabled() and weight.requires_grad
         if not tracked and dtype == weight.dtype:
+            if is_watched_by_modes():
+                teach_flop_counters()
             return weight
-        # Not for an exported graph: that has no backward pass, and may run where the operator `read` does not exist.
-        if tracked and torch.compiler.is_dynamo_compiling() and not is_exporting():
-            return compiled_read.read(self, dtype)
+        if tracked and torch.compiler.is_compiling():
+            # An exported graph may run where the operator `read` does not exist.
+            if is_exporting():
+                return self._read_by_plain_operators(weight, dtype)
+            if torch.compiler.is_dynamo_compiling():
+                return compiled_read.read(self, dtype)
+        elif tracked and is_jit_tracing():
+            return self._read_traced(weight, dtype)
         if is_watched_by_modes():
+            teach_flop_counters()
             with unseen(self):
                 return cache_of(self).read(dtype, tracked)
         return cache_of(self).read(dtype, tracked)
+
+    def _read_by_plain_operators(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """Read the pool for a graph without a gate, in which autograd sums the gradients of all readers."""
+        if self.precondition:
+            # The second term is zero. The pool's gradient comes through it, divided by Γ.
+            nothing = divided(weight - weight.detach(), self.per_slot, self.uneven_slots, self.uneven)
+            return (weight.detach() + nothing.to(weight.dtype)).to(dtype)
+        return weight.to(dtype)
+
+    def _read_traced(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """Read the pool as without gradients: `torch.jit.trace` traces again without them, and compares."""
+        if self.precondition:
+            warnings.warn(
+                "torch.jit.trace leaves out the preconditioner: the traced module does not divide the pool's gradient "
+                "by Γ. Use the traced module for inference, and train the converted model",
+                stacklevel=2,
+            )
+        return weight if weight.dtype == dtype else weight.to(dtype)
 
     def gathered_weight(self, weight: WeightView, dtype: torch.dtype) -> Tensor:
         """Return a dense weight in a dtype, in a graph, for a forward pass that autograd records.
@@ -143,6 +186,7 @@ class RoastPool(nn.Module):
         """
         self._whole()
         if is_watched_by_modes():
+            teach_flop_counters()
             with unseen(self):
                 return cache_of(self).dense(weight, dtype)
         return cache_of(self).dense(weight, dtype)
@@ -153,12 +197,15 @@ class RoastPool(nn.Module):
 
     def basis(self, index: int) -> tuple[Tensor, float]:
         """Return a layer's basis kernels, and the factor for their gradient; see the class."""
-        return getattr(self, _basis_name(index)), 1 / self._basis_energy[index] if self.precondition else 1.0
+        given = self._given and self._given.get(_basis_name(index))
+        basis = next(reversed(given.values())) if given else getattr(self, _basis_name(index))
+        return basis, 1 / self._basis_energy[index] if self.precondition else 1.0
 
     def plain_basis(self, index: int) -> nn.Parameter | None:
         """Return the Parameter of a layer's basis, or None if the basis is computed (as by a parametrization)."""
         # Read from the dictionary: attribute access would run the computation.
-        basis = self.__dict__["_parameters"].get(_basis_name(index))
+        given = self._given.get(_basis_name(index))
+        basis = next(reversed(given.values())) if given else self.__dict__["_parameters"].get(_basis_name(index))
         return basis if type(basis) is nn.Parameter else None
 
     def group_of(self, weight: WeightView) -> WeightGroup:
@@ -169,6 +216,8 @@ class RoastPool(nn.Module):
 
     def parameter(self) -> nn.Parameter:
         """Return `weight` in a tenth of the time of an attribute lookup; each layer needs it several times a call."""
+        if given := self.__dict__["_given"].get("weight"):
+            return next(reversed(given.values()))
         weight = self.__dict__["_parameters"].get("weight")
         # A replica of `nn.DataParallel` has no Parameters: its `weight` is a plain attribute.
         return self.weight if weight is None else weight
@@ -182,6 +231,21 @@ class RoastPool(nn.Module):
                 "call the whole model. To read weights or to call a part of the model, call model.unshard() first and "
                 "model.reshard() afterwards"
             )
+        if self._sharded_reader and not self.__dict__.get("_is_fsdp_managed_module"):
+            raise RoastError(
+                "fully_shard (FSDP2) was given modules that read the pool, but not a module that has it as a child, so "
+                "each process would train a pool of its own. Shard the whole model last, with fully_shard(model). If "
+                "you build a model of converted layers, give it the pool too: new.roast_pool = model.roast_pool"
+            )
+        if weight.is_meta and "_hf_hook" in self.__dict__:
+            raise RoastError(
+                "Accelerate has offloaded the pool, and loads what it offloads only while the module that has it runs; "
+                "the pool's readers are other modules. Keep the pool on a device, as dispatch_model does with a device "
+                "map that has an entry roast_pool, or offload roastify.densify(model)"
+            )
+        if weight is not self._tied["weight"] and type(weight) is nn.Parameter and not self._given:
+            # It was replaced past `register_parameter`, as Accelerate does.
+            self._tie_readers()
         # Sharding and offloading move a Parameter without `_apply`.
         if weight.device != self._constants_device:
             self._place_constants(weight.device)
@@ -216,6 +280,83 @@ class RoastPool(nn.Module):
             if not direct:
                 self.weight.copy_(total)
 
+    def _forget_modules(self) -> None:
+        # The modules with the pool's Parameters, the model whose forward is a pass, and the module that has the pool as
+        # a child. Weakly: they hold the pool.
+        self.__dict__["_readers"] = weakref.WeakSet[nn.Module]()
+        self.__dict__["_root"] = self.__dict__["_owner"] = None
+        # Whether FSDP2 has been given a module that reads the pool.
+        self.__dict__["_sharded_reader"] = False
+        # Tensors that stand for Parameters for a while, by the `MemberPool` through which they came.
+        self.__dict__["_given"] = {}
+        # Where this pool was last written in a state dict, and the load that last read it or missed it.
+        self.__dict__["_saved"] = None
+        self.__dict__["_loading"] = (None, ())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in _OF_MODULES}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._forget_modules()
+        super().__setstate__(state)
+
+    def become_child_of(self, owner: nn.Module) -> None:
+        """Become a module's first child, `roast_pool`.
+
+        The first, so that the Parameters have these names: `named_parameters` and the state dict name a tied Parameter
+        where they meet it first. And `list(model.children())[:-1]` leaves out the model's own last child.
+        """
+        children = {name: child for name, child in owner._modules.items() if name != POOL_NAME}
+        owner._modules.clear()
+        owner._modules.update({POOL_NAME: self, **children})
+        self.__dict__["_owner"] = weakref.ref(owner)
+
+    def set_root(self, root: nn.Module) -> None:
+        """Note the model that reads the pool. Names in a state dict's fingerprint begin there."""
+        self.__dict__["_root"] = weakref.ref(root)
+
+    def is_read_by(self, root: nn.Module) -> bool:
+        """Whether this is the model whose forward is a pass."""
+        return self._root is not None and self._root() is root
+
+    def add_reader(self, module: nn.Module, bases: Iterable[int] = ()) -> None:
+        """Make the pool's Parameter, and these of its bases, members of a module that reads them.
+
+        Their names there are those that they would have if the pool were the module's child: `roast_pool.weight`.
+        """
+        if module._modules.get(POOL_NAME) is self:
+            self.__dict__["_owner"] = weakref.ref(module)
+            return
+        for name in ["weight", *map(_basis_name, bases)]:
+            module._parameters[MEMBER + name] = self.tied[name]
+        self._readers.add(module)
+
+    def remove_reader(self, module: nn.Module) -> None:
+        """Forget a module that no longer reads the pool."""
+        self._readers.discard(module)
+
+    @property
+    def tied(self) -> dict[str, nn.Parameter]:
+        """The Parameters that the readers have as members."""
+        return self._tied
+
+    def _tie_readers(self) -> None:
+        """Give every reader the Parameters that the pool has now."""
+        own = self.__dict__["_tied"] = dict(self._parameters)
+        for module in self._readers:
+            for key in module._parameters:
+                if key.startswith(MEMBER) and (parameter := own.get(key.removeprefix(MEMBER))) is not None:
+                    module._parameters[key] = parameter
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a Parameter, here and in every module that reads it."""
+        super().register_parameter(name, param)
+        self._tie_readers()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Defined so that FSDP2, which writes past `register_parameter` where it can, comes through it.
+        super().__setattr__(name, value)
+
     def _replicate_for_data_parallel(self) -> RoastPool:
         replica = super()._replicate_for_data_parallel()
         _replicas.setdefault(self, weakref.WeakSet()).add(replica)
@@ -223,9 +364,27 @@ class RoastPool(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RoastPool:
         super()._apply(fn, recurse)
-        self.stored_dtype = self.weight.dtype
-        self._place_constants(self.weight.device)
+        self._tie_readers()
+        if (self.weight.dtype, self.weight.device) != (self.stored_dtype, self._constants_device):
+            self.stored_dtype = self.weight.dtype
+            self._place_constants(self.weight.device)
         return self
+
+    def apply_of_reader(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Do what is done to the tensors of one module that reads the pool (`.to()`, `.half()`, `.share_memory()`).
+
+        A cast of one layer is no cast of the pool, from which other layers read in their own dtypes: the pool would
+        lose precision or take more memory. A pool without an owner, of a copied layer or in a new model, is cast.
+        """
+        probe = fn(torch.empty(0, dtype=self.weight.dtype, device=self.weight.device))
+        if probe.dtype == self.weight.dtype or not self._is_owned():
+            self._apply(fn)
+        elif probe.device != self.weight.device:
+            self._apply(lambda tensor: tensor.to(probe.device))
+
+    def _is_owned(self) -> bool:
+        modules = [reference() for reference in (self._owner, self._root) if reference is not None]
+        return any(module is not None and module._modules.get(POOL_NAME) is self for module in modules)
 
     def _place_constants(self, device: torch.device) -> None:
         """Copy the chunk table and 1/Γ from their masters to a device, 1/Γ in the dtype of summed gradients."""
@@ -237,12 +396,69 @@ class RoastPool(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """Return what the pool's values mean: the plan's fingerprint, λ, centers and zero rows, as bytes."""
-        return torch.empty(0, dtype=torch.uint8) if self.plan is None else encode(self.plan)
+        return torch.empty(0, dtype=torch.uint8) if self.plan is None else encode(self.plan, self.present_names())
+
+    def present_names(self) -> list[str]:
+        """Return where the model reads every shared tensor now.
+
+        The name is empty for a tensor that the model no longer reads. All are empty for the pool of a copied layer, or
+        of a part whose model is gone: it has no model in which tensors could have a name.
+        """
+        root = None if self._root is None else self._root()
+        if root is None:
+            return ["" for _ in self.plan.shared]
+        names: dict[int, str] = {}
+        for path, module in root.named_modules():
+            for attribute, weight in module.__dict__.get("_roast", {}).items():
+                names.setdefault(id(weight), f"{path}.{attribute}" if path else attribute)
+        return [names.get(id(weight), "") for weight in self.weights]
+
+    def save_in(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Write the pool to a state dict under a prefix, unless it is in there already."""
+        if self._saved is not None:
+            key, value = self._saved
+            if key in destination and destination[key] is value():
+                return
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        key = prefix + "weight"
+        self.__dict__["_saved"] = (key, weakref.ref(destination[key])) if key in destination else None
+
+    def load_from(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
+        """Read the pool from a state dict that has it under a prefix.
+
+        A whole model and each of its parts hold the pool once, so only one of the modules that read it finds it.
+        """
+        missing, unexpected, errors = lists
+        load, reported = self._loading
+        if load is missing and prefix + "weight" not in state_dict:
+            return
+        for key in reported if load is missing else ():
+            missing.remove(key)
+        before = len(missing)
+        self._read_state(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        self.__dict__["_loading"] = missing, tuple(missing[before:])
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self.save_in(destination, prefix, keep_vars)
 
     def set_extra_state(self, state: Any) -> None:
         """Leave it: `_load_from_state_dict` takes it before the pool's values."""
 
     def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        self.load_from(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+
+    def _read_state(
         self,
         state_dict: Any,
         prefix: str,
@@ -263,7 +479,7 @@ class RoastPool(nn.Module):
                 )
                 state_dict[key] = self.get_extra_state()
             try:
-                plan = plan_with(self.plan, state_dict[key])
+                plan = plan_with(self.plan, self.present_names(), state_dict[key])
             except ValueError as error:
                 error_msgs.append(f"{prefix}weight cannot be loaded: {error}")
                 return
@@ -272,6 +488,9 @@ class RoastPool(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        # With `assign=True`, the pool may now be on another device, which compiled code does not check.
+        if self.weight.device != self._constants_device:
+            self._place_constants(self.weight.device)
 
     def _set_plan(self, plan: RoastPlan) -> None:
         """Take another plan of the same fingerprint: its λ, centers and zero rows."""
@@ -297,8 +516,70 @@ class RoastPool(nn.Module):
         return f"{self.weight.numel():,} parameters, {self.num_slots} slots of {rows}×{cols}"
 
 
+# What the names of the pool's Parameters begin with in a module that reads them.
+MEMBER = POOL_NAME + "."
+# Attributes that belong to the modules around a pool, and not to its copies.
+_OF_MODULES = {"_sharded_reader", "_readers", "_root", "_owner", "_given", "_saved", "_loading"}
+
+
 def _basis_name(index: int) -> str:
     return f"basis_{index}"
+
+
+class MemberPool(nn.Module):
+    """A pool as a member of one module that reads it: what `layer.roast_pool` is, for tools that walk along names.
+
+    It has the pool's Parameters. `torch.func.functional_call` puts other tensors in their places for one call, under
+    every name of a tied Parameter, and puts back what it found under each. So each name has a place of its own: in the
+    pool for the whole model's name, and here for a part's.
+    """
+
+    def __init__(self, pool: RoastPool) -> None:
+        super().__init__()
+        self.__dict__["pool"] = pool
+        self.__dict__["_parameters"] = _Places(pool)
+
+    def __getattr__(self, name: str) -> Any:
+        places = self.__dict__["_parameters"]
+        return places[name] if name in places else getattr(self.pool, name)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a Parameter in the pool."""
+        self.pool.register_parameter(name, param)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MemberPool:
+        self.pool._apply(fn, recurse)
+        return self
+
+    def forward(self, x: Any) -> Any:
+        """Return `x`, as the pool does."""
+        return x
+
+
+class _Places(dict[str, Any]):
+    """The Parameters of a `MemberPool`. The pool reads a tensor that is put here, until its Parameter is put back."""
+
+    def __init__(self, pool: RoastPool) -> None:
+        super().__init__(pool.tied)
+        self.pool = pool
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(name, value)
+        given = self.pool._given.setdefault(name, {})
+        given.pop(id(self), None)
+        if value is not self.pool.tied.get(name):
+            given[id(self)] = value
+        elif not given:
+            del self.pool._given[name]
+
+    def __del__(self) -> None:
+        # What nobody can put back any more was meant to stay: Accelerate sets Parameters in this way.
+        for name, given in list(self.pool._given.items()):
+            if id(self) in given:
+                value = given.pop(id(self))
+                if not given:
+                    del self.pool._given[name]
+                self.pool.register_parameter(name, cast(nn.Parameter, value))
 
 
 # The replicas of every pool, one for each device. `nn.DataParallel` makes new replicas for every forward.

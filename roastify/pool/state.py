@@ -2,7 +2,9 @@
 
 A pool's values mean something only together with the mapping, the addresses and λ of every tensor. So a state dict
 holds them too, as one tensor of bytes (`torch.uint8`): a header with what differs most often, a SHA-256 of everything
-that decides where a weight lies, then λ, center and zero row of every shared tensor. Its size depends on the number of
+that decides where a weight lies, then λ, center, zero row and name of every shared tensor. Names are those of today: a
+state dict of a model whose layers were exchanged fits only a model whose layers were exchanged alike. A tensor that
+one of two models no longer reads (its layer was replaced) is not compared. Its size depends on the number of
 tensors alone: a distributed checkpoint is loaded into a tensor of the same size.
 """
 
@@ -11,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,8 +25,8 @@ from roastify.pool.plan import RoastPlan
 _MAGIC = b"ROAST\x00\x00\x01"
 # Magic, seed modulo 2**64, slots, tile, mapping, its version, sign, tensors; then the digest and the pool's spread.
 _HEADER = struct.Struct("<8sQQIIBBBI32sd")
-# λ, center, zero row (-1: none).
-_TENSOR = struct.Struct("<ddq")
+# λ, center, zero row (-1: none), hash of the name (0: no longer read).
+_TENSOR = struct.Struct("<ddqQ")
 _FIELDS = ("seed", "number of slots", "tile", "mapping", "mapping version", "sign", "number of shared tensors")
 
 
@@ -37,16 +39,23 @@ class PoolState:
         digest: of everything that decides where a weight lies.
         pool_std: the pool's initial standard deviation.
         values: `(λ, center, zero row or None)` of every shared tensor, in the plan's order.
+        names: hash of the name of every shared tensor; 0 for a tensor that the model no longer reads.
     """
 
     header: tuple[str, ...]
     digest: bytes
     pool_std: float
     values: tuple[tuple[float, float, int | None], ...]
+    names: tuple[int, ...]
 
 
-def encode(plan: RoastPlan) -> Tensor:
-    """Return a plan's state as bytes; the plan must be complete (λ known)."""
+def encode(plan: RoastPlan, names: Sequence[str]) -> Tensor:
+    """Return a plan's state as bytes.
+
+    Args:
+        plan: a complete plan (λ known).
+        names: where the model reads every shared tensor now; empty if it does not.
+    """
     shared = plan.shared
     head = _HEADER.pack(
         _MAGIC,
@@ -61,8 +70,10 @@ def encode(plan: RoastPlan) -> Tensor:
         plan.pool_std or 0.0,
     )
     rest = b"".join(
-        _TENSOR.pack(tensor.scale or 0.0, tensor.center, -1 if tensor.zero_row is None else tensor.zero_row)
-        for tensor in shared
+        _TENSOR.pack(
+            tensor.scale or 0.0, tensor.center, -1 if tensor.zero_row is None else tensor.zero_row, _hash_of(name)
+        )
+        for tensor, name in zip(shared, names, strict=True)
     )
     return torch.frombuffer(bytearray(head + rest), dtype=torch.uint8).clone()
 
@@ -84,14 +95,19 @@ def decode(state: object) -> PoolState | None:
     if len(data) != _HEADER.size + count * _TENSOR.size or mapping >= len(MAPPINGS) or sign >= len(SIGNS):
         return None
     header = seed, slots, f"{rows}×{cols}", MAPPINGS[mapping], version, SIGNS[sign], count
-    values = tuple(
-        (scale, center, None if row < 0 else row) for scale, center, row in _TENSOR.iter_unpack(data[_HEADER.size :])
-    )
-    return PoolState(tuple(map(str, header)), digest, spread, values)
+    rows = list(_TENSOR.iter_unpack(data[_HEADER.size :]))
+    values = tuple((scale, center, None if row < 0 else row) for scale, center, row, _ in rows)
+    return PoolState(tuple(map(str, header)), digest, spread, values, tuple(row[-1] for row in rows))
 
 
-def difference(expected: PoolState, found: PoolState) -> str | None:
-    """Return in words why values saved under one plan mean something else under another; None if they do not."""
+def difference(expected: PoolState, found: PoolState, names: Sequence[str]) -> str | None:
+    """Return in words why values saved under one plan mean something else under another; None if they do not.
+
+    Args:
+        expected: the model's own state.
+        found: the state that was saved.
+        names: where the model reads every shared tensor.
+    """
     named = [
         f"its {field} is {theirs}, this model's is {ours}"
         for field, ours, theirs in zip(_FIELDS, expected.header, found.header, strict=True)
@@ -99,23 +115,37 @@ def difference(expected: PoolState, found: PoolState) -> str | None:
     ]
     if named:
         return "; ".join(named)
-    return "its tensors lie elsewhere in the pool" if expected.digest != found.digest else None
+    if expected.digest != found.digest:
+        return "its tensors lie elsewhere in the pool"
+    moved = [
+        name
+        for name, ours, theirs in zip(names, expected.names, found.names, strict=True)
+        if ours and theirs and ours != theirs
+    ]
+    if moved:
+        return f"there, another layer read what {moved[0]} reads here: layers were moved or renamed"
+    return None
 
 
-def plan_with(plan: RoastPlan, value: object) -> RoastPlan:
+def plan_with(plan: RoastPlan, names: Sequence[str], value: object) -> RoastPlan:
     """Return a plan with the numbers of a state that was saved under it; the same object if they are its own.
+
+    Args:
+        plan: the plan.
+        names: where the model reads every shared tensor now; see `encode`.
+        value: the state.
 
     Raises:
         ValueError: the state is damaged, or of another plan.
     """
-    own, given = decode(encode(plan)), decode(value)
+    own, given = decode(encode(plan, names)), decode(value)
     assert own is not None
     if given is None:
         raise ValueError(
             "the state dict's _extra_state is not what roastify writes; something changed its bytes. Load a state dict "
             "as it was saved"
         )
-    if reason := difference(own, given):
+    if reason := difference(own, given, names):
         raise ValueError(
             f"the state dict was saved by a model of another plan ({reason}), so its pool means other weights here. "
             f"Convert with the same settings, or use roastify.save and roastify.load"
@@ -144,7 +174,6 @@ def _digest(plan: RoastPlan) -> bytes:
 def _facts(plan: RoastPlan) -> Iterator[list[object]]:
     for tensor in plan.shared:
         yield [
-            tensor.name,
             *tensor.shape,
             tensor.rows,
             tensor.cols,
@@ -153,4 +182,9 @@ def _facts(plan: RoastPlan) -> Iterator[list[object]]:
             tensor.base,
             tensor.region,
             tensor.basis_count,
+            *([tensor.diagonal] if tensor.diagonal else []),
         ]
+
+
+def _hash_of(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") if name else 0

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from roastify.calls import describe, run_model
 from roastify.checks.interface import compare_interfaces, observe
-from roastify.conversion.converted import current_plan, pool_of
+from roastify.conversion.converted import current_plans, pool_of
 from roastify.errors import CheckpointError, ConfigError, RecoveryError
 from roastify.isolation import RandomStream, modes_kept
 from roastify.kernels.torch_internals import pytree
@@ -391,7 +391,7 @@ class _Run:
         task = self.options.loss_fn
         return {
             "student": type(self.student).__name__,
-            "conversion": _digest_of_plan(current_plan(self.student)),
+            "conversion": _digest_of_plan(current_plans(self.student)[0]),
             "teacher": f"{type(self.teacher).__name__} {_digest_of_model(self.teacher)}",
             "optimizer": type(self.optimizer).__name__,
             "learning rates": self.rates,
@@ -448,7 +448,10 @@ class _Run:
 
 
 def _optimizer(student: nn.Module, options: RecoverOptions, device: torch.device) -> torch.optim.Optimizer:
+    of_pool = set(map(id, pool_of(student).parameters()))
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    # A checkpoint counts parameters in this order: the pool's are last.
+    trained.sort(key=lambda parameter: id(parameter) in of_pool)
     asked = options.optimizer
     if asked is None:
         # No weight decay: the weights are the teacher's, whose training has already decayed them.
@@ -534,6 +537,10 @@ def _digest_of_plan(plan: RoastPlan) -> str:
     for tensor in values["tensors"]:
         for words in ("reason", "whole", "op", "through"):
             del tensor[words]
+        if not tensor["diagonal"]:
+            del tensor["diagonal"]
+    # What a checkpoint's format 2 does not know.
+    del values["init"], values["root"]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
