@@ -109,6 +109,11 @@ def is_householder(parametrization: Any) -> bool:
     return orthogonal and parametrization.orthogonal_map == parametrizations._OrthMaps.householder
 
 
+def is_spectral_norm(parametrization: Any) -> bool:
+    """Whether a parametrization divides a weight by its spectral norm, which it estimates in buffers."""
+    return isinstance(parametrization, parametrizations._SpectralNorm)
+
+
 # The dispatch key whose kernels track which tensors are views of which.
 _VIEW_TRACKING = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 below_autograd = torch._C._AutoDispatchBelowAutograd

@@ -17,7 +17,8 @@ from roastify.checks.behaviour import check_behaviour
 from roastify.checks.interface import VerifyReport, compare_interfaces, observe
 from roastify.checks.model_bench import BenchOptions, BenchReport, check_inputs, measure, parse_device, parse_dtype
 from roastify.config import Init, RoastConfig
-from roastify.conversion.converted import pool_of, refuse_sharded, refused_write
+from roastify.conversion.computed_weights import changed_sources, computed_weights, estimate_norms
+from roastify.conversion.converted import pools_of, refuse_sharded, refused_write
 from roastify.conversion.emitted_graph import emit_graph
 from roastify.conversion.fx_pass import trace
 from roastify.conversion.initial_values import complete_plan, fill_pool
@@ -120,16 +121,29 @@ def convert(
     check_convertible(model)
     check_has_values(model)
     forest = trace(model)
-    before = observe(model, example_inputs)
-    written: dict[str, str] = {}
+    before, computed = observe(model, example_inputs), computed_weights(model)
+    # Tensors that turn out to be unshareable once the model is converted.
+    unshareable: dict[str, str] = {}
     while True:
-        planned = complete_plan(model, make_plan(model, forest, settings, written), settings.init)
+        planned = complete_plan(model, make_plan(model, forest, settings, unshareable), settings.init)
         pool = build_pool(planned, device_of(model))
         fill_pool(pool, model, planned, settings.init)
         shared = {id(model.get_parameter(tensor.name)) for tensor in planned.shared}
         target = model if inplace else copy_without(model, shared)
-        undo = apply_plan(target, planned, pool)
+        restore_dense_layers = apply_plan(target, planned, pool)
+        exact = settings.init == "project" and planned.no_sharing
+        restore_norms = (lambda: None) if exact else estimate_norms(target)
+
+        def undo(steps: tuple[Callable[[], None], ...] = (restore_norms, restore_dense_layers)) -> None:
+            for step in steps:
+                step()
+
         try:
+            changed = changed_sources(computed, target, settings.init)
+            if changed.keys() - unshareable.keys():
+                unshareable |= changed
+                undo()
+                continue
             compare_interfaces(before, observe(target, example_inputs, who="converted"))
             if emit == "model":
                 return target
@@ -141,7 +155,7 @@ def convert(
             undo()
             if name is None:
                 raise
-            written[name] = "written to by the model's own code"
+            unshareable[name] = "written to by the model's own code"
         except BaseException:
             undo()
             raise
@@ -361,9 +375,10 @@ def load(path: str | Path, model: _M) -> _M:
     every_tensor = {id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
     target = copy_without(model, every_tensor)
     device = device_of(model)
-    pool = build_pool(found.plan, "cpu" if device.type == "meta" else device)
-    apply_plan(target, found.plan, pool)
-    artifact.fill_from(found, target, pool.weight.device)
+    device = torch.device("cpu") if device.type == "meta" else device
+    for plan in found.plans:
+        apply_plan(target, plan, build_pool(plan, device))
+    artifact.fill_from(found, target, device)
     return target
 
 
@@ -377,7 +392,7 @@ def densify(model: _M, *, inplace: bool = False) -> _M:
     Raises:
         ConversionError: the model is not a converted one, or it is sharded.
     """
-    pool_of(model)
+    pools_of(model)
     refuse_sharded(model)
     target = model if inplace else copy_without(model, set())
     restore_dense(target)
@@ -407,4 +422,5 @@ def _settings(config: RoastConfig | str | Path | None, **arguments: Any) -> Roas
         config = RoastConfig.from_toml(config)
     elif not isinstance(config, RoastConfig):
         raise ConfigError(f"config must be a RoastConfig or the path of a TOML file; found {type(config).__name__}")
-    return config.replace(**arguments)
+    settings = config.replace(**arguments)
+    return settings.replace(init="match") if settings.init == "auto" else settings

@@ -128,14 +128,64 @@ def test_matrices_around_zero_are_not_centred() -> None:
 
 @pytest.mark.parametrize("shape", [(128, 128), (64, 128), (128, 64)])
 @pytest.mark.parametrize("how", [None, "householder", "matrix_exp", "cayley"])
-@pytest.mark.parametrize("share", ["auto", "all"])
-def test_orthogonal_layers_stay_orthogonal(shape: tuple[int, int], how: str | None, share: str) -> None:
+@pytest.mark.parametrize(("init", "ratio"), [("match", 4), ("project", 4), ("project", 1)])
+def test_orthogonal_layers_stay_orthogonal(shape: tuple[int, int], how: str | None, init: str, ratio: float) -> None:
+    torch.manual_seed(1)
     layer = parametrizations.orthogonal(nn.Linear(*shape), orthogonal_map=how)
-    model, tensors = convert(layer, ratio=1.5, share=share)
+    model, tensors = convert(layer, ratio=ratio, init=init)
+    assert ratio > 1 or torch.equal(model.part.weight, layer.weight)
     weight = model.part.weight.detach()
     weight = weight if weight.shape[0] >= weight.shape[1] else weight.t()
     assert float((weight.t() @ weight - torch.eye(weight.shape[1])).abs().max()) < 1e-4
     original = tensors["parametrizations.weight.original"]
     reflectors = how == "householder" or (how is None and shape[0] != shape[1])
-    assert original.shared != reflectors
-    assert ("Householder" in original.reason) == reflectors
+    assert original.shared and bool(original.diagonal) == reflectors
+    model(torch.randn(2, 256)).sum().backward()
+    loaded = roastify.densify(model)
+    assert torch.equal(loaded.part.weight, model.part.weight)
+
+
+def test_reflectors_in_a_batch_are_kept() -> None:
+    layer = parametrizations.orthogonal(nn.Conv1d(64, 32, 16), orthogonal_map="householder")
+    _, tensors = convert(layer)
+    assert "Householder" in tensors["parametrizations.weight.original"].reason
+
+
+class Signs(nn.Module):
+    """A parametrization that wants ones with a sign."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where(x.abs() == 1, x, 0.0)
+
+    def right_inverse(self, x: Tensor) -> Tensor:
+        return x.sign()
+
+
+@pytest.mark.parametrize("init", ["match", "project"])
+def test_what_a_weight_is_computed_from_stays_dense_if_the_weight_would_lose_its_spread(init: str) -> None:
+    part = nn.Linear(64, 64)
+    torch.nn.utils.parametrize.register_parametrization(part, "weight", Signs())
+    model, tensors = convert(part, init=init)
+    source = tensors["parametrizations.weight.original"]
+    assert not source.shared and source.reason.startswith(
+        "computed from it, part.weight would have a standard deviation"
+    )
+    assert float(model.part.weight.detach().std()) > 0.9
+
+
+@pytest.mark.parametrize("init", ["match", "project"])
+@pytest.mark.parametrize("norm", [parametrizations.spectral_norm, nn.utils.spectral_norm], ids=["new", "old"])
+def test_a_spectral_norm_is_that_of_the_converted_weight(norm: Callable[..., Any], init: str) -> None:
+    torch.manual_seed(0)
+    part = quietly(lambda: norm(nn.Linear(64, 96)))
+    model, tensors = convert(part, init=init)
+    assert next(tensor for name, tensor in tensors.items() if "orig" in name).shared
+    model.eval()
+    model.part(torch.randn(2, 64))
+    assert torch.linalg.matrix_norm(model.part.weight, ord=2).item() == pytest.approx(1, rel=0.1)
+
+
+def test_at_ratio_1_a_spectral_norm_stays_bit_for_bit() -> None:
+    part = parametrizations.spectral_norm(nn.Linear(64, 96)).eval()
+    model, _ = convert(part, ratio=1, init="project")
+    assert torch.equal(model.part.weight, part.weight)

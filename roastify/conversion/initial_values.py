@@ -9,7 +9,7 @@ from torch import nn
 
 from roastify.conversion.converted import basis_of, matrix, owners
 from roastify.errors import ConversionError
-from roastify.layers.kinds import is_vector
+from roastify.layers.kinds import is_reflectors, is_vector
 from roastify.pool.kernel_basis import coefficient_matrix, cosine_basis, principal_basis
 from roastify.pool.plan import RoastPlan, TensorPlan
 from roastify.pool.pool import RoastPool
@@ -44,12 +44,17 @@ def complete_plan(model: nn.Module, plan: RoastPlan, init: str) -> RoastPlan:
     Raises:
         ConversionError: a tensor holds NaN or infinite values.
     """
-    deviations, centers, zero_rows = {}, {}, {}
+    deviations, centers, zero_rows, diagonals = {}, {}, {}, {}
     for tensor in track(plan.shared, "measuring weights"):
         dense = model.get_parameter(tensor.name).detach()
+        if any(is_reflectors(module) for module, _ in owners(model, tensor)):
+            # A random pool stands for random reflectors: their signs are as good as others.
+            signs = ["-" if init == "project" and value < 0 else "+" for value in dense.diagonal().tolist()]
+            diagonals[tensor.name] = "".join(signs)
+            dense = _off_diagonal(dense)
         mean, deviations[tensor.name] = _mean_and_deviation(tensor, dense)
         vector = any(is_vector(module, name, dense.shape) for module, name in owners(model, tensor))
-        if vector or abs(mean) >= _OFF_CENTER * deviations[tensor.name]:
+        if (vector or abs(mean) >= _OFF_CENTER * deviations[tensor.name]) and tensor.name not in diagonals:
             centers[tensor.name] = mean
         if deviations[tensor.name] == 0:
             deviations[tensor.name] = _CONSTANT_SPREAD * max(1.0, abs(mean))
@@ -66,7 +71,7 @@ def complete_plan(model: nn.Module, plan: RoastPlan, init: str) -> RoastPlan:
         # Tensors with a basis keep their λ: they are approximated in any case.
         whole = {tensor.name for tensor in plan.shared if not tensor.basis_count}
         scales, centers = {name: 1.0 if name in whole else scale for name, scale in scales.items()}, {}
-    return plan.with_values(scales, centers, zero_rows, spread)
+    return plan.with_values(scales, centers, zero_rows, spread, diagonals)
 
 
 def fill_pool(pool: RoastPool, model: nn.Module, plan: RoastPlan, init: str) -> None:
@@ -97,12 +102,18 @@ def fill_pool(pool: RoastPool, model: nn.Module, plan: RoastPlan, init: str) -> 
 
 def _target_matrix(pool: RoastPool, tensor: TensorPlan, dense: torch.Tensor) -> torch.Tensor:
     """Return the matrix that the pool should hold for a dense tensor."""
+    if tensor.diagonal:
+        dense = _off_diagonal(dense)
     whole = matrix(tensor, dense - tensor.center if tensor.center else dense)
     basis = basis_of(pool, tensor)
     if basis is None:
         return whole
     wide = whole if whole.dtype == torch.float64 else whole.float()
     return coefficient_matrix(wide, basis.detach().to(wide.dtype))
+
+
+def _off_diagonal(dense: torch.Tensor) -> torch.Tensor:
+    return dense.clone().fill_diagonal_(0)
 
 
 def _mean_and_deviation(tensor: TensorPlan, dense: torch.Tensor) -> tuple[float, float]:

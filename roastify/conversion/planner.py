@@ -13,13 +13,11 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from torch.nn.utils.parametrize import ParametrizationList
 
 from roastify.config import RoastConfig, check_ratio
 from roastify.conversion.fx_pass import Forest, ParameterInfo, WeightUse, matrix_of
 from roastify.errors import ConfigError, PlanError
-from roastify.kernels.torch_internals import is_householder
-from roastify.layers.kinds import is_vector, kind_of, read_path_of, refusal_of
+from roastify.layers.kinds import is_reflectors, is_vector, kind_of, read_path_of, refusal_of
 from roastify.names import select
 from roastify.pool.mapping import MAPPING_VERSION, TileMap
 from roastify.pool.plan import PoolRegion, RoastPlan, TensorPlan
@@ -134,6 +132,7 @@ def _make_plan(
         regions=regions,
         tensors=tuple(by_name.get(tensor.name, tensor) for tensor in verdicts.values()),
         share="all" if everything else "weights",
+        init=config.init,
     )
 
 
@@ -204,7 +203,7 @@ def _reason_to_keep(model: torch.nn.Module, info: ParameterInfo, everything: boo
         refusal = refusal_of(module, attribute)
         if refusal:
             return refusal
-        if isinstance(module, ParametrizationList) and any(map(is_householder, module)):
+        if is_reflectors(module) and parameter.dim() > 2:
             return "its Householder reflectors must be exact: their diagonal of ±1 gives the weight its signs"
         if is_vector(module, attribute, parameter.shape) and not everything:
             return f"vector of {type(module).__name__}"
