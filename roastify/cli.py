@@ -95,7 +95,9 @@ def _settings_options(command: Callable[..., None]) -> Callable[..., None]:
             "--share", type=click.Choice(get_args(Share)), help="Share vectors too: auto does where the ratio needs it."
         ),
         click.option(
-            "--init", type=click.Choice(get_args(Init)), help="match: train from scratch; project: fit the weights."
+            "--init",
+            type=click.Choice(get_args(Init)),
+            help="match: train from scratch; project: keep pretrained weights (default for hf: with weights).",
         ),
         click.option("--seed", type=int, help="Seed of the mapping and of the pool's initial values."),
     ]
@@ -111,6 +113,11 @@ def _config(
     return settings.replace(
         ratio=None if ratio is None else _parse_ratio(ratio), include=include or None, exclude=exclude or None, **rest
     )
+
+
+def _for_source(config: RoastConfig, found: Source) -> RoastConfig:
+    """Return the settings for a source: pretrained weights are kept, unless the user says otherwise."""
+    return config.replace(init="project") if config.init == "auto" and found.pretrained else config
 
 
 def _parse_ratio(text: str) -> float:
@@ -129,6 +136,7 @@ def convert(source: str, output: str | None, full: bool, **settings: Any) -> Non
     config = _config(**settings)
     console = _out()
     found = _load(source)
+    config = _for_source(config, found)
     converted = api.convert(found.model, config=config)
     console.print(report.plan_table(pool_of(converted).plan, full))
     _verify(found, converted, console)
@@ -146,7 +154,8 @@ def convert(source: str, output: str | None, full: bool, **settings: Any) -> Non
 def plan(source: str, as_json: bool, full: bool, **settings: Any) -> None:
     """Show what would be shared, kept, tied and skipped, and why."""
     config = _config(**settings)
-    planned = api.plan(_load(source).model, config=config)
+    found = _load(source)
+    planned = api.plan(found.model, config=_for_source(config, found))
     if as_json:
         click.echo(json.dumps(planned.to_dict(), indent=1))
     else:
@@ -159,6 +168,7 @@ def check(source: str, **settings: Any) -> None:
     """Convert and compare signature and outputs with the original, for CI: exit code 0 or 1."""
     config = _config(**settings)
     found = _load(source)
+    config = _for_source(config, found)
     converted = api.convert(found.model, config=config)
     _verify(found, converted, _out())
     _say(f"ok: {source} at ratio {config.ratio:g}")

@@ -17,7 +17,7 @@ from roastify.errors import ConfigError, closest
 from roastify.pool.mapping import MappingName, SignName
 
 Sharing = Literal["global", "local"]
-Init = Literal["match", "project"]
+Init = Literal["auto", "match", "project"]
 Share = Literal["auto", "weights", "all"]
 SignSetting = Literal["auto", SignName]
 
@@ -31,7 +31,8 @@ class RoastConfig:
 
     Args:
         ratio: parameters of the whole model ÷ parameters stored, at least 1.
-        init: `match` (training from scratch) or `project` (pretrained weights).
+        init: `match` (training from scratch), `project` (pretrained weights), or `auto`. `auto` is `match`, except on
+            the command line for a `hf:` source with weights, where it is `project`.
         seed: the seed of the mapping and of the pool's initial values; any integer.
         include: patterns of tensors or modules that may be shared; empty: everything eligible.
         exclude: patterns of tensors or modules that stay dense.
@@ -52,7 +53,7 @@ class RoastConfig:
     """
 
     ratio: float = 10.0
-    init: Init = "match"
+    init: Init = "auto"
     seed: int = 0
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()

@@ -110,6 +110,7 @@ def summary(plan: RoastPlan) -> RenderableType:
         ("ratio", f"[bold]{plan.achieved_ratio:.2f}[/bold] (asked {plan.ratio:g})"),
         ("shared", f"{len(plan.shared)} of {len(plan.tensors)} tensors, {shared / plan.total_numel:.1%} of parameters"),
         ("read by", _read_by(plan)),
+        ("start", _START[plan.init]),
         ("pool", f"{plan.num_slots:,} slots of {rows}×{cols}, {plan.mapping} mapping, sign per {plan.sign}"),
     ]
     if plan.with_basis:
@@ -124,6 +125,12 @@ def summary(plan: RoastPlan) -> RenderableType:
     for name, text in lines:
         grid.add_row(Text(name, style="dim"), text)
     return grid
+
+
+_START = {
+    "match": "pool initialised at random (for training from scratch; --init project keeps pretrained weights)",
+    "project": "pool fitted to the model's weights (for pretrained weights; roastify recover brings the outputs back)",
+}
 
 
 def _read_by(plan: RoastPlan) -> str:
@@ -145,7 +152,8 @@ def verify_lines(report: VerifyReport) -> RenderableType:
     if report.modes:
         outputs = ", ".join(f"{path} {description}" for path, description in report.outputs[:4])
         more = f" and {len(report.outputs) - 4} more" if len(report.outputs) > 4 else ""
-        grid.add_row(Text("outputs", style="dim"), Text(f"same in {' and '.join(report.modes)}: {outputs}{more}"))
+        compared = f"same structure, shape, dtype in {' and '.join(report.modes)}:"
+        grid.add_row(Text("outputs", style="dim"), Text(f"{compared}\n{outputs}{more}"))
     else:
         grid.add_row(Text("outputs", style="dim"), Text("not compared: no example inputs", style="yellow"))
     if report.behaviour:

@@ -37,12 +37,14 @@ class Source:
         example_inputs: the file's `example_inputs` (a value, or a function without arguments), transformers' dummy
             inputs, or None.
         build: builds the model again.
+        pretrained: whether the model has weights that were loaded from files.
     """
 
     name: str
     model: nn.Module
     example_inputs: Any
     build: Callable[[], nn.Module]
+    pretrained: bool = False
 
 
 @dataclass(frozen=True)
@@ -281,7 +283,7 @@ def _from_transformers(name: str, rest: str) -> Source:
             raise SourceError(f"{name}: {model_class.__name__} cannot be built: {first}") from error
 
     model = build()
-    return Source(name, model, _dummy_inputs(model), build)
+    return Source(name, model, _dummy_inputs(model), build, pretrained=has_weights or not local)
 
 
 def _architecture(name: str, transformers: ModuleType, config: Any) -> Any:

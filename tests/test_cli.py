@@ -110,7 +110,8 @@ def test_the_default_command_converts_verifies_and_reports(folder: Path, command
     assert f"{plan.total_numel:,} → {plan.stored_numel:,} stored" in output
     assert f"{plan.achieved_ratio:.2f} (asked 4)" in output
     assert "same: (x, scale: float = 1.0)" in output
-    assert "same in eval and train: output float32[2, 64] on cpu" in output
+    assert "same structure, shape, dtype in eval and train:" in output and "output float32[2, 64] on cpu" in output
+    assert "pool initialised at random (for training from scratch; --init project keeps" in " ".join(output.split())
     assert "nothing written; give -o FOLDER for the artifact" in output
     assert sorted(path.name for path in folder.iterdir()) == ["good.py"]
 
@@ -172,9 +173,26 @@ def _product(sizes: list[int]) -> int:
     return product
 
 
+def test_pretrained_weights_are_kept_unless_the_user_says_otherwise(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    config = transformers.BertConfig(vocab_size=60, **sizes, architectures=["BertModel"])
+    config.save_pretrained(tmp_path / "config")
+    transformers.BertModel(config).save_pretrained(tmp_path / "weights")
+    for folder, options, start in (
+        ("config", (), "pool initialised at random"),
+        ("weights", (), "pool fitted to the model's weights"),
+        ("weights", ("--init", "match"), "pool initialised at random"),
+        ("config", ("--init", "project"), "pool fitted to the model's weights"),
+    ):
+        for command in ("convert", "plan"):
+            output = _run(command, f"hf:{tmp_path / folder}", "--ratio", 2, *options).stdout
+            assert start in " ".join(output.split()), (folder, options, command)
+
+
 def test_check_passes_a_good_model(folder: Path) -> None:
     output = _run("check", "good.py", "--ratio", 4).stdout
-    assert "same in eval and train" in output
+    assert "same structure, shape, dtype in eval and train" in output
     assert output.splitlines()[-1].strip() == "ok: good.py at ratio 4"
     _write(folder, "bare.py", "from torch import nn\nmodel = nn.Linear(64, 64)\n")
     # If a model brings no inputs, they are guessed; if no guess fits, the message asks for them.
@@ -368,7 +386,7 @@ def test_include_and_exclude_may_be_given_more_than_once(folder: Path) -> None:
         (["good.py", "--rati", "3"], "--ratio"),
         (["good.py", "other.py"], "unexpected extra argument (other.py)"),
         (["good.py", "--seed", "1.5"], "Invalid value for '--seed': '1.5' is not a valid integer"),
-        (["good.py", "--init", "random"], "'random' is not one of 'match', 'project'"),
+        (["good.py", "--init", "random"], "'random' is not one of 'auto', 'match', 'project'"),
         (
             ["good.py", "--config", "gone.toml"],
             "error: cannot read the config file gone.toml: No such file or directory",
@@ -467,7 +485,8 @@ def test_the_installed_script_converts(folder: Path, script: Callable[..., Any])
     done = script("good.py", "--ratio", "4", "-o", "out")
     assert (done.returncode, done.stderr) == (0, "")
     assert "\x1b" not in done.stdout
-    assert "same in eval and train: output float32[2, 64] on cpu" in done.stdout
+    assert "same structure, shape, dtype in eval and train:" in done.stdout
+    assert "output float32[2, 64] on cpu" in done.stdout
     roastify.load(folder / "out", _model(folder))
 
 
