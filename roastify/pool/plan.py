@@ -283,7 +283,11 @@ class RoastPlan:
             "stored_bytes": self.stored_nbytes,
             "achieved_ratio": self.achieved_ratio,
         }
-        return {**dataclasses.asdict(self), "summary": summary}
+        values = dataclasses.asdict(self)
+        for tensor in values["tensors"]:
+            if not tensor["diagonal"]:
+                del tensor["diagonal"]
+        return {**values, "summary": summary}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RoastPlan:

@@ -537,8 +537,6 @@ def _digest_of_plan(plan: RoastPlan) -> str:
     for tensor in values["tensors"]:
         for words in ("reason", "whole", "op", "through"):
             del tensor[words]
-        if not tensor["diagonal"]:
-            del tensor["diagonal"]
     # What a checkpoint's format 2 does not know.
     del values["init"], values["root"]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

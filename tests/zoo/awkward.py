@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -278,6 +279,41 @@ class Selfish(nn.Module):
         return F.linear(x, self.weight)
 
 
+class Abstract(abc.ABC, nn.Module):
+    """Inherits an abstract class before `nn.Module`, and so do its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = AbstractLinear(32, 48)
+        self.scale = nn.Parameter(normal(48, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) @ self.scale
+
+
+class AbstractLinear(abc.ABC, nn.Linear):
+    """A layer with another class before torch's."""
+
+
+class Block(nn.Module):
+    """A block as ConvNeXt has it: its layer scale has two dimensions of size 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(32, 32, 7, padding=3, groups=32)
+        self.mix = nn.Conv2d(32, 32, 1)
+        self.scale = nn.Parameter(torch.full((32, 1, 1), 1e-2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.scale * self.mix(self.conv(x))
+
+
+def reflected() -> nn.Module:
+    """Layers that are orthogonal by Householder reflections, whose signs stand on the diagonal of what is stored."""
+    orthogonal = nn.utils.parametrizations.orthogonal
+    return nn.Sequential(orthogonal(nn.Linear(32, 48)), nn.Tanh(), orthogonal(nn.Linear(48, 40)), nn.Linear(40, 64))
+
+
 x3 = normal(3, 4, 20)
 # test_read_weights.py uses these models as well.
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
@@ -314,6 +350,9 @@ MORE: dict[str, tuple[Callable[[], nn.Module], Any]] = {
     "mixed dtypes": (Mixed, (normal(4, 32),)),
     "asks its parameters": (Guided, (normal(4, 48),)),
     "copies itself": (lambda: nn.Sequential(Selfish(), nn.Linear(48, 48)), (normal(4, 32),)),
+    "abstract classes": (Abstract, (normal(2, 32),)),
+    "layer scale": (Block, (normal(2, 32, 9, 9),)),
+    "reflectors": (reflected, (normal(2, 32),)),
     "in-place": (Changing, (torch.arange(6).view(2, 3),)),
     "adapter": (Lora, (normal(2, 128),)),
     # A model whose root is DataParallel is refused.
