@@ -150,3 +150,11 @@ def with_static_sizes(tensor: Any) -> Any:
     """Return a tensor whose sizes are constants to `torch.compile`, as `torch._dynamo.mark_static` makes them."""
     tensor._dynamo_static_indices = set(range(tensor.dim()))
     return tensor
+
+
+def requires_grad_below(tensor: Any) -> bool:
+    """Whether a tensor that a transform of torch.func wraps requires a gradient outside of the transform."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor.requires_grad

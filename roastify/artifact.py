@@ -289,6 +289,8 @@ def _assign(model: nn.Module, name: str, value: torch.Tensor) -> None:
     module = model.get_submodule(path)
     if isinstance(value, nn.Parameter):
         module._parameters[attribute] = value
+        if isinstance(module, nn.RNNBase):
+            module._init_flat_weights()
     else:
         module._buffers[attribute] = value
     if isinstance(module, RoastPool):

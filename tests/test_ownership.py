@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 import roastify
 from roastify.conversion.converted import find_pool, pool_of, pools_in
-from roastify.errors import CheckpointError, ConversionError
+from roastify.errors import CheckpointError, ConversionError, RoastError
 from roastify.layers.base import RoastModule
 
 POOL = ["roast_pool.weight", "roast_pool._extra_state"]
@@ -269,11 +271,202 @@ def test_a_pool_frozen_in_one_layer_and_trained_in_another_is_said(change: Calla
 @pytest.mark.parametrize("trained", ["bias", "weight"])
 def test_training_all_biases_or_the_pool_alone_is_no_contradiction(trained: str) -> None:
     model = converted()
+    model.requires_grad_(False)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.endswith(trained) and (trained == "bias" or "roast_pool" in name))
+        if trained == "bias" and name.endswith("bias"):
+            parameter.requires_grad_(True)
+    if trained == "weight":
+        model.roast_pool.requires_grad_(True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(batch())
+
+
+class Language(nn.Module):
+    """Layers without biases, as today's language models have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(128, 64)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.RMSNorm(64), nn.Linear(64, 64, bias=False)) for _ in range(3))
+        self.norm = nn.RMSNorm(64)
+        self.head = nn.Linear(64, 128, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(self.norm(x))
+
+
+def freeze_the_table(model: Any) -> None:
+    model.embed.requires_grad_(False)
+
+
+def freeze_by_name(model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        if name.startswith("blocks.1"):
+            parameter.requires_grad = False
+
+
+@pytest.mark.parametrize("change", [freeze_the_table, train_the_head, freeze_by_name])
+@pytest.mark.parametrize("passes", [0, 1])
+def test_a_partly_frozen_model_without_biases_is_said(change: Callable[[Any], None], passes: int) -> None:
+    model, tokens = converted(Language()), torch.arange(6)[None]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(passes):
+            model(tokens)
+    change(model)
+    with pytest.warns(UserWarning, match="cannot be frozen in one layer and trained in another"):
+        model(tokens)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.requires_grad_(False)(tokens)
+        model.requires_grad_(True)(tokens)
+        # Norms alone, on purpose.
+        model.requires_grad_(False)
+        model.roast_pool.requires_grad_(False)
+        model.norm.requires_grad_(True)
+        for block in model.blocks:
+            block[0].requires_grad_(True)
+        model(tokens)
+
+
+def test_a_dense_layer_that_is_frozen_is_no_contradiction() -> None:
+    model = roastify.convert(Deep(), ratio=1.5, exclude=["layers.0", "layers.1"])
+    model.layers[0].requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(batch())
+
+
+def test_a_state_dict_with_two_pools_for_one_is_refused() -> None:
+    one, other = converted(), converted()
+    steps(other, other.parameters())
+    parts = {
+        **{f"backbone.{key}": value for key, value in one.backbone.state_dict().items()},
+        **{f"head.{key}": value for key, value in other.head.state_dict().items()},
+    }
+    with pytest.raises(RuntimeError, match="put together from several models"):
+        converted().load_state_dict(parts)
+    parts |= {f"head.{key}": value for key, value in one.head.state_dict().items()}
+    model = converted()
+    assert not any(model.load_state_dict(parts))
+    assert torch.equal(model.eval()(batch()), one.eval()(batch()))
+
+
+def test_an_ensemble_under_vmap_has_the_gradients_of_its_members() -> None:
+    # Copies: λ is the base's.
+    one = converted(Deep(), ratio=4)
+    models = [one, copy.deepcopy(one)]
+    steps(models[1], models[1].parameters())
+    parameters, buffers = torch.func.stack_module_state(models)
+    base = copy.deepcopy(models[0])
+
+    x = batch()
+
+    def call(parameters: Any, buffers: Any) -> Tensor:
+        return torch.func.functional_call(base, (parameters, buffers), (x,))
+
+    out = torch.func.vmap(call)(parameters, buffers)
+    out.pow(2).sum().backward()
+    for number, model in enumerate(models):
+        model.zero_grad()
+        expected = model(batch())
+        torch.testing.assert_close(out[number], expected)
+        expected.pow(2).sum().backward()
+        found = parameters["roast_pool.weight"].grad[number]
+        torch.testing.assert_close(found, model.roast_pool.weight.grad, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("part", ["", "backbone", "head"])
+def test_a_part_is_exported(part: str) -> None:
+    module = converted().eval().get_submodule(part)
+    exported = torch.export.export(module, (batch(),)).module()
+    torch.testing.assert_close(exported(batch()), module(batch()))
+
+
+def test_a_replaced_recurrent_layer_saves_and_loads(tmp_path: Path) -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(128, 128)
+            self.rnn = nn.GRU(128, 32, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.rnn(self.first(x))[0]
+
+    for change in (False, True):
+        model = roastify.convert(Recurrent(), ratio=1.5, exclude=() if change else ("rnn",))
+        if change:
+            model.rnn = nn.GRU(128, 32, batch_first=True)
+        roastify.save(model, tmp_path / "saved")
+        x = batch()[None]
+        assert torch.equal(roastify.load(tmp_path / "saved", Recurrent())(x), model(x))
+
+
+def test_other_threads_run_while_a_state_dict_is_made_and_loaded() -> None:
+    model = converted(Deep()).eval()
+    expected, failures, keys = model(batch()), [], set()
+    done = threading.Event()
+
+    def run() -> None:
+        while not done.is_set():
+            try:
+                with torch.no_grad():
+                    assert torch.equal(model(batch()), expected)
+                keys.add(tuple(model.state_dict()))
+            except Exception as error:
+                failures.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    state = model.state_dict()
+    for thread in threads:
+        thread.start()
+    for _ in range(60):
+        model.load_state_dict(state)
+        model.to("cpu")
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert not failures and keys == {tuple(state)}
+
+
+def test_a_parametrized_bias_is_copied_and_not_made_dense() -> None:
+    class Twice(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * x
+
+    model = converted()
+    torch.nn.utils.parametrize.register_parametrization(model.head, "bias", Twice())
+    model.eval()
+    expected = model(batch())
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(batch()), expected)
+    assert twin.head.parametrizations.bias.original is not model.head.parametrizations.bias.original
+    for inplace in (False, True):
+        with pytest.raises(RoastError, match="was parametrized after the conversion"):
+            roastify.densify(model, inplace=inplace)
+        assert torch.equal(model(batch()), expected)
+    torch.nn.utils.parametrize.remove_parametrizations(model.head, "bias")
+    torch.testing.assert_close(roastify.densify(model, inplace=True)(batch()), expected)
+
+
+def test_norms_and_pruning_after_the_conversion_are_refused_and_leave_the_model_whole() -> None:
+    model = converted().eval()
+    expected = model(batch())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(RoastError, match="before the conversion"):
+            nn.utils.weight_norm(model.head)
+        with pytest.raises(ValueError, match="cannot be applied"):
+            nn.utils.spectral_norm(model.head)
+    with pytest.raises(RoastError, match="cannot be pruned"):
+        nn.utils.prune.random_unstructured(model.roast_pool, "weight", 0.5)
+    assert torch.equal(model(batch()), expected)
+    assert list(roastify.densify(model).state_dict()) == list(Net().state_dict())
+    assert not any(converted().load_state_dict(model.state_dict()))
 
 
 class Adapter(nn.Module):

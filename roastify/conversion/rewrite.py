@@ -14,7 +14,7 @@ from roastify.conversion.fx_pass import computed_attributes
 from roastify.conversion.transformers_ties import forget_ties, remember_ties
 from roastify.errors import ConversionError
 from roastify.layers.base import RoastModule
-from roastify.layers.class_swap import to_dense, to_roast
+from roastify.layers.class_swap import check_undone, to_dense, to_roast
 from roastify.layers.kinds import retains_weight
 from roastify.pool.forward_pass import RootForward, bound_to
 from roastify.pool.plan import RoastPlan
@@ -139,6 +139,8 @@ def restore_dense(model: nn.Module) -> None:
     for pool in pools:
         for places in readers_of(model, pool):
             holders = list(dict.fromkeys((place.module, place.attribute) for place in places))
+            for holder, _ in holders:
+                check_undone(holder)
             if holders:
                 weight = holders[0][0]._roast[holders[0][1]].dense().detach()
                 parameter = nn.Parameter(weight.contiguous(), requires_grad=pool.weight.requires_grad)

@@ -53,8 +53,16 @@ class RoastModule(nn.Module):
         elif name.startswith(MEMBER):
             raise RoastError(
                 f"this {type(self).__name__} reads the pool, and so do others: the pool cannot be replaced or split "
-                f"for this layer alone, as tensor parallelism does. Shard the whole model with FSDP2 instead, or pass "
-                f"roastify.densify(model)"
+                f"for this layer alone, as tensor parallelism does. Shard the whole model with fully_shard (FSDP2) "
+                f"instead, or pass roastify.densify(model)"
+            )
+        elif (base := _normalised(name)) in self.__dict__.get("_roast", ()):
+            if base not in self._parameters:
+                # Torch has taken the attribute's place away already.
+                self.__dict__["_parameters"] = {base: None, **self._parameters}
+            raise RoastError(
+                f"{base!r} of this {type(self).__name__} lives in the shared pool, and cannot be normalised or pruned "
+                f"by hooks; do that before the conversion, or in roastify.densify(model)"
             )
         elif isinstance(param, ReadWeight):
             raise RoastError(
@@ -104,15 +112,16 @@ class RoastModule(nn.Module):
 
     def _renew_members(self) -> None:
         """Make the Parameters of the pool that this module reads its members, and no others."""
-        for key in [key for key in self._parameters if key.startswith(MEMBER)]:
-            del self._parameters[key]
-        own = dict(self._parameters)
-        self._parameters.clear()
+        own = {key: value for key, value in self._parameters.items() if not key.startswith(MEMBER)}
         # First, so that a tool that changes one Parameter after the other meets those that it cannot change first.
+        members: dict[str, Any] = {}
         for pool in self._pools():
             bases = {each.basis_index for each in self._roast.values() if each.pool is pool}
-            pool.add_reader(self, sorted(index for index in bases if index is not None))
-        self._parameters.update(own)
+            members |= pool.add_reader(self, sorted(index for index in bases if index is not None))
+        found = {key: id(value) for key, value in self._parameters.items() if key.startswith(MEMBER)}
+        if found != {key: id(value) for key, value in members.items()}:
+            # One assignment: other threads may be running this module.
+            self.__dict__["_parameters"] = {**members, **own}
 
     def _pools(self) -> list[RoastPool]:
         """Return the pool that this module reads in a list; empty in a replica of `nn.DataParallel`."""
@@ -124,11 +133,13 @@ class RoastModule(nn.Module):
     ) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield the module's Parameters with their names.
 
-        Without `recurse`, the pool's are left out: code that visits every module finds them in the pool itself. That
-        puts the pool into the root's group of FSDP2, which shards a Parameter with the first module that shows it.
+        Without `recurse`, the pool's are left out where a model has the pool as a child: code that visits every module
+        finds them there. That puts the pool into the root's group of FSDP2, which shards a Parameter with the first
+        module that shows it.
         """
+        shown = recurse or not any(pool.is_owned() for pool in self._pools())
         for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
-            if recurse or not name.removeprefix(prefix).lstrip(".").startswith(MEMBER):
+            if shown or not name.removeprefix(prefix).lstrip(".").startswith(MEMBER):
                 yield name, parameter
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
@@ -147,8 +158,9 @@ class RoastModule(nn.Module):
 
     @contextlib.contextmanager
     def _without_members(self) -> Iterator[None]:
-        for key in [key for key in self._parameters if key.startswith(MEMBER)]:
-            del self._parameters[key]
+        self.__dict__["_parameters"] = {
+            key: value for key, value in self._parameters.items() if not key.startswith(MEMBER)
+        }
         try:
             yield
         finally:
@@ -180,6 +192,11 @@ def _warn_of_quantization(layer: str) -> None:
         f"own dtype; to quantize it, pass roastify.densify(model)",
         stacklevel=3,
     )
+
+
+def _normalised(name: str) -> str:
+    """Return the attribute that `weight_norm`, `spectral_norm` and pruning replace by a Parameter of this name."""
+    return next((name.removesuffix(end) for end in ("_g", "_v", "_orig") if name.endswith(end)), "")
 
 
 def describe_shared(module: RoastModule) -> str:

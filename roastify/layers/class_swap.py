@@ -13,6 +13,7 @@ from typing import Any, Generic, cast
 
 from torch import nn
 
+from roastify.errors import RoastError
 from roastify.layers.base import RoastLookup, RoastModule, RoastReader, describe_shared
 from roastify.layers.kinds import LayerKind, has_forward_of_its_own, kind_of, transformers_conv1d
 from roastify.layers.modules import RoastRNN, RoastTransformersConv1D
@@ -36,9 +37,13 @@ class _Swapped:
         return _new_module, (self._roast_original, frozenset(self._roast)), self.__getstate__()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        twin = _new_module(self._roast_original, frozenset(self._roast))
+        # A class that torch derived from this one, to parametrize a bias, is kept.
+        derived = type(self) is not roast_class(self._roast_original, frozenset(self._roast))
+        twin: Any = type(self).__new__(type(self)) if derived else None
+        if twin is None:
+            twin = _new_module(self._roast_original, frozenset(self._roast))
         memo[id(self)] = twin
-        if hasattr(super(), "__deepcopy__"):
+        if derived or hasattr(super(), "__deepcopy__"):
             # The class's own `__deepcopy__` would create a dense module, so it is not called. Torch's parametrized
             # classes define one, because they refuse `__getstate__`.
             twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
@@ -194,11 +199,22 @@ def to_roast(module: nn.Module, name: str, shared: PooledWeight) -> None:
     _renew_flat_weights(module)
 
 
+def check_undone(module: RoastModule) -> None:
+    """Raise `RoastError` if a module cannot get its original class back."""
+    if type(module) is not roast_class(type(module)._roast_original, frozenset(module._roast)):
+        raise RoastError(
+            f"this {type(module).__name__} was parametrized after the conversion, and cannot be made dense with the "
+            f"parametrization: call torch.nn.utils.parametrize.remove_parametrizations first, or parametrize the dense "
+            f"model before you convert it"
+        )
+
+
 def to_dense(module: RoastModule, parameters: Mapping[str, nn.Parameter | None]) -> None:
     """Take attributes of a module out of the pool and give it these dense Parameters instead.
 
     If no shared attribute is left, the module gets its original class back.
     """
+    check_undone(module)
     original = type(module)._roast_original
     pools = module._pools()
     left = {name: shared for name, shared in module._roast.items() if name not in parameters}

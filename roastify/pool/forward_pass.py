@@ -127,45 +127,61 @@ class _Trained:
     """Notices that only a part of a model is frozen while all of it reads one pool.
 
     A pool can only be frozen or trained as a whole: freezing one layer freezes the weights of all, and making one layer
-    trainable again makes all weights trainable. What shows it are biases and norms of which some are frozen and some
-    are not. Each pass compares the pool and the first and the last of them; the others are looked at if one of these
-    has changed.
+    trainable again makes all weights trainable. What shows it are the biases and norms beside the pool's readers. Each
+    pass compares their flags with those of the last pass, and looks closer if they changed.
     """
 
     def __init__(self) -> None:
-        self.ends: tuple[weakref.ref[nn.Parameter], ...] = ()
-        self.seen: tuple[bool | None, ...] = ()
+        self.beside: list[weakref.ref[nn.Parameter]] = []
+        self.seen: list[bool | None] | None = None
 
     def check(self, model: nn.Module, pool: RoastPool) -> None:
         """Warn if a model is frozen in part."""
-        seen = self._flags(pool)
-        if seen == self.seen:
+        if self._flags(pool) == self.seen:
             return
         beside = list(_beside_readers(model))
-        self.ends = tuple(weakref.ref(beside[index][2]) for index in (0, -1) if beside)
+        self.beside = [weakref.ref(parameter) for _, _, parameter in beside]
         self.seen = self._flags(pool)
-        first: dict[tuple[type, str], tuple[str, bool]] = {}
-        for kind, name, parameter in beside:
-            earlier, flag = first.setdefault((kind, name.rpartition(".")[2]), (name, parameter.requires_grad))
-            if parameter.requires_grad is not flag:
-                frozen, trained = (name, earlier) if flag else (earlier, name)
-                warnings.warn(
-                    f"{frozen} is frozen and {trained} is trained, but the weights of both layers lie in one pool, "
-                    f"which is {'trained' if seen[0] else 'frozen'}, and with it all weights of the model. A pool "
-                    f"cannot be frozen in one layer and trained in another: to train a part, leave that part dense "
-                    f"when you convert (exclude=…), and freeze the pool (model.roast_pool.requires_grad_(False)) or "
-                    f"all converted layers",
-                    stacklevel=3,
-                )
-                return
+        reason = _contradiction(pool, beside)
+        if reason:
+            trained = pool.parameter().requires_grad
+            warnings.warn(
+                f"{reason} The weights of all converted layers lie in one pool, which is "
+                f"{'trained' if trained else 'frozen'}, and they with it. A pool cannot be frozen in one layer and "
+                f"trained in another: leave what is to be trained (or frozen) apart dense when you convert "
+                f"(exclude=…). If this is meant, say so: model.roast_pool.requires_grad_({trained})",
+                stacklevel=3,
+            )
 
-    def _flags(self, pool: RoastPool) -> tuple[bool | None, ...]:
-        parameters = (end() for end in self.ends)
-        return pool.parameter().requires_grad, *(p.requires_grad if p is not None else None for p in parameters)
+    def _flags(self, pool: RoastPool) -> list[bool | None]:
+        parameters = (reference() for reference in self.beside)
+        own = [parameter.requires_grad for parameter in (pool.parameter(), *pool.bases())]
+        return own + [None if parameter is None else parameter.requires_grad for parameter in parameters]
+
+
+def _contradiction(pool: RoastPool, beside: list[tuple[type, str, nn.Parameter]]) -> str | None:
+    """Return what says that a part of a model should be frozen and another trained, or None."""
+    trained = pool.parameter().requires_grad
+    if any(basis.requires_grad is not trained for basis in pool.bases()):
+        return "Some converted convolutions are frozen and others are trained."
+    first: dict[tuple[type, str], tuple[str, bool]] = {}
+    for kind, name, parameter in beside:
+        earlier, flag = first.setdefault((kind, name.rpartition(".")[2]), (name, parameter.requires_grad))
+        if parameter.requires_grad is not flag:
+            one, other = (name, earlier) if flag else (earlier, name)
+            return f"{one} is frozen and {other} is trained."
+    if pool.meant is trained:
+        return None
+    others = [(name, parameter.requires_grad) for _, name, parameter in beside if not name.endswith("bias")]
+    if not trained and any(flag for _, flag in others):
+        return f"{next(name for name, flag in others if flag)} is trained, beside converted layers that are frozen."
+    if trained and others and not any(parameter.requires_grad for _, _, parameter in beside):
+        return f"{others[0][0]} is frozen, beside converted layers that are trained."
+    return None
 
 
 def _beside_readers(model: nn.Module) -> Iterator[tuple[type, str, nn.Parameter]]:
-    """Yield class, name and value of the Parameters of readers and of modules that stand beside them."""
+    """Yield class, name and value of the Parameters of readers and of norms that stand beside them."""
     for path, parent in model.named_modules():
         near = [parent, *(child for child in parent._modules.values() if child is not None)]
         if not any(_reads(other) for module in near for other in (module, *module._modules.values())):
@@ -173,8 +189,12 @@ def _beside_readers(model: nn.Module) -> Iterator[tuple[type, str, nn.Parameter]
         for name, module in parent._modules.items():
             if module is None or isinstance(module, RoastPool):
                 continue
-            for attribute, parameter in module._parameters.items():
-                if parameter is not None and not attribute.startswith(MEMBER):
+            own = {key: each for key, each in module._parameters.items() if not key.startswith(MEMBER)}
+            if not _reads(module) and any(each is not None and each.dim() > 1 for each in own.values()):
+                # A layer that is dense, as a head that is trained alone.
+                continue
+            for attribute, parameter in own.items():
+                if parameter is not None:
                     yield type(module), ".".join(part for part in (path, name, attribute) if part), parameter
 
 

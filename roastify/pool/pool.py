@@ -2,6 +2,7 @@ r"""`RoastPool`: the module with the shared Parameter, its initial values and it
 
 from __future__ import annotations
 
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -15,7 +16,13 @@ from roastify.kernels import reference
 from roastify.kernels.flops import teach_flop_counters
 from roastify.kernels.gathered_weights import WeightGroup, make_groups
 from roastify.kernels.reference import summed_in
-from roastify.kernels.torch_internals import is_exporting, is_jit_tracing, with_static_sizes
+from roastify.kernels.torch_internals import (
+    in_func_transform,
+    is_exporting,
+    is_jit_tracing,
+    requires_grad_below,
+    with_static_sizes,
+)
 from roastify.kernels.view import TileView, WeightView
 from roastify.pool import compiled_read
 from roastify.pool.mapping import TileMap
@@ -69,7 +76,7 @@ class RoastPool(nn.Module):
     _owner: weakref.ref[nn.Module] | None
     _sharded_reader: bool
     _given: dict[str, dict[int, Tensor]]
-    _saved: tuple[str, weakref.ref[Tensor]] | None
+    _saved: threading.local
     _loading: tuple[list[str] | None, tuple[str, ...]]
     _tied: dict[str, nn.Parameter]
     table: Tensor
@@ -103,6 +110,8 @@ class RoastPool(nn.Module):
         self.weights: tuple[Any, ...] = ()
         self.retained: tuple[WeightView, ...] = ()
         self._groups: dict[WeightView, WeightGroup] | None = None
+        # Whether the pool was frozen or trained by itself, and not with a part of a model.
+        self.meant: bool | None = None
         # The dtype that the Parameter is stored in. While a forward pass runs, sharding may show it in another dtype.
         self.stored_dtype = dtype
         shape = (num_slots * tile[0], tile[1])
@@ -139,6 +148,9 @@ class RoastPool(nn.Module):
         weight = self._whole()
         dtype = dtype or weight.dtype
         tracked = torch.is_grad_enabled() and weight.requires_grad
+        if not tracked and torch.is_grad_enabled() and in_func_transform() and requires_grad_below(weight):
+            # Several pools at once, under `vmap`.
+            return self._read_by_plain_operators(weight, dtype)
         if not tracked and dtype == weight.dtype:
             if is_watched_by_modes():
                 teach_flop_counters()
@@ -197,15 +209,15 @@ class RoastPool(nn.Module):
 
     def basis(self, index: int) -> tuple[Tensor, float]:
         """Return a layer's basis kernels, and the factor for their gradient; see the class."""
-        given = self._given and self._given.get(_basis_name(index))
-        basis = next(reversed(given.values())) if given else getattr(self, _basis_name(index))
+        name = _basis_name(index)
+        basis = self.present(name) if name in self._given else getattr(self, name)
         return basis, 1 / self._basis_energy[index] if self.precondition else 1.0
 
     def plain_basis(self, index: int) -> nn.Parameter | None:
         """Return the Parameter of a layer's basis, or None if the basis is computed (as by a parametrization)."""
         # Read from the dictionary: attribute access would run the computation.
-        given = self._given.get(_basis_name(index))
-        basis = next(reversed(given.values())) if given else self.__dict__["_parameters"].get(_basis_name(index))
+        name = _basis_name(index)
+        basis = self.present(name) if name in self._given else self.__dict__["_parameters"].get(name)
         return basis if type(basis) is nn.Parameter else None
 
     def group_of(self, weight: WeightView) -> WeightGroup:
@@ -216,8 +228,8 @@ class RoastPool(nn.Module):
 
     def parameter(self) -> nn.Parameter:
         """Return `weight` in a tenth of the time of an attribute lookup; each layer needs it several times a call."""
-        if given := self.__dict__["_given"].get("weight"):
-            return next(reversed(given.values()))
+        if "weight" in self.__dict__["_given"]:
+            return self.present("weight")
         weight = self.__dict__["_parameters"].get("weight")
         # A replica of `nn.DataParallel` has no Parameters: its `weight` is a plain attribute.
         return self.weight if weight is None else weight
@@ -290,7 +302,7 @@ class RoastPool(nn.Module):
         # Tensors that stand for Parameters for a while, by the `MemberPool` through which they came.
         self.__dict__["_given"] = {}
         # Where this pool was last written in a state dict, and the load that last read it or missed it.
-        self.__dict__["_saved"] = None
+        self.__dict__["_saved"] = threading.local()
         self.__dict__["_loading"] = (None, ())
 
     def __getstate__(self) -> dict[str, Any]:
@@ -319,17 +331,16 @@ class RoastPool(nn.Module):
         """Whether this is the model whose forward is a pass."""
         return self._root is not None and self._root() is root
 
-    def add_reader(self, module: nn.Module, bases: Iterable[int] = ()) -> None:
-        """Make the pool's Parameter, and these of its bases, members of a module that reads them.
+    def add_reader(self, module: nn.Module, bases: Iterable[int] = ()) -> dict[str, nn.Parameter]:
+        """Make the pool's Parameter, and those of its bases, members of a module that reads them.
 
         Their names there are those that they would have if the pool were the module's child: `roast_pool.weight`.
         """
         if module._modules.get(POOL_NAME) is self:
             self.__dict__["_owner"] = weakref.ref(module)
-            return
-        for name in ["weight", *map(_basis_name, bases)]:
-            module._parameters[MEMBER + name] = self.tied[name]
+            return {}
         self._readers.add(module)
+        return {MEMBER + name: self.tied[name] for name in ["weight", *map(_basis_name, bases)]}
 
     def remove_reader(self, module: nn.Module) -> None:
         """Forget a module that no longer reads the pool."""
@@ -340,6 +351,11 @@ class RoastPool(nn.Module):
         """The Parameters that the readers have as members."""
         return self._tied
 
+    def present(self, name: str) -> Any:
+        """Return the tensor that is read in the place of a Parameter: what was given for it, or the Parameter."""
+        given = self._given.get(name)
+        return next(reversed(given.values())) if given else self.tied[name]
+
     def _tie_readers(self) -> None:
         """Give every reader the Parameters that the pool has now."""
         own = self.__dict__["_tied"] = dict(self._parameters)
@@ -349,7 +365,16 @@ class RoastPool(nn.Module):
                     module._parameters[key] = parameter
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Register a Parameter, here and in every module that reads it."""
+        """Register a Parameter, here and in every module that reads it.
+
+        Raises:
+            RoastError: it is none of the pool's, as what pruning keeps: layers read the pool without running it.
+        """
+        if name != "weight" and not name.startswith(_BASIS):
+            raise RoastError(
+                f"a pool has no Parameter {name!r}: layers read the pool without running its hooks, so it cannot be "
+                f"pruned or normalised; do that in roastify.densify(model)"
+            )
         super().register_parameter(name, param)
         self._tie_readers()
 
@@ -370,6 +395,12 @@ class RoastPool(nn.Module):
             self._place_constants(self.weight.device)
         return self
 
+    def requires_grad_(self, requires_grad: bool = True) -> RoastPool:
+        """Train or freeze the pool, and all weights that are in it, on purpose: no forward pass warns of it."""
+        super().requires_grad_(requires_grad)
+        self.meant = requires_grad
+        return self
+
     def apply_of_reader(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Do what is done to the tensors of one module that reads the pool (`.to()`, `.half()`, `.share_memory()`).
 
@@ -377,12 +408,13 @@ class RoastPool(nn.Module):
         lose precision or take more memory. A pool without an owner, of a copied layer or in a new model, is cast.
         """
         probe = fn(torch.empty(0, dtype=self.weight.dtype, device=self.weight.device))
-        if probe.dtype == self.weight.dtype or not self._is_owned():
+        if probe.dtype == self.weight.dtype or not self.is_owned():
             self._apply(fn)
         elif probe.device != self.weight.device:
             self._apply(lambda tensor: tensor.to(probe.device))
 
-    def _is_owned(self) -> bool:
+    def is_owned(self) -> bool:
+        """Whether a module that is in use has the pool as a child."""
         modules = [reference() for reference in (self._owner, self._root) if reference is not None]
         return any(module is not None and module._modules.get(POOL_NAME) is self for module in modules)
 
@@ -415,13 +447,14 @@ class RoastPool(nn.Module):
 
     def save_in(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """Write the pool to a state dict under a prefix, unless it is in there already."""
-        if self._saved is not None:
-            key, value = self._saved
+        last = getattr(self._saved, "last", None)
+        if last is not None:
+            key, value = last
             if key in destination and destination[key] is value():
                 return
         super()._save_to_state_dict(destination, prefix, keep_vars)
         key = prefix + "weight"
-        self.__dict__["_saved"] = (key, weakref.ref(destination[key])) if key in destination else None
+        self._saved.last = (key, weakref.ref(destination[key])) if key in destination else None
 
     def load_from(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, *lists: list[str]
@@ -436,9 +469,22 @@ class RoastPool(nn.Module):
             return
         for key in reported if load is missing else ():
             missing.remove(key)
+        key = prefix + "weight"
+        if load is missing and not reported and not self._holds(state_dict[key]):
+            errors.append(
+                f"{key} has other values than the same pool under another name in this state dict, and both are one "
+                f"Parameter here: the state dict was put together from several models"
+            )
+            return
         before = len(missing)
         self._read_state(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         self.__dict__["_loading"] = missing, tuple(missing[before:])
+
+    def _holds(self, value: Any) -> bool:
+        """Whether the pool has these values. Sharded ones and those of a meta tensor are not looked at."""
+        if not isinstance(value, Tensor) or is_sharded(self.weight) or is_sharded(value) or self.weight.is_meta:
+            return True
+        return value.shape == self.weight.shape and torch.equal(value.to(self.weight), self.weight.detach())
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self.save_in(destination, prefix, keep_vars)
@@ -522,8 +568,11 @@ MEMBER = POOL_NAME + "."
 _OF_MODULES = {"_sharded_reader", "_readers", "_root", "_owner", "_given", "_saved", "_loading"}
 
 
+_BASIS = "basis_"
+
+
 def _basis_name(index: int) -> str:
-    return f"basis_{index}"
+    return f"{_BASIS}{index}"
 
 
 class MemberPool(nn.Module):
@@ -560,14 +609,16 @@ class _Places(dict[str, Any]):
     """The Parameters of a `MemberPool`. The pool reads a tensor that is put here, until its Parameter is put back."""
 
     def __init__(self, pool: RoastPool) -> None:
-        super().__init__(pool.tied)
+        # What the pool reads now: in a nested call, what the outer call has put there.
+        super().__init__({name: pool.present(name) for name in pool.tied})
         self.pool = pool
+        self.found = dict(self)
 
     def __setitem__(self, name: str, value: Any) -> None:
         super().__setitem__(name, value)
         given = self.pool._given.setdefault(name, {})
         given.pop(id(self), None)
-        if value is not self.pool.tied.get(name):
+        if value is not self.found.get(name):
             given[id(self)] = value
         elif not given:
             del self.pool._given[name]
