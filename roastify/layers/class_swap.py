@@ -63,10 +63,10 @@ class _Swapped:
         # the state dict has the pool.
         for name in self._roast:
             destination.pop(prefix + name, None)
-        for key in module._parameters:
-            if key.startswith(MEMBER):
-                destination.pop(prefix + key, None)
         for pool in module._pools():
+            # Not by the members that there are now: another thread may be renewing them.
+            for name in pool.tied:
+                destination.pop(prefix + MEMBER + name, None)
             if module._modules.get(POOL_NAME) is not pool:
                 pool.save_in(destination, prefix + MEMBER, keep_vars)
 
