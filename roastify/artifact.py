@@ -26,8 +26,9 @@ from roastify.errors import CheckpointError, closest
 from roastify.files import digest_of_file, pending, put_in_place, reason_of, write_tensors
 from roastify.layers.kinds import refusal_of
 from roastify.pool.mapping import MAPPING_VERSION
+from roastify.pool.members import POOL_NAME, is_sharded
 from roastify.pool.plan import RoastPlan, TensorPlan
-from roastify.pool.pool import POOL_NAME, RoastPool, is_sharded
+from roastify.pool.pool import RoastPool
 from roastify.pool.state import plan_with
 
 FORMAT_VERSION = 5

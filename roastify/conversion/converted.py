@@ -13,8 +13,9 @@ from roastify.errors import ConversionError, WriteRefused
 from roastify.kernels.torch_internals import is_compiled
 from roastify.layers.base import RoastModule
 from roastify.layers.pooled_weight import PooledWeight
+from roastify.pool.members import POOL_NAME, is_sharded
 from roastify.pool.plan import RoastPlan, TensorPlan
-from roastify.pool.pool import POOL_NAME, RoastPool, is_sharded
+from roastify.pool.pool import RoastPool
 
 
 def pools_in(model: nn.Module) -> list[RoastPool]:

@@ -17,8 +17,9 @@ from roastify.layers.base import RoastModule
 from roastify.layers.class_swap import check_undone, to_dense, to_roast
 from roastify.layers.kinds import retains_weight
 from roastify.pool.forward_pass import RootForward, bound_to
+from roastify.pool.members import POOL_NAME
 from roastify.pool.plan import RoastPlan
-from roastify.pool.pool import POOL_NAME, RoastPool
+from roastify.pool.pool import RoastPool
 
 _M = TypeVar("_M", bound=nn.Module)
 

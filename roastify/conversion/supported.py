@@ -8,7 +8,7 @@ from torch.nn.parameter import is_lazy
 
 from roastify.conversion.converted import find_pool, refuse_wrapped
 from roastify.errors import ConversionError
-from roastify.pool.pool import POOL_NAME
+from roastify.pool.members import POOL_NAME
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -16,7 +16,8 @@ from roastify.layers.pooled_weight import PooledWeight
 from roastify.layers.read_weight import ReadWeight
 from roastify.layers.reading import ModuleCall, dense_property, read_attribute, read_in_call, running, tracers
 from roastify.pool.forward_pass import RootForward
-from roastify.pool.pool import MEMBER, POOL_NAME, MemberPool, ReplicatedPool, RoastPool
+from roastify.pool.members import MEMBER, POOL_NAME, MemberPool
+from roastify.pool.pool import ReplicatedPool, RoastPool, basis_name
 
 
 class RoastModule(nn.Module):
@@ -117,7 +118,8 @@ class RoastModule(nn.Module):
         members: dict[str, Any] = {}
         for pool in self._pools():
             bases = {each.basis_index for each in self._roast.values() if each.pool is pool}
-            members |= pool.add_reader(self, sorted(index for index in bases if index is not None))
+            names = ["weight", *map(basis_name, sorted(index for index in bases if index is not None))]
+            members |= pool.add_reader(self, names)
         found = {key: id(value) for key, value in self._parameters.items() if key.startswith(MEMBER)}
         if found != {key: id(value) for key, value in members.items()}:
             # One assignment: other threads may be running this module.

@@ -20,7 +20,7 @@ from roastify.layers.modules import RoastRNN, RoastTransformersConv1D
 from roastify.layers.pooled_weight import PooledWeight
 from roastify.layers.reading import dense_property, lazy_property
 from roastify.layers.source_scan import uses_in_source
-from roastify.pool.pool import MEMBER, POOL_NAME
+from roastify.pool.members import MEMBER, POOL_NAME
 
 
 class _Swapped:

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from roastify.kernels.torch_internals import is_captured
+from roastify.pool.members import MEMBER
 from roastify.pool.pass_cache import Pass, passes
-from roastify.pool.pool import MEMBER, RoastPool
+from roastify.pool.pool import RoastPool
 
 
 class RootForward:
