@@ -846,6 +846,7 @@ def test_kernels_for_groups_give_the_gradients_of_the_cpu(memory_format: torch.m
             )
 
 
+@pytest.mark.filterwarnings("ignore:.*cannot be frozen in one layer and trained in another")
 @pytest.mark.parametrize("frozen", ["pool", "bases"])
 def test_the_pool_or_a_basis_may_be_frozen(frozen: str) -> None:
     model, dense = pair()

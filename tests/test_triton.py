@@ -761,6 +761,7 @@ def loss_and_gradients(model: Any, x: Tensor) -> list[Tensor | None]:
     return [out, *(parameter.grad for parameter in model.parameters())]
 
 
+@pytest.mark.filterwarnings("ignore:.*cannot be frozen in one layer and trained in another")
 @pytest.mark.parametrize(("run", "frozen"), [(3, ()), (2, ()), (1, ()), (3, (1, 2)), (3, (0, 1, 2))])
 def test_gradients_of_a_group_with_bases_are_those_in_float64(
     run: int, frozen: tuple[int, ...], convolutions: tuple[Any, Any, list[int]], full_precision: None

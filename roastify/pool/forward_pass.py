@@ -156,14 +156,14 @@ class _Trained:
 
     def _flags(self, pool: RoastPool) -> list[bool | None]:
         parameters = (reference() for reference in self.beside)
-        own = [parameter.requires_grad for parameter in (pool.parameter(), *pool.bases())]
+        own = [pool.parameter().requires_grad, *_flags_of_bases(pool)]
         return own + [None if parameter is None else parameter.requires_grad for parameter in parameters]
 
 
 def _contradiction(pool: RoastPool, beside: list[tuple[type, str, nn.Parameter]]) -> str | None:
     """Return what says that a part of a model should be frozen and another trained, or None."""
     trained = pool.parameter().requires_grad
-    if any(basis.requires_grad is not trained for basis in pool.bases()):
+    if len(set(_flags_of_bases(pool))) > 1:
         return "Some converted convolutions are frozen and others are trained."
     first: dict[tuple[type, str], tuple[str, bool]] = {}
     for kind, name, parameter in beside:
@@ -179,6 +179,12 @@ def _contradiction(pool: RoastPool, beside: list[tuple[type, str, nn.Parameter]]
     if trained and others and not any(parameter.requires_grad for _, _, parameter in beside):
         return f"{others[0][0]} is frozen, beside converted layers that are trained."
     return None
+
+
+def _flags_of_bases(pool: RoastPool) -> list[bool]:
+    # Not `pool.bases()`: a parametrized basis would be computed.
+    parameters = pool.__dict__["_parameters"].items()
+    return [basis.requires_grad for name, basis in parameters if name != "weight" and basis is not None]
 
 
 def _beside_readers(model: nn.Module) -> Iterator[tuple[type, str, nn.Parameter]]:
