@@ -1,4 +1,4 @@
-"""What every test shares: poisoned memory, few threads, no GPU tests without a GPU, and two small helpers."""
+"""What every test shares: poisoned memory, few threads, no GPU tests without a GPU, two processes, small helpers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
+from processes import Processes
 from torch import Tensor
 
 # Two threads on every machine, so that a dependence on the number of threads shows. If several test workers run, each
@@ -118,3 +119,11 @@ def chunk_table() -> Callable[..., Tensor]:
         return torch.tensor(rows, dtype=torch.int64).view(-1, 3)
 
     return build
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
+    """Two processes, started for all tests of a file."""
+    processes = Processes(tmp_path_factory.mktemp("meeting"))
+    yield processes
+    processes.end()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
+from torch import Tensor
 
 SIZE = 2
 # If one process fails, the other waits for it: at most so many seconds.
@@ -71,3 +72,13 @@ def _serve(rank: int, pipe: Any, meeting: str) -> None:
         except Exception:
             pipe.send((None, traceback.format_exc()))
     dist.destroy_process_group()
+
+
+# AdamW's first steps, of 1e-2 each, turn the rounding of a gradient that nearly cancels into 3e-4 of a step.
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], atol: float = 4e-6) -> None:
+    """Check that what several processes computed is what one computes."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(
+            found[name], value, rtol=0.0, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
+        )

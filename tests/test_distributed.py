@@ -6,14 +6,13 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import distributed_cases as cases
 import pytest
 import torch
-from processes import Processes
+from processes import Processes, assert_same
 from torch import Tensor
 
 import roastify
@@ -22,22 +21,6 @@ from roastify.source import load_source
 
 STEPS = cases.STEPS
 EXAMPLE = Path(__file__).parents[1] / "examples" / "distributed.py"
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
-    processes = Processes(tmp_path_factory.mktemp("meeting"))
-    yield processes
-    processes.end()
-
-
-# AdamW's first steps, of 1e-2 each, turn the rounding of a gradient that nearly cancels into 3e-4 of a step.
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], atol: float = 4e-6) -> None:
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(
-            found[name], value, rtol=0.0, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
-        )
 
 
 def moved(values: dict[str, Tensor], name: str = "net") -> bool:

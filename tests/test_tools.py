@@ -20,7 +20,7 @@ import pytest
 import tools_cases as cases
 import torch
 import torch.nn.functional as F
-from processes import Processes
+from processes import Processes, assert_same
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -789,21 +789,6 @@ def test_lightning_keeps_a_moving_average_that_is_saved(tmp_path: Path) -> None:
 
 
 # Two processes.
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
-    processes = Processes(tmp_path_factory.mktemp("meeting"))
-    yield processes
-    processes.end()
-
-
-def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], atol: float = 4e-6) -> None:
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(
-            found[name], value, rtol=0.0, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
-        )
 
 
 def test_an_optimizer_whose_state_is_split_gives_the_weights_of_one_process(two: Processes) -> None:

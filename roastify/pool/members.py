@@ -34,7 +34,8 @@ class TiedModule(nn.Module):
     _given: dict[str, dict[int, Tensor]]
     _saved: threading.local
     _loading: tuple[list[str] | None, tuple[str, ...]]
-    _tied: dict[str, nn.Parameter]
+    # The Parameters that the readers have as members, by the pool's names.
+    tied: dict[str, nn.Parameter]
     weight: nn.Parameter
 
     def __init__(self) -> None:
@@ -97,11 +98,6 @@ class TiedModule(nn.Module):
         """Forget a module that no longer reads the pool."""
         self._readers.discard(module)
 
-    @property
-    def tied(self) -> dict[str, nn.Parameter]:
-        """The Parameters that the readers have as members."""
-        return self._tied
-
     def present(self, name: str) -> Any:
         """Return the tensor that is read in the place of a Parameter: what was given for it, or the Parameter."""
         given = self._given.get(name)
@@ -109,7 +105,7 @@ class TiedModule(nn.Module):
 
     def _tie_readers(self) -> None:
         """Give every reader the Parameters that the pool has now."""
-        own = self.__dict__["_tied"] = dict(self._parameters)
+        own = self.__dict__["tied"] = dict(self._parameters)
         for module in self._readers:
             for key in module._parameters:
                 if key.startswith(MEMBER) and (parameter := own.get(key.removeprefix(MEMBER))) is not None:

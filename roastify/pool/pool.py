@@ -241,7 +241,7 @@ class RoastPool(TiedModule):
                 "the pool's readers are other modules. Keep the pool on a device, as dispatch_model does with a device "
                 "map that has an entry roast_pool, or offload roastify.densify(model)"
             )
-        if weight is not self._tied["weight"] and type(weight) is nn.Parameter and not self._given:
+        if weight is not self.tied["weight"] and type(weight) is nn.Parameter and not self._given:
             # It was replaced past `register_parameter`, as Accelerate does.
             self._tie_readers()
         # Sharding and offloading move a Parameter without `_apply`.
