@@ -19,6 +19,7 @@ from roastify.kernels.torch_internals import (
     in_func_transform,
     is_jvp_transform,
 )
+from roastify.kernels.view import FoldView
 
 
 def pool_gradient(ctx: Any, position: int, name: str, *args: Any, pool_shape: Sequence[int]) -> Tensor | None:
@@ -155,6 +156,56 @@ def _backward_embedding_reduce(ctx: Any, grad: Tensor) -> tuple[Tensor | None, .
     return call("embedding", index, grad, table, ctx.view, ctx.scale), None, None, None, None, None
 
 
+def _save_fold(ctx: Any, x: Tensor, pool: Tensor | None, view: FoldView, dtype: torch.dtype) -> None:
+    # The pool is there only for its learned scales, and the input is saved only for their gradient.
+    need_x, need_pool = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(x if need_pool else None, pool if need_x else None)
+    ctx.view, ctx.pool_shape, ctx.dtype = view, None if pool is None else pool.shape, x.dtype
+
+
+def _fold_pool_gradient(ctx: Any, grad: Tensor, x: Tensor) -> Tensor | None:
+    return pool_gradient(ctx, 1, "fold_reduce", grad, x, ctx.view, pool_shape=ctx.pool_shape)
+
+
+def _backward_fold(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, pool = ctx.saved_tensors
+    need_x, need_pool = ctx.needs_input_grad[:2]
+    return (
+        call("unfold", grad, pool, ctx.view, ctx.dtype) if need_x else None,
+        _fold_pool_gradient(ctx, grad, x) if need_pool else None,
+        None,
+        None,
+    )
+
+
+def _backward_unfold(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    z, pool = ctx.saved_tensors
+    need_z, need_pool = ctx.needs_input_grad[:2]
+    return (
+        call("fold", grad, pool, ctx.view, ctx.dtype) if need_z else None,
+        _fold_pool_gradient(ctx, z, grad) if need_pool else None,
+        None,
+        None,
+    )
+
+
+def _save_fold_reduce(ctx: Any, grad: Tensor, x: Tensor, view: FoldView, pool_shape: Sequence[int]) -> None:
+    need_grad, need_x = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(grad if need_x else None, x if need_grad else None)
+    # The gradient is linear in the learned scales' places, without the one that is added to the scales.
+    ctx.view, ctx.dtypes = view._replace(unit=0), (grad.dtype, x.dtype)
+
+
+def _backward_fold_reduce(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+    grad, x = ctx.saved_tensors
+    return (
+        None if x is None else call("fold", x, outer, ctx.view, ctx.dtypes[0]),
+        None if grad is None else call("unfold", grad, outer, ctx.view, ctx.dtypes[1]),
+        None,
+        None,
+    )
+
+
 def save_combine(ctx: Any, coefficients: Tensor, basis: Tensor, grad_scale: float) -> None:
     """Save the tensors that the derivatives of `combine` need, in its own node or in a `_CombinedNode`."""
     need_coefficients, need_basis = ctx.needs_input_grad[:2]
@@ -258,6 +309,9 @@ for _name, _save, _differentiate in (
     ("linear_reduce", _save_linear_reduce, _backward_linear_reduce),
     ("embedding", _save_embedding, _backward_embedding),
     ("embedding_reduce", _save_embedding_reduce, _backward_embedding_reduce),
+    ("fold", _save_fold, _backward_fold),
+    ("unfold", _save_fold, _backward_unfold),
+    ("fold_reduce", _save_fold_reduce, _backward_fold_reduce),
     ("combine", save_combine, _backward_combine),
     ("combine_reduce", _save_combine_reduce, _backward_combine_reduce),
 ):

@@ -23,7 +23,7 @@ from roastify.kernels.torch_internals import (
     takes_batched_gradients,
     without_view_tracking,
 )
-from roastify.kernels.view import TileView
+from roastify.kernels.view import FoldView, TileView
 
 # The module of `gpu` that holds each operator's launcher. These modules import Triton, so each is imported when the
 # first CUDA tensor arrives.
@@ -35,11 +35,15 @@ _CUDA_HOMES = {
     "linear_reduce": "linear",
     "embedding": "embedding",
     "embedding_reduce": "embedding",
+    "fold": "fold",
+    "unfold": "fold",
+    "fold_reduce": "fold",
     "combine": "combine",
     "combine_reduce": "combine",
     "reduce_": "reduce",
     "linear_reduce_": "linear",
     "embedding_reduce_": "embedding",
+    "fold_reduce_": "fold",
 }
 
 _ops = torch.ops.roastify
@@ -83,7 +87,7 @@ def implementation(name: str) -> Any:
 
 
 # The types of an operator's arguments if no tensor subclass or tracer is involved.
-_PLAIN = {Tensor, torch.nn.Parameter, type(None), TileView, float, int, list, torch.Size}
+_PLAIN = {Tensor, torch.nn.Parameter, type(None), TileView, FoldView, torch.dtype, float, int, list, torch.Size}
 
 
 def is_watched(*args: Any) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from roastify.kernels.torch_internals import dispatch_mode_stack
-from roastify.kernels.view import TileView
+from roastify.kernels.view import FoldView, TileView
 
 Shape = Sequence[int]
 
@@ -34,6 +34,12 @@ def _linear_reduce_(total: Shape, grad: Shape, x: Shape, table: Shape, view: Seq
     return _linear_reduce(grad, x, table, view)
 
 
+def _fold(x: Shape, pool: Shape | None, fold: Sequence[int], *_: Any, **__: Any) -> int:
+    view = FoldView(*fold)
+    # Of `fold` x has `cols` features, of `unfold` `folded_cols`.
+    return 2 * math.prod(x[:-1]) * view.hashes * view.cols
+
+
 def _combine(coefficients: Shape, basis: Shape, *_: Any, **__: Any) -> int:
     return 2 * coefficients[0] * coefficients[1] * basis[1]
 
@@ -47,6 +53,8 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "linear_t": _linear,
     "linear_reduce": _linear_reduce,
     "linear_reduce_": _linear_reduce_,
+    "fold": _fold,
+    "unfold": _fold,
     "combine": _combine,
     "combine_reduce": _combine_reduce,
 }

@@ -2,11 +2,11 @@ r"""The operators as functions, which check their arguments, follow autocast and
 
 Each operator takes the pool, the chunk table, a `TileView` as ``int[]`` and the tensor's scale λ. It computes the dense
 operation on :math:`W = \lambda \cdot sign \cdot pool[slot]`. The gradient of every operator is another operator of this
-family, so second derivatives work as well. `combine` and `combine_reduce` do not read the pool: they compute
-convolution kernels from coefficients and a basis.
+family, so second derivatives work as well. `fold` and `unfold` prepare the inputs of products with narrower matrices.
+`combine` and `combine_reduce` do not read the pool: they compute convolution kernels from coefficients and a basis.
 
-The three operators that compute the pool's gradient have in-place twins (`reduce_`, `linear_reduce_`,
-`embedding_reduce_`). A twin adds the gradient to a tensor of the pool's shape and touches only the elements that its
+The operators that compute the pool's gradient have in-place twins (`reduce_`, `linear_reduce_`, `embedding_reduce_`,
+`fold_reduce_`). A twin adds the gradient to a tensor of the pool's shape and touches only the elements that its
 weight reads. A backward pass calls the twins if the pool was read through a gate (`grad_buffer`).
 
 `schemas` defines the operators and `autograd` their derivatives. `reference` implements them in plain torch and `gpu`
@@ -23,7 +23,7 @@ from torch import Tensor
 # Imported for its effect: it registers the operators' derivatives.
 from roastify.kernels import autograd as autograd
 from roastify.kernels.dispatch import call
-from roastify.kernels.view import TileView
+from roastify.kernels.view import FoldView, TileView
 
 
 def gather(pool: Tensor, table: Tensor, view: TileView, scale: float) -> Tensor:
@@ -61,7 +61,7 @@ def linear(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: Ti
     """Return `x · Wᵀ + bias`, like `torch.nn.functional.linear`; under autocast, in autocast's dtype.
 
     Args:
-        x: `[..., cols]`.
+        x: `[..., cols]`; with a view of several groups `[..., groups·cols]`, where `W` is block-diagonal.
         pool: the whole pool.
         bias: `[rows]` or None.
         table: the pool's chunk table.
@@ -75,12 +75,12 @@ def linear(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: Ti
         RuntimeError: `x` has another last size than `cols`, or another dtype than the pool or the bias.
     """
     x, pool, bias = _like_autocast(x, pool, bias)
-    _check_product("linear", x, view.cols, pool, bias)
+    _check_product("linear", x, view.input_cols, pool, bias)
     return call("linear", x, pool, bias, table, view, scale)
 
 
 def linear_t(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: TileView, scale: float) -> Tensor:
-    """Return `x · W + bias`, `[..., rows] → [..., cols]`; arguments, dtypes and errors as in `linear`."""
+    """Return `x · W + bias`, `[..., rows] → [..., groups·cols]`; arguments, dtypes and errors as in `linear`."""
     x, pool, bias = _like_autocast(x, pool, bias)
     _check_product("linear_t", x, view.rows, pool, bias)
     return call("linear_t", x, pool, bias, table, view, scale)
@@ -106,6 +106,38 @@ def embedding(index: Tensor, pool: Tensor, table: Tensor, view: TileView, scale:
     if index.dtype not in (torch.int64, torch.int32):
         raise RuntimeError(f"embedding: the indices must be int64 or int32; found {index.dtype}")
     return call("embedding", index, pool, table, view, scale)
+
+
+def fold(x: Tensor, pool: Tensor | None, view: FoldView) -> Tensor:
+    r"""Return a product's folded input, :math:`z_{g,p} = \sum_i s_{g,i,p} x_{i \cdot width + p}`; see `FoldView`.
+
+    Args:
+        x: `[..., cols]`.
+        pool: the whole pool, of the same dtype, which holds the learned scales; None if there are none.
+        view: the fold.
+
+    Returns:
+        `[..., hashes·width]`, of the input's dtype; under autocast of autocast's, without a cast of the input.
+
+    Raises:
+        RuntimeError: `x` has another last size than `cols`, or another dtype than the pool.
+    """
+    return _call_fold("fold", x, view.cols, pool, view)
+
+
+def unfold(z: Tensor, pool: Tensor | None, view: FoldView) -> Tensor:
+    """Return the adjoint of `fold`, `[..., hashes·width] → [..., cols]`; arguments, dtypes and errors as in `fold`."""
+    return _call_fold("unfold", z, view.folded_cols, pool, view)
+
+
+def _call_fold(name: str, x: Tensor, size: int, pool: Tensor | None, view: FoldView) -> Tensor:
+    # A pool without learned scales would make every folded input require a gradient.
+    pool = pool if view.first_scale >= 0 else None
+    dtype = autocast_dtype(x)
+    if dtype is not None and pool is not None:
+        pool = pool if pool.dtype == dtype else pool.to(dtype)
+    _check_product(name, x, size, pool if dtype is None else None, None)
+    return call(name, x, pool, view, dtype or x.dtype)
 
 
 def combine(coefficients: Tensor, basis: Tensor, grad_scale: float = 1.0) -> Tensor:
@@ -142,10 +174,10 @@ def _like_autocast(x: Tensor, pool: Tensor, bias: Tensor | None) -> tuple[Tensor
     return x, pool, bias if bias is None or bias.dtype == dtype else bias.to(dtype)
 
 
-def _check_product(name: str, x: Tensor, size: int, pool: Tensor, bias: Tensor | None) -> None:
+def _check_product(name: str, x: Tensor, size: int, pool: Tensor | None, bias: Tensor | None) -> None:
     if x.dim() == 0 or x.shape[-1] != size:
         raise RuntimeError(f"{name}: the input's last size must be {size}; found the shape {tuple(x.shape)}")
-    if x.dtype != pool.dtype:
+    if pool is not None and x.dtype != pool.dtype:
         raise RuntimeError(f"{name}: the input is {x.dtype} and the weights are {pool.dtype}; expected one dtype")
     if bias is not None and bias.dtype != x.dtype:
         raise RuntimeError(f"{name}: the input is {x.dtype} and the bias is {bias.dtype}; expected one dtype")

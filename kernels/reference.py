@@ -22,6 +22,7 @@ from roastify.kernels.view import (
     MIX64_A,
     MIX64_B,
     SLOT_STREAM,
+    FoldView,
     MappingKind,
     SignKind,
     TileView,
@@ -37,6 +38,8 @@ _FEW_ROWS = 64
 # Above this many rows of activations, reading each pool slot once no longer saves anything: the product is bound by
 # arithmetic, and one large product runs faster than many small ones.
 _MAX_ROWS_BY_SLOT = 16
+# Up to this many rows of activations, a fold multiplies all columns at once, in a tensor larger than its input.
+_MAX_ROWS_AT_ONCE = 16
 
 
 def summed_in(dtype: torch.dtype) -> torch.dtype:
@@ -275,7 +278,15 @@ def _add_panel(
 
 
 def linear(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: TileView, scale: float) -> Tensor:
-    """Return `x · Wᵀ + bias`, `[..., cols] → [..., rows]`."""
+    """Return `x · Wᵀ + bias`, `[..., groups·cols] → [..., rows]`."""
+    if view.groups > 1:
+        columns = x.reshape(-1, view.groups, view.cols).unbind(1)
+        biases = [None] * view.groups if bias is None else bias.chunk(view.groups)
+        parts = (
+            linear(part, pool, part_bias, table, block, scale)
+            for part, part_bias, block in zip(columns, biases, view.blocks(), strict=True)
+        )
+        return torch.cat(list(parts), -1).view(*x.shape[:-1], view.rows)
     flat = x.reshape(-1, view.cols)
     if _worth_reading_by_slot(flat.shape[0], view):
         out = _linear_by_slot(flat, pool, table, view, scale)
@@ -345,7 +356,15 @@ def _linear_by_slot(x: Tensor, pool: Tensor, table: Tensor, view: TileView, scal
 
 
 def linear_t(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: TileView, scale: float) -> Tensor:
-    """Return `x · W + bias`, `[..., rows] → [..., cols]`: the input gradient of `linear`, and `Conv1D`'s product."""
+    """Return `x · W + bias`, `[..., rows] → [..., groups·cols]`: the input gradient of `linear`, `Conv1D`'s product."""
+    if view.groups > 1:
+        columns = x.reshape(-1, view.groups, view.rows // view.groups).unbind(1)
+        parts = (
+            linear_t(part, pool, None, table, block, scale) for part, block in zip(columns, view.blocks(), strict=True)
+        )
+        out = torch.cat(list(parts), -1)
+        out = out if bias is None else out.add_(bias)
+        return out.view(*x.shape[:-1], view.input_cols)
     flat = x.reshape(-1, view.rows)
     if view.strips:
         out = flat @ gather(pool, table, view, scale)
@@ -376,6 +395,12 @@ def linear_reduce(
 
 def linear_reduce_(total: Tensor, grad: Tensor, x: Tensor, table: Tensor, view: TileView, scale: float) -> None:
     """Add what `linear_reduce` returns to `total`, a panel of the weight's gradient at a time."""
+    if view.groups > 1:
+        grads = grad.reshape(-1, view.groups, view.rows // view.groups).unbind(1)
+        columns = x.reshape(-1, view.groups, view.cols).unbind(1)
+        for part_grad, part, block in zip(grads, columns, view.blocks(), strict=True):
+            linear_reduce_(total, part_grad, part, table, block, scale)
+        return
     grad, x = grad.reshape(-1, view.rows), x.reshape(-1, view.cols)
     if view.strips:
         reduce_(total, grad.t() @ x, table, view, scale)
@@ -437,6 +462,71 @@ def embedding_reduce_(total: Tensor, grad: Tensor, index: Tensor, table: Tensor,
     pad = view.grid_cols * view.tile_cols - view.cols
     values = (F.pad(grad, (0, pad)) if pad else grad).reshape(*tiles.shape, view.tile_cols)
     _add_segments(total.view(-1), table, view, scale, tiles, tile_rows, values)
+
+
+def _fold_signs(view: FoldView, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return `b · (-1)^popcount(g & i)`, `[hashes, fold, spans]`."""
+    position = torch.arange(view.fold, device=device)
+    counter = position[:, None] * view.num_spans + torch.arange(view.num_spans, device=device)
+    parity = torch.tensor([[(g & i).bit_count() & 1 for i in range(view.fold)] for g in range(view.hashes)])
+    negative = (_mix64(view.key, counter) < 0) ^ parity.to(device).bool()[:, :, None]
+    return _signed(1.0, negative, dtype)
+
+
+def fold_factors(pool: Tensor | None, view: FoldView, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return `s`, the factor of every column of an input, `[hashes, fold, width]`."""
+    factors = _fold_signs(view, dtype, device)
+    if pool is not None and view.num_scales:
+        learned = pool.reshape(-1)[view.first_scale : view.first_scale + view.num_scales]
+        factors = factors * (learned.to(dtype).view_as(factors) + view.unit)
+    return factors.repeat_interleave(view.span, -1)[..., : view.width]
+
+
+def fold(x: Tensor, pool: Tensor | None, view: FoldView, dtype: torch.dtype) -> Tensor:
+    """Return the folded inputs `z` in a dtype, `[..., cols] → [..., hashes·width]`, summed as `summed_in` says."""
+    wide = summed_in(x.dtype)
+    factors = fold_factors(pool, view, wide, x.device)
+    columns = x.contiguous().view(-1, 1, view.fold, view.width)
+    if columns.shape[0] <= _MAX_ROWS_AT_ONCE:
+        folded = (columns * factors).sum(2)
+    else:
+        folded = columns.new_zeros(columns.shape[0], view.hashes, view.width, dtype=wide)
+        for i in range(view.fold):
+            folded.addcmul_(columns[:, :, i].to(wide), factors[:, i])
+    return folded.to(dtype).view(*x.shape[:-1], view.folded_cols)
+
+
+def unfold(z: Tensor, pool: Tensor | None, view: FoldView, dtype: torch.dtype) -> Tensor:
+    """Return the adjoint of `fold` in a dtype, `[..., hashes·width] → [..., cols]`."""
+    wide = summed_in(z.dtype)
+    factors = fold_factors(pool, view, wide, z.device)
+    buckets = z.contiguous().view(-1, view.hashes, 1, view.width).to(wide)
+    columns = buckets[:, 0] * factors[0]
+    for g in range(1, view.hashes):
+        columns.addcmul_(buckets[:, g], factors[g])
+    return columns.to(dtype).view(*z.shape[:-1], view.cols)
+
+
+def fold_reduce(grad: Tensor, x: Tensor, view: FoldView, pool_shape: list[int]) -> Tensor:
+    """Return the pool's gradient of `fold`, which is zero but for the learned scales."""
+    total = _accumulator(grad, pool_shape)
+    fold_reduce_(total, grad, x, view)
+    return total.to(grad.dtype)
+
+
+def fold_reduce_(total: Tensor, grad: Tensor, x: Tensor, view: FoldView) -> None:
+    """Add what `fold_reduce` returns to `total`."""
+    if not view.num_scales:
+        return
+    wide = total.dtype
+    buckets = grad.reshape(-1, view.hashes, 1, view.width).to(wide)
+    columns = x.reshape(-1, 1, view.fold, view.width).to(wide)
+    # A position at a time, so that no product with as many elements as all hashes' inputs is made.
+    by_column = torch.stack([(buckets[:, :, 0] * columns[:, :, i]).sum(0) for i in range(view.fold)], 1)
+    pad = view.num_spans * view.span - view.width
+    by_span = F.pad(by_column, (0, pad)).view(view.hashes, view.fold, view.num_spans, view.span).sum(-1)
+    learned = total.view(-1)[view.first_scale : view.first_scale + view.num_scales]
+    learned += (by_span * _fold_signs(view, wide, total.device)).view(-1).to(total.dtype)
 
 
 def combine(coefficients: Tensor, basis: Tensor, grad_scale: float = 1.0) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from roastify.kernels import dispatch, reference
-from roastify.kernels.view import TileView
+from roastify.kernels.view import FoldView, TileView
 
 _VIEW = "Tensor table, int[] view, float scale"
 SCHEMAS = {
@@ -20,35 +20,45 @@ SCHEMAS = {
     "linear_reduce": f"(Tensor grad, Tensor x, {_VIEW}, int[] pool_shape) -> Tensor",
     "embedding": f"(Tensor index, Tensor pool, {_VIEW}) -> Tensor",
     "embedding_reduce": f"(Tensor grad, Tensor index, {_VIEW}, int[] pool_shape) -> Tensor",
+    "fold": "(Tensor x, Tensor? pool, int[] fold, ScalarType dtype) -> Tensor",
+    "unfold": "(Tensor z, Tensor? pool, int[] fold, ScalarType dtype) -> Tensor",
+    "fold_reduce": "(Tensor grad, Tensor x, int[] fold, int[] pool_shape) -> Tensor",
     "combine": "(Tensor coefficients, Tensor basis, float grad_scale) -> Tensor",
     "combine_reduce": "(Tensor coefficients, Tensor grad, float grad_scale) -> Tensor",
+    "fold_reduce_": "(Tensor(a!) total, Tensor grad, Tensor x, int[] fold) -> ()",
     "reduce_": f"(Tensor(a!) total, Tensor grad_weight, {_VIEW}) -> ()",
     "linear_reduce_": f"(Tensor(a!) total, Tensor grad, Tensor x, {_VIEW}) -> ()",
     "embedding_reduce_": f"(Tensor(a!) total, Tensor grad, Tensor index, {_VIEW}) -> ()",
 }
 
 library = torch.library.Library("roastify", "DEF")
-# The position of the `TileView` among an operator's arguments; None if it takes none.
-_view_positions: dict[str, int | None] = {}
+# The position of the `TileView` or `FoldView` among an operator's arguments, and its type; None if it takes none.
+_view_positions: dict[str, tuple[int, type[TileView] | type[FoldView]] | None] = {}
 
 
 def with_view(name: str, function: Any) -> Any:
-    """Return an operator's function, which then takes its `TileView`, if any, as the schema's list of integers."""
-    view_position = _view_positions[name]
-    if view_position is None:
+    """Return an operator's function, which then takes its view, if any, as the schema's list of integers."""
+    place = _view_positions[name]
+    if place is None:
         return function
+    position, view_type = place
 
     def call(*args: Any) -> Tensor | None:
-        return function(*args[:view_position], TileView(*args[view_position]), *args[view_position + 1 :])
+        return function(*args[:position], view_type(*args[position]), *args[position + 1 :])
 
     return call
+
+
+def _view_position(arguments: list[str]) -> tuple[int, type[TileView] | type[FoldView]] | None:
+    if " int[] view" in arguments:
+        return arguments.index(" int[] view"), TileView
+    return (arguments.index(" int[] fold"), FoldView) if " int[] fold" in arguments else None
 
 
 for _name, _schema in SCHEMAS.items():
     library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     dispatch.implementations[_name] = dispatch.implementation(_name)
-    _arguments = _schema.split("->")[0].split(",")
-    _view_positions[_name] = _arguments.index(" int[] view") if " int[] view" in _arguments else None
+    _view_positions[_name] = _view_position(_schema.split("->")[0].rstrip(" )").split(","))
     library.impl(_name, with_view(_name, dispatch.implementations[_name]), "CompositeExplicitAutograd")
 
 
@@ -70,7 +80,7 @@ def _(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: Sequenc
 
 @torch.library.register_fake("roastify::linear_t", lib=library)
 def _(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: Sequence[int], scale: float) -> Tensor:
-    return x.new_empty(*x.shape[:-1], TileView(*view).cols)
+    return x.new_empty(*x.shape[:-1], TileView(*view).input_cols)
 
 
 @torch.library.register_fake("roastify::linear_reduce", lib=library)
@@ -90,6 +100,21 @@ def _(
     return grad.new_empty(pool_shape)
 
 
+@torch.library.register_fake("roastify::fold", lib=library)
+def _(x: Tensor, pool: Tensor | None, fold: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return x.new_empty(*x.shape[:-1], FoldView(*fold).folded_cols, dtype=dtype)
+
+
+@torch.library.register_fake("roastify::unfold", lib=library)
+def _(z: Tensor, pool: Tensor | None, fold: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return z.new_empty(*z.shape[:-1], FoldView(*fold).cols, dtype=dtype)
+
+
+@torch.library.register_fake("roastify::fold_reduce", lib=library)
+def _(grad: Tensor, x: Tensor, fold: Sequence[int], pool_shape: Sequence[int]) -> Tensor:
+    return grad.new_empty(pool_shape)
+
+
 @torch.library.register_fake("roastify::combine", lib=library)
 def _(coefficients: Tensor, basis: Tensor, grad_scale: float) -> Tensor:
     torch._check(coefficients.shape[1] == basis.shape[0], lambda: f"no product of {coefficients.shape}, {basis.shape}")
@@ -106,5 +131,5 @@ def _adds_in_place(*args: Any) -> None:
     """The fake of operators that only write to their first argument."""
 
 
-for _name in ("reduce_", "linear_reduce_", "embedding_reduce_"):
+for _name in ("reduce_", "linear_reduce_", "embedding_reduce_", "fold_reduce_"):
     torch.library.register_fake(f"roastify::{_name}", _adds_in_place, lib=library)

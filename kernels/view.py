@@ -51,6 +51,10 @@ class TileView(NamedTuple):
     of tiles padded, and `base` is a multiple of `S`. With `strips == 1` its elements in memory order are the addresses
     `base … base + rows·cols - 1`, without padding. Tile `t` holds the addresses `t·S … t·S + S - 1`.
 
+    With `groups` above 1 the matrix is applied as a block-diagonal one: block `g` has the rows `g·rows/groups` and on,
+    and multiplies the columns `g·cols … (g + 1)·cols - 1` of an input with `groups·cols` columns. Only products know
+    groups; the dense tensor is `rows × cols` whatever their number.
+
     It is a tuple of integers so that an operator schema can take it as one ``int[]``.
     """
 
@@ -66,6 +70,18 @@ class TileView(NamedTuple):
     sign: int
     key: int
     strips: int
+    groups: int = 1
+
+    @property
+    def input_cols(self) -> int:
+        """Columns of a product's input."""
+        return self.groups * self.cols
+
+    def blocks(self) -> list[TileView]:
+        """Return the views of the groups' rows, each a matrix of its own; a group begins with a row of tiles."""
+        rows = self.rows // self.groups
+        step = rows // self.tile_rows * self.grid_cols * self.slot_size
+        return [self._replace(rows=rows, base=self.base + g * step, groups=1) for g in range(self.groups)]
 
     @property
     def slot_size(self) -> int:
@@ -124,6 +140,59 @@ class TileView(NamedTuple):
         return self.mapping == MappingKind.PERMUTATION
 
 
+class FoldView(NamedTuple):
+    r"""How inputs of `cols` columns are folded to `hashes · cols/fold`, before a product with a narrower matrix.
+
+    Let `width = cols/fold`. Column `i·width + p` of an input falls into bucket `p`, for every hash. The hashes differ
+    in their signs alone, which are orthogonal:
+
+    .. math:: z_{g,p} = \sum_{i<f} s_{g,i,p}\, x_{i \cdot width + p}, \qquad
+              s_{g,i,p} = (1 + e_{g,i,c})\, b_{i,c}\, (-1)^{popcount(g \,\&\, i)}, \qquad c = \lfloor p / span \rfloor.
+
+    `b` is a hashed sign. `e` is learned: an element of the pool, the one at
+    `first_scale + (g·fold + i)·num_spans + c`. With `first_scale = -1` there are none, and `e` is 0.
+
+    It is a tuple of integers so that an operator schema can take it as one ``int[]``.
+
+    Args:
+        cols: columns of the input.
+        fold: columns that share a bucket, a power of 2 that divides `cols`.
+        hashes: 1 to `fold`, a power of 2.
+        span: buckets in a row that share signs and learned scales.
+        key: the 64-bit key of the signs.
+        first_scale: the pool element of the first learned scale, or -1.
+        unit: 1, or 0 to leave the one out of `1 + e`, which a second derivative needs.
+    """
+
+    cols: int
+    fold: int
+    hashes: int
+    span: int
+    key: int
+    first_scale: int = -1
+    unit: int = 1
+
+    @property
+    def width(self) -> int:
+        """Buckets of a hash."""
+        return self.cols // self.fold
+
+    @property
+    def folded_cols(self) -> int:
+        """Columns of a folded input."""
+        return self.hashes * self.width
+
+    @property
+    def num_spans(self) -> int:
+        """Spans of a hash's buckets, the last one perhaps shorter."""
+        return -(-self.width // self.span)
+
+    @property
+    def num_scales(self) -> int:
+        """Learned scales of the fold: one for each hash, position in a bucket and span."""
+        return self.hashes * self.fold * self.num_spans if self.first_scale >= 0 else 0
+
+
 def alike(view: TileView) -> TileView:
     """Return the fields that must agree among tensors that one kernel reads together: all but sizes and places."""
     return view._replace(rows=0, cols=0, base=0)
@@ -142,6 +211,7 @@ class WeightView:
         transposed: whether the matrix in the pool is the tensor's transpose.
         basis_index: the number of the pool's basis that the weight's kernels are combinations of; the matrix then holds
             the coefficients. None: the matrix holds the tensor.
+        fold: how the inputs of the weight's products are folded; the matrix then is narrower than the weight.
     """
 
     view: TileView
@@ -149,14 +219,18 @@ class WeightView:
     shape: tuple[int, ...]
     transposed: bool
     basis_index: int | None = None
+    fold: FoldView | None = None
     gathered_shape: tuple[int, ...] = field(init=False)
-    """Shape of the gathered tensor: the weight's own, or that of its coefficients, `(kernels, basis kernels)`."""
+    """Shape of the gathered tensor: the weight's own, that of its coefficients, `(kernels, basis kernels)`, or that of
+    the narrow matrix of a folded weight."""
 
     def __post_init__(self) -> None:
         shape = self.shape
         if self.basis_index is not None:
             kernels = math.prod(shape[:2])
             shape = (kernels, self.view.numel // kernels)
+        elif self.fold is not None:
+            shape = (self.view.cols, self.view.rows) if self.transposed else (self.view.rows, self.view.cols)
         self.gathered_shape = shape
 
     @property

@@ -35,8 +35,8 @@ from roastify.kernels.gpu.mapping import (
     interpreted,
     is_negative_tile,
     mix64,
+    product_arguments,
     segment,
-    view_arguments,
 )
 from roastify.kernels.gpu.parts import add_parts, empty_parts
 from roastify.kernels.gpu.tuning import cdiv, power_of_2
@@ -49,11 +49,11 @@ _SIGN_ROW = tl.constexpr(int(SignKind.ROW))
 
 @triton.jit(do_not_specialize=PLAIN_ARGUMENTS)
 def _split_kernel(
-    p_x, p_pool, p_table, p_bias, p_out, scale, key, num_rows, rows, cols, first_tile, grid_cols, num_slots,
-    first_slot, first_chunk, tiles_each, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, BT: tl.constexpr, STAGES: tl.constexpr, WHOLE_COLS: tl.constexpr, BIAS: tl.constexpr,
-    PRECISION: tl.constexpr, DEPENDENT: tl.constexpr, WIDEN: tl.constexpr, MAPPING: tl.constexpr, SIGN: tl.constexpr,
-    INT: tl.constexpr,
+    p_x, p_pool, p_table, p_bias, p_out, scale, key, num_rows, rows, cols, group_rows, input_cols, first_tile,
+    grid_cols, num_slots, first_slot, first_chunk, tiles_each, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, STAGES: tl.constexpr, WHOLE_COLS: tl.constexpr,
+    BIAS: tl.constexpr, PRECISION: tl.constexpr, DEPENDENT: tl.constexpr, WIDEN: tl.constexpr, MAPPING: tl.constexpr,
+    SIGN: tl.constexpr, INT: tl.constexpr,
 ):  # fmt: skip
     SIZE: tl.constexpr = TILE_ROWS * TILE_COLS
     n_begin = tl.program_id(0) * BN
@@ -72,7 +72,8 @@ def _split_kernel(
     m_q = q % BM
     c = tl.arange(0, TILE_COLS)
     element = ((n_begin % TILE_ROWS + r % BN) * TILE_COLS)[:, None] + c[None, :]
-    p_xq = p_x + m_q.to(INT)[:, None] * cols + (t_q * TILE_COLS)[:, None] + c[None, :]
+    p_group = p_x + n_begin // group_rows * cols
+    p_xq = p_group + m_q.to(INT)[:, None] * input_cols + (t_q * TILE_COLS)[:, None] + c[None, :]
     col = i_split * tiles_each * TILE_COLS
     total = tl.zeros([BT * BN, BT * BM], dtype=tl.float32)
     chunk, a, slot, segment_end = segment(p_table, tile, end, slots, first_chunk, INT)
@@ -138,8 +139,9 @@ def _split_kernel(
 
 @triton.jit(do_not_specialize=PLAIN_ARGUMENTS)
 def _one_row_kernel(
-    p_x, p_pool, p_table, p_bias, p_out, scale, key, rows, cols, first_tile, grid_cols, num_slots, first_slot,
-    first_chunk, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr,
+    p_x, p_pool, p_table, p_bias, p_out, scale, key, rows, cols, group_rows, input_cols, first_tile, grid_cols,
+    num_slots, first_slot, first_chunk, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, BN: tl.constexpr,
+    BT: tl.constexpr,
     BIAS: tl.constexpr, DEPENDENT: tl.constexpr, MAPPING: tl.constexpr, SIGN: tl.constexpr, INT: tl.constexpr,
 ):  # fmt: skip
     SIZE: tl.constexpr = TILE_ROWS * TILE_COLS
@@ -148,6 +150,7 @@ def _one_row_kernel(
     row_begin = first_tile.to(INT) + (n_begin // TILE_ROWS).to(INT) * grid_cols
     tile = row_begin
     end = tile + grid_cols
+    p_group = p_x + n_begin // group_rows * cols
     n = n_begin % TILE_ROWS + tl.arange(0, BN)
     t = tl.arange(0, BT)
     c = tl.arange(0, TILE_COLS)
@@ -168,7 +171,7 @@ def _one_row_kernel(
         for step in range(0, count, BT):
             col = (first_col + step + t)[:, None] * TILE_COLS + c[None, :]
             inside = (t < count - step)[:, None] & (col < cols)
-            x = tl.load(p_x + col, mask=inside, other=0.0).to(tl.float32)
+            x = tl.load(p_group + col, mask=inside, other=0.0).to(tl.float32)
             p_tile = p_pool + ((first_slot + slot_t) * SIZE)[None, :, None]
             weight = tl.load(p_tile + element, mask=inside[None, :, :], other=0.0).to(tl.float32)
             if SIGN == _SIGN_TILE:
@@ -196,10 +199,10 @@ def _one_row_kernel(
 
 @triton.jit(do_not_specialize=PLAIN_ARGUMENTS)
 def _by_slot_kernel(
-    p_x, p_pool, p_table, p_parts, scale, key, num_rows, rows, cols, first_tile, num_tiles, grid_cols, num_slots,
-    first_slot, first_chunk, chunk_begin, num_chunks, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr,
-    BR: tl.constexpr, BC: tl.constexpr, BM: tl.constexpr, PRECISION: tl.constexpr, DEPENDENT: tl.constexpr,
-    WIDEN: tl.constexpr, MAPPING: tl.constexpr, SIGN: tl.constexpr, INT: tl.constexpr,
+    p_x, p_pool, p_table, p_parts, scale, key, num_rows, rows, cols, group_rows, input_cols, first_tile, num_tiles,
+    grid_cols, num_slots, first_slot, first_chunk, chunk_begin, num_chunks, TILE_ROWS: tl.constexpr,
+    TILE_COLS: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, BM: tl.constexpr, PRECISION: tl.constexpr,
+    DEPENDENT: tl.constexpr, WIDEN: tl.constexpr, MAPPING: tl.constexpr, SIGN: tl.constexpr, INT: tl.constexpr,
 ):  # fmt: skip
     SIZE: tl.constexpr = TILE_ROWS * TILE_COLS
     BLOCKS: tl.constexpr = TILE_ROWS // BR
@@ -232,7 +235,8 @@ def _by_slot_kernel(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     weight = tl.load(p_pool + (first_slot + slot) * SIZE + (r * TILE_COLS)[:, None] + c[None, :])
-    x = tl.load(p_x + m_q.to(INT)[:, None] * cols + col, mask=exists[:, None] & (col < cols), other=0.0)
+    p_group = p_x + (i_n * TILE_ROWS // group_rows * cols + m_q.to(INT) * input_cols)[:, None]
+    x = tl.load(p_group + col, mask=exists[:, None] & (col < cols), other=0.0)
     if WIDEN:
         weight, x = weight.to(tl.float32), x.to(tl.float32)
     # The sign is applied to the activations, because a thread holds one of their columns, but several of the product's.
@@ -273,7 +277,7 @@ def _by_slot(
         WIDEN=interpreted(),
         INT=address_type(pool_numel, view, max(num_rows, cdiv(math.prod(parts_shape), view.cols))),
         num_warps=settings.num_warps,
-        **view_arguments(view),
+        **product_arguments(view),
         **dependent_launch(device),
     )
     return launch, parts_shape
@@ -298,7 +302,7 @@ def _one_row(view: TileView, device: torch.device, pool_numel: int, biased: bool
         BIAS=biased,
         INT=address_type(pool_numel, view, 1),
         num_warps=settings.num_warps,
-        **view_arguments(view),
+        **product_arguments(view),
         **dependent_launch(device),
     )
 
@@ -343,7 +347,7 @@ def _split(
         WIDEN=interpreted(),
         INT=address_type(pool_numel, view, num_rows),
         num_warps=settings.num_warps,
-        **view_arguments(view),
+        **product_arguments(view),
         **dependent_launch(device),
     )
     return launch, num_parts

@@ -106,6 +106,8 @@ class Group:
         views = [weight.view for weight in self.weights]
         view = self._view = views[0]
         assert len({alike(other) for other in views}) == 1, "the weights of a group differ in more than their sizes"
+        # Whether the weights read every slot on average.
+        self.covers_pool = sum(other.num_tiles for other in views) >= view.num_slots
         sizes = [other.numel for other in views]
         self._offsets, self._begins = _aligned_offsets(sizes), _offsets(sizes)
         # Whether gradients can be concatenated along their rows without being flattened first.

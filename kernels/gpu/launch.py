@@ -39,6 +39,7 @@ PLAIN_ARGUMENTS = [
     "num_lookups",
     "nowhere",
     "steps",
+    "first_scale",
 ]
 
 
@@ -151,7 +152,7 @@ def address_type(pool_numel: int, view: TileView, num_rows: int) -> tl.dtype:
         view.num_slots**2,
         view.first_tile + view.num_tiles + view.num_slots,
         pool_numel,
-        num_rows * view.grid_cols * view.tile_cols,
+        num_rows * view.groups * view.grid_cols * view.tile_cols,
     )
     return tl.int32 if largest < 1 << 31 else tl.int64
 

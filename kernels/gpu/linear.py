@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from roastify.kernels.blocks import blocks_grad, blocks_product, blocks_product_t
 from roastify.kernels.gpu import few_rows, many_rows, tuning
 from roastify.kernels.gpu.gather import gather
 from roastify.kernels.gpu.launch import precision, shared_memory
@@ -25,8 +26,8 @@ from roastify.kernels.view import SignKind, TileView
 
 
 def linear(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: TileView, scale: float) -> Tensor:
-    """Return `x · Wᵀ + bias`, `[..., cols] → [..., rows]`."""
-    flat, pool = _as_rows(x, view.cols).contiguous(), pool.contiguous()
+    """Return `x · Wᵀ + bias`, `[..., groups·cols] → [..., rows]`."""
+    flat, pool = _as_rows(x, view.input_cols).contiguous(), pool.contiguous()
     if bias is not None:
         bias = (bias if bias.shape == (view.rows,) else bias.expand(view.rows)).contiguous()
     out = way(flat, pool, view)(flat, pool, bias, table, view, scale)
@@ -60,7 +61,9 @@ def way(x: Tensor, pool: Tensor, view: TileView) -> Callable[..., Tensor]:
 
 
 def gathered(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: TileView, scale: float) -> Tensor:
-    """Return `x · Wᵀ + bias` from gathered panels."""
+    """Return `x · Wᵀ + bias` from gathered panels, or for groups of rows from the whole matrix."""
+    if view.groups > 1:
+        return blocks_product(x, gather(pool, table, view, scale), bias, view.groups)
     panels = _panels(view, tuning.SCRATCH_ELEMENTS)
     if len(panels) == 1:
         return F.linear(x, gather(pool, table, view, scale), bias)
@@ -87,8 +90,12 @@ def _panels(view: TileView, scratch_elements: int) -> tuple[tuple[int, int, Tile
 
 
 def linear_t(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: TileView, scale: float) -> Tensor:
-    """Return `x · W + bias`, `[..., rows] → [..., cols]`, from gathered panels."""
+    """Return `x · W + bias`, `[..., rows] → [..., groups·cols]`, from gathered panels."""
     flat = _as_rows(x, view.rows)
+    if view.groups > 1:
+        columns = blocks_product_t(flat, gather(pool, table, view, scale), view.groups)
+        columns = columns if bias is None else columns.add_(bias)
+        return columns.view(*x.shape[:-1], view.input_cols)
     out: Tensor | None = None
     for start, stop, panel in _panels(view, tuning.SCRATCH_ELEMENTS):
         weight = gather(pool, table, panel, scale)
@@ -109,7 +116,9 @@ def linear_reduce(
     grad: Tensor, x: Tensor, table: Tensor, view: TileView, scale: float, pool_shape: list[int]
 ) -> Tensor:
     """Return `reduce(gradᵀ · x)`, a panel of the weight's gradient at a time."""
-    grad, x = _as_rows(grad, view.rows), _as_rows(x, view.cols)
+    grad, x = _as_rows(grad, view.rows), _as_rows(x, view.input_cols)
+    if view.groups > 1:
+        return reduce(blocks_grad(grad, x, view.groups), table, view, scale, pool_shape)
     if len(_panels(view, tuning.SCRATCH_ELEMENTS)) == 1:
         return reduce(grad.t() @ x, table, view, scale, pool_shape)
     # A narrow dtype accumulates in float32.
@@ -120,7 +129,10 @@ def linear_reduce(
 
 def linear_reduce_(total: Tensor, grad: Tensor, x: Tensor, table: Tensor, view: TileView, scale: float) -> None:
     """Add `reduce(gradᵀ · x)` to `total`, a panel of the weight's gradient at a time."""
-    grad, x = _as_rows(grad, view.rows), _as_rows(x, view.cols)
+    grad, x = _as_rows(grad, view.rows), _as_rows(x, view.input_cols)
+    if view.groups > 1:
+        reduce_(total, blocks_grad(grad, x, view.groups), table, view, scale)
+        return
     panels = _panels(view, tuning.SCRATCH_ELEMENTS)
     if len(panels) == 1:
         reduce_(total, grad.t() @ x, table, view, scale)

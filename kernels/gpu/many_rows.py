@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from roastify.kernels.backend import has_copy_engine
 from roastify.kernels.gpu import tuning
 from roastify.kernels.gpu.launch import PLAIN_ARGUMENTS, Launch, address_type, dependent_launch, precision
-from roastify.kernels.gpu.mapping import effective_sign, interpreted, mix64, segment, view_arguments
+from roastify.kernels.gpu.mapping import effective_sign, interpreted, mix64, product_arguments, segment
 from roastify.kernels.gpu.parts import add_parts, empty_parts
 from roastify.kernels.gpu.tuning import cdiv
 from roastify.kernels.view import MappingKind, SignKind, TileView
@@ -28,10 +28,11 @@ _SIGN_ROW = tl.constexpr(int(SignKind.ROW))
 
 @triton.jit(do_not_specialize=PLAIN_ARGUMENTS)
 def _many_rows_kernel(
-    d_x, d_pool, p_table, p_bias, p_out, scale, key, num_rows, rows, cols, first_tile, grid_cols, num_slots, first_slot,
-    first_chunk, tiles_each, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    STAGES: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr, DEPENDENT: tl.constexpr,
-    WIDEN: tl.constexpr, MAPPING: tl.constexpr, SIGN: tl.constexpr, INT: tl.constexpr,
+    d_x, d_pool, p_table, p_bias, p_out, scale, key, num_rows, rows, cols, group_rows, input_cols, first_tile,
+    grid_cols, num_slots, first_slot, first_chunk, tiles_each, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    EARLY: tl.constexpr, DEPENDENT: tl.constexpr, WIDEN: tl.constexpr, MAPPING: tl.constexpr, SIGN: tl.constexpr,
+    INT: tl.constexpr,
 ):  # fmt: skip
     num_m = tl.cdiv(num_rows, BM)
     i_m = tl.program_id(0) % num_m
@@ -41,7 +42,7 @@ def _many_rows_kernel(
     row_begin = first_tile.to(INT) + (n_begin // TILE_ROWS).to(INT) * grid_cols
     tile = row_begin + i_split * tiles_each
     end = tl.minimum(tile + tiles_each, row_begin + grid_cols)
-    col = i_split * tiles_each * TILE_COLS
+    col = n_begin // group_rows * cols + i_split * tiles_each * TILE_COLS
     total = tl.zeros([BM, BN], dtype=tl.float32)
     chunk, a, slot, segment_end = segment(p_table, tile, end, slots, first_chunk, INT)
     negative_row = False
@@ -132,7 +133,7 @@ def _launch(
         WIDEN=interpreted(),
         INT=address_type(pool_numel, view, num_rows),
         num_warps=settings.num_warps,
-        **view_arguments(view),
+        **product_arguments(view),
         **dependent_launch(device),
     )
     return launch, num_parts, block_n

@@ -158,6 +158,11 @@ def view_arguments(view: TileView) -> dict[str, Any]:
     }
 
 
+def product_arguments(view: TileView) -> dict[str, Any]:
+    """Return the numbers that the kernels of products take: the view's, and where a group's input columns are."""
+    return {**view_arguments(view), "group_rows": view.rows // view.groups, "input_cols": view.input_cols}
+
+
 @functools.lru_cache(maxsize=1 << 12)
 def effective_sign(view: TileView) -> SignKind:
     """Return the sign kind that a kernel applies: none if no tile is negative; row signs of strips are tile signs."""

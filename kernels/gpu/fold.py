@@ -1,0 +1,236 @@
+"""`fold`, its adjoint and the gradient of its learned scales on a GPU.
+
+A bucket's columns lie `width` apart, so every load and store takes neighbouring columns, and all hashes use what was
+loaded once. The memory limits all three kernels. The learned scales' gradient is summed in two steps and a fixed order.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from roastify.kernels import reference
+from roastify.kernels.gpu import tuning
+from roastify.kernels.gpu.launch import PLAIN_ARGUMENTS, Launch, dependent_launch
+from roastify.kernels.gpu.mapping import mix64, supported
+from roastify.kernels.gpu.tuning import cdiv, power_of_2
+from roastify.kernels.view import FoldView
+
+
+@triton.jit
+def _signs(key, i, span, num_spans, HASHES: tl.constexpr):
+    """Return ±1.0 of position `i` in the buckets of a span, for every hash: `[HASHES]`."""
+    negative = (mix64(key, (i * num_spans + span).to(tl.int64)) >> 63).to(tl.int32)
+    # The parity of the bits that the hash's number and `i` have in common; both are below 256.
+    common = tl.arange(0, HASHES) & i
+    common = common ^ (common >> 4)
+    common = common ^ (common >> 2)
+    common = common ^ (common >> 1)
+    return 1.0 - 2.0 * ((common & 1) ^ negative).to(tl.float32)
+
+
+@triton.jit
+def factors(p_pool, key, i, span, num_spans, first_scale, FOLD: tl.constexpr, HASHES: tl.constexpr,
+            LEARNED: tl.constexpr, UNIT: tl.constexpr):  # fmt: skip
+    """Return the factors of position `i` in the buckets of a span, for every hash: float32 `[HASHES]`."""
+    signs = _signs(key, i, span, num_spans, HASHES)
+    if LEARNED:
+        g = tl.arange(0, HASHES)
+        learned = tl.load(p_pool + first_scale + (g * FOLD + i) * num_spans + span)
+        signs = signs * (learned.to(tl.float32) + UNIT)
+    return signs
+
+
+@triton.jit
+def _place(span_cols, width, BLOCKS: tl.constexpr, BC: tl.constexpr):
+    """Return a program's span, its columns in the buckets' row, and which of them exist."""
+    span = tl.program_id(0) // BLOCKS
+    inner = tl.program_id(0) % BLOCKS * BC + tl.arange(0, BC)
+    col = span * span_cols + inner
+    return span, col, (inner < span_cols) & (col < width)
+
+
+@triton.jit(do_not_specialize=PLAIN_ARGUMENTS)
+def _fold_kernel(
+    p_x, p_pool, p_out, key, num_rows, width, span_cols, num_spans, first_scale, FOLD: tl.constexpr,
+    HASHES: tl.constexpr, BLOCKS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, LEARNED: tl.constexpr,
+    UNIT: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    span, col, exists = _place(span_cols, width, BLOCKS, BC)
+    row = tl.program_id(1).to(tl.int64) * BM + tl.arange(0, BM)
+    inside = (row < num_rows)[:, None] & exists[None, :]
+    p_row = p_x + (row * (FOLD * width))[:, None] + col[None, :]
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    total = tl.zeros([HASHES, BM, BC], dtype=tl.float32)
+    for i in tl.static_range(FOLD):
+        x = tl.load(p_row + i * width, mask=inside, other=0.0).to(tl.float32)
+        factor = factors(p_pool, key, i, span, num_spans, first_scale, FOLD, HASHES, LEARNED, UNIT)
+        total += factor[:, None, None] * x[None, :, :]
+    g = tl.arange(0, HASHES)
+    place = (row * (HASHES * width))[None, :, None] + (g * width)[:, None, None] + col[None, None, :]
+    tl.store(p_out + place, total.to(p_out.dtype.element_ty), mask=inside[None, :, :])
+
+
+@triton.jit(do_not_specialize=PLAIN_ARGUMENTS)
+def _unfold_kernel(
+    p_x, p_pool, p_out, key, num_rows, width, span_cols, num_spans, first_scale, FOLD: tl.constexpr,
+    HASHES: tl.constexpr, BLOCKS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, LEARNED: tl.constexpr,
+    UNIT: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    span, col, exists = _place(span_cols, width, BLOCKS, BC)
+    row = tl.program_id(1).to(tl.int64) * BM + tl.arange(0, BM)
+    inside = (row < num_rows)[:, None] & exists[None, :]
+    g = tl.arange(0, HASHES)
+    place = (row * (HASHES * width))[None, :, None] + (g * width)[:, None, None] + col[None, None, :]
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    z = tl.load(p_x + place, mask=inside[None, :, :], other=0.0).to(tl.float32)
+    p_row = p_out + (row * (FOLD * width))[:, None] + col[None, :]
+    for i in tl.static_range(FOLD):
+        factor = factors(p_pool, key, i, span, num_spans, first_scale, FOLD, HASHES, LEARNED, UNIT)
+        x = tl.sum(factor[:, None, None] * z, 0)
+        tl.store(p_row + i * width, x.to(p_out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=PLAIN_ARGUMENTS)
+def _scales_kernel(
+    p_grad, p_x, p_parts, key, num_rows, width, span_cols, num_spans, steps, FOLD: tl.constexpr, HASHES: tl.constexpr,
+    BLOCKS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(1)
+    part = tl.program_id(2)
+    span = tl.program_id(0)
+    g = tl.arange(0, HASHES)
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    total = tl.zeros([HASHES, BM, BC], dtype=tl.float32)
+    for block in tl.static_range(BLOCKS):
+        inner = block * BC + tl.arange(0, BC)
+        col = span * span_cols + inner
+        exists = (inner < span_cols) & (col < width)
+        for step in range(0, steps):
+            row = (part * steps + step).to(tl.int64) * BM + tl.arange(0, BM)
+            inside = (row < num_rows)[:, None] & exists[None, :]
+            x = tl.load(p_x + (row * (FOLD * width))[:, None] + (i * width + col)[None, :], mask=inside, other=0.0)
+            place = (row * (HASHES * width))[None, :, None] + (g * width)[:, None, None] + col[None, None, :]
+            grad = tl.load(p_grad + place, mask=inside[None, :, :], other=0.0)
+            total += grad.to(tl.float32) * x.to(tl.float32)[None, :, :]
+    out = tl.sum(tl.sum(total, 2), 1) * _signs(key, i, span, num_spans, HASHES)
+    tl.store(p_parts + part * (HASHES * FOLD * num_spans) + (g * FOLD + i) * num_spans + span, out)
+
+
+def fold(x: Tensor, pool: Tensor | None, view: FoldView, dtype: torch.dtype) -> Tensor:
+    """Return the folded inputs in a dtype, `[..., cols] → [..., hashes·width]`; float64 uses the reference."""
+    if not supported(x) or dtype == torch.float64:
+        return reference.fold(x, pool, view, dtype)
+    return _run(_fold_kernel, x, pool, view, view.cols, view.folded_cols, dtype)
+
+
+def unfold(z: Tensor, pool: Tensor | None, view: FoldView, dtype: torch.dtype) -> Tensor:
+    """Return the adjoint of `fold` in a dtype, `[..., hashes·width] → [..., cols]`; float64 uses the reference."""
+    if not supported(z) or dtype == torch.float64:
+        return reference.unfold(z, pool, view, dtype)
+    return _run(_unfold_kernel, z, pool, view, view.folded_cols, view.cols, dtype)
+
+
+def fold_reduce(grad: Tensor, x: Tensor, view: FoldView, pool_shape: list[int]) -> Tensor:
+    """Return the pool's gradient of `fold`, which is zero but for the learned scales."""
+    total = torch.zeros(pool_shape, dtype=reference.summed_in(grad.dtype), device=x.device)
+    fold_reduce_(total, grad, x, view)
+    return total.to(grad.dtype)
+
+
+def fold_reduce_(total: Tensor, grad: Tensor, x: Tensor, view: FoldView) -> None:
+    """Add what `fold_reduce` returns to `total`; float64 uses the reference."""
+    if not supported(x) or not supported(grad):
+        reference.fold_reduce_(total, grad, x, view)
+        return
+    num_rows = x.numel() // view.cols
+    if not view.num_scales or not num_rows:
+        return
+    launch, num_parts = _scales_launch(view, num_rows, x.device)
+    parts = torch.empty(num_parts, view.num_scales, dtype=torch.float32, device=x.device)
+    launch(p_grad=grad.contiguous(), p_x=x.contiguous(), p_parts=parts)
+    learned = total.view(-1)[view.first_scale : view.first_scale + view.num_scales]
+    learned += parts.sum(0)
+
+
+def _run(
+    kernel: triton.JITFunction,
+    x: Tensor,
+    pool: Tensor | None,
+    view: FoldView,
+    cols: int,
+    out_cols: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    num_rows = x.numel() // cols
+    out = torch.empty(*x.shape[:-1], out_cols, dtype=dtype, device=x.device)
+    if num_rows:
+        learned = out if pool is None else pool.contiguous()
+        _launch(kernel, view, num_rows, x.device)(p_x=x.contiguous(), p_pool=learned, p_out=out)
+    return out
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _launch(kernel: triton.JITFunction, view: FoldView, num_rows: int, device: torch.device) -> Launch:
+    block_cols = min(power_of_2(view.span), tuning.FOLD_COLS)
+    blocks = cdiv(view.span, block_cols)
+    block_rows = min(power_of_2(num_rows), max(1, tuning.FOLD_ELEMENTS // (block_cols * view.hashes)))
+    return Launch(
+        kernel,
+        (view.num_spans * blocks, cdiv(num_rows, block_rows)),
+        key=view.key,
+        num_rows=num_rows,
+        first_scale=max(view.first_scale, 0),
+        BLOCKS=blocks,
+        BM=block_rows,
+        BC=block_cols,
+        LEARNED=view.num_scales > 0,
+        UNIT=view.unit,
+        num_warps=tuning.FOLD_WARPS,
+        **_sizes(view),
+        **dependent_launch(device),
+    )
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _scales_launch(view: FoldView, num_rows: int, device: torch.device) -> tuple[Launch, int]:
+    block_cols = min(power_of_2(view.span), tuning.FOLD_COLS)
+    block_rows = max(1, tuning.FOLD_ELEMENTS // (block_cols * view.hashes))
+    num_blocks = cdiv(num_rows, block_rows)
+    num_parts = max(1, min(num_blocks, tuning.FOLD_PROGRAMS // (view.num_spans * view.fold)))
+    steps = cdiv(num_blocks, num_parts)
+    num_parts = cdiv(num_blocks, steps)
+    launch = Launch(
+        _scales_kernel,
+        (view.num_spans, view.fold, num_parts),
+        key=view.key,
+        num_rows=num_rows,
+        steps=steps,
+        BLOCKS=cdiv(view.span, block_cols),
+        BM=block_rows,
+        BC=block_cols,
+        num_warps=tuning.FOLD_WARPS,
+        **_sizes(view),
+        **dependent_launch(device),
+    )
+    return launch, num_parts
+
+
+def _sizes(view: FoldView) -> dict[str, int]:
+    return {
+        "width": view.width,
+        "span_cols": view.span,
+        "num_spans": view.num_spans,
+        "FOLD": view.fold,
+        "HASHES": view.hashes,
+    }
