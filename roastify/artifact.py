@@ -73,7 +73,7 @@ def write_artifact(model: nn.Module, folder: Path, state_dict: Mapping[str, torc
         write_tensors(tensors, pending(weights_path))
         manifest = {
             "format_version": FORMAT_VERSION,
-            "mapping_version": MAPPING_VERSION,
+            "mapping_version": max(plan.mapping_version for plan in plans),
             "weights": {"file": WEIGHTS, "sha256": digest_of_file(pending(weights_path))},
             "ties": ties,
             "buffers": {name: list(buffer.shape) for name, buffer in model.named_buffers(remove_duplicate=False)},

@@ -99,6 +99,9 @@ def _settings_options(command: Callable[..., None]) -> Callable[..., None]:
             type=click.Choice(get_args(Init)),
             help="match: train from scratch; project: keep pretrained weights (default for hf: with weights).",
         ),
+        click.option(
+            "--fold", type=str, help="auto, none, or the factor by which folded layers save arithmetic: 2, 4, 8 or 16."
+        ),
         click.option("--seed", type=int, help="Seed of the mapping and of the pool's initial values."),
     ]
     for option in reversed(options):
@@ -107,11 +110,20 @@ def _settings_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _config(
-    ratio: str | None, config: str | None, include: tuple[str, ...], exclude: tuple[str, ...], **rest: Any
+    ratio: str | None,
+    config: str | None,
+    include: tuple[str, ...],
+    exclude: tuple[str, ...],
+    fold: str | None = None,
+    **rest: Any,
 ) -> RoastConfig:
     settings = RoastConfig() if config is None else RoastConfig.from_toml(config)
     return settings.replace(
-        ratio=None if ratio is None else _parse_ratio(ratio), include=include or None, exclude=exclude or None, **rest
+        ratio=None if ratio is None else _parse_ratio(ratio),
+        include=include or None,
+        exclude=exclude or None,
+        fold=int(fold) if fold is not None and fold.isdecimal() else fold,
+        **rest,
     )
 
 

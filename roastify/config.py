@@ -23,6 +23,7 @@ SignSetting = Literal["auto", SignName]
 
 # More than any model has parameters.
 _LARGEST_RATIO = 10**18
+_LARGEST_FOLD = 16
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,12 @@ class RoastConfig:
         kernel_basis: how many learned kernels (the basis) a convolution's kernels are combinations of: a number, `none`
             or `auto`. `auto` is two thirds of a kernel's positions, and one third from ratio 30 on. It applies to
             kernels of at least two dimensions and nine positions, in tensors so large that the basis costs little.
+        fold: how many input features of a linear layer are summed before its product, which then takes as many times
+            less arithmetic: a power of 2 from 1 (none) to 16 and at most the ratio, `none` or `auto`. `auto` is the
+            largest of 8, 4 and 2 that fits, for layers of at least a million weights.
+        fold_hashes: how many combinations of the features a folded layer reads, each by as many of its outputs: a power
+            of 2; at most the fold.
+        learned_scales: whether folded layers learn a scale for each group of features of each hash.
 
     Raises:
         ConfigError: a value is of the wrong type or out of range.
@@ -65,6 +72,9 @@ class RoastConfig:
     sharing: Sharing = "global"
     precondition: bool = True
     kernel_basis: str | int = "auto"
+    fold: str | int = "auto"
+    fold_hashes: int = 2
+    learned_scales: bool = False
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
@@ -79,14 +89,25 @@ class RoastConfig:
             if isinstance(value, bool) or not isinstance(value, int) or (minimum is not None and value < minimum):
                 wanted = "an integer" if minimum is None else f"an integer of at least {minimum}"
                 raise ConfigError(f"{name} must be {wanted}; found {value!r}")
-        if not isinstance(self.precondition, bool):
-            raise ConfigError(f"precondition must be true or false; found {self.precondition!r}")
+        for name in ("precondition", "learned_scales"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be true or false; found {getattr(self, name)!r}")
+        self._check_fold()
         self.tile_shape()
         count = self.kernel_basis
         if count not in ("auto", "none") and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
             raise ConfigError(
                 f"kernel_basis must be 'auto', 'none' or a number of basis kernels of at least 1; found {count!r}"
             )
+
+    def _check_fold(self) -> None:
+        fold = self.fold
+        if fold not in ("auto", "none") and not _is_power_of_2(fold, _LARGEST_FOLD):
+            raise ConfigError(f"fold must be 'auto', 'none' or a power of 2 up to {_LARGEST_FOLD}; found {fold!r}")
+        if isinstance(fold, int) and fold > self.ratio:
+            raise ConfigError(f"fold must not exceed the ratio, {self.ratio:g}; found {fold}. Choose a smaller fold")
+        if not _is_power_of_2(self.fold_hashes, _LARGEST_FOLD):
+            raise ConfigError(f"fold_hashes must be a power of 2 up to {_LARGEST_FOLD}; found {self.fold_hashes!r}")
 
     def tile_shape(self) -> tuple[int, int] | None:
         """Return the tile asked for as `(rows, cols)`, or None for `auto`."""
@@ -157,6 +178,12 @@ def check_ratio(ratio: object) -> Fraction:
             f"ratio must be at least 1 (1 stores every parameter, 50 stores a fiftieth); found {reprlib.repr(ratio)}"
         )
     return Fraction(number).limit_denominator(10**9)
+
+
+def _is_power_of_2(value: object, largest: int) -> bool:
+    if not isinstance(value, int) or isinstance(value, bool):
+        return False
+    return 1 <= value <= largest and value & (value - 1) == 0
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

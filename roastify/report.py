@@ -85,7 +85,8 @@ def _row(plan: RoastPlan, group: list[TensorPlan]) -> list[str | Text]:
 
 def _reason(tensor: TensorPlan) -> str:
     around = f"; spread around {tensor.center:.3g}" if tensor.center else ""
-    return tensor.reason + around + (f"; materialised: {tensor.whole}" if tensor.whole else "")
+    folded = f"; fold {tensor.numel // tensor.matrix_numel}" if tensor.fold is not None else ""
+    return tensor.reason + around + folded + (f"; materialised: {tensor.whole}" if tensor.whole else "")
 
 
 def _label(group: list[TensorPlan]) -> str:
@@ -100,11 +101,12 @@ def summary(plan: RoastPlan) -> RenderableType:
     rows, cols = plan.tile
     shared = plan.total_numel - plan.kept_numel
     basis = f"basis kernels {plan.basis_numel:,} + " if plan.basis_numel else ""
+    scales = f", {plan.scale_numel:,} of it learned scales" if plan.scale_numel else ""
     lines = [
         (
             "parameters",
             f"{plan.total_numel:,} → [bold]{plan.stored_numel:,}[/bold] stored "
-            f"(pool {plan.pool_numel:,} + {basis}kept {plan.kept_numel:,})",
+            f"(pool {plan.pool_numel:,}{scales} + {basis}kept {plan.kept_numel:,})",
         ),
         ("bytes", f"{human_bytes(plan.total_nbytes)} → {human_bytes(plan.stored_nbytes)}"),
         ("ratio", f"[bold]{plan.achieved_ratio:.2f}[/bold] (asked {plan.ratio:g})"),
@@ -117,6 +119,16 @@ def summary(plan: RoastPlan) -> RenderableType:
         counts = sorted({tensor.basis_shape for tensor in plan.with_basis})
         some = ", ".join(f"{count} for kernels of {positions}" for count, positions in counts)
         lines.append(("kernels", f"of {len(plan.with_basis)} tensors made of basis kernels: {some} elements"))
+    if plan.folds:
+        sizes = sorted({fold.fold for fold in plan.folds}, reverse=True)
+        count = sum(tensor.fold is not None for tensor in plan.shared)
+        lines.append(
+            (
+                "multiply-adds",
+                f"{plan.folded_numel:,} → {plan.multiplied_numel:,} a token in {count} folded layers "
+                f"(fold {', '.join(map(str, sizes))}; {len(plan.folds)} folds of inputs)",
+            )
+        )
     if plan.share == "all":
         lines.append(("vectors", "shared too, with constant and small tensors (share = all, or auto at this ratio)"))
     if plan.stored_numel > plan.total_numel:

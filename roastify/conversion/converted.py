@@ -132,9 +132,9 @@ def owners(model: nn.Module, tensor: TensorPlan) -> Iterator[tuple[nn.Module, st
 
 
 def matrix(tensor: TensorPlan, dense: torch.Tensor) -> torch.Tensor:
-    """Return a dense tensor as a matrix; unless it has a basis, the pool holds this matrix."""
+    """Return a dense tensor as a matrix; unless it has a basis or is folded, the pool holds this matrix."""
     if tensor.transposed:
-        return dense.reshape(tensor.cols, tensor.rows).t()
+        return dense.reshape(-1, tensor.rows).t()
     return dense.reshape(tensor.rows, -1)
 
 
@@ -146,6 +146,7 @@ def pooled_weight(pool: RoastPool, tensor: TensorPlan) -> PooledWeight:
         torch.Size(tensor.shape),
         tensor.transposed,
         _basis_index(pool.plan, tensor),
+        None if tensor.fold is None else pool.plan.fold_view(tensor.fold),
         pool=pool,
         dtype=getattr(torch, tensor.dtype),
         zero_row=tensor.zero_row,

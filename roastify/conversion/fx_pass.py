@@ -3,12 +3,16 @@
 `torch.fx` cannot trace most models as one graph. So the root is traced with torch.nn's modules as leaves. If a
 submodule's forward cannot be traced, that submodule becomes a leaf too, and its own submodules are traced by the same
 rule. In the end every module is inside a graph, or is opaque with a reason.
+
+Opaque code is explored as far as it goes (`_Explorer`): what its first operations read is known even if a later one
+stops the trace. Such a graph only tells which layers read the same input; it is never executed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,11 +24,15 @@ from roastify.layers.kinds import kind_of
 
 @dataclass(frozen=True)
 class TracedRegion:
-    """A module that was traced (`graph` is set), or that could not be traced (`reason` is set)."""
+    """A module that was traced (`graph` is set), or that could not be traced (`reason` is set).
+
+    `explored` is the beginning of the graph of a module that could not be traced; its branches are guesses.
+    """
 
     path: str
     graph: fx.Graph | None = None
     reason: str | None = None
+    explored: fx.Graph | None = None
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,8 @@ class WeightUse:
         through: `module` (its own module's call), `function` (an FX node) or `opaque` (code that FX did not trace).
         position: index of the parameter among a function's arguments.
         calls: number of calls of the module in the graphs; None if no graph has one.
+        inputs: names of the values that the operation combines with the parameter, one for each place that was seen.
+            Two uses with the same name read the same value.
     """
 
     module: str
@@ -47,6 +57,7 @@ class WeightUse:
     through: str
     position: int | None = None
     calls: int | None = None
+    inputs: tuple[str, ...] = ()
 
 
 @dataclass
@@ -100,6 +111,49 @@ class _RegionTracer(fx.Tracer):
         return result
 
 
+# An exploration ends after so many branches, which a loop that waits for a value would take for ever.
+_MOST_BRANCHES = 1000
+
+
+class _GuessedValue(fx.Proxy):
+    """A value of an exploration: all that is asked about it besides its operations is guessed."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+
+    def __len__(self) -> int:
+        return 1
+
+    def __index__(self) -> int:
+        return 1
+
+
+class _Explorer(_RegionTracer):
+    """A tracer that guesses where torch.fx's gives up: no branch is taken, a value of unknown length has one item."""
+
+    def __init__(self, untraceable: Collection[type[nn.Module]]) -> None:
+        super().__init__(untraceable)
+        self.branches = 0
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _GuessedValue(node, self)
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        try:
+            return super().iter(obj)
+        except fx.proxy.TraceError:
+            return iter((obj,))
+
+    def keys(self, obj: fx.Proxy) -> Any:
+        return ()
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        self.branches += 1
+        if self.branches > _MOST_BRANCHES:
+            raise RecursionError("too many branches")
+        return False
+
+
 def trace(model: nn.Module) -> Forest:
     """Trace a model into a forest. The model, its state and the random generators do not change."""
     opener = _ForestBuilder()
@@ -133,7 +187,7 @@ class _ForestBuilder:
         if _defines_forward(module):
             graph = self._trace_region(module)
             reason = None if graph else self.reasons[type(module)]
-            self.regions.append(TracedRegion(path, graph, reason))
+            self.regions.append(TracedRegion(path, graph, reason, None if graph else self._explore(module)))
             if graph is None:
                 self.opaque.append(module)
         leaves = _leaf_paths(graph) if graph else {name for name, _ in module.named_children()}
@@ -155,6 +209,15 @@ class _ForestBuilder:
                 entered = (type(m) for m in reversed(tracer.entered) if not tracer.is_leaf_module(m, ""))
                 self.reasons[next(entered, type(module))] = _describe(error)
         return None
+
+    def _explore(self, module: nn.Module) -> fx.Graph | None:
+        """Return the beginning of the graph of a module that cannot be traced; None if it has no children to call."""
+        if not any(True for _ in module.children()):
+            return None
+        tracer = _Explorer(self.reasons.keys())
+        with contextlib.suppress(Exception), random_states_kept(), without_warnings():
+            tracer.trace(_twin(module))
+        return getattr(tracer, "graph", None)
 
 
 def computed_attributes(model: nn.Module) -> Iterator[Tensor]:
@@ -238,17 +301,18 @@ def _collect_parameters(model: nn.Module) -> list[ParameterInfo]:
 
 def _collect_uses(model: nn.Module, opener: _ForestBuilder, parameters: list[ParameterInfo]) -> None:
     calls: dict[str, int] = {}
+    inputs: dict[str, list[str]] = {}
     functional: dict[str, list[WeightUse]] = {}
     for region in opener.regions:
-        if region.graph is None:
-            continue
-        for node in region.graph.nodes:
+        for node in (region.graph or region.explored or fx.Graph()).nodes:
             if node.op == "call_module":
                 path = _join(region.path, str(node.target))
-                calls[path] = calls.get(path, 0) + 1
-            elif node.op == "get_attr":
+                inputs.setdefault(path, []).extend(_input_names(region.path, (*node.args, *node.kwargs.values())[:1]))
+                if region.graph is not None:
+                    calls[path] = calls.get(path, 0) + 1
+            elif node.op == "get_attr" and region.graph is not None:
                 name = _join(region.path, str(node.target))
-                functional.setdefault(name, []).extend(_functional_uses(name, node))
+                functional.setdefault(name, []).extend(_functional_uses(region.path, name, node))
     # Opaque code may read the parameters of its module and of every module below.
     within_opaque = {id(module) for opaque in opener.opaque for module in opaque.modules()}
     for info in parameters:
@@ -257,7 +321,8 @@ def _collect_uses(model: nn.Module, opener: _ForestBuilder, parameters: list[Par
             module = model.get_submodule(module_path)
             kind = kind_of(type(module))
             if attribute == "weight" and kind is not None:
-                use = WeightUse(module_path, attribute, kind.op, "module", calls=calls.get(module_path))
+                read = tuple(inputs.get(module_path, ()))
+                use = WeightUse(module_path, attribute, kind.op, "module", calls=calls.get(module_path), inputs=read)
                 info.uses.append(use)
             elif _is_torch_layer(module):
                 info.uses.append(
@@ -269,13 +334,18 @@ def _collect_uses(model: nn.Module, opener: _ForestBuilder, parameters: list[Par
                 info.uses.append(WeightUse(module_path, attribute, op, "opaque"))
 
 
-def _functional_uses(name: str, node: fx.Node) -> Iterator[WeightUse]:
+def _input_names(region: str, values: Iterable[Any]) -> list[str]:
+    return [f"{region}:{value.name}" for value in values if isinstance(value, fx.Node)]
+
+
+def _functional_uses(region: str, name: str, node: fx.Node) -> Iterator[WeightUse]:
     module, _, attribute = name.rpartition(".")
     for user in node.users:
         position = next((i for i, argument in enumerate(user.args) if argument is node), None)
         target = user.target
         op = target if isinstance(target, str) else getattr(target, "__name__", str(target))
-        yield WeightUse(module, attribute, str(op), "function", position=position)
+        others = tuple(_input_names(region, user.args[:position]))
+        yield WeightUse(module, attribute, str(op), "function", position=position, inputs=others)
 
 
 def matrix_of(tensor: Tensor) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from torch import nn
 from roastify.conversion.converted import basis_of, matrix, owners
 from roastify.errors import ConversionError
 from roastify.layers.kinds import is_reflectors, is_vector
+from roastify.pool.fold import folded
 from roastify.pool.kernel_basis import coefficient_matrix, cosine_basis, principal_basis
 from roastify.pool.plan import RoastPlan, TensorPlan
 from roastify.pool.pool import RoastPool
@@ -105,6 +106,11 @@ def _target_matrix(pool: RoastPool, tensor: TensorPlan, dense: torch.Tensor) -> 
     if tensor.diagonal:
         dense = _off_diagonal(dense)
     whole = matrix(tensor, dense - tensor.center if tensor.center else dense)
+    if tensor.fold is not None:
+        # Before any training, when every learned scale is 1.
+        wide = whole if whole.dtype == torch.float64 else whole.float()
+        view = pool.plan.fold_view(tensor.fold)
+        return folded(wide, None, view._replace(first_scale=-1))
     basis = basis_of(pool, tensor)
     if basis is None:
         return whole

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 
 from roastify.config import RoastConfig, check_ratio
+from roastify.conversion.folds import with_folds
 from roastify.conversion.fx_pass import Forest, ParameterInfo, WeightUse, matrix_of
 from roastify.errors import ConfigError, PlanError
 from roastify.layers.kinds import is_reflectors, is_vector, kind_of, read_path_of, refusal_of
 from roastify.names import select
-from roastify.pool.mapping import MAPPING_VERSION, TileMap
-from roastify.pool.plan import PoolRegion, RoastPlan, TensorPlan
+from roastify.pool.mapping import MAPPING_VERSION, UNFOLDED_VERSION, TileMap
+from roastify.pool.plan import FoldPlan, PoolRegion, RoastPlan, TensorPlan
 
 # Tiles, largest first, because larger tiles run faster and tile size made little difference to accuracy. See
 # docs/accuracy.md, "The recipe".
@@ -100,19 +101,23 @@ def _make_plan(
         raise PlanError(_nothing_eligible(verdicts.values()))
     total = sum(tensor.numel for tensor in verdicts.values())
     kept = sum(tensor.numel for tensor in verdicts.values() if not tensor.shared)
+    verdicts, folds = with_folds(model, eligible, verdicts, config)
     shared = [verdicts[info.name] for info in eligible]
     least_slots = len(shared) if config.sharing == "local" else 1
     bases = sum(math.prod(tensor.basis_shape) for tensor in shared if tensor.basis_count)
     room = (total if ratio == 1 else int(total / ratio)) - kept - bases
-    tile = _choose_tile(shared, room, config, ratio)
+    tile = _choose_tile(shared, folds, room, config, ratio)
     size = tile[0] * tile[1]
+    scales = sum(fold.view(0, 0).num_scales for fold in folds)
+    room -= -(-scales // size) * size
     placed, region_tiles = _lay_out(shared, tile, local=config.sharing == "local")
     # At most one slot for each tile: with few basis kernels, the coefficients may need less than the budget.
     num_slots = sum(region_tiles) if ratio == 1 else min(room // size, sum(region_tiles))
     if num_slots < least_slots and bases and config.kernel_basis == "auto":
         return _make_plan(model, forest, config.replace(kernel_basis="none"), unshareable, everything)
     if num_slots < least_slots:
-        raise _unreachable(total, kept, bases, least_slots * size, ratio, verdicts.values())
+        least = least_slots * size + -(-scales // size) * size
+        raise _unreachable(total, kept, bases, least, ratio, verdicts.values())
     regions = _regions(region_tiles, num_slots, tile, config)
     by_name = {tensor.name: tensor for tensor in placed}
     return RoastPlan(
@@ -122,7 +127,7 @@ def _make_plan(
         tile=tile,
         sign=_choose_sign(config, num_slots, shared),
         mapping=config.mapping,
-        mapping_version=MAPPING_VERSION,
+        mapping_version=MAPPING_VERSION if folds else UNFOLDED_VERSION,
         sharing=config.sharing,
         precondition=config.precondition,
         num_slots=num_slots,
@@ -133,6 +138,7 @@ def _make_plan(
         tensors=tuple(by_name.get(tensor.name, tensor) for tensor in verdicts.values()),
         share="all" if everything else "weights",
         init=config.init,
+        folds=folds,
     )
 
 
@@ -300,7 +306,9 @@ def _parts(parameter: str) -> Iterator[str]:
         parameter = parameter.rpartition(".")[0]
 
 
-def _choose_tile(shared: Sequence[TensorPlan], room: int, config: RoastConfig, ratio: Fraction) -> tuple[int, int]:
+def _choose_tile(
+    shared: Sequence[TensorPlan], folds: Sequence[FoldPlan], room: int, config: RoastConfig, ratio: Fraction
+) -> tuple[int, int]:
     if config.mapping == "hashednet":
         if config.tile not in ("auto", "1x1"):
             raise ConfigError(f"mapping 'hashednet' is element by element: tile must be 'auto'; found {config.tile!r}")
@@ -310,7 +318,11 @@ def _choose_tile(shared: Sequence[TensorPlan], room: int, config: RoastConfig, r
         return asked
     numel = sum(tensor.matrix_numel for tensor in shared)
     enough = _ENOUGH_SLOTS * (len(shared) if config.sharing == "local" else 1)
+    # The rows of each hash begin with a row of tiles.
+    hash_rows = [tensor.rows // folds[tensor.fold].hashes for tensor in shared if tensor.fold is not None]
     for tile in _TILES:
+        if any(rows % tile[0] for rows in hash_rows):
+            continue
         size = tile[0] * tile[1]
         tiles = sum(_lay_out(shared, tile, local=False)[1])
         slots = tiles if ratio == 1 else room // size

@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
-from roastify.conversion.converted import owners, pool_of, pooled_weight, pools_of, readers_of, scale_of
+from roastify.conversion.converted import owners, pool_of, pooled_weight, pools_of, readers_of
 from roastify.conversion.fx_pass import computed_attributes
 from roastify.conversion.transformers_ties import forget_ties, remember_ties
 from roastify.errors import ConversionError
@@ -49,16 +49,14 @@ def copy_without(model: _M, left_out: set[int]) -> _M:
 
 def build_pool(plan: RoastPlan, device: torch.device | str) -> RoastPool:
     """Return an uninitialised pool for a plan whose scales are known."""
+    shared, unread_rows = plan.readings()
     pool = RoastPool(
         plan.num_slots,
         plan.tile,
         plan.maps(),
-        [(plan.view(tensor), scale_of(tensor)) for tensor in plan.shared],
-        unread_rows=[
-            (plan.view(tensor), scale_of(tensor), tensor.zero_row)
-            for tensor in plan.shared
-            if tensor.zero_row is not None
-        ],
+        shared,
+        unread_rows=unread_rows,
+        scales=plan.scale_energies(),
         bases=[(tensor.basis_shape, plan.basis_energy(tensor)) for tensor in plan.with_basis],
         dtype=getattr(torch, plan.dtype),
         device=device,

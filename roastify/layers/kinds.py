@@ -43,6 +43,7 @@ class LayerKind:
             tiles.
         refusal: a function that returns why a module of this kind must keep its dense weight, or None.
         retains: a function that returns whether the layer's forward may keep this dense weight until the backward pass.
+        multiplies: whether the operation is a product of the inputs' last dimension with the weight.
         kernels: whether the weight is a convolution's: one kernel (all dimensions but the first two) for each pair of
             channels.
     """
@@ -53,6 +54,7 @@ class LayerKind:
     materialises: bool = False
     refusal: Callable[[Any], str | None] = lambda module: None
     retains: Callable[[PooledWeight], bool] = lambda shared: False
+    multiplies: bool = False
     kernels: bool = False
 
 
@@ -74,7 +76,7 @@ def _retains_whole(shared: PooledWeight) -> bool:
 
 # The one list of layers whose own operation reads the pool. `read_path_of` decides for all other modules.
 _KINDS: dict[type[nn.Module], LayerKind] = {
-    nn.Linear: LayerKind("linear", RoastLinear, retains=_retains_product),
+    nn.Linear: LayerKind("linear", RoastLinear, retains=_retains_product, multiplies=True),
     nn.Bilinear: LayerKind("bilinear", RoastBilinear, materialises=True),
     nn.Embedding: LayerKind("embedding", RoastEmbedding, refusal=_refuse_table),
     nn.EmbeddingBag: LayerKind("embedding_bag", RoastEmbeddingBag, refusal=_refuse_table),
@@ -100,7 +102,9 @@ def kind_of(module_class: type, attribute: str = "weight") -> LayerKind | None:
         if base in _KINDS:
             return _KINDS[base]
         if base is transformers_conv1d():
-            return LayerKind("linear", RoastTransformersConv1D, transposed=True, retains=_retains_product)
+            return LayerKind(
+                "linear", RoastTransformersConv1D, transposed=True, retains=_retains_product, multiplies=True
+            )
     return None
 
 
@@ -180,6 +184,17 @@ def retains_weight(module: RoastModule, attribute: str, shared: PooledWeight) ->
     if kind is None or has_forward_of_its_own(original):
         return False
     return kind.retains(shared) and not issubclass(original, nn.modules.linear.NonDynamicallyQuantizableLinear)
+
+
+def multiplies_inputs(module: nn.Module, attribute: str) -> bool:
+    """Whether a module only multiplies inputs with an attribute: a linear layer with the layer's own forward.
+
+    The output projection of `nn.MultiheadAttention` is an exception, as in `retains_weight`.
+    """
+    kind = kind_of(type(module), attribute)
+    if kind is None or not kind.multiplies or has_forward_of_its_own(type(module)):
+        return False
+    return not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
 
 
 def _other_code_in_call(module: nn.Module) -> str | None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from roastify.kernels import ops
 from roastify.kernels.torch_internals import is_exporting, is_jit_tracing
 from roastify.kernels.view import WeightView
+from roastify.pool.fold import unfolded
 from roastify.pool.pool import RoastPool
 
 # From this many elements of a weight on, the GPU's time limits a product; below, the host's time does.
@@ -46,7 +47,7 @@ class PooledWeight(WeightView):
         self.is_small = self.numel < _SMALL_ELEMENTS
         # Whether every element is a sign times λ times an element of the pool.
         self.is_scaled_pool = not self.center and not self.diagonal
-        self.can_be_whole = self.is_scaled_pool and self.zero_row is None
+        self.can_be_whole = self.is_scaled_pool and self.zero_row is None and self.fold is None
 
     @property
     def current_dtype(self) -> torch.dtype:
@@ -60,7 +61,11 @@ class PooledWeight(WeightView):
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the dense, differentiable tensor, in a dtype (default: the tensor's own)."""
-        weight = self._gathered(dtype or self.current_dtype)
+        dtype = dtype or self.current_dtype
+        weight = self._gathered(dtype)
+        if self.fold is not None:
+            matrix = unfolded(weight.t() if self.transposed else weight, self.pool.read(dtype), self.fold)
+            weight = matrix.t() if self.transposed else matrix
         if self.center:
             weight = weight + self.center
         if self.diagonal:
@@ -87,21 +92,37 @@ class PooledWeight(WeightView):
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return `x · weightᵀ + bias`."""
-        if not self.is_scaled_pool:
-            return F.linear(x, self.dense(), bias)
-        weight = self._retained_for(x)
-        if weight is not None:
-            return F.linear(x, weight, bias)
-        return self._product(ops.linear_t if self.transposed else ops.linear, x, bias)
+        return self._multiply(x, bias, along_cols=not self.transposed)
 
     def linear_t(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return `x · weight + bias`."""
+        return self._multiply(x, bias, along_cols=self.transposed)
+
+    def _multiply(self, x: Tensor, bias: Tensor | None, along_cols: bool) -> Tensor:
+        """Return `x · matrixᵀ + bias`, or `x · matrix + bias` if not `along_cols`, where the pool holds the matrix."""
         if not self.is_scaled_pool:
-            return F.linear(x, self.dense().t(), bias)
+            weight = self.dense()
+            return F.linear(x, weight if along_cols != self.transposed else weight.t(), bias)
+        if self.fold is None:
+            return self._multiply_gathered(x, bias, along_cols)
+        if along_cols:
+            return self._multiply_gathered(self._folded(x), bias, along_cols)
+        buckets = self._multiply_gathered(x, None, along_cols)
+        out = ops.unfold(buckets, self.pool.read(buckets.dtype), self.fold)
+        return out if bias is None else out + bias
+
+    def _multiply_gathered(self, x: Tensor, bias: Tensor | None, along_cols: bool) -> Tensor:
+        """Return what `_multiply` does, for the matrix as the pool holds it: the narrow one of a folded weight."""
         weight = self._retained_for(x)
-        if weight is not None:
-            return F.linear(x, weight.t(), bias)
-        return self._product(ops.linear if self.transposed else ops.linear_t, x, bias)
+        if weight is None:
+            return self._product(ops.linear if along_cols else ops.linear_t, x, bias)
+        return F.linear(x, weight if along_cols != self.transposed else weight.t(), bias)
+
+    def _folded(self, x: Tensor) -> Tensor:
+        """Return the folded input; layers that fold the same input alike share it within a forward pass."""
+        assert self.fold is not None
+        dtype = ops.autocast_dtype(x) or self.current_dtype
+        return self.pool.folded(x, self.fold, dtype)
 
     def _is_recorded(self) -> bool:
         """Whether autograd records this forward pass for the pool's gradient."""
@@ -119,7 +140,7 @@ class PooledWeight(WeightView):
         costs the host time. It has at most as many elements as the layer's input, which autograd keeps anyway. Only
         sizes may decide, because a recomputed checkpoint must keep the same weights.
         """
-        if not self.is_small or not self._is_recorded():
+        if not self.is_small or self.view.groups > 1 or not self._is_recorded():
             return None
         if torch.compiler.is_compiling():
             # Imported here, because this import loads sympy.
@@ -139,6 +160,7 @@ class PooledWeight(WeightView):
         return self.pool.gathered_weight(self, dtype)
 
     def _gathered(self, dtype: torch.dtype) -> Tensor:
+        """Return the tensor that the pool holds for the weight: the weight, or the narrow matrix of a folded one."""
         matrix = ops.gather(self.pool.read(dtype), self.pool.table, self.view, self.scale)
         gathered = (matrix.t() if self.transposed else matrix).reshape(self.gathered_shape)
         if self.basis_index is None:
@@ -158,7 +180,7 @@ class PooledWeight(WeightView):
 
     def rows(self, index: Tensor) -> Tensor:
         """Return `weight[index]`."""
-        if self.transposed or not self.is_scaled_pool:
+        if self.transposed or not self.is_scaled_pool or self.fold is not None:
             return F.embedding(index, self.dense())
         rows = ops.embedding(index, self.pool.read(self.current_dtype), self.pool.table, self.view, self.scale)
         if self.zero_row is None:
@@ -168,10 +190,12 @@ class PooledWeight(WeightView):
     def part(self, start: int, shape: Sequence[int]) -> PooledWeight | None:
         """Return the matrix's rows from `start` on, in this shape, as a tensor of its own on the same tiles.
 
-        None if the part begins inside a row of tiles, or if the tensor is transposed, in strips, or has a zero row.
+        None if the part begins inside a row of tiles, or if the tensor is transposed, folded, in strips, or has a zero
+        row.
         """
         view = self.view
-        if self.transposed or view.strips or self.zero_row is not None or self.diagonal or start % view.tile_rows:
+        irregular = self.zero_row is not None or self.diagonal or self.fold is not None
+        if self.transposed or view.strips or irregular or start % view.tile_rows:
             return None
         base = view.base + start // view.tile_rows * view.grid_cols * view.slot_size
         rows = math.prod(shape) // view.cols

@@ -1,8 +1,9 @@
-r"""`TileMap`: tile number → (slot, sign), in exact integer arithmetic. Version 1.
+r"""`TileMap`: tile number → (slot, sign), in exact integer arithmetic; and the keys of folds. Versions 1 and 2.
 
-This file is the definition of the mapping. The mapping is model state: the formulas here may never change for version
-1, and no tuned setting (block sizes, backend, batch) may enter them. `roastify.kernels.reference` holds the same
-formulas on tensors.
+This file is the definition of the mapping. The mapping is model state: the formulas here may never change for a
+version, and no tuned setting (block sizes, backend, batch) may enter them. `roastify.kernels.reference` holds the same
+formulas on tensors. Version 2 adds folds (`FoldView`, `fold_key`) and changes nothing else: a plan without folds is of
+version 1.
 
 For a pool of ``P`` slots, tile ``t`` lies in chunk ``c = t div P`` at position ``i = t mod P``, and
 
@@ -36,7 +37,8 @@ from roastify.kernels.view import (
     to_signed64,
 )
 
-MAPPING_VERSION = 1
+# The version of plans without folds, and of plans with folds, which is the newest.
+UNFOLDED_VERSION, MAPPING_VERSION = 1, 2
 
 MappingName = Literal["permutation", "cyclic", "roast", "hashednet"]
 SignName = Literal["none", "row", "tile", "element"]
@@ -47,6 +49,7 @@ SIGNS: tuple[str, ...] = get_args(SignName)
 _STREAM_SIGN = 1
 _STREAM_MULTIPLIER = 2
 _STREAM_OFFSET = 3
+_STREAM_FOLD = 4
 
 # The product a·i must fit into int64: every backend computes it in that type.
 _MAX_SLOTS = 1 << 31
@@ -70,6 +73,14 @@ def mix32(word: int) -> int:
 def stream_key(seed: int, stream: int) -> int:
     """Return the 64-bit key of one purpose's stream; any Python integer is a seed, taken modulo 2**64."""
     return mix64(seed & MASK64, stream)
+
+
+def fold_key(seed: int, index: int) -> int:
+    """Return the key of the signs of a plan's `index`-th fold; the sign is -1 if the top bit of a word of it is 1.
+
+    The word of position `i` in a bucket and span `c` is `mix64(key, i·num_spans + c)`; see `FoldView`.
+    """
+    return mix64(stream_key(seed, _STREAM_FOLD), index)
 
 
 @functools.lru_cache(maxsize=65536)

@@ -24,9 +24,10 @@ from roastify.kernels.torch_internals import (
     in_func_transform,
     is_captured,
     num_dispatch_modes,
+    saved_tensors_hook,
     without_dispatch_modes,
 )
-from roastify.kernels.view import WeightView
+from roastify.kernels.view import FoldView, WeightView
 from roastify.pool.gradient_gate import Gate, Pool
 
 
@@ -64,6 +65,8 @@ class PoolCache:
         self.dense_values: dict[tuple[WeightView, torch.dtype], weakref.ref[Tensor]] = {}
         self.unread: dict[tuple[WeightView, torch.dtype], Tensor] = {}
         self.combined: dict[tuple[WeightView, torch.dtype], _Combined] = {}
+        # The last folded input, with what it was folded from and how.
+        self.last_folded: tuple[weakref.ref[Tensor], tuple[Any, ...], Tensor] | None = None
         self.gate: Gate | None = None
         self.times_taken = 0
 
@@ -100,6 +103,23 @@ class PoolCache:
                 self.times_taken = 0 if self.gate.buffer is None else self.gate.buffer.times_taken
             read = self.reads[dtype] = self.gate.read(self.copy(dtype))
         return read
+
+    def folded(self, x: Tensor, pool: Tensor | None, fold: FoldView, dtype: torch.dtype) -> Tensor:
+        """Return `ops.fold(x, pool, fold)`, in the dtype that the product runs in.
+
+        If the last input was the same and is unchanged, the result is the last one.
+
+        Inside a checkpoint and outside of it, results are not shared: the recomputation would have to share them too.
+        """
+        if not self.whole or not _is_plain(x):
+            return ops.fold(x, pool, fold)
+        seen = id(pool), fold, dtype, x._version, torch.is_grad_enabled(), saved_tensors_hook()
+        last = self.last_folded
+        if last is not None and last[0]() is x and last[1] == seen:
+            return last[2]
+        folded = ops.fold(x, pool, fold)
+        self.last_folded = weakref.ref(x), seen, folded
+        return folded
 
     def dense(self, weight: WeightView, dtype: torch.dtype) -> Tensor:
         """Return a dense weight, in a graph. A whole forward pass gathers the weight's group with it."""

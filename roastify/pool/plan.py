@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from roastify.kernels.view import TileView
-from roastify.pool.mapping import TileMap
+from roastify.kernels.view import FoldView, TileView, to_signed64
+from roastify.pool.mapping import TileMap, fold_key
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class TensorPlan:
         whole: why the tensor is materialised; empty if it is not.
         diagonal: signs (`+` and `-`) of the ones that stand on the matrix's diagonal in place of pool values; empty if
             pool values do. Householder reflectors keep the signs of an orthogonal weight there.
+        fold: number of the plan's fold through which the inputs go, or None. The matrix then has `cols / fold` columns.
         basis_count: number of basis kernels that the tensor's kernels are combinations of. If it is not 0, the matrix
             holds the coefficients; if it is 0, the matrix holds the tensor.
     """
@@ -67,6 +68,7 @@ class TensorPlan:
     whole: str = ""
     basis_count: int = 0
     diagonal: str = ""
+    fold: int | None = None
 
     @property
     def numel(self) -> int:
@@ -100,6 +102,35 @@ class PoolRegion:
 
 
 @dataclass(frozen=True)
+class FoldPlan:
+    """How the inputs of some layers are folded; see `FoldView`. Layers that read the same input share a fold.
+
+    Args:
+        cols: columns of the inputs.
+        fold: columns that share a bucket.
+        hashes: number of hashes, among which the rows of each weight are divided.
+        span: buckets that share signs and learned scales.
+        first_scale: the first learned scale's number among those of the plan, or None if the fold learns none.
+    """
+
+    cols: int
+    fold: int
+    hashes: int
+    span: int
+    first_scale: int | None
+
+    def view(self, key: int, scales_from: int) -> FoldView:
+        """Return the view that operations take.
+
+        Args:
+            key: the key of the signs.
+            scales_from: the pool's element that holds the plan's first learned scale.
+        """
+        first = -1 if self.first_scale is None else scales_from + self.first_scale
+        return FoldView(self.cols, self.fold, self.hashes, self.span, to_signed64(key), first)
+
+
+@dataclass(frozen=True)
 class RoastPlan:
     """Every decision of a conversion.
 
@@ -113,7 +144,7 @@ class RoastPlan:
         mapping_version: version of the mapping's formulas.
         sharing: `global` or `local`.
         precondition: whether the pool's gradient is divided by Γ.
-        num_slots: slots in the pool.
+        num_slots: slots in the pool that tiles are mapped to. The slots that hold learned scales follow them.
         dtype: dtype of the pool.
         trainable: whether the pool requires a gradient.
         owner: path of the module that the pool is registered in; empty for the root.
@@ -123,6 +154,7 @@ class RoastPlan:
         tensors: the verdict on every parameter, in `named_parameters` order.
         pool_std: standard deviation of a random pool; None until the model's values are known.
         share: `weights`, or `all` if vectors, constant and small tensors are shared too.
+        folds: how layers' inputs are folded.
     """
 
     model: str
@@ -144,6 +176,7 @@ class RoastPlan:
     share: str = "weights"
     root: str = ""
     init: str = "match"
+    folds: tuple[FoldPlan, ...] = ()
 
     @property
     def slot_size(self) -> int:
@@ -171,9 +204,29 @@ class RoastPlan:
         return sum(tensor.numel for tensor in self.kept)
 
     @property
+    def scale_numel(self) -> int:
+        """Learned scales of all folds."""
+        return sum(fold.view(0, 0).num_scales for fold in self.folds)
+
+    @property
+    def scale_slots(self) -> int:
+        """Slots that hold the learned scales, the last one perhaps padded."""
+        return -(-self.scale_numel // self.slot_size)
+
+    @property
     def pool_numel(self) -> int:
-        """Parameters of the pool."""
-        return self.num_slots * self.slot_size
+        """Parameters of the pool: the slots of the tiles, and those of the learned scales."""
+        return (self.num_slots + self.scale_slots) * self.slot_size
+
+    @property
+    def multiplied_numel(self) -> int:
+        """Multiply-adds of one row of activations in the products with folded weights, as they are computed."""
+        return sum(tensor.matrix_numel for tensor in self.shared if tensor.fold is not None)
+
+    @property
+    def folded_numel(self) -> int:
+        """Elements of the dense weights that are folded: the multiply-adds of a row in the dense products."""
+        return sum(tensor.numel for tensor in self.shared if tensor.fold is not None)
 
     @property
     def with_basis(self) -> list[TensorPlan]:
@@ -229,7 +282,44 @@ class RoastPlan:
 
     def view(self, tensor: TensorPlan) -> TileView:
         """Return the view of a shared tensor, which says where in the pool the operations read it."""
-        return self.maps()[tensor.region].view(tensor.rows, tensor.cols, tensor.base, tensor.strips)
+        view = self.maps()[tensor.region].view(tensor.rows, tensor.cols, tensor.base, tensor.strips)
+        return view if tensor.fold is None else view._replace(groups=self.folds[tensor.fold].hashes)
+
+    def fold_view(self, index: int) -> FoldView:
+        """Return the view of a fold, which says how an input is folded."""
+        return self.folds[index].view(fold_key(self.seed, index), self.num_slots * self.slot_size)
+
+    def readings(self) -> tuple[list[tuple[TileView, float]], list[tuple[TileView, float, int]]]:
+        r"""Return what 1/Γ follows from, for every shared tensor, and for every row that is zero instead of read.
+
+        For a tensor, the view and :math:`\sqrt{\sum \lambda^2}` over the weights that read one element of its matrix;
+        for a row, the same and the row.
+        """
+        roots = [
+            (tensor.scale or 0.0) * (1.0 if tensor.fold is None else math.sqrt(self.folds[tensor.fold].fold))
+            for tensor in self.shared
+        ]
+        views = [self.view(tensor) for tensor in self.shared]
+        unread = [
+            (view, root, tensor.zero_row)
+            for tensor, view, root in zip(self.shared, views, roots, strict=True)
+            if tensor.zero_row is not None
+        ]
+        return list(zip(views, roots, strict=True)), unread
+
+    def scale_energies(self) -> list[float]:
+        """Return, for each learned scale, the expected sum of the squared weights that it scales, for a random pool.
+
+        If the gradient of a scale is divided by this sum, an SGD step on it is the projected dense step.
+        """
+        energies = []
+        for index, fold in enumerate(self.folds):
+            view = self.fold_view(index)
+            readers = (tensor for tensor in self.shared if tensor.fold == index)
+            rows = sum(tensor.rows * (tensor.scale or 0.0) ** 2 for tensor in readers) / fold.hashes
+            energy = rows * min(fold.span, view.width) * (self.pool_std or 0.0) ** 2
+            energies += [max(energy, 1e-12)] * view.num_scales
+        return energies
 
     def basis_energy(self, tensor: TensorPlan) -> float:
         """Return the expected sum of squared coefficients of a basis kernel, for a random pool.
@@ -272,7 +362,7 @@ class RoastPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as values that JSON can hold. `summary` has the figures that follow from the plan."""
-        summary = {
+        summary: dict[str, float] = {
             "total_parameters": self.total_numel,
             "stored_parameters": self.stored_numel,
             "pool_parameters": self.pool_numel,
@@ -283,10 +373,20 @@ class RoastPlan:
             "stored_bytes": self.stored_nbytes,
             "achieved_ratio": self.achieved_ratio,
         }
+        if self.folds:
+            summary |= {
+                "scale_parameters": self.scale_numel,
+                "folded_multiply_adds": self.multiplied_numel,
+                "dense_multiply_adds": self.folded_numel,
+            }
         values = dataclasses.asdict(self)
         for tensor in values["tensors"]:
             if not tensor["diagonal"]:
                 del tensor["diagonal"]
+            if tensor["fold"] is None:
+                del tensor["fold"]
+        if not self.folds:
+            del values["folds"]
         return {**values, "summary": summary}
 
     @classmethod
@@ -299,6 +399,7 @@ class RoastPlan:
         values = {key: value for key, value in values.items() if key != "summary"}
         values["tile"] = tuple(values["tile"])
         values["regions"] = tuple(PoolRegion(**region) for region in values["regions"])
+        values["folds"] = tuple(FoldPlan(**fold) for fold in values.get("folds", ()))
         values["tensors"] = tuple(
             TensorPlan(**{**tensor, "aliases": tuple(tensor["aliases"]), "shape": tuple(tensor["shape"])})
             for tensor in values["tensors"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from roastify.errors import RoastError
-from roastify.kernels import reference
+from roastify.kernels import ops, reference
 from roastify.kernels.flops import teach_flop_counters
 from roastify.kernels.gathered_weights import WeightGroup, make_groups
 from roastify.kernels.reference import summed_in
@@ -22,7 +22,7 @@ from roastify.kernels.torch_internals import (
     requires_grad_below,
     with_static_sizes,
 )
-from roastify.kernels.view import TileView, WeightView
+from roastify.kernels.view import FoldView, TileView, WeightView
 from roastify.pool import compiled_read
 from roastify.pool.mapping import TileMap
 from roastify.pool.members import TiedModule, is_sharded
@@ -53,13 +53,14 @@ class RoastPool(TiedModule):
     gradient of a basis is divided too.
 
     Args:
-        num_slots: slots in the pool.
+        num_slots: slots that tiles are mapped to. Slots that hold the learned scales of folds follow them.
         tile: `(rows, cols)` of a tile.
         maps: the mappings of the pool's regions: one mapping, or one for each tensor.
         shared: view and λ of every shared tensor; a tied tensor is listed once.
         unread_rows: view, λ and row of every row that is zero instead of read from the pool (an embedding's padding
             row).
         bases: shape of every basis, and the divisor of its gradient.
+        scales: the divisor of the gradient of every learned scale, in the order of their places.
         dtype: dtype of the Parameters.
         device: device of the Parameters.
         trainable: whether the Parameters require a gradient.
@@ -80,6 +81,7 @@ class RoastPool(TiedModule):
         *,
         unread_rows: Sequence[tuple[TileView, float, int]] = (),
         bases: Sequence[tuple[tuple[int, int], float]] = (),
+        scales: Sequence[float] = (),
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         trainable: bool = True,
@@ -100,7 +102,10 @@ class RoastPool(TiedModule):
         self.meant: bool | None = None
         # The dtype that the Parameter is stored in. While a forward pass runs, sharding may show it in another dtype.
         self.stored_dtype = dtype
-        shape = (num_slots * tile[0], tile[1])
+        # A learned scale is an element of the pool, so that whatever works on the pool works on scales too.
+        self.scale_slots = -(-len(scales) // (tile[0] * tile[1]))
+        self._scale_energy = tuple(scales)
+        shape = ((num_slots + self.scale_slots) * tile[0], tile[1])
         self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=trainable)
         # Not in a ParameterList: `nn.DataParallel` leaves that empty in its replicas.
         for index, (basis_shape, _) in enumerate(bases):
@@ -113,7 +118,7 @@ class RoastPool(TiedModule):
         with torch.device("cpu"):
             rows = [row for tile_map in maps for row in tile_map.chunk_table()]
             self._masters = {"table": torch.tensor(rows, dtype=torch.int64).view(-1, 3)}
-            self._masters |= inverse_gamma(num_slots, tile, self._masters["table"], shared, unread_rows)
+            self._masters |= inverse_gamma(num_slots, tile, self._masters["table"], shared, unread_rows, scales)
         self._place_constants(self.weight.device)
 
     @property
@@ -189,6 +194,20 @@ class RoastPool(TiedModule):
                 return cache_of(self).dense(weight, dtype)
         return cache_of(self).dense(weight, dtype)
 
+    def folded(self, x: Tensor, fold: FoldView, dtype: torch.dtype) -> Tensor:
+        """Return a product's folded input, `ops.fold(x, pool, fold)`, in a dtype.
+
+        Within the model's forward, layers that fold the same input alike share the result. A compiler merges equal
+        operations itself.
+        """
+        pool = self.read(dtype) if fold.first_scale >= 0 else None
+        watched = is_watched_by_modes()
+        if watched:
+            teach_flop_counters()
+        if watched or torch.compiler.is_compiling() or is_jit_tracing():
+            return ops.fold(x, pool, fold)
+        return cache_of(self).folded(x, pool, fold, dtype)
+
     def bases(self) -> list[nn.Parameter]:
         """Return the Parameters of all basis kernels."""
         return [getattr(self, basis_name(index)) for index in range(len(self._basis_energy))]
@@ -261,6 +280,11 @@ class RoastPool(TiedModule):
         )
         with torch.no_grad():
             self.weight.copy_(values)
+            self._reset_scales()
+
+    def _reset_scales(self) -> None:
+        """Set the learned scales to 1: what is stored is their difference from 1, which weight decay may shrink."""
+        self.weight[self.num_slots * self.tile[0] :] = 0.0
 
     def initialise_projection(self, tensors: Iterable[tuple[TileView, float, Tensor]]) -> None:
         r"""Set the pool to the least-squares fit of dense tensors: :math:`pool_e = \sum \lambda\,sign\,w / \Gamma_e`.
@@ -275,6 +299,7 @@ class RoastPool(TiedModule):
             for view, scale, matrix in tensors:
                 reference.reduce_(total, matrix.to(dtype), self.table, view, scale)
             divide_(total, self.per_slot, self.uneven_slots, self.uneven)
+            self._reset_scales()
             if not direct:
                 self.weight.copy_(total)
 
@@ -390,14 +415,10 @@ class RoastPool(TiedModule):
         for tensor, weight in zip(plan.shared, self.weights, strict=True):
             weight.scale, weight.center, weight.zero_row = tensor.scale, tensor.center, tensor.zero_row
             weight.__post_init__()
-        shared = [(plan.view(tensor), tensor.scale or 0.0) for tensor in plan.shared]
-        unread = [
-            (plan.view(tensor), tensor.scale or 0.0, tensor.zero_row)
-            for tensor in plan.shared
-            if tensor.zero_row is not None
-        ]
         with torch.device("cpu"):
-            self._masters |= inverse_gamma(self.num_slots, self.tile, self._masters["table"], shared, unread)
+            self._masters |= inverse_gamma(
+                self.num_slots, self.tile, self._masters["table"], *plan.readings(), plan.scale_energies()
+            )
         self._basis_energy = tuple(plan.basis_energy(tensor) for tensor in plan.with_basis)
         self._groups = None
         self._place_constants(self.weight.device)
@@ -405,7 +426,8 @@ class RoastPool(TiedModule):
     def extra_repr(self) -> str:
         """Describe the pool's size."""
         rows, cols = self.tile
-        return f"{self.weight.numel():,} parameters, {self.num_slots} slots of {rows}×{cols}"
+        scales = f", {len(self._scale_energy)} learned scales" if self._scale_energy else ""
+        return f"{self.weight.numel():,} parameters, {self.num_slots} slots of {rows}×{cols}{scales}"
 
 
 _BASIS = "basis_"

@@ -19,13 +19,35 @@ UnreadRows = Sequence[tuple[TileView, float, int]]
 
 
 def inverse_gamma(
-    num_slots: int, tile: tuple[int, int], table: Tensor, shared: Shared, unread_rows: UnreadRows
+    num_slots: int,
+    tile: tuple[int, int],
+    table: Tensor,
+    shared: Shared,
+    unread_rows: UnreadRows,
+    scales: Sequence[float] = (),
 ) -> dict[str, Tensor]:
     """Return 1/Γ: one number for each slot, and one for each element of the slots whose elements differ.
 
     The elements of a slot differ if a tensor that reads the slot is padded there, or begins inside a tile. An element
-    that no tensor reads gets its slot's number, because no gradient reaches the element.
+    that no tensor reads gets its slot's number, because no gradient reaches the element. The slots of the learned
+    scales come last; `scales` has Γ of each scale.
     """
+    of_tiles = _of_tiles(num_slots, tile, table, shared, unread_rows)
+    size = tile[0] * tile[1]
+    count = -(-len(scales) // size)
+    by_slot = torch.ones(count * size, dtype=torch.float64)
+    by_slot[: len(scales)] = torch.tensor(scales, dtype=torch.float64)
+    return {
+        "per_slot": torch.cat([of_tiles["per_slot"], torch.ones(count, dtype=torch.float64)]),
+        "uneven_slots": torch.cat([of_tiles["uneven_slots"], num_slots + torch.arange(count)]),
+        "uneven": torch.cat([of_tiles["uneven"], by_slot.reciprocal().view(count, size)]),
+    }
+
+
+def _of_tiles(
+    num_slots: int, tile: tuple[int, int], table: Tensor, shared: Shared, unread_rows: UnreadRows
+) -> dict[str, Tensor]:
+    """Return 1/Γ of the slots that tiles are mapped to."""
     size = tile[0] * tile[1]
     if _nothing_shared(num_slots, shared):
         per_slot = torch.ones(num_slots, dtype=torch.float64)

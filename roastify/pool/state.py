@@ -167,7 +167,8 @@ def with_state(plan: RoastPlan, state: PoolState) -> RoastPlan:
 
 def _digest(plan: RoastPlan) -> bytes:
     """Return the SHA-256 of everything that decides where a weight lies and how it is read, but for numbers."""
-    text = json.dumps([list(_facts(plan)), [list(map(int, vars(region).values())) for region in plan.regions]])
+    folds = [[list(vars(fold).values()) for fold in plan.folds]] if plan.folds else []
+    text = json.dumps([list(_facts(plan)), [list(map(int, vars(region).values())) for region in plan.regions], *folds])
     return hashlib.sha256(text.encode()).digest()
 
 
@@ -183,6 +184,7 @@ def _facts(plan: RoastPlan) -> Iterator[list[object]]:
             tensor.region,
             tensor.basis_count,
             *([tensor.diagonal] if tensor.diagonal else []),
+            *([] if tensor.fold is None else [["fold", tensor.fold]]),
         ]
 
 

@@ -25,8 +25,9 @@ from roastify.conversion.converted import basis_of, matrix, owners, pool_of
 from roastify.errors import RecoveryError
 from roastify.kernels import ops
 from roastify.kernels.reference import summed_in
-from roastify.kernels.view import SignKind, TileView
+from roastify.kernels.view import FoldView, SignKind, TileView
 from roastify.layers.kinds import kind_of
+from roastify.pool.fold import folded, folded_squares, unfolded
 from roastify.pool.kernel_basis import coefficient_matrix, combined_matrix
 from roastify.pool.plan import TensorPlan
 from roastify.pool.pool import RoastPool
@@ -279,21 +280,29 @@ class _LinearMap:
         view: where the tensor's matrix lies.
         scale: λ.
         basis: the tensor's basis kernels, or None.
+        fold: how the tensor's inputs are folded, and the learned scales' values, which stay as they are; or None.
     """
 
     table: Tensor
     view: TileView
     scale: float
-    basis: Tensor | None
+    basis: Tensor | None = None
+    fold: tuple[FoldView, Tensor] | None = None
 
     def weight(self, pool: Tensor) -> Tensor:
         """Return the weight, `[rows, …]`."""
         matrix = ops.gather(pool, self.table, self.view, self.scale)
+        if self.fold is not None:
+            view, scales = self.fold
+            return unfolded(matrix, scales, view)
         return matrix if self.basis is None else combined_matrix(matrix, self.basis)
 
     def adjoint(self, weight: Tensor, pool_shape: Sequence[int]) -> Tensor:
         """Return the transpose of the function `weight`, applied to a tensor of the weight's shape."""
         matrix = weight if self.basis is None else coefficient_matrix(weight, self.basis)
+        if self.fold is not None:
+            view, scales = self.fold
+            matrix = folded(weight, scales, view)
         return ops.reduce(matrix.contiguous(), self.table, self.view, self.scale, pool_shape)
 
 
@@ -302,12 +311,23 @@ def _basis(pool: RoastPool, term: _Term, dtype: torch.dtype) -> Tensor | None:
     return None if basis is None else basis.detach().to(dtype)
 
 
+def _fold(pool: RoastPool, term: _Term, dtype: torch.dtype) -> tuple[FoldView, Tensor] | None:
+    index = term.tensor.fold
+    return None if index is None else (pool.plan.fold_view(index), pool.weight.detach().to(dtype, copy=True))
+
+
 def _solve(pool: RoastPool, terms: Sequence[_Term], steps: int) -> tuple[float, float]:
     """Minimise the mean of the terms by conjugate gradients on the pool; return the mean before and after."""
     wide = summed_in(pool.weight.dtype)
     x = pool.weight.detach().to(wide, copy=True)
     places = [
-        _LinearMap(pool.table, pool.plan.view(term.tensor), term.tensor.scale or 0.0, _basis(pool, term, wide))
+        _LinearMap(
+            pool.table,
+            pool.plan.view(term.tensor),
+            term.tensor.scale or 0.0,
+            _basis(pool, term, wide),
+            _fold(pool, term, wide),
+        )
         for term in terms
     ]
 
@@ -357,7 +377,10 @@ def _curvature(pool: RoastPool, terms: Sequence[_Term], like: Tensor) -> Tensor:
         basis = _basis(pool, term, like.dtype)
         # For coefficients, the inputs at a kernel's positions are taken as uncorrelated.
         squared = None if basis is None else basis**2
-        total += _LinearMap(pool.table, view, scale, squared).adjoint(term.curvature() * scale, like.shape)
+        curvature = term.curvature() * scale
+        if (fold := _fold(pool, term, like.dtype)) is not None:
+            curvature = folded_squares(curvature, fold[1], fold[0])
+        total += _LinearMap(pool.table, view, scale, squared).adjoint(curvature, like.shape)
     return torch.where(total > 0, total, 1.0)
 
 

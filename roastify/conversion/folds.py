@@ -1,0 +1,131 @@
+"""Which weights are folded, how much, and which of them read their inputs through the same fold.
+
+The torch.fx pass tells both: which operations consume a weight, and which weights multiply the same value. Such weights
+get one fold, so their inputs are folded once. docs/training.md ("Choices of the planner") lists the measurements behind
+the constants.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+
+import torch
+
+from roastify.config import RoastConfig, check_ratio
+from roastify.conversion.fx_pass import ParameterInfo
+from roastify.errors import PlanError
+from roastify.layers.kinds import multiplies_inputs
+from roastify.pool.plan import FoldPlan, TensorPlan
+
+# The folds that `auto` chooses from, the largest first. A fold of 16 lost 0.03 nats at ratio 10.
+_FOLDS = (8, 4, 2)
+# Weights with fewer elements are not folded by `auto`: their products take as long as a fold. If a larger weight folds
+# the same input, this costs nothing, and smaller ones are folded too.
+_LEAST_ELEMENTS, _LEAST_BESIDE_OTHERS = 1 << 20, 1 << 18
+# The fewest columns of the narrow matrix with `auto`: those of two tiles.
+_LEAST_WIDTH = 128
+# Each hash's rows begin with a row of tiles. `auto` keeps to the largest tiles, so that no fold makes tiles smaller.
+_TILE_ROWS, _LEAST_TILE_ROWS = 128, 8
+# The functions that only multiply inputs with a weight, and the weight's place among their arguments.
+_PRODUCTS = {("linear", 1), ("addmm", 2)}
+# The most columns in a bucket's row that share signs and a learned scale.
+_SPAN = 64
+
+
+def with_folds(
+    model: torch.nn.Module, eligible: Sequence[ParameterInfo], shared: Mapping[str, TensorPlan], config: RoastConfig
+) -> tuple[dict[str, TensorPlan], tuple[FoldPlan, ...]]:
+    """Return the verdicts on the shared tensors with their folds, and the folds.
+
+    Args:
+        model: the model.
+        eligible: the tensors that will be shared, with the uses that the torch.fx pass saw.
+        shared: the verdict on each of them, by name.
+        config: the settings.
+
+    Raises:
+        PlanError: the settings ask for a fold that no tensor can have.
+    """
+    sizes = {
+        info.name: size for info in eligible if (size := _fold_of(model, info, shared[info.name], config)) is not None
+    }
+    if not sizes and isinstance(config.fold, int) and config.fold > 1:
+        raise PlanError(
+            f"fold = {config.fold} fits no weight: it needs a linear layer whose inputs have a multiple of "
+            f"{config.fold} features and whose outputs are a multiple of {config.fold_hashes * _LEAST_TILE_ROWS}. "
+            f"Choose a smaller fold, or fold='none'"
+        )
+    together: dict[tuple[str, int, int, int], list[TensorPlan]] = {}
+    for name, reader in _readers([info for info in eligible if info.name in sizes]).items():
+        fold, hashes = sizes[name]
+        together.setdefault((reader, shared[name].cols, fold, hashes), []).append(shared[name])
+    folded = dict(shared)
+    folds: list[FoldPlan] = []
+    num_scales = 0
+    for (_, cols, fold, hashes), tensors in together.items():
+        if config.fold == "auto" and max(tensor.numel for tensor in tensors) < _LEAST_ELEMENTS:
+            continue
+        plan = FoldPlan(cols, fold, hashes, _SPAN, num_scales if config.learned_scales else None)
+        num_scales += plan.view(0, 0).num_scales
+        for tensor in tensors:
+            folded[tensor.name] = dataclasses.replace(tensor, cols=cols // fold, fold=len(folds))
+        folds.append(plan)
+    return folded, tuple(folds)
+
+
+def _fold_of(
+    model: torch.nn.Module, info: ParameterInfo, tensor: TensorPlan, config: RoastConfig
+) -> tuple[int, int] | None:
+    """Return a tensor's fold and its number of hashes, or None if it is not folded."""
+    ratio = check_ratio(config.ratio)
+    if config.fold == "none" or ratio == 1 or tensor.strips or not _only_multiplies(model, info):
+        return None
+    if config.fold != "auto":
+        fold = int(config.fold)
+        hashes = min(config.fold_hashes, fold)
+        tile_rows = (config.tile_shape() or (_LEAST_TILE_ROWS, 0))[0]
+        fits = tensor.cols % fold == 0 and tensor.rows % (hashes * tile_rows) == 0
+        return (fold, hashes) if fits and fold > 1 else None
+    # The other mappings and local sharing are there for comparisons, and stay what they were.
+    if config.mapping != "permutation" or config.sharing != "global" or tensor.numel < _LEAST_BESIDE_OTHERS:
+        return None
+    tile_rows = (config.tile_shape() or (_TILE_ROWS, 0))[0]
+    for fold in _FOLDS:
+        hashes = min(config.fold_hashes, fold)
+        if (
+            Fraction(fold) <= ratio
+            and tensor.cols % fold == 0
+            and tensor.cols // fold >= _LEAST_WIDTH
+            and tensor.rows % (hashes * tile_rows) == 0
+        ):
+            return fold, hashes
+    return None
+
+
+def _only_multiplies(model: torch.nn.Module, info: ParameterInfo) -> bool:
+    """Whether a weight is only multiplied with inputs, so that these can be folded."""
+    for alias in info.aliases:
+        path, _, attribute = alias.rpartition(".")
+        if not multiplies_inputs(model.get_submodule(path), attribute):
+            return False
+    # Code that FX saw may use a layer's weight besides the layer's own call.
+    functional = [use for use in info.uses if use.through == "function"]
+    return all((use.op, use.position) in _PRODUCTS for use in functional)
+
+
+def _readers(infos: Sequence[ParameterInfo]) -> dict[str, str]:
+    """Return for each tensor a name that tensors share if they were seen to multiply the same value."""
+    first: dict[str, str] = {}
+    leader = {info.name: info.name for info in infos}
+
+    def find(name: str) -> str:
+        while leader[name] != name:
+            name = leader[name]
+        return name
+
+    for info in infos:
+        for value in {value for use in info.uses for value in use.inputs}:
+            leader[find(info.name)] = find(first.setdefault(value, info.name))
+    return {info.name: find(info.name) for info in infos}
