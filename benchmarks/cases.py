@@ -38,6 +38,33 @@ TRAINING: list[tuple[Shape, float, Aims]] = [
     ((4096, 4096), 11, {1024: None, 8192: 0.9}),
     ((768, 3072), 5.7, {1024: None, 4096: None}),
 ]
+# (out, in), fold, the pool's megabytes in bfloat16; dense ÷ pool that is aimed at, forward and with backward.
+FOLDED_HASHES = 2
+FOLDED: list[tuple[Shape, int, float, Aims, Aims]] = [
+    (
+        (4096, 4096),
+        8,
+        11,
+        {1: 2.8, 16: 2.4, 64: 1.8, 512: 2.0, 2048: 2.3, 8192: 2.5},
+        {512: None, 2048: 2.8, 8192: 3.0},
+    ),
+    ((4096, 4096), 4, 11, {1: None, 16: None, 64: None, 512: None, 2048: None, 8192: None}, {2048: None, 8192: None}),
+    (
+        (11008, 4096),
+        8,
+        11,
+        {1: 3.8, 16: 2.5, 64: 2.2, 512: 1.8, 2048: 2.2, 8192: 2.2},
+        {512: None, 2048: 2.4, 8192: 2.5},
+    ),
+    ((4096, 11008), 8, 11, {1: None, 16: None, 512: None, 2048: None}, {2048: None}),
+    ((2048, 2048), 8, 11, {1: 2.0, 16: 1.6, 64: 1.2, 512: 1.2, 2048: 1.8, 8192: 2.0}, {2048: 2.0, 8192: 2.6}),
+    ((1024, 1024), 8, 5.7, {1: None, 16: None, 64: None, 512: None, 2048: None, 8192: None}, {2048: None, 8192: None}),
+    ((4096, 1024), 8, 5.7, {1: None, 16: None, 512: None, 2048: None, 8192: None}, {2048: None, 8192: None}),
+    ((1024, 4096), 8, 5.7, {1: None, 16: None, 512: None, 2048: None, 8192: None}, {2048: None, 8192: None}),
+    ((768, 768), 4, 5.7, {1: 2.2, 16: 1.6, 64: 1.0, 512: 1.0, 2048: 1.0, 8192: 1.1}, {2048: 1.0, 8192: 1.1}),
+    ((3072, 768), 4, 5.7, {1: 2.2, 16: 1.6, 64: 1.0, 512: 1.0, 2048: 1.0, 8192: 1.1}, {2048: 1.0, 8192: 1.1}),
+    ((768, 3072), 4, 5.7, {1: None, 16: None, 64: None, 512: None, 2048: None, 8192: None}, {2048: None, 8192: None}),
+]
 # D, and the pool's megabytes in float32.
 HASHEDNET: list[tuple[int, tuple[int, ...]]] = [(1024, (4, 32)), (4096, (4, 32)), (10240, (4, 32, 512))]
 HASHEDNET_ROWS = (16, 512)
@@ -69,8 +96,8 @@ class Case(NamedTuple):
 
 # One at a time: cases of the same layers follow one another.
 @functools.lru_cache(maxsize=1)
-def layers_of(shape: Shape, elements: float, dtype: torch.dtype) -> Layers:
-    return Layers(shape, elements, dtype)
+def layers_of(shape: Shape, elements: float, dtype: torch.dtype, fold: int = 1, hashes: int = 1) -> Layers:
+    return Layers(shape, elements, dtype, fold=fold, hashes=hashes)
 
 
 @functools.lru_cache(maxsize=1)
@@ -163,6 +190,34 @@ def training_cases(effort: Effort) -> Iterator[Case]:
         elements = in_bfloat16(megabytes)
         for rows, aim in aims.items():
             yield Case(facts(shape, torch.bfloat16, elements, rows, aim), partial(measure, shape, elements, rows))
+
+
+def folded_cases(effort: Effort) -> Iterator[Case]:
+    """Folded layers, forward, and forward and backward; every call folds its own input."""
+
+    def measure(shape: Shape, elements: float, fold: int, rows: int, backward: bool) -> Row:
+        layers = layers_of(shape, elements, torch.bfloat16, fold, FOLDED_HASHES)
+        x, grad = layers.activations(rows)
+        views = layers.views(SIGN)
+        view = views[len(views) // 3]
+        error = layers.forward_error(x, view)
+        if backward:
+            error = max(error, layers.backward_error(x, grad, view))
+            sides = {"dense": layers.dense_backward(x, grad), "pool": layers.pool_backward(x, grad, views)}
+        else:
+            sides = {"dense": layers.dense_forward(x), "pool": layers.pool_forward(x, views)}
+        found = {**compared(layers, timing.measure(sides, effort.most)), "error": error}
+        return found if backward else {**found, "floor": floor_us(layers, rows, effort.ceilings)}
+
+    for shape, fold, megabytes, forward_aims, backward_aims in FOLDED:
+        elements = in_bfloat16(megabytes)
+        for backward, aims in ((False, forward_aims), (True, backward_aims)):
+            for rows, aim in aims.items():
+                extra = {"fold": fold, "hashes": FOLDED_HASHES, "backward": backward}
+                yield Case(
+                    facts(shape, torch.bfloat16, elements, rows, aim, **extra),
+                    partial(measure, shape, elements, fold, rows, backward),
+                )
 
 
 def hashednet_cases(effort: Effort) -> Iterator[Case]:
@@ -297,6 +352,7 @@ REGIMES: dict[str, Callable[[Effort], Iterator[Case]]] = {
     "linear": linear_cases,
     "float32": float32_cases,
     "training": training_cases,
+    "folded": folded_cases,
     "hashednet": hashednet_cases,
     "repeat": repeat_cases,
     "memory": memory_cases,

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from benchmarks.timing import Call
 from roastify.kernels import ops, reference
-from roastify.kernels.view import TileView
-from roastify.pool.mapping import TileMap
+from roastify.kernels.view import FoldView, TileView, to_signed64
+from roastify.pool.fold import folded, unfolded
+from roastify.pool.mapping import TileMap, fold_key
 
 # A CPU is for the tests of the benchmark itself.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -22,6 +23,8 @@ SLOT = TILE[0] * TILE[1]
 SCALE = 0.7
 # What the planner chooses for pools of as many slots.
 SIGN = "row"
+# Columns that share signs in a fold, as the planner has it.
+SPAN = 64
 # So small that a thousand steps leave the weights as they are.
 LEARNING_RATE = 1e-9
 # Largest error over the largest value, against float64.
@@ -65,16 +68,26 @@ class Layers:
         pool_elements: about so many elements in the pool, in whole slots.
         dtype: of everything.
         count: layers; by default as many as `count_in_a_row` says.
+        fold: input columns that share a bucket; 1 for layers that are not folded.
+        hashes: of a fold.
     """
 
     def __init__(
-        self, shape: tuple[int, int], pool_elements: float, dtype: torch.dtype, count: int | None = None
+        self,
+        shape: tuple[int, int],
+        pool_elements: float,
+        dtype: torch.dtype,
+        count: int | None = None,
+        fold: int = 1,
+        hashes: int = 1,
     ) -> None:
         self.shape, self.dtype = shape, dtype
+        self.width, self.hashes = shape[1] // fold, hashes
+        self.fold = None if fold == 1 else FoldView(shape[1], fold, hashes, SPAN, to_signed64(fold_key(0, 0)))
         weight_bytes = shape[0] * shape[1] * dtype.itemsize
         self.count = count or count_in_a_row(weight_bytes)
         self.num_slots = max(1, int(pool_elements / SLOT))
-        self._tiles = math.ceil(shape[0] / TILE[0]) * math.ceil(shape[1] / TILE[1])
+        self._tiles = math.ceil(shape[0] / TILE[0]) * math.ceil(self.width / TILE[1])
         self.table = torch.tensor(self._map("none").chunk_table(), dtype=torch.int64, device=DEVICE)
         self.pool = randn(self.num_slots * TILE[0], TILE[1], dtype=dtype)
         self.dense = [randn(*shape, dtype=dtype) for _ in range(self.count)]
@@ -86,7 +99,9 @@ class Layers:
     def views(self, sign: str) -> list[TileView]:
         """Return where each layer lies in the pool."""
         tile_map = self._map(sign)
-        return [tile_map.view(*self.shape, layer * self._tiles * SLOT) for layer in range(self.count)]
+        rows, step = self.shape[0], self._tiles * SLOT
+        views = (tile_map.view(rows, self.width, layer * step) for layer in range(self.count))
+        return [view._replace(groups=self.hashes) for view in views]
 
     def activations(self, rows: int) -> tuple[Tensor, Tensor]:
         """Return an input, and a gradient of the output."""
@@ -105,14 +120,30 @@ class Layers:
         return [lambda weight=weight: F.linear(x, weight) for weight in self.dense]
 
     def pool_forward(self, x: Tensor, views: Sequence[TileView]) -> list[Call]:
-        return [lambda view=view: ops.linear(x, self.pool, None, self.table, view, SCALE) for view in views]
+        return [lambda view=view: self.product(self.folded(x), view) for view in views]
+
+    def folded(self, x: Tensor) -> Tensor:
+        """Return what the product on the pool takes: the input, folded if the layers are."""
+        return x if self.fold is None else ops.fold(x, None, self.fold)
+
+    def product(self, folded: Tensor, view: TileView) -> Tensor:
+        return ops.linear(folded, self.pool, None, self.table, view, SCALE)
+
+    def grad_x(self, grad: Tensor, view: TileView) -> Tensor:
+        found = ops.linear_t(grad, self.pool, None, self.table, view, SCALE)
+        return found if self.fold is None else ops.unfold(found, None, self.fold)
+
+    def weight(self, view: TileView) -> Tensor:
+        """Return a layer's dense weight in float64."""
+        matrix = reference.gather(self.pool.double(), self.table, view, SCALE)
+        return matrix if self.fold is None else unfolded(matrix, None, self.fold)
 
     def gathered_forward(self, x: Tensor, views: Sequence[TileView]) -> list[Call]:
         """Return the forward of those who gather the whole weight and leave the rest to cuBLAS."""
         return [lambda view=view: F.linear(x, ops.gather(self.pool, self.table, view, SCALE)) for view in views]
 
-    def grad_pool(self, grad: Tensor, x: Tensor, view: TileView) -> Tensor:
-        return torch.ops.roastify.linear_reduce(grad, x, self.table, view, SCALE, list(self.pool.shape))
+    def grad_pool(self, grad: Tensor, folded: Tensor, view: TileView) -> Tensor:
+        return torch.ops.roastify.linear_reduce(grad, folded, self.table, view, SCALE, list(self.pool.shape))
 
     def dense_backward(self, x: Tensor, grad: Tensor) -> list[Call]:
         """Return forward, input's gradient and weight's gradient, as autograd calls them."""
@@ -127,9 +158,10 @@ class Layers:
         total = torch.zeros(self.pool.shape, device=DEVICE)
 
         def step(view: TileView) -> object:
-            out = ops.linear(x, self.pool, None, self.table, view, SCALE)
-            grad_x = ops.linear_t(grad, self.pool, None, self.table, view, SCALE)
-            return out, grad_x, total.add_(self.grad_pool(grad, x, view))
+            folded = self.folded(x)
+            out, grad_x = self.product(folded, view), self.grad_x(grad, view)
+            torch.ops.roastify.linear_reduce_(total, grad, folded, self.table, view, SCALE)
+            return out, grad_x
 
         return [lambda view=view: step(view) for view in views]
 
@@ -146,9 +178,9 @@ class Layers:
         """Return the same on the pool, whose update comes after every layer, as if it had the pool to itself."""
 
         def step(view: TileView) -> object:
-            out = ops.linear(x, self.pool, None, self.table, view, SCALE)
-            grad_x = ops.linear_t(grad, self.pool, None, self.table, view, SCALE)
-            return out, grad_x, self.pool.add_(self.grad_pool(grad, x, view), alpha=-LEARNING_RATE)
+            folded = self.folded(x)
+            out, grad_x = self.product(folded, view), self.grad_x(grad, view)
+            return out, grad_x, self.pool.add_(self.grad_pool(grad, folded, view), alpha=-LEARNING_RATE)
 
         return [lambda view=view: step(view) for view in views]
 
@@ -165,18 +197,18 @@ class Layers:
 
     def forward_error(self, x: Tensor, view: TileView) -> float:
         """Return the forward's error against float64; raise if it is not the product."""
-        weight = reference.gather(self.pool.double(), self.table, view, SCALE)
-        found = ops.linear(x, self.pool, None, self.table, view, SCALE)
-        return self.checked("forward", relative_error(found, x.double() @ weight.t()))
+        found = self.product(self.folded(x), view)
+        return self.checked("forward", relative_error(found, x.double() @ self.weight(view).t()))
 
     def backward_error(self, x: Tensor, grad: Tensor, view: TileView) -> float:
         """Return the larger error of the two gradients against float64; raise if it is too large."""
-        weight = reference.gather(self.pool.double(), self.table, view, SCALE)
-        grad_x = ops.linear_t(grad, self.pool, None, self.table, view, SCALE)
-        error = self.checked("input's gradient", relative_error(grad_x, grad.double() @ weight))
-        shape = list(self.pool.shape)
-        expected = reference.reduce(grad.double().t() @ x.double(), self.table, view, SCALE, shape)
-        return max(error, self.checked("pool's gradient", relative_error(self.grad_pool(grad, x, view), expected)))
+        expected_x = grad.double() @ self.weight(view)
+        error = self.checked("input's gradient", relative_error(self.grad_x(grad, view), expected_x))
+        of_weight = grad.double().t() @ x.double()
+        of_matrix = of_weight if self.fold is None else folded(of_weight, None, self.fold)
+        expected = reference.reduce(of_matrix, self.table, view, SCALE, list(self.pool.shape))
+        found = self.grad_pool(grad, self.folded(x), view)
+        return max(error, self.checked("pool's gradient", relative_error(found, expected)))
 
     def checked(self, what: str, error: float) -> float:
         """Return the error, or raise if it is too large for what was computed."""
@@ -192,7 +224,8 @@ def floor_us(layers: Layers, rows: int, ceilings: dict[str, float]) -> dict[str,
     The pool's weights are read from the cache, all of them; where the pool is larger than the cache, the part that
     cannot be there comes from memory. Dense weights come from memory. Both do the same arithmetic.
     """
-    out, cols = layers.shape
+    out, cols = layers.shape[0], layers.width
+    dense_bytes = math.prod(layers.shape) * layers.dtype.itemsize
     itemsize = layers.dtype.itemsize
     weight_bytes, pool_bytes = out * cols * itemsize, layers.pool.nbytes
     missed = max(0.0, 1 - ceilings["l2_mb"] * 1e6 / pool_bytes)
@@ -200,10 +233,11 @@ def floor_us(layers: Layers, rows: int, ceilings: dict[str, float]) -> dict[str,
     precision = precision_name(layers.dtype)
     rate = ceilings["bfloat16_tflop_s" if precision == "float16" else f"{precision}_tflop_s"] * 1e6
     arithmetic = 2 * rows * out * cols / rate
+    dense_arithmetic = 2 * rows * math.prod(layers.shape) / rate
     bounds = {
         "memory": weight_bytes * missed / memory,
-        "cache": (weight_bytes + rows * (out + cols) * itemsize) / (ceilings["l2_read_gb_s"] * 1e3),
+        "cache": (weight_bytes + rows * (out + layers.shape[1]) * itemsize) / (ceilings["l2_read_gb_s"] * 1e3),
         "arithmetic": arithmetic,
     }
     bound = max(bounds, key=lambda name: bounds[name])
-    return {"pool_us": bounds[bound], "bound": bound, "dense_us": max(weight_bytes / memory, arithmetic)}
+    return {"pool_us": bounds[bound], "bound": bound, "dense_us": max(dense_bytes / memory, dense_arithmetic)}

@@ -175,16 +175,31 @@ def _vectors(size: int, width: int) -> Callable[[torch.Generator], Batch]:
 # In the order in which they are measured. Dropout is the models' own.
 TASKS = {
     "bert-base": Task(
-        _transformer("BertForMaskedLM"), _masked_words(30522, 32, 128), 32, "32 sequences of 128 words", time_aim=1.10
+        _transformer("BertForMaskedLM"), _masked_words(30522, 32, 128), 32, "32 sequences of 128 words", time_aim=0.85
     ),
     "deep-stack": Task(
         lambda: DeepStack(96, 2048), _vectors(4096, 2048), 4096, "4,096 rows of 2,048", (4,), time_aim=1.15
     ),
     "gpt2-medium": Task(
         _transformer("GPT2LMHeadModel", n_embd=1024, n_layer=24, n_head=16),
-        _next_words(50257, 8, 512),
+        _next_words(50257, 8, 1024),
         8,
-        "8 sequences of 512 words",
+        "8 sequences of 1,024 words",
+        time_aim=0.70,
+    ),
+    "llama-1.1b": Task(
+        _transformer("LlamaForCausalLM", use_cache=False, **llama(2048, 5632, 22, 32, 4)),
+        _next_words(32000, 8, 1024),
+        8,
+        "8 sequences of 1,024 words",
+        time_aim=0.52,
+    ),
+    "llama-4096": Task(
+        _transformer("LlamaForCausalLM", use_cache=False, **llama(4096, 11008, 8, 32, 32)),
+        _next_words(32000, 4, 2048),
+        4,
+        "4 sequences of 2,048 words",
+        time_aim=0.40,
     ),
     "resnet-50": Task(ResNet, _images(64, 224, 1000), 64, "64 images of 224×224", channels_last=True),
     "resnet-50, whole kernels": Task(
