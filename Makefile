@@ -53,6 +53,8 @@ bench-gpu: $(READY)  ## Measure the operators on this machine's GPU and write do
 
 accuracy: $(READY)  ## Train every method on this machine's GPUs, on the data in DATA=folder, and write docs/accuracy.md
 	$(BIN)/python -m benchmarks.accuracy --data $(DATA) --group main --group grid --group text
+	$(BIN)/python -m benchmarks.accuracy.language.tokens --data $(DATA)
+	$(BIN)/python -m benchmarks.accuracy.language
 	$(BIN)/python -m benchmarks.accuracy.page
 
 clean:  ## Remove the environment and everything built

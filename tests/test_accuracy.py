@@ -1084,7 +1084,8 @@ def test_a_captured_run_gives_the_losses_of_the_run_without_a_graph(
 
 def test_the_page_is_the_committed_results() -> None:
     rows = files.load(table.RESULTS)["rows"]
-    assert page.markdown(rows) == page.DOCUMENT.read_text()
+    language_rows = files.load(page.LANGUAGE_RESULTS)["rows"]
+    assert page.markdown(rows, language_rows) == page.DOCUMENT.read_text()
     text = readme.README.read_text()
     assert documents.insert(text, readme.BEGIN, readme.markdown(rows)) == text
     for task in table.Table(rows).tasks():

@@ -10,6 +10,8 @@ from pathlib import Path
 import click
 
 from benchmarks.accuracy import picture, readme, trials
+from benchmarks.accuracy.language import page as language
+from benchmarks.accuracy.language.table import RESULTS as LANGUAGE_RESULTS
 from benchmarks.accuracy.methods import METHODS
 from benchmarks.accuracy.runs import Run, of_row
 from benchmarks.accuracy.table import RESULTS, Row, Table, final
@@ -335,14 +337,15 @@ def _losses(table: Table, named: str) -> Iterator[str]:
                     )
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """Return docs/accuracy.md of the raw rows."""
+def markdown(rows: Sequence[Row], language_rows: Sequence[Row] = ()) -> str:
+    """Return docs/accuracy.md of the raw rows, those of the language models among them."""
     table = Table(rows)
     lines = ["# Accuracy against stored parameters", "", described(table), "", "## What was to be shown", ""]
     found = [[verdict.aim, verdict.found, verdict.text] for verdict in verdicts(table)]
     lines += table_lines(["aim", "found", ""], found)
     for task in table.tasks():
         lines += comparison(table, task)
+    lines += language.markdown(language_rows)
     # At ratio 1 no kernel has a basis.
     pairs = [*against(table, "local", 10.0), *against(table, "plain", 1.0), *against(table, "whole", 2.0)]
     if pairs:
@@ -359,20 +362,27 @@ def markdown(rows: Sequence[Row]) -> str:
 
 @click.command()
 @click.option("--rows", "path", type=click.Path(exists=True, dir_okay=False, path_type=Path), default=RESULTS)
+@click.option("--language-rows", "language_path", type=click.Path(dir_okay=False, path_type=Path),
+              default=LANGUAGE_RESULTS, help="Rows of the language models, if there are any.")  # fmt: skip
 @click.option("--document", type=click.Path(dir_okay=False, path_type=Path), default=DOCUMENT)
-def main(path: Path, document: Path) -> None:
+def main(path: Path, language_path: Path, document: Path) -> None:
     """Write the page and its pictures from the raw rows; beside the page in docs/, the README's table too."""
     rows = load(path)["rows"]
     if not rows:
         raise click.ClickException(f"{path} holds no rows; python -m benchmarks.accuracy makes them")
-    if document == DOCUMENT and any(row["smoke"] for row in rows):
-        raise click.ClickException(f"{path} holds rows of a smoke test, which say nothing; name another --document")
-    write(document, markdown(rows))
+    language_rows = load(language_path)["rows"]
+    for source, found in ((path, rows), (language_path, language_rows)):
+        if document == DOCUMENT and any(row["smoke"] for row in found):
+            raise click.ClickException(
+                f"{source} holds rows of a smoke test, which say nothing; name another --document"
+            )
+    write(document, markdown(rows, language_rows))
     written = [document]
     if document == DOCUMENT:
         write(readme.README, insert(readme.README.read_text(encoding="utf-8"), readme.BEGIN, readme.markdown(rows)))
         written.append(readme.README)
-    drawn = picture.draw(Table(rows), document.parent / IMAGES.name)
+    images = document.parent / IMAGES.name
+    drawn = [*picture.draw(Table(rows), images), *language.draw(language_rows, images)]
     print(f"written to {', '.join(str(path) for path in (*written, *drawn))}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
@@ -19,7 +20,79 @@ class CaptureError(RuntimeError):
     """The step could not be captured; the process's CUDA state is not to be trusted any more."""
 
 
-class Step:
+class CapturedStep(abc.ABC):
+    """A training step that can be one CUDA graph: `run` takes everything it needs from tensors that it advances.
+
+    Args:
+        model: what is trained.
+        optimizer: its learning rates are tensors.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.model, self.optimizer = model, optimizer
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    @abc.abstractmethod
+    def run(self) -> None:
+        """Take a step without the graph."""
+
+    @abc.abstractmethod
+    def counters(self) -> list[Tensor]:
+        """Return what a step advances beside model and optimizer."""
+
+    def __call__(self) -> None:
+        if self.graph is None:
+            self.run()
+        else:
+            self.graph.replay()
+
+    def capture(self) -> None:
+        """Make the CUDA graph; model, optimizer and counters are left as they were.
+
+        Raises:
+            CaptureError: something in the step cannot be captured.
+        """
+        try:
+            # Only here: each net's other shapes, in evaluation, are not worth a search.
+            with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+                self.graph = self._captured()
+        except torch.OutOfMemoryError:
+            # Without a graph it would take as much.
+            raise
+        except RuntimeError as error:
+            raise CaptureError(str(error)) from error
+
+    def _captured(self) -> torch.cuda.CUDAGraph:
+        with self._retained():
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(_WARM_UP):
+                    self.run()
+            torch.cuda.current_stream().wait_stream(side)
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.run()
+        return graph
+
+    @contextlib.contextmanager
+    def _retained(self) -> Iterator[None]:
+        """Put back all that steps change: a fresh optimizer's state is zeros."""
+        tensors = [*self.model.parameters(), *self.model.buffers(), *self.counters()]
+        saved = [tensor.detach().clone() for tensor in tensors]
+        yield
+        with torch.no_grad():
+            for tensor, before in zip(tensors, saved, strict=True):
+                tensor.copy_(before)
+            for state in self.optimizer.state.values():
+                for value in state.values():
+                    if isinstance(value, Tensor):
+                        value.zero_()
+
+
+class Step(CapturedStep):
     """One step: the next batch, forward, backward, optimizer, and the step size of the next.
 
     Args:
@@ -50,7 +123,8 @@ class Step:
         autocast: Callable[[], contextlib.AbstractContextManager],
         teacher: Teacher | None = None,
     ) -> None:
-        self.model, self.optimizer, self.factors, self.schedule = model, optimizer, factors, schedule
+        super().__init__(model, optimizer)
+        self.factors, self.schedule = factors, schedule
         self.examples, self.epoch, self.batch = examples, epoch, batch
         self.hole, self.smoothing, self.autocast, self.teacher = hole, smoothing, autocast, teacher
         device = schedule.device
@@ -58,50 +132,15 @@ class Step:
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
         self.done = torch.zeros(1, dtype=torch.int64, device=device)
         self.loss = torch.zeros((), device=device)
-        self.graph: torch.cuda.CUDAGraph | None = None
 
     def begin_epoch(self) -> None:
         self.position.zero_()
         self.loss.zero_()
 
-    def __call__(self) -> None:
-        if self.graph is None:
-            self._run()
-        else:
-            self.graph.replay()
+    def counters(self) -> list[Tensor]:
+        return [self.position, self.done, self.loss]
 
-    def capture(self) -> None:
-        """Make the CUDA graph; model, optimizer and counters are left as they were.
-
-        Raises:
-            CaptureError: something in the step cannot be captured.
-        """
-        try:
-            # Only here: each net's other shapes, in evaluation, are not worth a search.
-            with torch.backends.cudnn.flags(enabled=True, benchmark=True):
-                self.graph = self._captured()
-        except torch.OutOfMemoryError:
-            # Without a graph it would take as much.
-            raise
-        except RuntimeError as error:
-            raise CaptureError(str(error)) from error
-
-    def _captured(self) -> torch.cuda.CUDAGraph:
-        with self._retained():
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(_WARM_UP):
-                    self._run()
-            torch.cuda.current_stream().wait_stream(side)
-        self.optimizer.zero_grad(set_to_none=True)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._run()
-        return graph
-
-    def _run(self) -> None:
+    def run(self) -> None:
         rate = self.schedule.index_select(0, self.done).squeeze(0)
         for group, factor in zip(self.optimizer.param_groups, self.factors, strict=True):
             group["lr"].copy_(rate * factor)
@@ -123,17 +162,3 @@ class Step:
         self.loss += loss.detach()
         self.done += 1
         self.position += self.batch
-
-    @contextlib.contextmanager
-    def _retained(self) -> Iterator[None]:
-        """Put back all that steps change: a fresh optimizer's state is zeros."""
-        tensors = [*self.model.parameters(), *self.model.buffers(), self.position, self.done, self.loss]
-        saved = [tensor.detach().clone() for tensor in tensors]
-        yield
-        with torch.no_grad():
-            for tensor, before in zip(tensors, saved, strict=True):
-                tensor.copy_(before)
-            for state in self.optimizer.state.values():
-                for value in state.values():
-                    if isinstance(value, Tensor):
-                        value.zero_()
