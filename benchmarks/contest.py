@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -16,6 +17,8 @@ from benchmarks.layers import LEARNING_RATE, LIMITS, SIGN, Layers, precision_nam
 from benchmarks.timing import Call
 
 T = TypeVar("T")
+# As the planner folds layers of this size, if their weights are as many times more than the pool's elements.
+FOLD, HASHES = 8, 2
 # HashedNet's calls take milliseconds, so a large weight has few layers in a row there.
 _HASHED_ELEMENTS = 2e8
 _TUNING_RUNS = 3
@@ -152,6 +155,11 @@ class Contest:
     def __init__(self, layers: Layers, rows: int, sign: str = SIGN) -> None:
         self.layers, self.rival = layers, Rival(layers, rows)
         self.x, self.grad, self.views = self.rival.x, self.rival.grad, layers.views(sign)
+        self.folded: Layers | None = None
+        if math.prod(layers.shape) >= FOLD * layers.pool.numel():
+            elements, count = layers.pool.numel(), layers.count
+            self.folded = Layers(layers.shape, elements, layers.dtype, count, FOLD, HASHES, dense=False)
+            self.folded_views = self.folded.views(sign)
 
     def inference(self, most: int) -> dict[str, Any]:
         """Time the forward product of every side."""
@@ -163,6 +171,9 @@ class Contest:
             "hashednet": self.rival.forward(),
             "hashednet_gathered": self.rival.gathered_forward(),
         }
+        if self.folded is not None:
+            error = max(error, self.folded.forward_error(self.x, self.folded_views[-1]))
+            sides["folded"] = self.folded.pool_forward(self.x, self.folded_views)
         return self._row(sides, most, error, backward=False)
 
     def training(self, most: int) -> dict[str, Any]:
@@ -176,12 +187,16 @@ class Contest:
             "hashednet": self.rival.step(),
             "hashednet_gathered": self.rival.gathered_step(),
         }
+        if self.folded is not None:
+            error = max(error, self.folded.backward_error(self.x, self.grad, self.folded_views[-1]))
+            sides["folded"] = self.folded.pool_step(self.x, self.grad, self.folded_views)
         return self._row(sides, most, error, backward=True)
 
     def _row(self, sides: dict[str, list[Call]], most: int, error: float, backward: bool) -> dict[str, Any]:
         error = max(error, self.rival.error(backward))
         times = timing.measure(sides, most)
         pool = times["pool"]["median_us"]
+        ours = min(times[side]["median_us"] for side in ("pool", "folded") if side in times)
         dtype, forward = self.rival.forward_settings
         blocks = {"forward": forward}
         if backward:
@@ -190,6 +205,7 @@ class Contest:
             **self.layers.facts(),
             **times,
             **{f"{name}_over_pool": side["median_us"] / pool for name, side in times.items() if name != "pool"},
+            "hashednet_over_ours": times["hashednet"]["median_us"] / ours,
             "hashednet_layers": len(self.rival.weights),
             "hashednet_pool_dtype": str(dtype).removeprefix("torch."),
             "hashednet_blocks": {name: found._asdict() for name, found in blocks.items()},

@@ -40,9 +40,11 @@ def line(row: Row) -> str:
     """Return a row in one line."""
     name = f"{row['regime']:9} {row.get('what', ''):18} {row['shape'][0]}×{row['shape'][1]}"
     parts = [f"{name:42} {row['dtype']:8} {row['pool_mb']:6.1f} MB {row['rows']:5} rows {row['sign']:7}"]
+    if row["regime"] == "folded":
+        parts.append(f"fold {row['fold']} {'with backward' if row['backward'] else 'forward      '}")
     if "tf32" in row:
         parts.append("tf32" if row["tf32"] else "    ")
-    sides = ("dense", "pool", "gathered", "hashednet", "hashednet_gathered")
+    sides = ("dense", "pool", "folded", "gathered", "hashednet", "hashednet_gathered")
     parts += [f"{side} {row[side]['median_us']:.2f}" for side in sides if side in row]
     parts += [f"{name} {row[name]:.2f}" for name in row if name.endswith("_over_pool")]
     parts += [f"{name} {row[name]}" for name in row if name.endswith("_equal")]

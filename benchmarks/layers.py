@@ -70,6 +70,7 @@ class Layers:
         count: layers; by default as many as `count_in_a_row` says.
         fold: input columns that share a bucket; 1 for layers that are not folded.
         hashes: of a fold.
+        dense: whether there are dense weights too.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Layers:
         count: int | None = None,
         fold: int = 1,
         hashes: int = 1,
+        dense: bool = True,
     ) -> None:
         self.shape, self.dtype = shape, dtype
         self.width, self.hashes = shape[1] // fold, hashes
@@ -90,7 +92,7 @@ class Layers:
         self._tiles = math.ceil(shape[0] / TILE[0]) * math.ceil(self.width / TILE[1])
         self.table = torch.tensor(self._map("none").chunk_table(), dtype=torch.int64, device=DEVICE)
         self.pool = randn(self.num_slots * TILE[0], TILE[1], dtype=dtype)
-        self.dense = [randn(*shape, dtype=dtype) for _ in range(self.count)]
+        self.dense = [randn(*shape, dtype=dtype) for _ in range(self.count if dense else 0)]
 
     def _map(self, sign: str) -> TileMap:
         # The chunk table is of the slots alone: layers with any sign read the same one.

@@ -812,7 +812,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "newer mapping": (
         _set("mapping_version", to=7),
-        r"roast\.json has mapping version 7, and this roastify reads up to 1; install a newer roastify",
+        r"roast\.json has mapping version 7, and this roastify reads up to 2; install a newer roastify",
     ),
     "no format version": (_without("format_version"), r"roast\.json has no format version"),
     "not an object": (lambda a: (a / MANIFEST).write_text("[1, 2]"), r"roast\.json has no format version"),

@@ -139,7 +139,7 @@ def test_a_model_with_control_flow_is_opaque_and_its_children_are_traced() -> No
     assert_every_module_is_accounted_for(model, forest)
     # If the caller is opaque, nobody knows how often a region runs; inside the region its layers' calls are counted.
     assert parameter(forest, "inner.a.fc.weight").uses == [
-        WeightUse("inner.a.fc", "weight", "linear", "module", calls=1)
+        WeightUse("inner.a.fc", "weight", "linear", "module", calls=1, inputs=(":x", "inner:x"))
     ]
 
 
@@ -147,7 +147,8 @@ def test_a_layer_below_opaque_code_has_an_unknown_number_of_calls() -> None:
     model = Branching(nn.Linear(4, 4))
     forest = trace(model)
     assert regions(forest) == {"": False}
-    assert parameter(forest, "inner.weight").uses == [WeightUse("inner", "weight", "linear", "module", calls=None)]
+    use = WeightUse("inner", "weight", "linear", "module", calls=None, inputs=(":x",))
+    assert parameter(forest, "inner.weight").uses == [use]
 
 
 def test_nested_mixtures() -> None:
@@ -346,7 +347,8 @@ def test_functional_uses_name_the_operation_and_the_position() -> None:
         "unused": [],
         "embed.weight": [("linear", 1)],
     }
-    assert parameter(forest, "linear").uses == [WeightUse("", "linear", "linear", "function", position=1)]
+    linear = WeightUse("", "linear", "linear", "function", position=1, inputs=(":x",))
+    assert parameter(forest, "linear").uses == [linear]
     assert parameter(forest, "unused").uses == [WeightUse("", "unused", "unused", "opaque")]
     through_module = WeightUse("embed", "weight", "embedding", "module", calls=1)
     assert parameter(forest, "embed.weight").uses[0] == through_module
@@ -362,7 +364,8 @@ def test_functional_uses_in_a_region_below_opaque_code_carry_whole_paths() -> No
             return x @ self.w
 
     forest = trace(Branching(Chain(raw=Raw(), plain=nn.Linear(4, 4))))
-    assert parameter(forest, "inner.raw.w").uses == [WeightUse("inner.raw", "w", "matmul", "function", position=1)]
+    use = WeightUse("inner.raw", "w", "matmul", "function", position=1, inputs=("inner:x",))
+    assert parameter(forest, "inner.raw.w").uses == [use]
 
 
 def test_a_parameter_of_opaque_code_is_unseen() -> None:

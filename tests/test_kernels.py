@@ -638,8 +638,8 @@ def test_every_operator_is_tested() -> None:
     registered = {
         name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("roastify::")
     }
-    # Compiled models read the pool through `read`; test_compile.py tests it.
-    assert registered == {*OPERATIONS, *ADDING, "read"}
+    # Compiled models read the pool through `read`; test_compile.py tests it, and test_fold.py the operators of folds.
+    assert registered == {*OPERATIONS, *ADDING, "read", "fold", "unfold", "fold_reduce", "fold_reduce_"}
 
 
 @each_dtype

@@ -66,7 +66,11 @@ def gathered(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: 
         return blocks_product(x, gather(pool, table, view, scale), bias, view.groups)
     panels = _panels(view, tuning.SCRATCH_ELEMENTS)
     if len(panels) == 1:
-        return F.linear(x, gather(pool, table, view, scale), bias)
+        weight = gather(pool, table, view, scale)
+        if not (pad := _row_padding(view, x)):
+            return F.linear(x, weight, bias)
+        padded = F.linear(x, F.pad(weight, (0, 0, 0, pad)), None if bias is None else F.pad(bias, (0, pad)))
+        return padded[:, : view.rows].contiguous()
     out = x.new_empty(x.shape[0], view.rows)
     for start, stop, panel in panels:
         part = None if bias is None else bias[start:stop]
@@ -100,6 +104,8 @@ def linear_t(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: 
     for start, stop, panel in _panels(view, tuning.SCRATCH_ELEMENTS):
         weight = gather(pool, table, panel, scale)
         if out is None and stop == view.rows:
+            if pad := _row_padding(view, flat):
+                flat, weight = F.pad(flat, (0, pad)), F.pad(weight, (0, 0, 0, pad))
             out = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
         elif out is None:
             # Panels are partial sums, so a narrow dtype accumulates in float32.
@@ -112,6 +118,20 @@ def linear_t(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: 
     return out if x.dim() == 2 else out.view(*x.shape[:-1], view.cols)
 
 
+def _grad_weight(grad: Tensor, x: Tensor, view: TileView) -> Tensor:
+    if pad := _row_padding(view, grad):
+        grad = F.pad(grad, (0, pad))
+    return (grad.t() @ x)[: view.rows]
+
+
+def _row_padding(view: TileView, x: Tensor) -> int:
+    """Return how many rows to add to a weight and its output, so that cuBLAS can use wide loads.
+
+    (8,192 rows of 1,024 and 50,257 outputs, an output head of GPT-2: 8.8 ms, with 50,264 outputs 2.5 ms.)
+    """
+    return -view.rows % 8 if x.element_size() == 2 and x.shape[0] >= tuning.PADDED_ROWS else 0
+
+
 def linear_reduce(
     grad: Tensor, x: Tensor, table: Tensor, view: TileView, scale: float, pool_shape: list[int]
 ) -> Tensor:
@@ -120,7 +140,7 @@ def linear_reduce(
     if view.groups > 1:
         return reduce(blocks_grad(grad, x, view.groups), table, view, scale, pool_shape)
     if len(_panels(view, tuning.SCRATCH_ELEMENTS)) == 1:
-        return reduce(grad.t() @ x, table, view, scale, pool_shape)
+        return reduce(_grad_weight(grad, x, view), table, view, scale, pool_shape)
     # A narrow dtype accumulates in float32.
     total = torch.zeros(pool_shape, dtype=summed_in(x.dtype), device=x.device)
     linear_reduce_(total, grad, x, table, view, scale)
@@ -135,7 +155,7 @@ def linear_reduce_(total: Tensor, grad: Tensor, x: Tensor, table: Tensor, view: 
         return
     panels = _panels(view, tuning.SCRATCH_ELEMENTS)
     if len(panels) == 1:
-        reduce_(total, grad.t() @ x, table, view, scale)
+        reduce_(total, _grad_weight(grad, x, view), table, view, scale)
         return
     for start, stop, panel in panels:
         reduce_(total, grad[:, start:stop].t() @ x, table, panel, scale)
