@@ -516,6 +516,9 @@ def test_auto_folds_large_layers_as_far_as_the_ratio_allows() -> None:
         assert sizes == [expected], ratio
         assert all(tensor.fold is None for tensor in plan.shared if tensor.numel < 1 << 20)
     assert not roastify.plan(odd, ratio=10).folds
+    with torch.device("meta"):
+        head = nn.Sequential(nn.Linear(1024, 1024), nn.Linear(1024, 32 * 1024))
+    assert [tensor.fold for tensor in roastify.plan(head, ratio=10).shared] == [0, None]
     assert not roastify.plan(model, config=RoastConfig(mapping="cyclic")).folds
     assert not roastify.plan(model, config=RoastConfig(sharing="local")).folds
     assert not roastify.plan(model, config=RoastConfig(fold="none")).folds

@@ -58,6 +58,14 @@ def at_most(value: float, aim: float | None) -> str:
     return "" if aim is None else f"≤ {aim:g} {verdict(value <= aim)}"
 
 
+FOLDS = """
+From 30 November 2026 on, layers of at least a million weights are folded by default ([folding.md](folding.md)); rows
+with earlier dates are of models without folds. The "lean" models are decoders of torch's own operations with parameters
+in bfloat16, in which products take most of a step; the others are transformers', whose elementwise operations run in
+float32 under autocast.
+"""
+
+
 def at_least(value: float, aim: float | None) -> str:
     return "" if aim is None else f"≥ {aim:g} {verdict(value >= aim)}"
 
@@ -77,6 +85,7 @@ TIME_COLUMNS = [
     Column("mode", lambda row: row["mode"]),
     Column("ratio", lambda row: f"{row['ratio']:g}"),
     Column("on", lambda row: (row["machine"].get("gpu") or "CPU").removeprefix("NVIDIA ")),
+    Column("date", lambda row: row["machine"]["date"]),
     Column("dense, ms", lambda row: milliseconds(row["dense"])),
     Column("converted, ms", lambda row: milliseconds(row["converted"])),
     Column("converted ÷ dense", number("step_ratio", 3)),
@@ -178,7 +187,7 @@ def markdown(rows: Sequence[Row]) -> str:
         "",
     ]
     if single:
-        lines += ["## One GPU: time of a step", "", f"{machines(single)}.", "", *pictures["time"]]
+        lines += ["## One GPU: time of a step", "", f"{machines(single)}.", "", FOLDS.strip(), "", *pictures["time"]]
         lines += [*table(TIME_COLUMNS, single), "", "## One GPU: memory of a step", "", *pictures["memory"]]
         lines += ["Parameters, gradients and AdamW's state together are the state, which falls by the ratio.", ""]
         lines += [*table(MEMORY_COLUMNS, memory_rows(single)), "", METHOD.strip(), ""]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ import transformers
 from torch import Tensor, nn
 
 from benchmarks.models import llama
+from benchmarks.training.decoder import LeanDecoder
 from roastify import RoastConfig
 
 Batch = dict[str, Tensor]
@@ -215,9 +215,23 @@ TASKS = {
     ),
 }
 # Without dropout: the losses of several GPUs must be those of one.
-# The same with parameters in bfloat16, whose elementwise operations take half the time.
-for _name in ("gpt2-medium", "llama-1.1b", "llama-4096"):
-    TASKS[f"{_name}, bfloat16"] = dataclasses.replace(TASKS[_name], dtype=torch.bfloat16)
+
+
+def _lean(name: str, size: int, length: int, aim: float, *sizes: int) -> None:
+    """Add a decoder of torch's own operations, with parameters in bfloat16, in which products take most of a step."""
+    TASKS[name] = Task(
+        lambda: LeanDecoder(32000, *sizes),
+        _next_words(32000, size, length),
+        size,
+        f"{size} sequences of {length:,} words",
+        time_aim=aim,
+        dtype=torch.bfloat16,
+    )
+
+
+_lean("lean, 22 layers of 2048", 8, 1024, 0.52, 2048, 5632, 22, 32, 4)
+_lean("lean, 8 layers of 4096", 4, 2048, 0.40, 4096, 11008, 8, 32, 32)
+_lean("lean, 24 layers of 1024", 8, 1024, 0.70, 1024, 4096, 24, 16, 16)
 DISTRIBUTED_TASKS = {
     "bert-base": Task(
         _transformer("BertForMaskedLM", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),

@@ -127,7 +127,7 @@ def _grad_weight(grad: Tensor, x: Tensor, view: TileView) -> Tensor:
 def _row_padding(view: TileView, x: Tensor) -> int:
     """Return how many rows to add to a weight and its output, so that cuBLAS can use wide loads.
 
-    (8,192 rows of 1,024 and 50,257 outputs, an output head of GPT-2: 8.8 ms, with 50,264 outputs 2.5 ms.)
+    (A step of GPT-2 medium, with 50,257 words: 119 ms, padded 102.)
     """
     return -view.rows % 8 if x.element_size() == 2 and x.shape[0] >= tuning.PADDED_ROWS else 0
 

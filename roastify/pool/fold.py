@@ -5,7 +5,7 @@ With a fold of `f`, a weight `[N, K]` is, for the hash `g` of its row,
 .. math:: W_{n,\,i \cdot width + p} = s_{g,i,p}\, A_{n,p}, \qquad width = K / f,
 
 where the pool holds only `A` (`[N, width]`), and `s` is as in `FoldView`. So a product needs `f` times less arithmetic:
-`x · Wᵀ = fold(x) · Aᵀ` (the idea of SS1: Desai and Shrivastava, NeurIPS 2024, here under one global pool). The rows are
+`x · Wᵀ = fold(x) · Aᵀ` (the idea of SS1: Desai et al., NeurIPS 2024, here under one global pool). The rows are
 divided evenly among the hashes, in order.
 
 All hashes have the same buckets, and differ in signs that are orthogonal. So their folded inputs share no information,
