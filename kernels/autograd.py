@@ -19,7 +19,7 @@ from roastify.kernels.torch_internals import (
     in_func_transform,
     is_jvp_transform,
 )
-from roastify.kernels.view import FoldView
+from roastify.kernels.view import FoldView, TileView
 
 
 def pool_gradient(ctx: Any, position: int, name: str, *args: Any, pool_shape: Sequence[int]) -> Tensor | None:
@@ -300,6 +300,21 @@ def _for_autograd(name: str) -> Any:
 
     return run
 
+
+def _folded_linear(
+    x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: TileView, fold: FoldView, scale: float
+) -> Tensor:
+    """Run `folded_linear`. It has no derivative: where one may be needed, the two operators that it joins run."""
+    args = x, pool, bias, table, view, fold, scale
+    if (torch.is_grad_enabled() and any_requires_grad(*args)) or in_forward_mode() or in_func_transform():
+        learned = pool if fold.first_scale >= 0 else None
+        folded = torch.ops.roastify.fold.default(x, learned, fold, pool.dtype)
+        return torch.ops.roastify.linear.default(folded, pool, bias, table, view, scale)
+    with below_autograd():
+        return torch.ops.roastify.folded_linear.default(*args)
+
+
+library.impl("folded_linear", with_view("folded_linear", _folded_linear), "Autograd")
 
 for _name, _save, _differentiate in (
     ("gather", _save_gather, _backward_gather),

@@ -1,13 +1,18 @@
 """Products with a block-diagonal matrix of stacked blocks: one batched product, written where it belongs.
 
 `matrix` is `[rows, cols]`. Block `g` of it, `rows/groups` rows, multiplies the columns from `g·cols` on of an
-input with `groups·cols` columns. Autograd must not record these functions: they write into tensors that they make.
+input with `groups·cols` columns. Autograd must not record these functions but the last: they write into tensors that
+they make.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from roastify.kernels.torch_internals import in_func_transform, is_jit_tracing
 
 
 def blocks_product(x: Tensor, matrix: Tensor, bias: Tensor | None, groups: int) -> Tensor:
@@ -38,3 +43,54 @@ def blocks_grad(grad: Tensor, x: Tensor, groups: int) -> Tensor:
     parts = grad.reshape(grad.shape[0], groups, -1).permute(1, 2, 0)
     columns = x.reshape(x.shape[0], groups, -1).transpose(0, 1)
     return torch.bmm(parts, columns).flatten(0, 1)
+
+
+class _BlocksNode(torch.autograd.Function):
+    """The node behind `blocks_linear`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, matrix: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+        need_x, need_matrix, ctx.need_bias, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if need_matrix else None, matrix if need_x else None)
+        ctx.groups = groups
+        return blocks_product(x, matrix, bias, groups)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x, matrix = ctx.saved_tensors
+        # A graph of the gradient needs operations that autograd records.
+        recorded = torch.is_grad_enabled()
+        of_x, of_matrix = (_recorded_t, _recorded_grad) if recorded else (blocks_product_t, blocks_grad)
+        return (
+            None if matrix is None else of_x(grad, matrix, ctx.groups),
+            None if x is None else of_matrix(grad, x, ctx.groups),
+            grad.sum(0) if ctx.need_bias else None,
+            None,
+        )
+
+
+def blocks_linear(x: Tensor, matrix: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+    """Return `x · Wᵀ + bias`, `[..., groups·cols] → [..., rows]`, with derivatives."""
+    flat = x.reshape(-1, x.shape[-1])
+    if torch.compiler.is_compiling() or in_func_transform() or is_jit_tracing():
+        out = _recorded(flat, matrix, groups)
+        out = out if bias is None else out + bias
+    else:
+        out = _BlocksNode.apply(flat, matrix, bias, groups)
+    return out.view(*x.shape[:-1], matrix.shape[0])
+
+
+def _recorded(x: Tensor, matrix: Tensor, groups: int) -> Tensor:
+    columns = x.reshape(x.shape[0], groups, -1)
+    return torch.einsum("mgk,gnk->mgn", columns, matrix.reshape(groups, -1, matrix.shape[1])).flatten(1)
+
+
+def _recorded_t(grad: Tensor, matrix: Tensor, groups: int) -> Tensor:
+    parts = grad.reshape(grad.shape[0], groups, -1)
+    return torch.einsum("mgn,gnk->mgk", parts, matrix.reshape(groups, -1, matrix.shape[1])).flatten(1)
+
+
+def _recorded_grad(grad: Tensor, x: Tensor, groups: int) -> Tensor:
+    parts, columns = (value.reshape(value.shape[0], groups, -1) for value in (grad, x))
+    return torch.einsum("mgn,mgk->gnk", parts, columns).flatten(0, 1)

@@ -35,6 +35,7 @@ _CUDA_HOMES = {
     "linear_reduce": "linear",
     "embedding": "embedding",
     "embedding_reduce": "embedding",
+    "folded_linear": "linear",
     "fold": "fold",
     "unfold": "fold",
     "fold_reduce": "fold",

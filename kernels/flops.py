@@ -40,6 +40,11 @@ def _fold(x: Shape, pool: Shape | None, fold: Sequence[int], *_: Any, **__: Any)
     return 2 * math.prod(x[:-1]) * view.hashes * view.cols
 
 
+def _folded_linear(x: Shape, pool: Shape, bias: Any, table: Any, view: Sequence[int], fold: Sequence[int], *_: Any,
+                   **__: Any) -> int:  # fmt: skip
+    return _fold(x, None, fold) + _linear(x, pool, None, pool, view)
+
+
 def _combine(coefficients: Shape, basis: Shape, *_: Any, **__: Any) -> int:
     return 2 * coefficients[0] * coefficients[1] * basis[1]
 
@@ -53,6 +58,7 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "linear_t": _linear,
     "linear_reduce": _linear_reduce,
     "linear_reduce_": _linear_reduce_,
+    "folded_linear": _folded_linear,
     "fold": _fold,
     "unfold": _fold,
     "combine": _combine,

@@ -22,6 +22,7 @@ from torch import Tensor
 
 # Imported for its effect: it registers the operators' derivatives.
 from roastify.kernels import autograd as autograd
+from roastify.kernels import blocks
 from roastify.kernels.dispatch import call
 from roastify.kernels.view import FoldView, TileView
 
@@ -125,6 +126,36 @@ def fold(x: Tensor, pool: Tensor | None, view: FoldView) -> Tensor:
     return _call_fold("fold", x, view.cols, pool, view)
 
 
+def folded_linear(
+    x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: TileView, fold_view: FoldView, scale: float
+) -> Tensor:
+    """Return `linear(fold(x))`; without gradients, one kernel does both for one row on a GPU.
+
+    Args:
+        x: `[..., fold_view.cols]`; under autocast it may be of another dtype than the pool.
+        pool: the whole pool.
+        bias: `[rows]` or None.
+        table: the pool's chunk table.
+        view: where the narrow matrix lies.
+        fold_view: the fold.
+        scale: λ.
+
+    Returns:
+        `[..., rows]`, of the pool's dtype.
+
+    Raises:
+        RuntimeError: see `linear` and `fold`.
+    """
+    if torch.is_grad_enabled():
+        return linear(fold(x, pool, fold_view), pool, bias, table, view, scale)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        pool = pool if pool.dtype == dtype else pool.to(dtype)
+        bias = bias if bias is None or bias.dtype == dtype else bias.to(dtype)
+    _check_product("folded_linear", x if dtype is None else x.to(dtype), fold_view.cols, pool, bias)
+    return call("folded_linear", x, pool, bias, table, view, fold_view, scale)
+
+
 def unfold(z: Tensor, pool: Tensor | None, view: FoldView) -> Tensor:
     """Return the adjoint of `fold`, `[..., hashes·width] → [..., cols]`; arguments, dtypes and errors as in `fold`."""
     return _call_fold("unfold", z, view.folded_cols, pool, view)
@@ -138,6 +169,21 @@ def _call_fold(name: str, x: Tensor, size: int, pool: Tensor | None, view: FoldV
         pool = pool if pool.dtype == dtype else pool.to(dtype)
     _check_product(name, x, size, pool if dtype is None else None, None)
     return call(name, x, pool, view, dtype or x.dtype)
+
+
+def blocks_linear(x: Tensor, matrix: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+    """Return the product of `linear` with a view of several groups, for a dense `matrix`, `[rows, cols]`.
+
+    Args:
+        x: `[..., groups·cols]`.
+        matrix: the blocks, one above the other.
+        bias: `[rows]` or None.
+        groups: the number of blocks.
+
+    Returns:
+        `[..., rows]`; under autocast, in autocast's dtype.
+    """
+    return blocks.blocks_linear(*_like_autocast(x, matrix, bias), groups)
 
 
 def combine(coefficients: Tensor, basis: Tensor, grad_scale: float = 1.0) -> Tensor:

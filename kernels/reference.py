@@ -507,6 +507,19 @@ def unfold(z: Tensor, pool: Tensor | None, view: FoldView, dtype: torch.dtype) -
     return columns.to(dtype).view(*z.shape[:-1], view.cols)
 
 
+def folded_linear(
+    x: Tensor,
+    pool: Tensor,
+    bias: Tensor | None,
+    table: Tensor,
+    view: TileView,
+    fold_view: FoldView,
+    scale: float,
+) -> Tensor:
+    """Return `fold(x) · Wᵀ + bias`, `[..., fold_view.cols] → [..., rows]`, in the pool's dtype."""
+    return linear(fold(x, pool, fold_view, pool.dtype), pool, bias, table, view, scale)
+
+
 def fold_reduce(grad: Tensor, x: Tensor, view: FoldView, pool_shape: list[int]) -> Tensor:
     """Return the pool's gradient of `fold`, which is zero but for the learned scales."""
     total = _accumulator(grad, pool_shape)

@@ -20,6 +20,9 @@ SCHEMAS = {
     "linear_reduce": f"(Tensor grad, Tensor x, {_VIEW}, int[] pool_shape) -> Tensor",
     "embedding": f"(Tensor index, Tensor pool, {_VIEW}) -> Tensor",
     "embedding_reduce": f"(Tensor grad, Tensor index, {_VIEW}, int[] pool_shape) -> Tensor",
+    "folded_linear": (
+        "(Tensor x, Tensor pool, Tensor? bias, Tensor table, int[] view, int[] fold, float scale) -> Tensor"
+    ),
     "fold": "(Tensor x, Tensor? pool, int[] fold, ScalarType dtype) -> Tensor",
     "unfold": "(Tensor z, Tensor? pool, int[] fold, ScalarType dtype) -> Tensor",
     "fold_reduce": "(Tensor grad, Tensor x, int[] fold, int[] pool_shape) -> Tensor",
@@ -32,33 +35,31 @@ SCHEMAS = {
 }
 
 library = torch.library.Library("roastify", "DEF")
-# The position of the `TileView` or `FoldView` among an operator's arguments, and its type; None if it takes none.
-_view_positions: dict[str, tuple[int, type[TileView] | type[FoldView]] | None] = {}
+# The positions of views among an operator's arguments, and their types.
+_view_types = {" int[] view": TileView, " int[] fold": FoldView}
+_views: dict[str, list[tuple[int, type[TileView] | type[FoldView]]]] = {}
 
 
 def with_view(name: str, function: Any) -> Any:
-    """Return an operator's function, which then takes its view, if any, as the schema's list of integers."""
-    place = _view_positions[name]
-    if place is None:
+    """Return an operator's function, which then takes its views, if any, as the schema's lists of integers."""
+    views = _views[name]
+    if not views:
         return function
-    position, view_type = place
 
     def call(*args: Any) -> Tensor | None:
-        return function(*args[:position], view_type(*args[position]), *args[position + 1 :])
+        changed = list(args)
+        for position, view_type in views:
+            changed[position] = view_type(*args[position])
+        return function(*changed)
 
     return call
-
-
-def _view_position(arguments: list[str]) -> tuple[int, type[TileView] | type[FoldView]] | None:
-    if " int[] view" in arguments:
-        return arguments.index(" int[] view"), TileView
-    return (arguments.index(" int[] fold"), FoldView) if " int[] fold" in arguments else None
 
 
 for _name, _schema in SCHEMAS.items():
     library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
     dispatch.implementations[_name] = dispatch.implementation(_name)
-    _view_positions[_name] = _view_position(_schema.split("->")[0].rstrip(" )").split(","))
+    _arguments = _schema.split("->")[0].rstrip(" )").split(",")
+    _views[_name] = [(place, _view_types[text]) for place, text in enumerate(_arguments) if text in _view_types]
     library.impl(_name, with_view(_name, dispatch.implementations[_name]), "CompositeExplicitAutograd")
 
 
@@ -98,6 +99,19 @@ def _(
     grad: Tensor, index: Tensor, table: Tensor, view: Sequence[int], scale: float, pool_shape: Sequence[int]
 ) -> Tensor:
     return grad.new_empty(pool_shape)
+
+
+@torch.library.register_fake("roastify::folded_linear", lib=library)
+def _(
+    x: Tensor,
+    pool: Tensor,
+    bias: Tensor | None,
+    table: Tensor,
+    view: Sequence[int],
+    fold: Sequence[int],
+    scale: float,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], TileView(*view).rows, dtype=pool.dtype)
 
 
 @torch.library.register_fake("roastify::fold", lib=library)

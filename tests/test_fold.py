@@ -187,6 +187,43 @@ def test_groups_are_blocks_on_the_diagonal(
         torch.testing.assert_close(mine, torch.autograd.grad((wanted * weight).sum(), (argument, pool)))
 
 
+def test_the_joined_operator_and_its_derivative() -> None:
+    tile_map = TileMap(50, 5, (8, 8), seed=4, sign="row")
+    view = tile_map.view(32, 16, 0)._replace(groups=2)
+    fold_view = FoldView(64, 4, 2, 8, 5, 3)
+    table = torch.tensor(tile_map.chunk_table(), dtype=torch.int64)
+    pool, x = torch.randn(40, 8, requires_grad=True), torch.randn(1, 64, requires_grad=True)
+    wanted = ops.linear(ops.fold(x, pool, fold_view), pool, None, table, view, 0.7)
+    with torch.no_grad():
+        assert torch.equal(ops.folded_linear(x, pool, None, table, view, fold_view, 0.7), wanted)
+    grads = torch.autograd.grad(wanted.sum(), (x, pool))
+    direct = torch.ops.roastify.folded_linear.default
+    for call in (ops.folded_linear, lambda *args: direct(*args[:4], list(args[4]), list(args[5]), args[6])):
+        found = call(x, pool, None, table, view, fold_view, 0.7)
+        torch.testing.assert_close(torch.autograd.grad(found.sum(), (x, pool)), grads)
+    torch.library.opcheck(direct, (x.detach(), pool.detach(), None, table, list(view), list(fold_view), 0.7))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="last size must be 64"):
+        ops.folded_linear(torch.randn(1, 63), pool, None, table, view, fold_view, 0.7)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_kept_blocks_are_multiplied_as_the_operator_does(biased: bool) -> None:
+    matrix = torch.randn(12, 5, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 3, 15, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(12, dtype=torch.float64, requires_grad=True) if biased else None
+    wanted = F.linear(x, torch.block_diag(*matrix.chunk(3)), bias)
+    torch.testing.assert_close(ops.blocks_linear(x, matrix, bias, 3), wanted)
+    arguments = (x, matrix) if bias is None else (x, matrix, bias)
+
+    def function(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+        return ops.blocks_linear(x, matrix, bias, 3)
+
+    assert gradcheck(function, arguments, fast_mode=True)
+    assert gradgradcheck(function, arguments, fast_mode=True)
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*arguments), wanted)
+
+
 # Matrices.
 
 
@@ -271,14 +308,19 @@ def test_a_folded_model_computes_what_its_dense_weights_compute(config: RoastCon
     x = torch.randn(5, 64, requires_grad=True)
     dense = roastify.densify(copy.deepcopy(model))
     torch.testing.assert_close(model(x), dense(x), rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x[:1]), dense(x[:1]), rtol=1e-5, atol=1e-5)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model(x[:1]), dense(x[:1]), rtol=0.1, atol=0.1)
     (grad_x,) = torch.autograd.grad(model(x).square().sum(), x)
     torch.testing.assert_close(grad_x, torch.autograd.grad(dense(x).square().sum(), x)[0], rtol=1e-4, atol=1e-4)
 
 
 @each_conversion
-def test_the_pool_gradient_is_that_of_the_dense_weights(config: RoastConfig) -> None:
+@pytest.mark.parametrize("rows", [5, 200], ids=["few rows", "kept weights"])
+def test_the_pool_gradient_is_that_of_the_dense_weights(config: RoastConfig, rows: int) -> None:
     model = moved_scales(roastify.convert(a_model(), config=config)).double()
-    x = torch.randn(5, 64, dtype=torch.float64)
+    x = torch.randn(rows, 64, dtype=torch.float64)
     model(x).square().sum().backward()
     found = pool_of(model).weight.grad
     pool_of(model).weight.grad = None
@@ -491,6 +533,30 @@ def test_a_weight_that_other_code_reads_is_not_folded() -> None:
 
     folds = {tensor.name: tensor.fold for tensor in plan_of(Tied()).shared}
     assert folds == {"table.weight": None, "body.weight": 0, "read.weight": None}
+
+
+def test_parameters_without_a_layer_fold_where_the_pass_saw_only_products() -> None:
+    class Raw(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out_in, self.in_out, self.sliced = (nn.Parameter(torch.randn(64, 64)) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.out_in) + x @ self.in_out + F.linear(x, self.sliced[:64])
+
+    class Unseen(Raw):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if float(x.detach().sum()) < 1e9 else x
+
+    torch.manual_seed(0)
+    model = Raw()
+    converted = roastify.convert(model, config=settings(ratio=4.0))
+    shared = {tensor.name: (tensor.fold, tensor.transposed) for tensor in pool_of(converted).plan.shared}
+    assert shared == {"out_in": (0, False), "in_out": (0, True), "sliced": (None, False)}
+    x = torch.randn(5, 64)
+    torch.testing.assert_close(converted(x), roastify.densify(copy.deepcopy(converted))(x))
+    with pytest.raises(PlanError, match="fold = 4 fits no weight"):
+        plan_of(Unseen(), ratio=4.0)
 
 
 @pytest.mark.parametrize("config", [settings(), settings(learned_scales=True, fold_hashes=4)], ids=["signs", "scales"])

@@ -639,7 +639,16 @@ def test_every_operator_is_tested() -> None:
         name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("roastify::")
     }
     # Compiled models read the pool through `read`; test_compile.py tests it, and test_fold.py the operators of folds.
-    assert registered == {*OPERATIONS, *ADDING, "read", "fold", "unfold", "fold_reduce", "fold_reduce_"}
+    assert registered == {
+        *OPERATIONS,
+        *ADDING,
+        "read",
+        "fold",
+        "folded_linear",
+        "unfold",
+        "fold_reduce",
+        "fold_reduce_",
+    }
 
 
 @each_dtype

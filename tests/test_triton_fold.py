@@ -166,6 +166,34 @@ def test_every_kernel_of_products_with_groups(matrix: Grouped, num_rows: int) ->
         assert_near(kernel(x, pool, bias, matrix.table, view, 0.7), expected, dtype)
 
 
+ONE_ROW = {
+    "row signs": ((64, 64), 2, "row", 4, torch.bfloat16),
+    "padded columns, element signs": ((32, 16), 4, "element", 2, torch.float32),
+    "tile signs": ((16, 32), 1, "tile", 8, torch.float16),
+}
+
+
+@pytest.mark.parametrize(("tile", "groups", "sign", "folds", "dtype"), ONE_ROW.values(), ids=ONE_ROW.keys())
+@pytest.mark.parametrize("learned", [True, False], ids=["scales", "signs"])
+def test_one_row_is_folded_where_it_is_multiplied(
+    tile: tuple[int, int], groups: int, sign: str, folds: int, dtype: torch.dtype, learned: bool
+) -> None:
+    width = 3 * tile[1] - 5
+    matrix = Grouped(2 * groups * tile[0], width, tile, 90, groups, sign)
+    view = FoldView(width * folds, folds, groups, 2 * tile[1], -77, 40 if learned else -1)
+    pool = randn(*matrix.shape, dtype=dtype)
+    x, bias = poisoned(randn(1, view.cols, dtype=dtype)), randn(matrix.view.rows, dtype=dtype)
+    arguments = matrix.table, matrix.view, view, 0.7
+    wanted = reference.folded_linear(x.double(), pool.double(), bias.double(), *arguments)
+    assert few_rows.folds_fit(matrix.view, view)
+    found = few_rows.one_row(x, pool, bias, matrix.table, matrix.view, 0.7, view)
+    assert_near(found, wanted, dtype)
+    assert_near(linear.folded_linear(x, pool, bias, *arguments), wanted, dtype)
+    three = randn(3, view.cols, dtype=dtype)
+    wanted = reference.folded_linear(three.double(), pool.double(), None, *arguments)
+    assert_near(linear.folded_linear(three, pool, None, *arguments), wanted, dtype)
+
+
 def test_the_kernels_agree_with_the_operators_of_a_folded_layer() -> None:
     view = FoldView(256, 4, 2, 64, 5, -1)
     matrix = Grouped(128, 64, (32, 32), 6, 2, "row")

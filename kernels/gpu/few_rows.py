@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from roastify.kernels.gpu import tuning
+from roastify.kernels.gpu.fold import hash_factor
 from roastify.kernels.gpu.launch import (
     PLAIN_ARGUMENTS,
     Launch,
@@ -40,7 +41,7 @@ from roastify.kernels.gpu.mapping import (
 )
 from roastify.kernels.gpu.parts import add_parts, empty_parts
 from roastify.kernels.gpu.tuning import cdiv, power_of_2
-from roastify.kernels.view import MappingKind, SignKind, TileView
+from roastify.kernels.view import FoldView, MappingKind, SignKind, TileView
 
 _SIGN_TILE = tl.constexpr(int(SignKind.TILE))
 _SIGN_ELEMENT = tl.constexpr(int(SignKind.ELEMENT))
@@ -140,8 +141,8 @@ def _split_kernel(
 @triton.jit(do_not_specialize=PLAIN_ARGUMENTS)
 def _one_row_kernel(
     p_x, p_pool, p_table, p_bias, p_out, scale, key, rows, cols, group_rows, input_cols, first_tile, grid_cols,
-    num_slots, first_slot, first_chunk, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, BN: tl.constexpr,
-    BT: tl.constexpr,
+    num_slots, first_slot, first_chunk, fold_key, tiles_a_span, num_spans, first_scale, TILE_ROWS: tl.constexpr,
+    TILE_COLS: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, FOLD: tl.constexpr, LEARNED: tl.constexpr,
     BIAS: tl.constexpr, DEPENDENT: tl.constexpr, MAPPING: tl.constexpr, SIGN: tl.constexpr, INT: tl.constexpr,
 ):  # fmt: skip
     SIZE: tl.constexpr = TILE_ROWS * TILE_COLS
@@ -150,7 +151,8 @@ def _one_row_kernel(
     row_begin = first_tile.to(INT) + (n_begin // TILE_ROWS).to(INT) * grid_cols
     tile = row_begin
     end = tile + grid_cols
-    p_group = p_x + n_begin // group_rows * cols
+    group = n_begin // group_rows
+    p_group = p_x + group * cols
     n = n_begin % TILE_ROWS + tl.arange(0, BN)
     t = tl.arange(0, BT)
     c = tl.arange(0, TILE_COLS)
@@ -171,7 +173,15 @@ def _one_row_kernel(
         for step in range(0, count, BT):
             col = (first_col + step + t)[:, None] * TILE_COLS + c[None, :]
             inside = (t < count - step)[:, None] & (col < cols)
-            x = tl.load(p_group + col, mask=inside, other=0.0).to(tl.float32)
+            if FOLD == 1:
+                x = tl.load(p_group + col, mask=inside, other=0.0).to(tl.float32)
+            else:
+                # The input is folded here: `cols` are buckets, and a tile lies in one span.
+                span = (first_col + step + t) // tiles_a_span
+                x = tl.zeros([BT, TILE_COLS], dtype=tl.float32)
+                for i in tl.static_range(FOLD):
+                    factor = hash_factor(p_pool, fold_key, group, i, span, num_spans, first_scale, FOLD, LEARNED)
+                    x += factor[:, None] * tl.load(p_x + i * cols + col, mask=inside, other=0.0).to(tl.float32)
             p_tile = p_pool + ((first_slot + slot_t) * SIZE)[None, :, None]
             weight = tl.load(p_tile + element, mask=inside[None, :, :], other=0.0).to(tl.float32)
             if SIGN == _SIGN_TILE:
@@ -283,28 +293,57 @@ def _by_slot(
     return launch, parts_shape
 
 
-def one_row(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: TileView, scale: float) -> Tensor:
-    """Return `x · Wᵀ + bias` for one contiguous row, without the matrix unit; a program takes whole weight rows."""
-    launch = _one_row(view, x.device, pool.numel(), bias is not None, tuning.one_row_settings(view.rows))
+def one_row(
+    x: Tensor,
+    pool: Tensor,
+    bias: Tensor | None,
+    table: Tensor,
+    view: TileView,
+    scale: float,
+    fold: FoldView | None = None,
+) -> Tensor:
+    """Return `x · Wᵀ + bias` for one contiguous row, without the matrix unit; a program takes whole weight rows.
+
+    With a `fold`, x is folded by every program as it reads x; see `folds_fit`.
+    """
+    launch = _one_row(view, x.device, pool.numel(), bias is not None, tuning.one_row_settings(view.rows), fold)
     out = torch.empty(1, view.rows, dtype=x.dtype, device=x.device)
     launch(p_x=x, p_pool=pool, p_table=table, p_bias=out if bias is None else bias, p_out=out, scale=scale)
     return out
 
 
 @functools.lru_cache(maxsize=1 << 12)
-def _one_row(view: TileView, device: torch.device, pool_numel: int, biased: bool, settings: tuning.OneRow) -> Launch:
+def _one_row(
+    view: TileView,
+    device: torch.device,
+    pool_numel: int,
+    biased: bool,
+    settings: tuning.OneRow,
+    fold: FoldView | None,
+) -> Launch:
     block_rows = min(settings.block_rows, view.tile_rows)
     return Launch(
         _one_row_kernel,
         (cdiv(view.rows, block_rows),),
+        fold_key=0 if fold is None else fold.key,
+        tiles_a_span=1 if fold is None else fold.span // view.tile_cols,
+        num_spans=1 if fold is None else fold.num_spans,
+        first_scale=0 if fold is None else max(fold.first_scale, 0),
         BN=block_rows,
         BT=settings.tiles,
+        FOLD=1 if fold is None else fold.fold,
+        LEARNED=fold is not None and fold.num_scales > 0,
         BIAS=biased,
         INT=address_type(pool_numel, view, 1),
         num_warps=settings.num_warps,
         **product_arguments(view),
         **dependent_launch(device),
     )
+
+
+def folds_fit(view: TileView, fold: FoldView) -> bool:
+    """Whether `one_row` can fold its input: a tile's columns must have one sign for each position in a bucket."""
+    return fold.span % view.tile_cols == 0 and fold.unit == 1
 
 
 def split(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: TileView, scale: float) -> Tensor:

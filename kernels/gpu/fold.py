@@ -46,6 +46,22 @@ def factors(p_pool, key, i, span, num_spans, first_scale, FOLD: tl.constexpr, HA
 
 
 @triton.jit
+def hash_factor(p_pool, key, g, i, span, num_spans, first_scale, FOLD: tl.constexpr, LEARNED: tl.constexpr):
+    """Return the factors of position `i` in the buckets of each of `span`, for one hash: float32 of `span`'s shape."""
+    negative = (mix64(key, (i * num_spans + span).to(tl.int64)) >> 63).to(tl.int32)
+    common = g & i
+    common = common ^ (common >> 4)
+    common = common ^ (common >> 2)
+    common = common ^ (common >> 1)
+    signs = 1.0 - 2.0 * ((common & 1) ^ negative).to(tl.float32)
+    if LEARNED:
+        # Spans past the last one belong to tiles past the last one.
+        place = first_scale + (g * FOLD + i) * num_spans + tl.minimum(span, num_spans - 1)
+        signs = signs * (tl.load(p_pool + place).to(tl.float32) + 1.0)
+    return signs
+
+
+@triton.jit
 def _place(span_cols, width, BLOCKS: tl.constexpr, BC: tl.constexpr):
     """Return a program's span, its columns in the buckets' row, and which of them exist."""
     span = tl.program_id(0) // BLOCKS

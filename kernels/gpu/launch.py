@@ -40,6 +40,7 @@ PLAIN_ARGUMENTS = [
     "nowhere",
     "steps",
     "first_scale",
+    "fold_key",
 ]
 
 

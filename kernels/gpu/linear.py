@@ -17,12 +17,13 @@ from torch import Tensor
 
 from roastify.kernels.blocks import blocks_grad, blocks_product, blocks_product_t
 from roastify.kernels.gpu import few_rows, many_rows, tuning
+from roastify.kernels.gpu.fold import fold
 from roastify.kernels.gpu.gather import gather
 from roastify.kernels.gpu.launch import precision, shared_memory
 from roastify.kernels.gpu.mapping import effective_sign, supported
 from roastify.kernels.gpu.reduce import reduce, reduce_
 from roastify.kernels.reference import summed_in
-from roastify.kernels.view import SignKind, TileView
+from roastify.kernels.view import FoldView, SignKind, TileView
 
 
 def linear(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: TileView, scale: float) -> Tensor:
@@ -32,6 +33,25 @@ def linear(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: Ti
         bias = (bias if bias.shape == (view.rows,) else bias.expand(view.rows)).contiguous()
     out = way(flat, pool, view)(flat, pool, bias, table, view, scale)
     return out if x.dim() == 2 else out.view(*x.shape[:-1], view.rows)
+
+
+def folded_linear(
+    x: Tensor,
+    pool: Tensor,
+    bias: Tensor | None,
+    table: Tensor,
+    view: TileView,
+    fold_view: FoldView,
+    scale: float,
+) -> Tensor:
+    """Return `fold(x) · Wᵀ + bias`; for one row, one kernel folds and multiplies."""
+    flat, pool = _as_rows(x, fold_view.cols), pool.contiguous()
+    if flat.shape[0] == 1 and few_rows.folds_fit(view, fold_view) and x.dtype == pool.dtype:
+        # The choice depends on shapes and the pool alone, which the folded input has too.
+        if way(flat, pool, view) is few_rows.one_row:
+            out = few_rows.one_row(flat.contiguous(), pool, bias, table, view, scale, fold_view)
+            return out.view(*x.shape[:-1], view.rows)
+    return linear(fold(x, pool, fold_view, pool.dtype), pool, bias, table, view, scale)
 
 
 def _as_rows(x: Tensor, size: int) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from roastify.config import RoastConfig, check_ratio
 from roastify.conversion.fx_pass import ParameterInfo
 from roastify.errors import PlanError
-from roastify.layers.kinds import multiplies_inputs
+from roastify.layers.kinds import kind_of, multiplies_inputs
 from roastify.pool.plan import FoldPlan, TensorPlan
 
 # The folds that `auto` chooses from, the largest first.
@@ -30,8 +30,9 @@ _LEAST_WIDTH = 128
 _MOST_ROWS_A_COLUMN = 8
 # Each hash's rows begin with a row of tiles. `auto` keeps to the largest tiles, so that no fold makes tiles smaller.
 _TILE_ROWS, _LEAST_TILE_ROWS = 128, 8
-# The functions that only multiply inputs with a weight, and the weight's place among their arguments.
-_PRODUCTS = {("linear", 1), ("addmm", 2)}
+# The functions that only multiply inputs with a weight, the weight's place among their arguments, and whether they
+# multiply with it as it is (`x · weight`), not with its transpose.
+_PRODUCTS = {("linear", 1): False, ("addmm", 2): True, ("matmul", 1): True, ("mm", 1): True}
 # The most columns in a bucket's row that share signs and a learned scale.
 _SPAN = 64
 
@@ -82,7 +83,7 @@ def _fold_of(
 ) -> tuple[int, int] | None:
     """Return a tensor's fold and its number of hashes, or None if it is not folded."""
     ratio = check_ratio(config.ratio)
-    if config.fold == "none" or ratio == 1 or tensor.strips or not _only_multiplies(model, info):
+    if config.fold == "none" or ratio == 1 or tensor.strips or not _only_multiplies(model, info, tensor):
         return None
     if config.fold != "auto":
         fold = int(config.fold)
@@ -108,15 +109,26 @@ def _fold_of(
     return None
 
 
-def _only_multiplies(model: torch.nn.Module, info: ParameterInfo) -> bool:
-    """Whether a weight is only multiplied with inputs, so that these can be folded."""
+def _only_multiplies(model: torch.nn.Module, info: ParameterInfo, tensor: TensorPlan) -> bool:
+    """Whether a weight is only multiplied with inputs, so that these can be folded.
+
+    A linear layer's own call multiplies. Everything else is known only if torch.fx saw it: what other code does with a
+    layer's weight, and what a parameter without a layer is for.
+    """
+    functional = [use for use in info.uses if use.through == "function"]
+    if any((use.op, use.position) not in _PRODUCTS for use in functional):
+        return False
     for alias in info.aliases:
         path, _, attribute = alias.rpartition(".")
-        if not multiplies_inputs(model.get_submodule(path), attribute):
+        module = model.get_submodule(path)
+        if multiplies_inputs(module, attribute):
+            continue
+        seen = [use for use in functional if (use.module, use.attribute) == (path, attribute)]
+        if kind_of(type(module), attribute) is not None or tensor.through != "operation" or len(tensor.shape) != 2:
             return False
-    # Code that FX saw may use a layer's weight besides the layer's own call.
-    functional = [use for use in info.uses if use.through == "function"]
-    return all((use.op, use.position) in _PRODUCTS for use in functional)
+        if not seen or any(_PRODUCTS[use.op, use.position or 0] != tensor.transposed for use in seen):
+            return False
+    return True
 
 
 def _readers(infos: Sequence[ParameterInfo]) -> dict[str, str]:

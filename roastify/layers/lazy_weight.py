@@ -137,7 +137,7 @@ class LazyWeight:
 
     @property
     def _irregular(self) -> bool:
-        """Whether the pool's operations do not give the tensor's elements, because it has a center or a zero row."""
+        """Whether the pool's operations do not give the tensor's elements: a center, a zero row or a fold."""
         return not self.shared.can_be_whole
 
     def product(self, x: Tensor, bias: Tensor | None, transposed: bool) -> Tensor | None:
@@ -145,7 +145,7 @@ class LazyWeight:
 
         None if the pool's operations do not support this product.
         """
-        if self.ndim != 2 or self._irregular or x.dim() == 0:
+        if self.ndim != 2 or not self.shared.can_multiply or x.dim() == 0:
             return None
         if bias is not None and bias.shape != self.shape[transposed : transposed + 1]:
             return None

@@ -47,7 +47,8 @@ class PooledWeight(WeightView):
         self.is_small = self.numel < _SMALL_ELEMENTS
         # Whether every element is a sign times λ times an element of the pool.
         self.is_scaled_pool = not self.center and not self.diagonal
-        self.can_be_whole = self.is_scaled_pool and self.zero_row is None and self.fold is None
+        self.can_multiply = self.is_scaled_pool and self.zero_row is None
+        self.can_be_whole = self.can_multiply and self.fold is None
 
     @property
     def current_dtype(self) -> torch.dtype:
@@ -106,6 +107,10 @@ class PooledWeight(WeightView):
         if self.fold is None:
             return self._multiply_gathered(x, bias, along_cols)
         if along_cols:
+            without_graph = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            if without_graph and x.dim() > 0 and x.numel() == x.shape[-1]:
+                pool = self.pool.read(ops.autocast_dtype(x) or self.current_dtype)
+                return ops.folded_linear(x, pool, bias, self.pool.table, self.view, self.fold, self.scale)
             return self._multiply_gathered(self._folded(x), bias, along_cols)
         buckets = self._multiply_gathered(x, None, along_cols)
         out = ops.unfold(buckets, self.pool.read(buckets.dtype), self.fold)
@@ -113,9 +118,12 @@ class PooledWeight(WeightView):
 
     def _multiply_gathered(self, x: Tensor, bias: Tensor | None, along_cols: bool) -> Tensor:
         """Return what `_multiply` does, for the matrix as the pool holds it: the narrow one of a folded weight."""
-        weight = self._retained_for(x)
+        groups = self.view.groups
+        weight = self._retained_for(x) if along_cols or groups == 1 else None
         if weight is None:
             return self._product(ops.linear if along_cols else ops.linear_t, x, bias)
+        if groups > 1:
+            return ops.blocks_linear(x, weight.t() if self.transposed else weight, bias, groups)
         return F.linear(x, weight if along_cols != self.transposed else weight.t(), bias)
 
     def _folded(self, x: Tensor) -> Tensor:
@@ -140,7 +148,7 @@ class PooledWeight(WeightView):
         costs the host time. It has at most as many elements as the layer's input, which autograd keeps anyway. Only
         sizes may decide, because a recomputed checkpoint must keep the same weights.
         """
-        if not self.is_small or self.view.groups > 1 or not self._is_recorded():
+        if not self.is_small or not self._is_recorded():
             return None
         if torch.compiler.is_compiling():
             # Imported here, because this import loads sympy.
