@@ -144,6 +144,23 @@ def test_products_with_groups(matrix: Grouped, dtype: torch.dtype, num_rows: int
     torch.testing.assert_close((total - 1).double(), wanted, rtol=0, atol=TOLERANCE[dtype] * float(wanted.abs().max()))
 
 
+def test_products_with_groups_larger_than_the_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "SCRATCH_ELEMENTS", 1 << 10)
+    linear._panels.cache_clear()
+    dtype, matrix = torch.float32, GROUPED["four groups, element signs"]
+    pool = randn(*matrix.shape, dtype=dtype)
+    view, block = matrix.view, matrix.blocks(pool.double())
+    x, grad, bias = (randn(*shape, dtype=dtype) for shape in ((9, view.input_cols), (9, view.rows), (view.rows,)))
+    arguments = matrix.table, view, 0.7
+    assert_near(linear.gathered(x, pool, bias, *arguments), x.double() @ block.t() + bias.double(), dtype)
+    assert_near(linear.linear_t(grad, pool, None, *arguments), grad.double() @ block, dtype)
+    wanted = reference.linear_reduce(grad.double(), x.double(), *arguments, list(matrix.shape))
+    assert_near(linear.linear_reduce(grad, x, *arguments, list(matrix.shape)), wanted, dtype)
+    total = torch.zeros(matrix.shape, device=DEVICE)
+    linear.linear_reduce_(total, grad, x, *arguments)
+    assert_near(total, wanted, dtype)
+
+
 @each_matrix
 @pytest.mark.parametrize("num_rows", [1, 3, 70])
 def test_every_kernel_of_products_with_groups(matrix: Grouped, num_rows: int) -> None:

@@ -9,7 +9,7 @@ at a time.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -83,7 +83,11 @@ def way(x: Tensor, pool: Tensor, view: TileView) -> Callable[..., Tensor]:
 def gathered(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: TileView, scale: float) -> Tensor:
     """Return `x · Wᵀ + bias` from gathered panels, or for groups of rows from the whole matrix."""
     if view.groups > 1:
-        return blocks_product(x, gather(pool, table, view, scale), bias, view.groups)
+        if view.numel <= tuning.SCRATCH_ELEMENTS:
+            return blocks_product(x, gather(pool, table, view, scale), bias, view.groups)
+        columns, biases = x.chunk(view.groups, 1), _chunks(bias, view.groups)
+        pairs = zip(columns, biases, view.blocks(), strict=True)
+        return torch.cat([gathered(part, pool, own, table, block, scale) for part, own, block in pairs], 1)
     panels = _panels(view, tuning.SCRATCH_ELEMENTS)
     if len(panels) == 1:
         weight = gather(pool, table, view, scale)
@@ -117,7 +121,11 @@ def linear_t(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: 
     """Return `x · W + bias`, `[..., rows] → [..., groups·cols]`, from gathered panels."""
     flat = _as_rows(x, view.rows)
     if view.groups > 1:
-        columns = blocks_product_t(flat, gather(pool, table, view, scale), view.groups)
+        if view.numel <= tuning.SCRATCH_ELEMENTS:
+            columns = blocks_product_t(flat, gather(pool, table, view, scale), view.groups)
+        else:
+            pairs = zip(flat.chunk(view.groups, 1), view.blocks(), strict=True)
+            columns = torch.cat([linear_t(part, pool, None, table, block, scale) for part, block in pairs], 1)
         columns = columns if bias is None else columns.add_(bias)
         return columns.view(*x.shape[:-1], view.input_cols)
     out: Tensor | None = None
@@ -136,6 +144,10 @@ def linear_t(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: 
     assert out is not None
     out = out if out.dtype == x.dtype else out.to(x.dtype)
     return out if x.dim() == 2 else out.view(*x.shape[:-1], view.cols)
+
+
+def _chunks(bias: Tensor | None, groups: int) -> Sequence[Tensor | None]:
+    return [None] * groups if bias is None else bias.chunk(groups)
 
 
 def _grad_weight(grad: Tensor, x: Tensor, view: TileView) -> Tensor:
@@ -157,9 +169,9 @@ def linear_reduce(
 ) -> Tensor:
     """Return `reduce(gradᵀ · x)`, a panel of the weight's gradient at a time."""
     grad, x = _as_rows(grad, view.rows), _as_rows(x, view.input_cols)
-    if view.groups > 1:
+    if view.groups > 1 and view.numel <= tuning.SCRATCH_ELEMENTS:
         return reduce(blocks_grad(grad, x, view.groups), table, view, scale, pool_shape)
-    if len(_panels(view, tuning.SCRATCH_ELEMENTS)) == 1:
+    if view.groups == 1 and len(_panels(view, tuning.SCRATCH_ELEMENTS)) == 1:
         return reduce(_grad_weight(grad, x, view), table, view, scale, pool_shape)
     # A narrow dtype accumulates in float32.
     total = torch.zeros(pool_shape, dtype=summed_in(x.dtype), device=x.device)
@@ -171,7 +183,13 @@ def linear_reduce_(total: Tensor, grad: Tensor, x: Tensor, table: Tensor, view: 
     """Add `reduce(gradᵀ · x)` to `total`, a panel of the weight's gradient at a time."""
     grad, x = _as_rows(grad, view.rows), _as_rows(x, view.input_cols)
     if view.groups > 1:
-        reduce_(total, blocks_grad(grad, x, view.groups), table, view, scale)
+        if view.numel <= tuning.SCRATCH_ELEMENTS:
+            reduce_(total, blocks_grad(grad, x, view.groups), table, view, scale)
+            return
+        for part, columns, block in zip(
+            grad.chunk(view.groups, 1), x.chunk(view.groups, 1), view.blocks(), strict=True
+        ):
+            linear_reduce_(total, part, columns, table, block, scale)
         return
     panels = _panels(view, tuning.SCRATCH_ELEMENTS)
     if len(panels) == 1:
