@@ -1,4 +1,4 @@
-"""What the operators cost, for torch's `FlopCounterMode`: as much as the dense products whose places they take.
+"""What the operators cost, for torch's `FlopCounterMode`: their own products, and the sums of folds.
 
 Torch's counter has a table of formulas, and an operator that is not in it counts as nothing. The counter's module takes
 long to import, so the formulas are given to it where one is running.

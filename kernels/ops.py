@@ -152,7 +152,8 @@ def folded_linear(
     if dtype is not None:
         pool = pool if pool.dtype == dtype else pool.to(dtype)
         bias = bias if bias is None or bias.dtype == dtype else bias.to(dtype)
-    _check_product("folded_linear", x if dtype is None else x.to(dtype), fold_view.cols, pool, bias)
+    # Under autocast, the kernel reads the input in the dtype that it has.
+    _check_product("folded_linear", x, fold_view.cols, pool if dtype is None else None, bias if dtype is None else None)
     return call("folded_linear", x, pool, bias, table, view, fold_view, scale)
 
 

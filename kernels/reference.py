@@ -279,6 +279,7 @@ def _add_panel(
 
 def linear(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: TileView, scale: float) -> Tensor:
     """Return `x · Wᵀ + bias`, `[..., groups·cols] → [..., rows]`."""
+    bias = None if bias is None else bias.expand(view.rows)
     if view.groups > 1:
         columns = x.reshape(-1, view.groups, view.cols).unbind(1)
         biases = [None] * view.groups if bias is None else bias.chunk(view.groups)

@@ -83,6 +83,10 @@ def main(traceback: bool) -> None:  # click keeps the lines of a paragraph that 
     """  # noqa: D301
 
 
+# What `_settings_options` adds besides SOURCE.
+_SETTINGS = ("ratio", "config", "include", "exclude", "share", "init", "fold", "seed")
+
+
 def _settings_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options that every command with a model has."""
     options = [
@@ -297,7 +301,7 @@ def recover(
     SOURCE is the dense pretrained model. The data file may also define inputs(batch), loss_fn(outputs, batch) and
     evaluate(model).
     """
-    settings = {name: options.pop(name) for name in ("ratio", "config", "include", "exclude", "share", "init", "seed")}
+    settings = {name: options.pop(name) for name in _SETTINGS}
     place = parse_device(device)
     if json_file is not None:
         check_writable(json_file)

@@ -78,6 +78,20 @@ def modes_kept(*models: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def torch_settings_kept() -> Iterator[None]:
+    """Restore the settings of torch that a model's code may change: gradients, the default dtype, autocast."""
+    grad, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
+    autocast = {kind: torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")}
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(grad)
+        torch.set_default_dtype(dtype)
+        for kind, enabled in autocast.items():
+            torch.set_autocast_enabled(kind, enabled)
+
+
+@contextlib.contextmanager
 def without_warnings() -> Iterator[None]:
     """Suppress warnings, because they would be about roastify's work and not about the user's code."""
     with warnings.catch_warnings():

@@ -148,6 +148,18 @@ def test_plan_shows_what_is_shared_and_kept_and_why(folder: Path) -> None:
     assert "signature" not in output
 
 
+def test_plan_shows_folds_and_the_arithmetic_that_is_left(folder: Path) -> None:
+    output = " ".join(_run("plan", "good.py", "--ratio", 4, "--fold", 4, "--all").stdout.split())
+    assert "12,288 → 3,072 a token in 2 folded layers (fold 4; 2 folds of inputs)" in output
+    assert "eligible; fold 4" in output
+    values = json.loads(_run("plan", "good.py", "--ratio", 4, "--fold", 2, "--json").stdout)
+    assert [fold["fold"] for fold in values["folds"]] == [2, 2]
+    assert values["summary"]["dense_multiply_adds"] == 2 * values["summary"]["folded_multiply_adds"]
+    assert "folds" not in json.loads(_run("plan", "good.py", "--ratio", 4, "--fold", "none", "--json").stdout)
+    refused = _refusal("plan", "good.py", "--fold", "three", exit_code=2)
+    assert "fold must be 'auto', 'none' or a power of 2 up to 16; found 'three'" in refused
+
+
 def test_plan_as_json_is_the_plan(folder: Path) -> None:
     values = json.loads(_run("plan", "good.py", "--ratio", 4, "--json").stdout)
     model = _model(folder)

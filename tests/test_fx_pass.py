@@ -350,7 +350,7 @@ def test_functional_uses_name_the_operation_and_the_position() -> None:
     linear = WeightUse("", "linear", "linear", "function", position=1, inputs=(":x",))
     assert parameter(forest, "linear").uses == [linear]
     assert parameter(forest, "unused").uses == [WeightUse("", "unused", "unused", "opaque")]
-    through_module = WeightUse("embed", "weight", "embedding", "module", calls=1)
+    through_module = WeightUse("embed", "weight", "embedding", "module", calls=1, inputs=(":tokens",))
     assert parameter(forest, "embed.weight").uses[0] == through_module
 
 

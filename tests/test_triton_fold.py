@@ -206,6 +206,9 @@ def test_one_row_is_folded_where_it_is_multiplied(
     found = few_rows.one_row(x, pool, bias, matrix.table, matrix.view, 0.7, view)
     assert_near(found, wanted, dtype)
     assert_near(linear.folded_linear(x, pool, bias, *arguments), wanted, dtype)
+    for odd in (randn(2 * matrix.view.rows, dtype=dtype)[::2], randn(1, dtype=dtype)):
+        wanted = reference.folded_linear(x.double(), pool.double(), odd.double(), *arguments)
+        assert_near(linear.folded_linear(x, pool, odd, *arguments), wanted, dtype)
     three = randn(3, view.cols, dtype=dtype)
     wanted = reference.folded_linear(three.double(), pool.double(), None, *arguments)
     assert_near(linear.folded_linear(three, pool, None, *arguments), wanted, dtype)

@@ -62,12 +62,16 @@ def hash_factor(p_pool, key, g, i, span, num_spans, first_scale, FOLD: tl.conste
 
 
 @triton.jit
-def _place(span_cols, width, BLOCKS: tl.constexpr, BC: tl.constexpr):
-    """Return a program's span, its columns in the buckets' row, and which of them exist."""
-    span = tl.program_id(0) // BLOCKS
-    inner = tl.program_id(0) % BLOCKS * BC + tl.arange(0, BC)
+def _place(span_cols, num_spans, width, BLOCKS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):
+    """Return a program's rows, its span, its columns in the buckets' row, and which of these exist."""
+    # On one axis, because the others end at 65,535.
+    program = tl.program_id(0).to(tl.int64)
+    row = program // (num_spans * BLOCKS) * BM + tl.arange(0, BM)
+    block = (program % (num_spans * BLOCKS)).to(tl.int32)
+    span = block // BLOCKS
+    inner = block % BLOCKS * BC + tl.arange(0, BC)
     col = span * span_cols + inner
-    return span, col, (inner < span_cols) & (col < width)
+    return row, span, col, (inner < span_cols) & (col < width)
 
 
 @triton.jit(do_not_specialize=PLAIN_ARGUMENTS)
@@ -76,8 +80,7 @@ def _fold_kernel(
     HASHES: tl.constexpr, BLOCKS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, LEARNED: tl.constexpr,
     UNIT: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    span, col, exists = _place(span_cols, width, BLOCKS, BC)
-    row = tl.program_id(1).to(tl.int64) * BM + tl.arange(0, BM)
+    row, span, col, exists = _place(span_cols, num_spans, width, BLOCKS, BM, BC)
     inside = (row < num_rows)[:, None] & exists[None, :]
     p_row = p_x + (row * (FOLD * width))[:, None] + col[None, :]
     if DEPENDENT:
@@ -99,8 +102,7 @@ def _unfold_kernel(
     HASHES: tl.constexpr, BLOCKS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, LEARNED: tl.constexpr,
     UNIT: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    span, col, exists = _place(span_cols, width, BLOCKS, BC)
-    row = tl.program_id(1).to(tl.int64) * BM + tl.arange(0, BM)
+    row, span, col, exists = _place(span_cols, num_spans, width, BLOCKS, BM, BC)
     inside = (row < num_rows)[:, None] & exists[None, :]
     g = tl.arange(0, HASHES)
     place = (row * (HASHES * width))[None, :, None] + (g * width)[:, None, None] + col[None, None, :]
@@ -203,7 +205,7 @@ def _launch(kernel: triton.JITFunction, view: FoldView, num_rows: int, device: t
     block_rows = min(power_of_2(num_rows), max(1, tuning.FOLD_ELEMENTS // (block_cols * view.hashes)))
     return Launch(
         kernel,
-        (view.num_spans * blocks, cdiv(num_rows, block_rows)),
+        (view.num_spans * blocks * cdiv(num_rows, block_rows),),
         key=view.key,
         num_rows=num_rows,
         first_scale=max(view.first_scale, 0),

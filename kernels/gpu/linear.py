@@ -29,8 +29,7 @@ from roastify.kernels.view import FoldView, SignKind, TileView
 def linear(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: TileView, scale: float) -> Tensor:
     """Return `x · Wᵀ + bias`, `[..., groups·cols] → [..., rows]`."""
     flat, pool = _as_rows(x, view.input_cols).contiguous(), pool.contiguous()
-    if bias is not None:
-        bias = (bias if bias.shape == (view.rows,) else bias.expand(view.rows)).contiguous()
+    bias = _as_vector(bias, view.rows)
     out = way(flat, pool, view)(flat, pool, bias, table, view, scale)
     return out if x.dim() == 2 else out.view(*x.shape[:-1], view.rows)
 
@@ -49,7 +48,7 @@ def folded_linear(
     if flat.shape[0] == 1 and few_rows.folds_fit(view, fold_view) and x.dtype == pool.dtype:
         # The choice depends on shapes and the pool alone, which the folded input has too.
         if way(flat, pool, view) is few_rows.one_row:
-            out = few_rows.one_row(flat.contiguous(), pool, bias, table, view, scale, fold_view)
+            out = few_rows.one_row(flat.contiguous(), pool, _as_vector(bias, view.rows), table, view, scale, fold_view)
             return out.view(*x.shape[:-1], view.rows)
     return linear(fold(x, pool, fold_view, pool.dtype), pool, bias, table, view, scale)
 
@@ -144,6 +143,12 @@ def linear_t(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: 
     assert out is not None
     out = out if out.dtype == x.dtype else out.to(x.dtype)
     return out if x.dim() == 2 else out.view(*x.shape[:-1], view.cols)
+
+
+def _as_vector(bias: Tensor | None, size: int) -> Tensor | None:
+    if bias is None:
+        return None
+    return (bias if bias.shape == (size,) else bias.expand(size)).contiguous()
 
 
 def _chunks(bias: Tensor | None, groups: int) -> Sequence[Tensor | None]:

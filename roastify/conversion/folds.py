@@ -28,8 +28,9 @@ _LEAST_ELEMENTS, _LEAST_BESIDE_OTHERS = 1 << 20, 1 << 18
 _LEAST_WIDTH = 128
 # Weights with more rows for each column are output heads, whose folding was not measured.
 _MOST_ROWS_A_COLUMN = 8
-# Each hash's rows begin with a row of tiles. `auto` keeps to the largest tiles, so that no fold makes tiles smaller.
-_TILE_ROWS, _LEAST_TILE_ROWS = 128, 8
+# Each hash's rows begin with a row of tiles. `auto` keeps to the largest tiles, so that no fold makes tiles smaller. A
+# number folds what fits smaller tiles too, if it is more than this part of what it folds.
+_TILE_ROWS, _MORE = (128, 64, 32, 16, 8), Fraction(1, 10)
 # The functions that only multiply inputs with a weight, the weight's place among their arguments, and whether they
 # multiply with it as it is (`x · weight`), not with its transpose.
 _PRODUCTS = {("linear", 1): False, ("addmm", 2): True, ("matmul", 1): True, ("mm", 1): True}
@@ -51,13 +52,13 @@ def with_folds(
     Raises:
         PlanError: the settings ask for a fold that no tensor can have.
     """
-    sizes = {
-        info.name: size for info in eligible if (size := _fold_of(model, info, shared[info.name], config)) is not None
-    }
+    multiplied = [info for info in eligible if _only_multiplies(model, info, shared[info.name])]
+    sizes = _sizes([shared[info.name] for info in multiplied], config)
     if not sizes and isinstance(config.fold, int) and config.fold > 1:
         raise PlanError(
             f"fold = {config.fold} fits no weight: it needs a linear layer whose inputs have a multiple of "
-            f"{config.fold} features and whose outputs are a multiple of {config.fold_hashes * _LEAST_TILE_ROWS}. "
+            f"{config.fold} features and whose outputs are a multiple of "
+            f"{config.fold_hashes * _tile_rows(config)[-1]}. "
             f"Choose a smaller fold, or fold='none'"
         )
     together: dict[tuple[str, int, int, int], list[TensorPlan]] = {}
@@ -78,17 +79,36 @@ def with_folds(
     return folded, tuple(folds)
 
 
-def _fold_of(
-    model: torch.nn.Module, info: ParameterInfo, tensor: TensorPlan, config: RoastConfig
-) -> tuple[int, int] | None:
+def _tile_rows(config: RoastConfig) -> tuple[int, ...]:
+    """Return the rows that a tile may have, the most first."""
+    asked = config.tile_shape()
+    return _TILE_ROWS if asked is None else (asked[0],)
+
+
+def _sizes(tensors: Sequence[TensorPlan], config: RoastConfig) -> dict[str, tuple[int, int]]:
+    """Return the fold and the number of hashes of every tensor that is folded, by name."""
+    if config.fold == "none" or check_ratio(config.ratio) == 1:
+        return {}
+    choices = _tile_rows(config)
+    if config.fold == "auto":
+        choices = choices[:1]
+    sizes: dict[str, tuple[int, int]] = {}
+    numel: float = 0
+    for tile_rows in choices:
+        fitting = {tensor.name: size for tensor in tensors if (size := _fold_of(tensor, config, tile_rows))}
+        more = sum(tensor.numel for tensor in tensors if tensor.name in fitting)
+        if more > numel * (1 + _MORE):
+            sizes, numel = fitting, more
+    return sizes
+
+
+def _fold_of(tensor: TensorPlan, config: RoastConfig, tile_rows: int) -> tuple[int, int] | None:
     """Return a tensor's fold and its number of hashes, or None if it is not folded."""
-    ratio = check_ratio(config.ratio)
-    if config.fold == "none" or ratio == 1 or tensor.strips or not _only_multiplies(model, info, tensor):
+    if tensor.strips:
         return None
     if config.fold != "auto":
         fold = int(config.fold)
         hashes = min(config.fold_hashes, fold)
-        tile_rows = (config.tile_shape() or (_LEAST_TILE_ROWS, 0))[0]
         fits = tensor.cols % fold == 0 and tensor.rows % (hashes * tile_rows) == 0
         return (fold, hashes) if fits and fold > 1 else None
     # The other mappings and local sharing are there for comparisons, and stay what they were.
@@ -96,11 +116,10 @@ def _fold_of(
         return None
     if tensor.rows > _MOST_ROWS_A_COLUMN * tensor.cols:
         return None
-    tile_rows = (config.tile_shape() or (_TILE_ROWS, 0))[0]
     for fold in _FOLDS:
         hashes = min(config.fold_hashes, fold)
         if (
-            Fraction(fold) <= ratio
+            Fraction(fold) <= check_ratio(config.ratio)
             and tensor.cols % fold == 0
             and tensor.cols // fold >= _LEAST_WIDTH
             and tensor.rows % (hashes * tile_rows) == 0
@@ -116,7 +135,7 @@ def _only_multiplies(model: torch.nn.Module, info: ParameterInfo, tensor: Tensor
     layer's weight, and what a parameter without a layer is for.
     """
     functional = [use for use in info.uses if use.through == "function"]
-    if any((use.op, use.position) not in _PRODUCTS for use in functional):
+    if any((use.op, use.position) not in _PRODUCTS for use in (*functional, *info.explored)):
         return False
     for alias in info.aliases:
         path, _, attribute = alias.rpartition(".")

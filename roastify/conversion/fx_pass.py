@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
+import time
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
-from roastify.isolation import random_states_kept, without_warnings
+from roastify.isolation import random_states_kept, torch_settings_kept, without_warnings
 from roastify.layers.kinds import kind_of
 
 
@@ -68,6 +71,8 @@ class ParameterInfo:
     aliases: tuple[str, ...]
     parameter: nn.Parameter
     uses: list[WeightUse] = field(default_factory=list)
+    explored: list[WeightUse] = field(default_factory=list)
+    """What opaque code was seen to do with it, as far as that code was explored."""
 
     @property
     def constant(self) -> bool:
@@ -111,34 +116,69 @@ class _RegionTracer(fx.Tracer):
         return result
 
 
-# An exploration ends after so many branches, which a loop that waits for a value would take for ever.
-_MOST_BRANCHES = 1000
+# What an exploration may do at most, because a loop that waits for a value would go on for ever: operations, questions
+# about values, and seconds.
+_MOST_OPERATIONS, _MOST_QUESTIONS, _MOST_SECONDS = 20_000, 1000, 1.0
+
+
+class _ExploredEnough(BaseException):
+    """Ends an exploration; no `Exception`, so that the code that is explored does not catch it."""
 
 
 class _GuessedValue(fx.Proxy):
     """A value of an exploration: all that is asked about it besides its operations is guessed."""
 
+    tracer: _Explorer
+
     def __getattr__(self, name: str) -> Any:
         return self.tracer.create_proxy("call_function", getattr, (self, name), {})
 
     def __len__(self) -> int:
+        self.tracer.ask()
         return 1
 
     def __index__(self) -> int:
+        self.tracer.ask()
         return 1
 
 
 class _Explorer(_RegionTracer):
-    """A tracer that guesses where torch.fx's gives up: no branch is taken, a value of unknown length has one item."""
+    """A tracer that guesses where torch.fx's gives up: which way a branch goes, and that a value has one item.
 
-    def __init__(self, untraceable: Collection[type[nn.Module]]) -> None:
+    Args:
+        untraceable: classes whose modules are leaves.
+        guess: what every condition is taken to be.
+    """
+
+    trace_asserts = True
+
+    def __init__(self, untraceable: Collection[type[nn.Module]], guess: bool) -> None:
         super().__init__(untraceable)
-        self.branches = 0
+        self.guess = guess
+        self._operations = self._questions = 0
+        self._end = time.monotonic() + _MOST_SECONDS
+
+    def ask(self) -> None:
+        """Count a question about a value.
+
+        Raises:
+            _ExploredEnough: there were too many.
+        """
+        self._questions += 1
+        if self._questions > _MOST_QUESTIONS:
+            raise _ExploredEnough
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        self._operations += 1
+        if self._operations > _MOST_OPERATIONS or time.monotonic() > self._end:
+            raise _ExploredEnough
+        return super().create_node(*args, **kwargs)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _GuessedValue(node, self)
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        self.ask()
         try:
             return super().iter(obj)
         except fx.proxy.TraceError:
@@ -148,10 +188,8 @@ class _Explorer(_RegionTracer):
         return ()
 
     def to_bool(self, obj: fx.Proxy) -> bool:
-        self.branches += 1
-        if self.branches > _MOST_BRANCHES:
-            raise RecursionError("too many branches")
-        return False
+        self.ask()
+        return self.guess
 
 
 def trace(model: nn.Module) -> Forest:
@@ -203,21 +241,48 @@ class _ForestBuilder:
         while type(module) not in self.reasons:
             tracer = _RegionTracer(self.reasons.keys())
             try:
-                with random_states_kept(), without_warnings():
+                with _alone():
                     return tracer.trace(_twin(module))
-            except Exception as error:  # a user's forward may raise any error when it gets a proxy
+            except (Exception, SystemExit) as error:  # a user's forward may raise any error when it gets a proxy
                 entered = (type(m) for m in reversed(tracer.entered) if not tracer.is_leaf_module(m, ""))
                 self.reasons[next(entered, type(module))] = _describe(error)
         return None
 
     def _explore(self, module: nn.Module) -> fx.Graph | None:
-        """Return the beginning of the graph of a module that cannot be traced; None if it has no children to call."""
+        """Return the beginning of the graph of a module that cannot be traced; None if it has no children to call.
+
+        Arguments with the default None are None, as in a call without them. Of two explorations, which guess every
+        condition to be false and to be true, the one that called more modules counts.
+        """
         if not any(True for _ in module.children()):
             return None
-        tracer = _Explorer(self.reasons.keys())
-        with contextlib.suppress(Exception), random_states_kept(), without_warnings():
-            tracer.trace(_twin(module))
-        return getattr(tracer, "graph", None)
+        absent = {name: None for name, default in _defaults(module.forward) if default is None}
+        graphs = []
+        for guess in (False, True):
+            tracer = _Explorer(self.reasons.keys(), guess)
+            try:
+                with _alone():
+                    tracer.trace(_twin(module), absent)
+                return tracer.graph
+            except (Exception, SystemExit, _ExploredEnough):
+                # A user's code may raise any error when it gets a guess. What it did before is known.
+                graphs.append(getattr(tracer, "graph", fx.Graph()))
+        return max(graphs, key=lambda graph: sum(node.op == "call_module" for node in graph.nodes))
+
+
+def _defaults(forward: Any) -> list[tuple[str, Any]]:
+    """Return a function's parameters with their defaults; none if it has no signature."""
+    try:
+        return [(name, parameter.default) for name, parameter in inspect.signature(forward).parameters.items()]
+    except (TypeError, ValueError):
+        return []
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Keep what a module's code does while it is traced from everything else."""
+    with random_states_kept(), torch_settings_kept(), without_warnings(), contextlib.redirect_stdout(None):
+        yield
 
 
 def computed_attributes(model: nn.Module) -> Iterator[Tensor]:
@@ -229,17 +294,26 @@ def computed_attributes(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _twin(module: nn.Module) -> nn.Module:
-    """Return a copy to trace, so that a forward that changes its modules' attributes changes the copy.
+    """Return a copy to trace, so that a forward that changes its modules' attributes or tensors changes the copy.
 
-    The copy has the same tensors, because the tracer replaces them by proxies. It has no hooks, because a trace must
-    not run the user's hooks.
+    Its Parameters and buffers have no data, because the tracer replaces them by proxies. It has no hooks, because a
+    trace must not run the user's hooks.
     """
-    tensors = [*module.parameters(), *module.buffers(), *computed_attributes(module)]
-    twin = copy.deepcopy(module, {id(tensor): tensor for tensor in tensors})
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in computed_attributes(module)}
+    memo |= {id(tensor): _without_data(tensor) for tensor in [*module.parameters(), *module.buffers()]}
+    twin = copy.deepcopy(module, memo)
     for child in twin.modules():
         for hooks in (child._forward_hooks, child._forward_pre_hooks, child._backward_hooks, child._backward_pre_hooks):
             hooks.clear()
     return twin
+
+
+def _without_data(tensor: Tensor) -> Tensor:
+    """Return a tensor like a Parameter or a buffer, on the meta device; one of a class of its own stays as it is."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
+        return tensor
+    empty = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
 
 
 def _describe(error: BaseException) -> str:
@@ -303,6 +377,7 @@ def _collect_uses(model: nn.Module, opener: _ForestBuilder, parameters: list[Par
     calls: dict[str, int] = {}
     inputs: dict[str, list[str]] = {}
     functional: dict[str, list[WeightUse]] = {}
+    explored: dict[str, list[WeightUse]] = {}
     for region in opener.regions:
         for node in (region.graph or region.explored or fx.Graph()).nodes:
             if node.op == "call_module":
@@ -310,9 +385,10 @@ def _collect_uses(model: nn.Module, opener: _ForestBuilder, parameters: list[Par
                 inputs.setdefault(path, []).extend(_input_names(region.path, (*node.args, *node.kwargs.values())[:1]))
                 if region.graph is not None:
                     calls[path] = calls.get(path, 0) + 1
-            elif node.op == "get_attr" and region.graph is not None:
+            elif node.op == "get_attr":
                 name = _join(region.path, str(node.target))
-                functional.setdefault(name, []).extend(_functional_uses(region.path, name, node))
+                found = functional if region.graph is not None else explored
+                found.setdefault(name, []).extend(_functional_uses(region.path, name, node))
     # Opaque code may read the parameters of its module and of every module below.
     within_opaque = {id(module) for opaque in opener.opaque for module in opaque.modules()}
     for info in parameters:
@@ -329,6 +405,7 @@ def _collect_uses(model: nn.Module, opener: _ForestBuilder, parameters: list[Par
                     WeightUse(module_path, attribute, type(module).__name__, "module", calls=calls.get(module_path))
                 )
             info.uses.extend(functional.get(alias, []))
+            info.explored.extend(explored.get(alias, []))
             if not any(use.module == module_path and use.attribute == attribute for use in info.uses):
                 op = "unseen" if id(module) in within_opaque else "unused"
                 info.uses.append(WeightUse(module_path, attribute, op, "opaque"))

@@ -107,7 +107,7 @@ class PooledWeight(WeightView):
         if self.fold is None:
             return self._multiply_gathered(x, bias, along_cols)
         if along_cols:
-            without_graph = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            without_graph = not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not is_jit_tracing()
             if without_graph and x.dim() > 0 and x.numel() == x.shape[-1]:
                 pool = self.pool.read(ops.autocast_dtype(x) or self.current_dtype)
                 return ops.folded_linear(x, pool, bias, self.pool.table, self.view, self.fold, self.scale)

@@ -109,11 +109,15 @@ class PoolCache:
 
         If the last input was the same and is unchanged, the result is the last one.
 
-        Inside a checkpoint and outside of it, results are not shared: the recomputation would have to share them too.
+        A checkpoint's recomputation shares nothing. So results are not shared between a checkpoint and its outside, nor
+        within it if a fold with learned scales saves tensors: both passes must save the same.
         """
-        if not self.whole or not _is_plain(x):
+        hook = saved_tensors_hook()
+        if not self.whole or not _is_plain(x) or (pool is not None and hook is not None):
             return ops.fold(x, pool, fold)
-        seen = id(pool), fold, dtype, x._version, torch.is_grad_enabled(), saved_tensors_hook()
+        graph = torch.is_grad_enabled(), x.requires_grad, x.grad_fn, x.output_nr, hook
+        memory = x._version, x.data_ptr(), x.dtype, x.shape, x.stride()
+        seen = id(pool), fold, dtype, graph, memory
         last = self.last_folded
         if last is not None and last[0]() is x and last[1] == seen:
             return last[2]

@@ -317,8 +317,10 @@ class RoastPlan:
             view = self.fold_view(index)
             readers = (tensor for tensor in self.shared if tensor.fold == index)
             rows = sum(tensor.rows * (tensor.scale or 0.0) ** 2 for tensor in readers) / fold.hashes
-            energy = rows * min(fold.span, view.width) * (self.pool_std or 0.0) ** 2
-            energies += [max(energy, 1e-12)] * view.num_scales
+            # The last span may be shorter than the others.
+            columns = [min(fold.span, view.width - span * fold.span) for span in range(view.num_spans)]
+            of_spans = [max(rows * count * (self.pool_std or 0.0) ** 2, 1e-12) for count in columns]
+            energies += of_spans * (view.num_scales // view.num_spans)
         return energies
 
     def basis_energy(self, tensor: TensorPlan) -> float:
