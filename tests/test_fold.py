@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
@@ -20,10 +22,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import roastify
 from roastify import RoastConfig
+from roastify.artifact import MANIFEST, WEIGHTS, seal
 from roastify.conversion.converted import pool_of
 from roastify.conversion.fx_pass import trace
 from roastify.conversion.planner import make_plan
 from roastify.errors import ConfigError, PlanError
+from roastify.files import digest_of_file
 from roastify.kernels import dispatch, ops, reference
 from roastify.kernels.view import FoldView
 from roastify.pool.fold import folded, folded_squares, unfolded
@@ -857,6 +861,50 @@ def test_saved_and_loaded(tmp_path: Any) -> None:
     again = roastify.convert(a_model(), config=settings(learned_scales=True))
     again.load_state_dict(model.state_dict())
     assert torch.equal(again(x), model(x))
+
+
+def test_an_artifact_of_mapping_version_2_loads_with_its_golden_values(tmp_path: Any) -> None:
+    # What the first roastify with folds wrote for one layer of 16×16, fold 2, two hashes, learned scales, two slots of
+    # 4×8 and one for scales. If this test fails, users' artifacts are read differently.
+    class Tiny(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x)
+
+    pool = torch.arange(1.0, 97.0).view(12, 8) / 8
+    save_file({"roast_pool.weight": pool, "fc.bias": torch.zeros(16)}, tmp_path / WEIGHTS)
+    kept = {"name": "fc.bias", "aliases": ["fc.bias"], "shape": [16], "dtype": "float32", "op": "Linear"}
+    weight = {"name": "fc.weight", "aliases": ["fc.weight"], "shape": [16, 16], "dtype": "float32", "op": "linear"}
+    weight |= {"shared": True, "reason": "eligible", "rows": 16, "cols": 8, "num_tiles": 4, "scale": 0.5, "fold": 0}
+    plan = {
+        "model": "Tiny", "ratio": 2.0, "seed": 0, "tile": [4, 8], "sign": "row", "mapping": "permutation",
+        "mapping_version": 2, "sharing": "global", "precondition": True, "num_slots": 2, "dtype": "float32",
+        "trainable": True, "owner": "", "pool_std": 1.0,
+        "regions": [{"num_tiles": 4, "num_slots": 2, "first_slot": 0, "first_chunk": 0}],
+        "tensors": [weight, kept | {"shared": False, "reason": "vector of Linear"}],
+        "folds": [{"cols": 16, "fold": 2, "hashes": 2, "span": 64, "first_scale": 0}],
+    }  # fmt: skip
+    manifest = {
+        "format_version": 5,
+        "mapping_version": 2,
+        "weights": {"file": WEIGHTS, "sha256": digest_of_file(tmp_path / WEIGHTS)},
+        "ties": {},
+        "buffers": {},
+        "state_dict": ["fc.bias", "roast_pool.weight"],
+        "plan": plan,
+    }
+    (tmp_path / MANIFEST).write_text(json.dumps(seal(manifest)), encoding="utf-8")
+    dense = roastify.load(tmp_path, model=Tiny()).fc.weight.detach()
+    # Rows of four, halves of eight columns: the slot, the sign, and which scale is added to 1.
+    blocks = [(0, "+-", 0), (1, "+-", 0), (1, "--", 2), (0, "++", 2)]
+    for number, (slot, signs, scale) in enumerate(blocks):
+        for half, sign in enumerate(signs):
+            factor = (1 + pool[8, scale + half]) * (1 if sign == "+" else -1) / 2
+            found = dense[4 * number : 4 * number + 4, 8 * half : 8 * half + 8]
+            torch.testing.assert_close(found, pool[4 * slot : 4 * slot + 4] * factor)
 
 
 def test_a_state_dict_of_another_fold_is_refused() -> None:
