@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import io
 import time
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -281,7 +282,7 @@ def _defaults(forward: Any) -> list[tuple[str, Any]]:
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
     """Keep what a module's code does while it is traced from everything else."""
-    with random_states_kept(), torch_settings_kept(), without_warnings(), contextlib.redirect_stdout(None):
+    with random_states_kept(), torch_settings_kept(), without_warnings(), contextlib.redirect_stdout(io.StringIO()):
         yield
 
 
