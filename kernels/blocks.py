@@ -46,7 +46,7 @@ def blocks_grad(grad: Tensor, x: Tensor, groups: int) -> Tensor:
 
 
 class _BlocksNode(torch.autograd.Function):
-    """The node behind `blocks_linear`."""
+    """The node behind `differentiable_product`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, matrix: Tensor, bias: Tensor | None, groups: int) -> Tensor:
@@ -70,7 +70,7 @@ class _BlocksNode(torch.autograd.Function):
         )
 
 
-def blocks_linear(x: Tensor, matrix: Tensor, bias: Tensor | None, groups: int) -> Tensor:
+def differentiable_product(x: Tensor, matrix: Tensor, bias: Tensor | None, groups: int) -> Tensor:
     """Return `x · Wᵀ + bias`, `[..., groups·cols] → [..., rows]`, with derivatives."""
     flat = x.reshape(-1, x.shape[-1])
     if torch.compiler.is_compiling() or in_func_transform() or is_jit_tracing():

@@ -184,7 +184,7 @@ def blocks_linear(x: Tensor, matrix: Tensor, bias: Tensor | None, groups: int) -
     Returns:
         `[..., rows]`; under autocast, in autocast's dtype.
     """
-    return blocks.blocks_linear(*_like_autocast(x, matrix, bias), groups)
+    return blocks.differentiable_product(*_like_autocast(x, matrix, bias), groups)
 
 
 def combine(coefficients: Tensor, basis: Tensor, grad_scale: float = 1.0) -> Tensor:

@@ -776,7 +776,18 @@ def switching(self: Any, x: Tensor) -> Tensor:
     return y if float(y.sum()) > 0 else self.two(x)
 
 
-@pytest.mark.parametrize("forward", [endless, shrinking, swallowing, counting, leaving, moving, switching])
+@pytest.mark.parametrize(
+    "forward",
+    [
+        endless,
+        shrinking,
+        leaving,
+        moving,
+        switching,
+        pytest.param(swallowing, marks=pytest.mark.long),
+        pytest.param(counting, marks=pytest.mark.long),
+    ],
+)
 def test_exploration_ends_and_changes_nothing(
     forward: Callable[..., Tensor], capsys: pytest.CaptureFixture[str]
 ) -> None:

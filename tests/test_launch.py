@@ -244,7 +244,7 @@ def test_a_launch_is_compiled_again_for_a_pool_that_needs_wide_integers() -> Non
     many = tuning.many_rows_settings(view, 300, 2)
     keys = {
         few_rows._by_slot: lambda pool_numel: (3, device, pool_numel, "ieee", tuning.BY_SLOT),
-        few_rows._one_row: lambda pool_numel: (device, pool_numel, False, tuning.one_row_settings(view.rows)),
+        few_rows._one_row: lambda pool_numel: (device, pool_numel, False, tuning.one_row_settings(view.rows), None),
         few_rows._split: lambda pool_numel: (3, device, pool_numel, False, "ieee", split),
         many_rows._launch: lambda pool_numel: (300, device, pool_numel, False, "ieee", many),
     }

@@ -25,7 +25,6 @@ from roastify.kernels.gpu import few_rows, fold, linear, many_rows, tuning  # no
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-each_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 SHAPE = (16, 16)
 
 FOLDS = {
@@ -56,8 +55,18 @@ def assert_near(found: Tensor, expected: Tensor, dtype: torch.dtype, stored: tor
 
 
 @each_fold
-@each_dtype
-@pytest.mark.parametrize("num_rows", [0, 1, 37])
+@pytest.mark.parametrize(
+    ("dtype", "num_rows"),
+    [
+        (torch.float32, 0),
+        (torch.float32, 37),
+        (torch.bfloat16, 5),
+        pytest.param(torch.float32, 1, marks=pytest.mark.long),
+        pytest.param(torch.bfloat16, 37, marks=pytest.mark.long),
+        pytest.param(torch.float16, 5, marks=pytest.mark.long),
+    ],
+    ids=str,
+)
 def test_folds(view: FoldView, dtype: torch.dtype, num_rows: int) -> None:
     check(view, dtype, num_rows)
 
@@ -124,8 +133,19 @@ each_matrix = pytest.mark.parametrize("matrix", GROUPED.values(), ids=GROUPED.ke
 
 
 @each_matrix
-@each_dtype
-@pytest.mark.parametrize(("num_rows", "biased"), [(1, False), (3, True), (40, False), (150, True)])
+@pytest.mark.parametrize(
+    ("dtype", "num_rows", "biased"),
+    [
+        (torch.float32, 1, True),
+        (torch.bfloat16, 3, False),
+        (torch.float32, 40, False),
+        (torch.bfloat16, 150, True),
+        pytest.param(torch.float16, 3, True, marks=pytest.mark.long),
+        pytest.param(torch.float32, 150, True, marks=pytest.mark.long),
+        pytest.param(torch.bfloat16, 1, False, marks=pytest.mark.long),
+    ],
+    ids=str,
+)
 def test_products_with_groups(matrix: Grouped, dtype: torch.dtype, num_rows: int, biased: bool) -> None:
     pool = randn(*matrix.shape, dtype=dtype)
     view, block = matrix.view, matrix.blocks(pool.double())
