@@ -40,11 +40,11 @@ def run(model: nn.Module, inputs: object) -> list[torch.Tensor]:
         return tensors(model.eval()(*args, **kwargs))
 
 
-def assert_equal_outputs(one: nn.Module, other: nn.Module, inputs: object) -> None:
+def assert_equal_outputs(one: nn.Module, other: nn.Module, inputs: object, tolerance: float = 0.0) -> None:
     first, second = run(one, inputs), run(other, inputs)
     assert len(first) == len(second) > 0
     for a, b in zip(first, second, strict=True):
-        assert torch.equal(a, b)
+        torch.testing.assert_close(a, b, rtol=0.0, atol=tolerance * float(b.abs().max()))
 
 
 def dense_gradients(model: nn.Module, inputs: object) -> None:
@@ -105,8 +105,9 @@ def test_a_model_stores_what_was_promised(source: Source) -> None:
 
 
 def test_pool_gradient_equals_the_projected_dense_gradient(source: Source) -> None:
-    # With a sign for each tile, the reference is one Python call a tile; test_layers.py tests signs for each element.
-    converted = roastify.convert(source.model, 50, config=roastify.RoastConfig(sign="tile"))
+    # With a sign for each tile, the reference is one Python call a tile; test_layers.py tests signs for each element,
+    # and test_fold.py folded layers.
+    converted = roastify.convert(source.model, 50, config=roastify.RoastConfig(sign="tile", fold="none"))
     dense = roastify.densify(converted)
     assert_equal_outputs(converted, dense, source.example_inputs)
     dense_gradients(converted, source.example_inputs)
@@ -136,7 +137,9 @@ def test_save_load_and_back_to_dense(source: Source, tmp_path: Path) -> None:
     loaded = roastify.load(tmp_path, model=fresh)
     assert_equal_outputs(converted, loaded, source.example_inputs)
     dense = roastify.densify(loaded)
-    assert_equal_outputs(converted, dense, source.example_inputs)
+    # A folded product sums in another order than the dense one.
+    tolerance = 1e-4 if converted.roast_pool.plan.folds else 0.0
+    assert_equal_outputs(converted, dense, source.example_inputs, tolerance)
     assert list(dense.state_dict()) == list(source.model.state_dict())
     assert [type(module) for module in dense.modules()] == [type(module) for module in source.model.modules()]
 
