@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from roastify.kernels.gpu import tuning
-from roastify.kernels.gpu.fold import hash_factor
+from roastify.kernels.gpu.fold import factors
 from roastify.kernels.gpu.launch import (
     PLAIN_ARGUMENTS,
     Launch,
@@ -180,7 +180,7 @@ def _one_row_kernel(
                 span = (first_col + step + t) // tiles_a_span
                 x = tl.zeros([BT, TILE_COLS], dtype=tl.float32)
                 for i in tl.static_range(FOLD):
-                    factor = hash_factor(p_pool, fold_key, group, i, span, num_spans, first_scale, FOLD, LEARNED)
+                    factor = factors(p_pool, fold_key, group, i, span, num_spans, first_scale, FOLD, LEARNED, 1)
                     x += factor[:, None] * tl.load(p_x + i * cols + col, mask=inside, other=0.0).to(tl.float32)
             p_tile = p_pool + ((first_slot + slot_t) * SIZE)[None, :, None]
             weight = tl.load(p_tile + element, mask=inside[None, :, :], other=0.0).to(tl.float32)

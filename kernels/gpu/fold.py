@@ -22,11 +22,11 @@ from roastify.kernels.view import FoldView
 
 
 @triton.jit
-def _signs(key, i, span, num_spans, HASHES: tl.constexpr):
-    """Return ±1.0 of position `i` in the buckets of a span, for every hash: `[HASHES]`."""
+def _signs(key, g, i, span, num_spans):
+    """Return ±1.0 of position `i` in the buckets of `span` for the hash `g`; `g` and `span` broadcast."""
     negative = (mix64(key, (i * num_spans + span).to(tl.int64)) >> 63).to(tl.int32)
     # The parity of the bits that the hash's number and `i` have in common; both are below 256.
-    common = tl.arange(0, HASHES) & i
+    common = g & i
     common = common ^ (common >> 4)
     common = common ^ (common >> 2)
     common = common ^ (common >> 1)
@@ -34,30 +34,14 @@ def _signs(key, i, span, num_spans, HASHES: tl.constexpr):
 
 
 @triton.jit
-def factors(p_pool, key, i, span, num_spans, first_scale, FOLD: tl.constexpr, HASHES: tl.constexpr,
-            LEARNED: tl.constexpr, UNIT: tl.constexpr):  # fmt: skip
-    """Return the factors of position `i` in the buckets of a span, for every hash: float32 `[HASHES]`."""
-    signs = _signs(key, i, span, num_spans, HASHES)
+def factors(p_pool, key, g, i, span, num_spans, first_scale, FOLD: tl.constexpr, LEARNED: tl.constexpr,
+            UNIT: tl.constexpr):  # fmt: skip
+    """Return the factors of position `i` in the buckets of `span` for the hash `g`, in float32; both broadcast."""
+    signs = _signs(key, g, i, span, num_spans)
     if LEARNED:
-        g = tl.arange(0, HASHES)
-        learned = tl.load(p_pool + first_scale + (g * FOLD + i) * num_spans + span)
-        signs = signs * (learned.to(tl.float32) + UNIT)
-    return signs
-
-
-@triton.jit
-def hash_factor(p_pool, key, g, i, span, num_spans, first_scale, FOLD: tl.constexpr, LEARNED: tl.constexpr):
-    """Return the factors of position `i` in the buckets of each of `span`, for one hash: float32 of `span`'s shape."""
-    negative = (mix64(key, (i * num_spans + span).to(tl.int64)) >> 63).to(tl.int32)
-    common = g & i
-    common = common ^ (common >> 4)
-    common = common ^ (common >> 2)
-    common = common ^ (common >> 1)
-    signs = 1.0 - 2.0 * ((common & 1) ^ negative).to(tl.float32)
-    if LEARNED:
-        # Spans past the last one belong to tiles past the last one.
+        # Spans past the last one belong to tiles past the last one, whose values are not used.
         place = first_scale + (g * FOLD + i) * num_spans + tl.minimum(span, num_spans - 1)
-        signs = signs * (tl.load(p_pool + place).to(tl.float32) + 1.0)
+        signs = signs * (tl.load(p_pool + place).to(tl.float32) + UNIT)
     return signs
 
 
@@ -86,12 +70,12 @@ def _fold_kernel(
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+    g = tl.arange(0, HASHES)
     total = tl.zeros([HASHES, BM, BC], dtype=tl.float32)
     for i in tl.static_range(FOLD):
         x = tl.load(p_row + i * width, mask=inside, other=0.0).to(tl.float32)
-        factor = factors(p_pool, key, i, span, num_spans, first_scale, FOLD, HASHES, LEARNED, UNIT)
+        factor = factors(p_pool, key, g, i, span, num_spans, first_scale, FOLD, LEARNED, UNIT)
         total += factor[:, None, None] * x[None, :, :]
-    g = tl.arange(0, HASHES)
     place = (row * (HASHES * width))[None, :, None] + (g * width)[:, None, None] + col[None, None, :]
     tl.store(p_out + place, total.to(p_out.dtype.element_ty), mask=inside[None, :, :])
 
@@ -112,7 +96,7 @@ def _unfold_kernel(
     z = tl.load(p_x + place, mask=inside[None, :, :], other=0.0).to(tl.float32)
     p_row = p_out + (row * (FOLD * width))[:, None] + col[None, :]
     for i in tl.static_range(FOLD):
-        factor = factors(p_pool, key, i, span, num_spans, first_scale, FOLD, HASHES, LEARNED, UNIT)
+        factor = factors(p_pool, key, g, i, span, num_spans, first_scale, FOLD, LEARNED, UNIT)
         x = tl.sum(factor[:, None, None] * z, 0)
         tl.store(p_row + i * width, x.to(p_out.dtype.element_ty), mask=inside)
 
@@ -141,7 +125,7 @@ def _scales_kernel(
             place = (row * (HASHES * width))[None, :, None] + (g * width)[:, None, None] + col[None, None, :]
             grad = tl.load(p_grad + place, mask=inside[None, :, :], other=0.0)
             total += grad.to(tl.float32) * x.to(tl.float32)[None, :, :]
-    out = tl.sum(tl.sum(total, 2), 1) * _signs(key, i, span, num_spans, HASHES)
+    out = tl.sum(tl.sum(total, 2), 1) * _signs(key, g, i, span, num_spans)
     tl.store(p_parts + part * (HASHES * FOLD * num_spans) + (g * FOLD + i) * num_spans + span, out)
 
 
