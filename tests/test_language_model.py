@@ -453,10 +453,15 @@ def test_the_page_shows_losses_costs_and_what_is_better_than_ours(tmp_path: Path
     tried = [{**rows[3], "trial": True, "rate": rate, "loss": loss} for rate, loss in ((8e-3, 4.2), (4e-3, 4.1))]
     more = [*changed, *given, diverged, {**unreachable, "unreachable": "why"}, *tried]
     text = "\n".join(page.markdown([*rows, *more]))
-    assert "| fold 4 | 0.004 | 2,500 | 3.870 ± 0.001 | -0.010 |" in text
+    assert "| 512 | fold 4 | 0.004 | 2,500 | 3.870 ± 0.001 | -0.010 |" in text
     assert "| tied layers | diverged | – |" in text and "| low rank | not reachable | – |" in text
     # A row whose rate was named is no part of a cell whose rate trials chose.
     assert "1.000" not in text and "| 10 | 0.004: 4.100; 0.008: 4.200 |" in text
+    wide = [{**row, "width": 1024, "loss": row["loss"] - 0.1} for row in rows[3:6]]
+    wider = [*wide, *({**row, "changes": {"fold": 4}, "loss": row["loss"] + 0.02} for row in wide)]
+    text = "\n".join(page.markdown([*rows, *wider]))
+    assert "| 1024 | – | 0.004 | 2,500 | 3.820 ± 0.002 | – |" in text and "3.920 ± 0.002" in text
+    assert "| 1024 | fold 4 | 0.004 | 2,500 | 3.840 ± 0.002 | +0.020 |" in text
     assert page.markdown([]) == [] and page.draw([], tmp_path) == []
     (drawn,) = page.draw(rows, tmp_path)
     assert drawn.stat().st_size > 10_000

@@ -71,6 +71,12 @@ def distillation() -> Iterator[Run]:
         yield Run("imdb", method, ratio, seed, changes=(("distill", 0.9),))
 
 
+def folding() -> Iterator[Run]:
+    """Every linear layer of the text model folded as often as its ratio allows; by default none is large enough."""
+    for seed, ratio in itertools.product(SEEDS, RATIOS[:-1]):
+        yield Run("imdb", "ours", ratio, seed, changes=(("fold", 8 if ratio >= 8 else 2),))
+
+
 def experiments() -> Iterator[Run]:
     """Every run that has a committed row and is in no other group: how the recipe was chosen, and what else was tried.
 
@@ -83,5 +89,5 @@ def experiments() -> Iterator[Run]:
     yield from (run for run in asked if run not in others)
 
 
-_NAMED: tuple[Callable[[], Iterator[Run]], ...] = (main, grid, text, nets, distillation)
+_NAMED: tuple[Callable[[], Iterator[Run]], ...] = (main, grid, text, nets, distillation, folding)
 GROUPS = {function.__name__: function for function in (*_NAMED, experiments)}

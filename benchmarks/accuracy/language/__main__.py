@@ -48,12 +48,13 @@ def asked_for(
         ratios: for all methods but the dense model.
         names: of methods.
         seeds: how many.
-        recipe: whose steps they take.
+        recipe: whose steps and width they take.
         settings: `rate`, `sizes` and `changes`, where they are given.
     """
     cells = [(name, ratio) for ratio in ratios for name in names if name != "dense"]
     if "dense" in names:
         cells.insert(0, ("dense", 1.0))
+    settings = {**settings, "width": recipe.shape.width}
     runs = [Run(name, ratio, seed, recipe.steps, **settings) for seed in range(seeds) for name, ratio in cells]
     # A method without rules has no sizes to choose.
     return [dataclasses.replace(run, sizes="") if run.method not in RULES else run for run in runs]
@@ -127,6 +128,7 @@ def outcome_text(row: Row) -> str:
 @click.option("--rate", type=ABOVE_0, help="Learning rate, without trials of it.")
 @click.option("--sizes", help="Name of a rule for a rival's sizes, without trials of them; --list has the names.")
 @click.option("--set", "changes", multiple=True, help="NAME=VALUE: a setting of the conversion, such as fold=8.")
+@click.option("--width", type=click.IntRange(8, 4096), help=f"Width of the dense model.  [{RECIPE.shape.width}]")
 @click.option("--steps", type=click.IntRange(1), help=f"Steps of a run.  [{RECIPE.steps:,}]")
 @click.option("--minutes", type=Number(0, MOST), help="Start no run that would end later.")
 @click.option("--gpus", type=int, help="GPUs to use.  [all]")
@@ -149,6 +151,7 @@ def main(
     rate: float | None,
     sizes: str | None,
     changes: tuple[str, ...],
+    width: int | None,
     steps: int | None,
     minutes: float | None,
     gpus: int | None,
@@ -163,7 +166,8 @@ def main(
     console = Console(soft_wrap=True, highlight=False)
     out = out or (OUT / RESULTS.name if smoke else RESULTS)
     recipe = SMOKE if smoke else RECIPE
-    recipe = dataclasses.replace(recipe, steps=steps or recipe.steps)
+    shape = recipe.shape.at_width(width or recipe.shape.width)
+    recipe = dataclasses.replace(recipe, shape=shape, steps=steps or recipe.steps)
     settings = {"rate": rate, "sizes": sizes, "changes": changed(changes)}
     runs = asked_for(ratios or RATIOS, names or tuple(METHODS), seeds, recipe, settings)
     try:

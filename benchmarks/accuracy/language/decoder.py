@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,12 @@ class Shape:
     depth: int
     hidden: tuple[int, ...]
     rank: int = 0
+
+    def at_width(self, width: int) -> Shape:
+        """Return the same shape at another width: hidden sizes grow in proportion."""
+        return dataclasses.replace(
+            self, width=width, hidden=tuple(hidden * width // self.width for hidden in self.hidden)
+        )
 
     @property
     def heads(self) -> int:

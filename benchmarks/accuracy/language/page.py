@@ -77,9 +77,13 @@ def markdown(rows: Sequence[Row]) -> list[str]:
         lines += [*table_lines(head, list(_costs(table))), ""]
     if lost := list(losses(table)):
         lines += ["Where a rival that stores as much has a lower loss than the best of roastify:", "", *lost, ""]
-    if rows_changed := list(_changed(table)):
-        lines += ["Other settings; the difference is to the same seeds without the change, and below 0 is better:", ""]
-        head = ["method", "ratio", "setting", "rate", "steps", "loss", "difference", "multiply-adds, M", "step, ms"]
+    if rows_changed := list(_others(table)):
+        lines += [
+            "Other settings and widths; the difference is to the same seeds without the change, and below 0 is better:",
+            "",
+        ]
+        head = ["method", "ratio", "width", "setting", "rate", "steps", "loss", "difference", "multiply-adds, M",
+                "step, ms"]  # fmt: skip
         lines += [*table_lines(head, rows_changed), ""]
     if tried := list(_trials(table)):
         lines += ["What trials found, from the lowest loss on the validation reviews:", ""]
@@ -160,17 +164,18 @@ def losses(table: Table) -> Iterator[str]:
             )
 
 
-def _changed(table: Table) -> Iterator[list[str]]:
-    for (method, ratio, text, rate, steps), by_seed in table.changed().items():
+def _others(table: Table) -> Iterator[list[str]]:
+    for other, by_seed in table.others().items():
         found = {seed: row["loss"] for seed, row in by_seed.items()}
-        difference = paired(found, table.losses(method, ratio)) if steps == table.steps else None
+        difference = paired(found, table.without(other))
         times = [row["step"]["median_ms"] for row in by_seed.values()]
         yield [
-            METHODS[method].title,
-            f"{ratio:g}",
-            text,
-            f"{rate:g}",
-            f"{steps:,}",
+            METHODS[other.method].title,
+            f"{other.ratio:g}",
+            str(other.width),
+            other.changes or "–",
+            f"{other.rate:g}",
+            f"{other.steps:,}",
             loss_text(found.values()),
             "–" if difference is None else f"{difference.mean:+.3f}",
             _millions(next(iter(by_seed.values()))["multiply_adds"]),

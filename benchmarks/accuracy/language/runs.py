@@ -75,6 +75,7 @@ class Run:
         sizes: which of the method's rules for sizes, or None: what trials choose. A method without rules has "".
         trial: whether it is judged on the validation reviews, to choose rate and sizes.
         changes: sorted `(setting, value)` of the conversion.
+        width: of the dense model.
     """
 
     method: str
@@ -85,11 +86,13 @@ class Run:
     sizes: str | None = None
     trial: bool = False
     changes: tuple[tuple[str, Any], ...] = ()
+    width: int = DENSE.width
 
     def __str__(self) -> str:
         parts = [self.method, f"ratio {self.ratio:g}", f"seed {self.seed}", f"{self.steps} steps"]
         parts += [f"rate {self.rate:g}"] if self.rate is not None else []
         parts += [self.sizes] if self.sizes else []
+        parts += [f"width {self.width}"] if self.width not in (DENSE.width, SMOKE.shape.width) else []
         return ", ".join([*parts, *(f"{name}={value}" for name, value in self.changes), *["trial"] * self.trial])
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.accuracy.language.methods import METHODS
+from benchmarks.accuracy.language.runs import DENSE
 from benchmarks.rows import FOLDER
 from benchmarks.stats import Difference, mean_and_error, paired
 
@@ -15,8 +16,19 @@ Row = Mapping[str, Any]
 Cell = tuple[str, float]
 
 
+class Other(NamedTuple):
+    """What rows beside the comparison share: all but the seed."""
+
+    method: str
+    ratio: float
+    width: int
+    changes: str
+    rate: float
+    steps: int
+
+
 class Table:
-    """The comparison's rows: no trials, nothing changed, and as many steps as most of them have.
+    """The comparison's rows: no trials, nothing changed, the usual width, and as many steps as most of them have.
 
     Where trials chose the rate and the sizes of some rows of a cell, the others do not count. A run that diverged has
     no loss and counts as a failure of its cell.
@@ -27,8 +39,9 @@ class Table:
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = rows
-        self.steps = _commonest(row["steps"] for row in rows if not row["trial"] and not row["changes"])
-        plain = [row for row in rows if not row["trial"] and not row["changes"] and row["steps"] == self.steps]
+        plain = [row for row in rows if not row["trial"] and not row["changes"] and row["width"] == DENSE.width]
+        self.steps = _commonest(row["steps"] for row in plain)
+        plain = [row for row in plain if row["steps"] == self.steps]
         self.by_cell: dict[Cell, dict[int, Row]] = {}
         self.unreachable: dict[Cell, str] = {}
         self.diverged: set[Cell] = set()
@@ -77,15 +90,24 @@ class Table:
         """Return one method's loss less another's, over the seeds that both have."""
         return paired(self.losses(method, ratio), self.losses(other, ratio))
 
-    def changed(self) -> dict[tuple[str, float, str, float, int], dict[int, Row]]:
-        """Return the rows with a changed setting by seed, by method, ratio, setting, rate and steps."""
-        found: dict[tuple[str, float, str, float, int], dict[int, Row]] = {}
+    def others(self) -> dict[Other, dict[int, Row]]:
+        """Return by seed the rows with a changed setting or of another width."""
+        found: dict[Other, dict[int, Row]] = {}
         for row in self.rows:
-            if row["changes"] and not row["trial"] and row.get("loss") is not None:
+            if (row["changes"] or row["width"] != DENSE.width) and not row["trial"] and row.get("loss") is not None:
                 text = ", ".join(f"{name} {value}" for name, value in row["changes"].items())
-                key = row["method"], float(row["ratio"]), text, row["rate"], row["steps"]
+                key = Other(row["method"], float(row["ratio"]), row["width"], text, row["rate"], row["steps"])
                 found.setdefault(key, {})[row["seed"]] = row
         return dict(sorted(found.items()))
+
+    def without(self, other: Other) -> dict[int, float]:
+        """Return the losses by seed of the same runs without the change; none if nothing is changed."""
+        if not other.changes:
+            return {}
+        if other.width == DENSE.width:
+            return self.losses(other.method, other.ratio) if other.steps == self.steps else {}
+        rows = self.others().get(other._replace(changes=""), {})
+        return {seed: row["loss"] for seed, row in rows.items()}
 
     def trials(self) -> dict[Cell, list[Row]]:
         """Return every trial by its cell, from the lowest loss on; those that have none come last."""

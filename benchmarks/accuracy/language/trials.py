@@ -44,7 +44,7 @@ def wanted(run: Run, recipe: Recipe, rows: Rows) -> list[Run]:
 
 
 def _trial(run: Run, recipe: Recipe, ratio: float, rate: float, sizes: str) -> Run:
-    return Run(run.method, ratio, 0, min(recipe.trial_steps, run.steps), rate, sizes, trial=True)
+    return Run(run.method, ratio, 0, min(recipe.trial_steps, run.steps), rate, sizes, trial=True, width=run.width)
 
 
 def choose(run: Run, recipe: Recipe, rows: Rows) -> Run:
