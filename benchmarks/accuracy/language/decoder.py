@@ -95,7 +95,8 @@ class FactoredTable(nn.Module):
         self.left, self.right = nn.Parameter(torch.empty(words, rank)), nn.Parameter(torch.empty(rank, width))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens, self.left) @ self.right
+        # A whole table gives float32 vectors under autocast too, and torch's fused RMSNorm takes no bfloat16 with them.
+        return (F.embedding(tokens, self.left) @ self.right).float()
 
 
 class FactoredHead(nn.Module):
