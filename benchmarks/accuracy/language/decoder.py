@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Standard deviation of the initial weights of a model 512 wide. Every tensor has the same, so that every λ is near 1
-# and Adam's step keeps its meaning for the pool.
+# Standard deviation of the initial weights of a model 512 wide, but for the layers that write into the residual stream:
+# theirs is divided by the root of their number, as in GPT-2 (Radford et al., 2019).
 SPREAD, AT_WIDTH = 0.02, 512
 
 
@@ -168,9 +168,11 @@ class Decoder(nn.Module):
     def draw(self) -> None:
         """Draw initial values."""
         std = SPREAD * (AT_WIDTH / self.shape.width) ** 0.5
+        writing = {id(module) for layer in self.layers for module in (layer.out, layer.down)}
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=std)
+                times = (2 * self.shape.depth) ** -0.5 if id(module) in writing else 1.0
+                nn.init.normal_(module.weight, std=times * std)
             elif isinstance(module, FactoredTable):
                 # The product has the spread of the whole table.
                 nn.init.normal_(module.left, std=std)
