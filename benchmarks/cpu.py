@@ -23,21 +23,24 @@ import roastify
 from benchmarks.documents import insert, table
 from benchmarks.rows import FOLDER, Row, dump, machine, write
 from benchmarks.stats import quartiles
+from roastify.conversion.converted import pool_of
 
 RESULTS = FOLDER / "cpu.json"
 README = Path(__file__).parents[1] / "README.md"
 BEGIN = "<!-- cpu: written by `make bench` -->"
 THREADS = 2
-# (out, in), ratio, rows, and what the time may be as a multiple of dense, where something was promised.
+# (out, in), how many such layers share a pool, ratio, rows, and what the time may be as a multiple of dense, where
+# something was promised. A small layer alone has so few slots that every element needs a hashed sign.
 LINEAR_CASES = [
-    ((4096, 4096), 10, 1, 1.5),
-    ((4096, 4096), 10, 16, None),
-    ((4096, 4096), 10, 128, None),
-    ((4096, 4096), 10, 1024, 1.1),
-    ((768, 768), 10, 1, None),
-    ((3072, 768), 10, 128, None),
-    ((4096, 4096), 200, 1, None),
-    ((4096, 4096), 200, 1024, None),
+    ((4096, 4096), 1, 10, 1, 1.5),
+    ((4096, 4096), 1, 10, 16, None),
+    ((4096, 4096), 1, 10, 128, None),
+    ((4096, 4096), 1, 10, 1024, 0.6),
+    ((768, 768), 48, 10, 1, 2),
+    ((768, 768), 1, 10, 1, None),
+    ((3072, 768), 12, 10, 128, None),
+    ((4096, 4096), 1, 200, 1, 2),
+    ((4096, 4096), 1, 200, 1024, None),
 ]
 CONVERSION_LIMIT_S = 10.0
 MEMORY_LIMIT = 2.2
@@ -57,24 +60,35 @@ def alternate(calls: dict[str, Callable[[], object]], seconds: float) -> dict[st
     return times
 
 
-def bench_linear(shape: tuple[int, int], ratio: float, rows: int, limit: float | None, seconds: float) -> Row:
-    """Measure one linear layer and the same on a pool."""
+def bench_linear(
+    shape: tuple[int, int], layers: int, ratio: float, rows: int, limit: float | None, seconds: float
+) -> Row:
+    """Measure linear layers of one shape, and the same on one pool; the time is that of a layer."""
     torch.manual_seed(0)
-    dense = nn.Linear(shape[1], shape[0], bias=True)
+    dense = nn.ModuleList(nn.Linear(shape[1], shape[0]) for _ in range(layers))
     pooled = roastify.convert(dense, ratio)
-    weight = pooled.weight.detach().clone()
+    plan = pool_of(pooled).plan
     x = torch.randn(rows, shape[1])
+
+    def call(model: nn.ModuleList) -> None:
+        for layer in model:
+            layer(x)
+
     with torch.no_grad():
-        torch.testing.assert_close(pooled(x), F.linear(x, weight, pooled.bias), rtol=1e-4, atol=1e-4)
-        times = alternate({"dense": lambda: dense(x), "pool": lambda: pooled(x)}, seconds)
-    found = {side: quartiles(values) for side, values in times.items()}
+        for layer in pooled:
+            expected = F.linear(x, layer.weight.detach().clone(), layer.bias)
+            torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
+        times = alternate({"dense": lambda: call(dense), "pool": lambda: call(pooled)}, seconds)
+    found = {side: quartiles([value / layers for value in values]) for side, values in times.items()}
     return {
         "case": "linear",
         "shape": list(shape),
+        "layers": layers,
         "ratio": ratio,
         "rows": rows,
-        "tile": list(pooled.roast_pool.plan.tile),
-        "sign": pooled.roast_pool.plan.sign,
+        "tile": list(plan.tile),
+        "sign": plan.sign,
+        "fold": plan.folds[0].fold if plan.folds else 1,
         **found,
         "pool_over_dense": found["pool"]["median_ms"] / found["dense"]["median_ms"],
         "limit": limit,
@@ -120,8 +134,9 @@ def markdown(result: Row) -> str:
     """Return the README's table of a raw result."""
     cells = [
         [
-            f"Linear {row['shape'][0]}×{row['shape'][1]}",
+            f"Linear {row['shape'][0]}×{row['shape'][1]}" + (f", {row['layers']} of them" if row["layers"] > 1 else ""),
             f"{row['ratio']:g}",
+            "–" if row["fold"] == 1 else str(row["fold"]),
             str(row["rows"]),
             *(f"{time:.2f}" for time in (row["dense"]["median_ms"], row["pool"]["median_ms"], row["pool_over_dense"])),
             "" if row["limit"] is None else f"≤ {row['limit']:g}",
@@ -132,7 +147,7 @@ def markdown(result: Row) -> str:
     (bert,) = (row for row in result["rows"] if row["case"] == "convert BERT-base")
     cpu = result["machine"]
     lines = [
-        *table(["layer", "ratio", "rows", "dense, ms", "pool, ms", "pool ÷ dense", "promised"], cells),
+        *table(["layer", "ratio", "fold", "rows", "dense, ms", "pool, ms", "pool ÷ dense", "promised"], cells),
         "",
         f"Converting BERT-base at ratio 50 took {bert['seconds']:.1f} s (promised: {bert['limit_seconds']:g}), and",
         f"at its peak {bert['peak_over_model']:.2f}× the model's memory, the model itself included (promised: "
@@ -154,13 +169,13 @@ def main(seconds: float, convert_only: bool) -> None:
     torch.set_num_threads(THREADS)
     console = Console()
     rows = []
-    for shape, ratio, num_rows, limit in LINEAR_CASES:
+    for shape, layers, ratio, num_rows, limit in LINEAR_CASES:
         with console.status(f"linear {shape[0]}×{shape[1]}, {num_rows} rows"):
-            row = bench_linear(shape, ratio, num_rows, limit, seconds)
+            row = bench_linear(shape, layers, ratio, num_rows, limit, seconds)
         rows.append(row)
         verdict = "" if limit is None else f" (limit {limit:g})"
         console.print(
-            f"linear {shape[0]}×{shape[1]}, ratio {ratio:g}, {num_rows} rows: "
+            f"{layers} × linear {shape[0]}×{shape[1]}, ratio {ratio:g}, {num_rows} rows: "
             f"{row['pool_over_dense']:.2f}× dense{verdict}"
         )
     # A process of its own, so that the peak is the conversion's.

@@ -6,28 +6,15 @@ panels of whole tile rows, so that a gathered panel stays in cache and no whole 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from roastify.kernels.view import (
-    GOLDEN32,
-    GOLDEN64,
-    MASK32,
-    MIX32_A,
-    MIX32_B,
-    MIX64_A,
-    MIX64_B,
-    SLOT_STREAM,
-    FoldView,
-    MappingKind,
-    SignKind,
-    TileView,
-    to_signed64,
-)
+from roastify.kernels import by_tile
+from roastify.kernels.tile_hash import element_factors, hash64, signed, tile_factors, tile_offsets
+from roastify.kernels.view import FoldView, MappingKind, SignKind, TileView
 
 # Bytes of a gathered panel. With few rows of activations, the panel must stay in the core's own cache. With many, the
 # activations are read once for each panel, so panels are larger. A new buffer for the whole weight would cost page
@@ -47,82 +34,12 @@ def summed_in(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _shift_right(word: Tensor, bits: int) -> Tensor:
-    """Logical shift of a 64-bit word held in int64."""
-    return (word >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _mix64(key: int, counter: Tensor) -> Tensor:
-    word = counter * to_signed64(GOLDEN64) + to_signed64(key + GOLDEN64)
-    word = (word ^ _shift_right(word, 30)) * to_signed64(MIX64_A)
-    word = (word ^ _shift_right(word, 27)) * to_signed64(MIX64_B)
-    return word ^ _shift_right(word, 31)
-
-
-def _mix32(word: Tensor) -> Tensor:
-    word = ((word ^ (word >> 16)) * MIX32_A) & MASK32
-    word = ((word ^ (word >> 13)) * MIX32_B) & MASK32
-    return word ^ (word >> 16)
-
-
-def tile_offsets(table: Tensor, view: TileView, tiles: Tensor) -> Tensor:
-    """Return the pool element at which each of `tiles` begins (int64, the shape of `tiles`)."""
-    size = view.slot_size
-    start = view.first_slot * size
-    if view.mapping == MappingKind.PERMUTATION:
-        chunk = tiles // view.num_slots
-        # One gather of two columns is not worth it: the table has a few rows and stays in cache.
-        rows = chunk + view.first_chunk
-        slots = (table[:, 0][rows] * (tiles - chunk * view.num_slots) + table[:, 1][rows]) % view.num_slots
-        return slots * size + start
-    word = _shift_right(_mix64(view.key ^ to_signed64(SLOT_STREAM), tiles), 1)
-    if view.mapping == MappingKind.HASHED:
-        return word % view.num_slots * size + start
-    return word % ((view.num_slots - 1) * size + 1) + start
-
-
-def _signed(scale: float, negative: Tensor, dtype: torch.dtype) -> Tensor:
-    # A tensor of the right dtype, because two Python numbers would give float32 and round a float64 scale.
-    positive = torch.full((), scale, dtype=dtype, device=negative.device)
-    return torch.where(negative, -positive, positive)
-
-
-def _tile_factors(view: TileView, scale: float, tiles: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Return `scale · sign` of each tile, or None if it is 1 everywhere; not for signs per element."""
-    if view.all_positive:
-        return None if scale == 1.0 else torch.full((), scale, dtype=dtype, device=tiles.device)
-    source = view.row_tile(tiles) if view.sign == SignKind.ROW else tiles
-    negative = _mix64(view.key, source) < 0
-    if view.unsigned_first_chunk:
-        negative &= tiles >= view.num_slots
-    return _signed(scale, negative, dtype)
-
-
-def _element_factors(view: TileView, scale: float, tiles: Tensor, tile_rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return `scale · sign` of each element of segments: shaped as `tiles` broadcast with `tile_rows`, plus columns."""
-    device = tiles.device
-    # `span` columns take their bits from one word; a tile's row may be shorter than a word. Signs are looked up eight
-    # at a time: for a weight of 4096² this takes 25 ms, hashing and shifting for each element took 110 ms.
-    span = math.gcd(view.tile_cols, 32)
-    width = min(span, 8)
-    key = _mix64(view.key, tiles)[..., None]
-    element = tile_rows[..., None] * view.tile_cols + torch.arange(0, view.tile_cols, span, device=device)
-    word = _mix32(((key & MASK32) + (element >> 5) * GOLDEN32) & MASK32) ^ _shift_right(key, 32)
-    if view.unsigned_first_chunk:
-        word = torch.where((tiles >= view.num_slots)[..., None], word, 0)
-    shifts = (element & 31)[..., None] + torch.arange(0, span, width, device=device)
-    bits = (word[..., None] >> shifts) & ((1 << width) - 1)
-    pattern = torch.arange(1 << width, device=device)[:, None] >> torch.arange(width, device=device)
-    factors = F.embedding(bits, _signed(scale, (pattern & 1).bool(), dtype))
-    return factors.view(*bits.shape[:-2], view.tile_cols)
-
-
 def _segment_factors(
     view: TileView, scale: float, tiles: Tensor, tile_rows: Tensor, dtype: torch.dtype
 ) -> Tensor | None:
     if view.sign == SignKind.ELEMENT and not view.all_positive:
-        return _element_factors(view, scale, tiles, tile_rows, dtype)
-    factors = _tile_factors(view, scale, tiles, dtype)
+        return element_factors(view, scale, tiles, tile_rows, dtype)
+    factors = tile_factors(view, scale, tiles, dtype)
     return factors if factors is None or factors.dim() == 0 else factors[..., None]
 
 
@@ -292,6 +209,9 @@ def linear(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: Ti
     if _worth_reading_by_slot(flat.shape[0], view):
         out = _linear_by_slot(flat, pool, table, view, scale)
         out = out if bias is None else out.add_(bias)
+    elif by_tile.is_worth_it(flat, view):
+        out = by_tile.product(flat, pool, table, view, scale)
+        out = out if bias is None else out.add_(bias)
     elif view.strips:
         out = F.linear(flat, gather(pool, table, view, scale), bias)
     else:
@@ -336,7 +256,7 @@ def _linear_by_slot(x: Tensor, pool: Tensor, table: Tensor, view: TileView, scal
 
     pad = view.grid_cols * view.tile_cols - view.cols
     columns = (F.pad(x, (0, pad)) if pad else x).view(num_rows, view.grid_cols, view.tile_cols).transpose(0, 1)
-    factors = _tile_factors(view, scale, tiles, dtype)
+    factors = tile_factors(view, scale, tiles, dtype)
     # [slots, chunks · rows, tile_cols]: for each slot, the activations that its tiles multiply, times the factors.
     activations = columns[place % view.grid_cols]
     if factors is not None:
@@ -470,8 +390,8 @@ def _fold_signs(view: FoldView, dtype: torch.dtype, device: torch.device) -> Ten
     position = torch.arange(view.fold, device=device)
     counter = position[:, None] * view.num_spans + torch.arange(view.num_spans, device=device)
     parity = torch.tensor([[(g & i).bit_count() & 1 for i in range(view.fold)] for g in range(view.hashes)])
-    negative = (_mix64(view.key, counter) < 0) ^ parity.to(device).bool()[:, :, None]
-    return _signed(1.0, negative, dtype)
+    negative = (hash64(view.key, counter) < 0) ^ parity.to(device).bool()[:, :, None]
+    return signed(1.0, negative, dtype)
 
 
 def fold_factors(pool: Tensor | None, view: FoldView, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import random
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from roastify.kernels import ops, reference
+from roastify.kernels import by_tile, ops, reference
 from roastify.kernels.view import TileView
 from roastify.pool.mapping import TileMap
 from roastify.pool.pool import RoastPool
@@ -316,6 +317,58 @@ def test_linear_by_slot(case: Case, num_rows: int, dtype: torch.dtype) -> None:
     assert not (oracle.read() & ~region).any()
     pool = torch.where(region, pool.detach(), torch.tensor(float("nan"), dtype=dtype)).requires_grad_()
     _check_linear(case, x, pool)
+
+
+BY_TILE_CASES = [
+    case
+    for case in CASES
+    if case.tile[0] * case.tile[1] >= 256 and case.kind in ("permutation", "cyclic") and not case.strips
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("num_rows", [1, 5, 16])
+@pytest.mark.parametrize("elements_at_once", [1, 40_000])
+@pytest.mark.parametrize("kept_signs", [0, 1 << 22])
+@pytest.mark.parametrize("case", BY_TILE_CASES, ids=lambda case: case.name)
+def test_linear_by_tile(
+    case: Case,
+    kept_signs: int,
+    elements_at_once: int,
+    num_rows: int,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In strips of one row of tiles and in larger ones, with signs that are kept and with signs hashed anew."""
+    monkeypatch.setattr(by_tile, "_MOST_KEPT_SIGNS", kept_signs)
+    monkeypatch.setattr(by_tile, "_ELEMENTS_AT_ONCE", elements_at_once)
+    monkeypatch.setattr(by_tile, "_kept", type(by_tile._kept)())
+    x = randn(num_rows, case.cols, dtype=dtype)
+    assert by_tile.is_worth_it(x, case.view)
+    # Whatever the weight does not read is NaN.
+    pool = make_pool(case, dtype).detach()
+    expected = x.double() @ Oracle(case).weight(pool).double().t()
+    for _ in range(2):
+        found = by_tile.product(x, pool, case.table, case.view, case.scale)
+        assert_near(found, expected, dtype, "product")
+    assert found.is_contiguous() and len(by_tile._kept) == 1
+
+
+def test_what_is_kept_of_a_mapping_goes_with_its_table() -> None:
+    case = Case("kept", (16, 16), 77, 123, 6, sign="row")
+    x, pool = torch.ones(1, case.cols), make_pool(case, torch.float32).detach()
+    before = len(by_tile._kept)
+    table = case.table.clone()
+    out = by_tile.product(x, pool, table, case.view, case.scale)
+    assert len(by_tile._kept) == before + 1
+    # Another pool's table with equal values is another table; another λ is another entry.
+    assert torch.equal(by_tile.product(x, pool, case.table, case.view, case.scale), out)
+    assert_near(
+        by_tile.product(x, pool, table, case.view, 3.0 * case.scale), 3.0 * out.double(), torch.float32, "scale"
+    )
+    del table
+    gc.collect()
+    assert len(by_tile._kept) <= before + 1
 
 
 @each_dtype
@@ -893,7 +946,7 @@ def test_a_product_with_one_row_allocates_no_whole_weight(case: Case) -> None:
     """Its gradient does not either; the weight has twice the elements of the largest panel."""
     assert reference._worth_reading_by_slot(1, case.view) is (case.name == "by-slot")
     pool = torch.ones(case.pool_shape).requires_grad_()
-    limit = max(case.rows * case.cols // 16, pool.numel())
+    limit = max(case.rows * case.cols // 8, pool.numel())
     for operation, size in ((ops.linear, case.cols), (ops.linear_t, case.rows)):
         x = torch.ones(1, size, requires_grad=True)
         with _LargestStorage() as forward:
