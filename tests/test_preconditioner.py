@@ -70,3 +70,20 @@ def test_a_large_model_is_counted_within_a_second() -> None:
     # Every reader is counted once.
     weights = sum(scale**2 * view.num_tiles for view, scale in shared)
     assert float(found["per_slot"].double().reciprocal().sum()) == pytest.approx(weights, rel=1e-6)
+
+
+def test_many_tensors_are_counted_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands of small tensors take a few operations; a batch for each tensor gives the same bits."""
+    model = nn.Sequential(nn.Embedding(77, 33, padding_idx=3), *[nn.Linear(33, 33) for _ in range(40)])
+    nn.init.zeros_(model[0].weight[3])
+    batches: list[int] = []
+    together = module._together
+    monkeypatch.setattr(module, "_together", lambda parts: (batches.append(len(parts)), together(parts))[1])
+    config = roastify.RoastConfig(ratio=3, share="all")
+    found = pool_of(roastify.convert(model, config=config))._masters
+    assert len(batches) <= 8 and max(batches) >= 40
+    count = len(batches)
+    monkeypatch.setattr(module, "_AT_ONCE", 0)
+    expected = pool_of(roastify.convert(model, config=config))._masters
+    assert set(batches[count:]) == {1} and len(batches) > 2 * 80
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)

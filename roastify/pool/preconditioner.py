@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from roastify.kernels import reference
-from roastify.kernels.view import MappingKind, SignKind, TileView
+from roastify.kernels.tile_hash import tile_offsets
+from roastify.kernels.view import MappingKind, SignKind, TileView, alike
 
 # Number of tiles whose elements are counted at a time, which bounds the memory for it.
 _TILES = 4096
@@ -81,13 +83,12 @@ def _of_whole_tiles(num_slots: int, table: Tensor, shared: Shared, unread_rows: 
     """Return Γ of each slot, as if all tiles were whole, and the slots that a partly filled tile reads."""
     gamma = torch.zeros(num_slots, dtype=torch.float64)
     in_part = torch.zeros(num_slots, dtype=torch.bool)
-    for view, scale in shared:
-        tiles = _tiles(view)
-        slots = reference.tile_offsets(table, view, tiles) // view.slot_size
-        gamma.index_add_(0, slots, torch.full(slots.shape, scale * scale, dtype=torch.float64))
-        in_part[slots[_num_elements(view, tiles) < view.slot_size]] = True
-    for view, _, row in unread_rows:
-        in_part[reference.tile_offsets(table, view, _tiles_of_row(view, row)) // view.slot_size] = True
+    for tiles in _batches(shared):
+        slots = tiles.slots(table)
+        gamma.index_add_(0, slots, tiles.values)
+        in_part[slots[tiles.num_elements() < tiles.view.slot_size]] = True
+    for tiles in _batches_of_rows(unread_rows):
+        in_part[tiles.slots(table)] = True
     return gamma, in_part.nonzero().flatten()
 
 
@@ -98,17 +99,12 @@ def _of_slots(
     gamma = torch.zeros(len(slots), size, dtype=torch.float64)
     place = torch.full((num_slots,), -1)
     place[slots] = torch.arange(len(slots))
-
-    def add(view: TileView, tiles: Tensor, value: float, row: int | None = None) -> None:
-        places = place[reference.tile_offsets(table, view, tiles) // view.slot_size]
-        inside = places >= 0
-        for some, where in zip(tiles[inside].split(_TILES), places[inside].split(_TILES), strict=True):
-            gamma.index_add_(0, where, _elements(view, some, row) * value)
-
-    for view, scale in shared:
-        add(view, _tiles(view), scale * scale)
-    for view, scale, row in unread_rows:
-        add(view, _tiles_of_row(view, row), -scale * scale, row)
+    for tiles in itertools.chain(_batches(shared), _batches_of_rows(unread_rows)):
+        places = place[tiles.slots(table)]
+        inside = (places >= 0).nonzero().flatten()
+        for some in inside.split(_TILES):
+            taken = tiles.take(some)
+            gamma.index_add_(0, places[some], taken.elements() * taken.values[:, None])
     return gamma
 
 
@@ -127,44 +123,128 @@ def _of_every_element(num_slots: int, size: int, table: Tensor, shared: Shared, 
     return gamma.view(num_slots, size)
 
 
-def _tiles(view: TileView) -> Tensor:
-    return view.first_tile + torch.arange(view.num_tiles)
+@dataclass
+class _Tiles:
+    """Tiles of tensors that the mapping treats alike, each tensor's in their order.
+
+    A loop over the tensors took 2 ms for each of them; models of many small layers have thousands.
+
+    Args:
+        view: of one of the tensors.
+        number: of each tile.
+        tensor: `[len(number), 6]`: rows, cols, base and `strips` of its tensor, and the first and the last row that
+            count.
+        values: λ² of its tensor, negative where it is taken away.
+    """
+
+    view: TileView
+    number: Tensor
+    tensor: Tensor
+    values: Tensor
+
+    def take(self, index: Tensor) -> _Tiles:
+        return _Tiles(self.view, self.number[index], self.tensor[index], self.values[index])
+
+    def slots(self, table: Tensor) -> Tensor:
+        """Return the slot of each tile."""
+        return tile_offsets(table, self.view, self.number) // self.view.slot_size
+
+    def _place(self) -> tuple[Tensor, Tensor]:
+        """Return the first row and the first column of each tile in its tensor, if that is no strip."""
+        view, cols, base = self.view, self.tensor[:, 1], self.tensor[:, 2]
+        grid_cols = (cols + view.tile_cols - 1) // view.tile_cols
+        index = self.number - base // view.slot_size
+        return index // grid_cols * view.tile_rows, index % grid_cols * view.tile_cols
+
+    def num_elements(self) -> Tensor:
+        """Return how many elements of each tile belong to its tensor (the others are padding)."""
+        view, (rows, cols, base, strips) = self.view, self.tensor[:, :4].unbind(1)
+        begin, end = (self.number * view.slot_size - base).clamp(min=0), (self.number + 1) * view.slot_size - base
+        row, col = self._place()
+        of_matrix = (rows - row).clamp(max=view.tile_rows) * (cols - col).clamp(max=view.tile_cols)
+        return torch.where(strips.bool(), end.minimum(rows * cols) - begin, of_matrix)
+
+    def elements(self) -> Tensor:
+        """Return 1 for each element of the rows that count, else 0: `[tiles, slot size]`."""
+        strips = self.tensor[:, 3].bool()
+        if not strips.any():
+            return self._of_matrices()
+        found = torch.empty(len(self.number), self.view.slot_size, dtype=torch.float64)
+        for some, elements in ((strips, _Tiles._of_strips), (~strips, _Tiles._of_matrices)):
+            found[some] = elements(self.take(some.nonzero().flatten()))
+        return found
+
+    def _of_strips(self) -> Tensor:
+        _, cols, base, _, first, last = (column[:, None] for column in self.tensor.unbind(1))
+        address = self.number[:, None] * self.view.slot_size - base + torch.arange(self.view.slot_size)
+        return ((address >= first * cols) & (address < (last + 1) * cols)).double()
+
+    def _of_matrices(self) -> Tensor:
+        _, cols, _, _, first, last = (column[:, None] for column in self.tensor.unbind(1))
+        row, col = (start[:, None] for start in self._place())
+        rows, columns = row + torch.arange(self.view.tile_rows), col + torch.arange(self.view.tile_cols)
+        in_rows = (rows >= first) & (rows <= last)
+        return (in_rows[:, :, None] & (columns < cols)[:, None, :]).double().flatten(1)
 
 
-def _tiles_of_row(view: TileView, row: int) -> Tensor:
+# Tiles of several tensors that are looked at together; one tensor may have more.
+_AT_ONCE = 1 << 16
+
+
+def _batches(shared: Shared) -> Iterator[_Tiles]:
+    """Yield the tiles of all shared tensors."""
+    yield from _batched((view, 0, view.rows - 1, scale * scale, _whole(view)) for view, scale in shared)
+
+
+def _batches_of_rows(unread_rows: UnreadRows) -> Iterator[_Tiles]:
+    """Yield the tiles that hold elements of the rows that are not read, to be taken away."""
+    yield from _batched((view, row, row, -scale * scale, _of_row(view, row)) for view, scale, row in unread_rows)
+
+
+def _whole(view: TileView) -> range:
+    return range(view.first_tile, view.first_tile + view.num_tiles)
+
+
+def _of_row(view: TileView, row: int) -> range:
     if view.strips:
         first, last = (view.base + row * view.cols) // view.slot_size, view.base + (row + 1) * view.cols - 1
-        return torch.arange(first, last // view.slot_size + 1)
-    return view.first_tile + row // view.tile_rows * view.grid_cols + torch.arange(view.grid_cols)
+        return range(first, last // view.slot_size + 1)
+    start = view.first_tile + row // view.tile_rows * view.grid_cols
+    return range(start, start + view.grid_cols)
 
 
-def _num_elements(view: TileView, tiles: Tensor) -> Tensor:
-    """Return how many elements of each tile belong to the tensor (the others are padding)."""
-    if view.strips:
-        begin, end = (tiles * view.slot_size - view.base).clamp(min=0), (tiles + 1) * view.slot_size - view.base
-        return end.clamp(max=view.numel) - begin
-    grid_row, grid_col = _grid_place(view, tiles)
-    rows = (view.rows - grid_row * view.tile_rows).clamp(max=view.tile_rows)
-    return rows * (view.cols - grid_col * view.tile_cols).clamp(max=view.tile_cols)
+def _batched(parts: Iterable[tuple[TileView, int, int, float, range]]) -> Iterator[_Tiles]:
+    batch: list[tuple[TileView, int, int, float, range]] = []
+    count = 0
+    for part in parts:
+        if batch and (_kind(part[0]) != _kind(batch[0][0]) or count + len(part[4]) > _AT_ONCE):
+            yield _together(batch)
+            batch, count = [], 0
+        batch.append(part)
+        count += len(part[4])
+    if batch:
+        yield _together(batch)
 
 
-def _elements(view: TileView, tiles: Tensor, row: int | None = None) -> Tensor:
-    """Return 1 for each element that belongs to the tensor (or to one row of it), else 0: `[len(tiles), slot size]`."""
-    if view.strips:
-        address = tiles[:, None] * view.slot_size - view.base + torch.arange(view.slot_size)
-        first, last = (0, view.numel) if row is None else (row * view.cols, (row + 1) * view.cols)
-        return ((address >= first) & (address < last)).double()
-    grid_row, grid_col = _grid_place(view, tiles)
-    rows = grid_row[:, None] * view.tile_rows + torch.arange(view.tile_rows)
-    cols = grid_col[:, None] * view.tile_cols + torch.arange(view.tile_cols)
-    in_rows = rows < view.rows if row is None else rows == row
-    return (in_rows[:, :, None] & (cols < view.cols)[:, None, :]).double().flatten(1)
+def _kind(view: TileView) -> TileView:
+    return alike(view)._replace(groups=1, strips=0)
 
 
-def _grid_place(view: TileView, tiles: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the row and the column of tiles in a tensor's grid of tiles."""
-    index = tiles - view.first_tile
-    return index // view.grid_cols, index % view.grid_cols
+def _together(parts: list[tuple[TileView, int, int, float, range]]) -> _Tiles:
+    counts = torch.tensor([len(tiles) for *_, tiles in parts])
+    starts = torch.tensor([tiles.start for *_, tiles in parts])
+    tensors = torch.tensor(
+        [(view.rows, view.cols, view.base, view.strips, first, last) for view, first, last, _, _ in parts]
+    )
+    values = torch.tensor([value for *_, value, _ in parts], dtype=torch.float64)
+    # The number of a tile is its tensor's first one, and its place among its tensor's tiles.
+    inside = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    return _Tiles(
+        parts[0][0],
+        starts.repeat_interleave(counts) + inside,
+        tensors.repeat_interleave(counts, 0),
+        values.repeat_interleave(counts),
+    )
 
 
 def _nothing_shared(num_slots: int, shared: Shared) -> bool:
