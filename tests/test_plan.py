@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 import roastify
 from roastify import ConfigError, PlanError, RoastConfig, RoastPlan
-from roastify.pool.mapping import MAPPINGS
+from roastify.pool.mapping import MAPPINGS, TileMap
 from roastify.pool.plan import TensorPlan
 
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
@@ -873,3 +873,15 @@ def test_settings_that_a_config_file_leaves_out_have_their_defaults(tmp_path: Pa
     assert RoastConfig.from_toml(path) == RoastConfig.from_toml(str(path)) == expected
     path.write_text("")
     assert RoastConfig.from_toml(path) == RoastConfig()
+
+
+def test_a_tensors_view_makes_one_mapping(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a region for each tensor, making all mappings for each view took a time that grew with the square."""
+    model = nn.Sequential(*[nn.Linear(64, 64) for _ in range(30)])
+    plan = roastify.plan(model, config=roastify.RoastConfig(ratio=10, sharing="local"))
+    assert len(plan.regions) == 30
+    made = []
+    check = TileMap.__post_init__
+    monkeypatch.setattr(TileMap, "__post_init__", lambda self: (made.append(self), check(self))[1])
+    plan.readings()
+    assert len(made) == 30

@@ -266,23 +266,23 @@ class RoastPlan:
 
     def maps(self) -> list[TileMap]:
         """Return the mapping of every region."""
-        return [
-            TileMap(
-                num_tiles=region.num_tiles,
-                num_slots=region.num_slots,
-                tile=self.tile,
-                seed=self.seed,
-                kind=self.mapping,
-                sign=self.sign,
-                first_slot=region.first_slot,
-                first_chunk=region.first_chunk,
-            )
-            for region in self.regions
-        ]
+        return [self._map(region) for region in self.regions]
+
+    def _map(self, region: PoolRegion) -> TileMap:
+        return TileMap(
+            num_tiles=region.num_tiles,
+            num_slots=region.num_slots,
+            tile=self.tile,
+            seed=self.seed,
+            kind=self.mapping,
+            sign=self.sign,
+            first_slot=region.first_slot,
+            first_chunk=region.first_chunk,
+        )
 
     def view(self, tensor: TensorPlan) -> TileView:
         """Return the view of a shared tensor, which says where in the pool the operations read it."""
-        view = self.maps()[tensor.region].view(tensor.rows, tensor.cols, tensor.base, tensor.strips)
+        view = self._map(self.regions[tensor.region]).view(tensor.rows, tensor.cols, tensor.base, tensor.strips)
         return view if tensor.fold is None else view._replace(groups=self.folds[tensor.fold].hashes)
 
     def fold_view(self, index: int) -> FoldView:
