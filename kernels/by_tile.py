@@ -58,11 +58,11 @@ def is_worth_it(x: Tensor, view: TileView) -> bool:
 def product(x: Tensor, pool: Tensor, table: Tensor, view: TileView, scale: float) -> Tensor:
     """Return `x · Wᵀ`, `[num_rows, cols] → [num_rows, rows]`."""
     height, width, across = view.tile_rows, view.tile_cols, view.grid_cols
-    pad = across * width - view.cols
-    columns = (F.pad(x, (0, pad)) if pad else x).view(-1, across, width).permute(1, 2, 0)
+    num_rows, pad = x.shape[0], across * width - view.cols
+    columns = (F.pad(x, (0, pad)) if pad else x).view(num_rows, across, width).transpose(0, 1)
     region = pool.reshape(-1, height, width)
     patterns = sign_patterns(view, scale, x.dtype, x.device) if _has_element_signs(view) else None
-    out = x.new_empty(view.grid_rows * height, x.shape[0])
+    out = x.new_empty(num_rows, view.grid_rows * height)
     start = 0
     for strip in _strips(table, view, scale, x.dtype):
         tiles = region.index_select(0, strip.slots)
@@ -73,15 +73,17 @@ def product(x: Tensor, pool: Tensor, table: Tensor, view: TileView, scale: float
         if pad:
             # Of padding the pool may hold anything, which zeros of `x` would not silence.
             tiles[-1, :, width - pad :] = 0
-        # [grid cols, rows, num_rows]: a product for each column of tiles.
-        by_column = torch.bmm(tiles, columns)
+        # [grid cols, num_rows, rows]: a product for each column of tiles. In this order equal rows of `x` give equal
+        # sums to the last bit, as in a dense layer; with the tiles first, not always.
+        by_column = torch.bmm(columns, tiles.transpose(1, 2))
         if strip.factors is not None and strip.factors.dim() == 3:
-            by_column.view(across, strip.stop - start, -1).mul_(strip.factors)
-        part = torch.sum(by_column, 0, out=out[start * height : strip.stop * height])
+            by_column.view(across, num_rows, -1, height).mul_(strip.factors[:, None])
+        part = by_column.sum(0)
         if strip.factors is not None and strip.factors.dim() == 2:
-            part.view(strip.stop - start, -1).mul_(strip.factors)
+            part.view(num_rows, -1, height).mul_(strip.factors)
+        out[:, start * height : strip.stop * height] = part
         start = strip.stop
-    return out[: view.rows].t().contiguous()
+    return out[:, : view.rows].contiguous()
 
 
 def _has_element_signs(view: TileView) -> bool:

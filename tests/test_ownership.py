@@ -538,7 +538,7 @@ def test_changed_models_save_load_and_densify(change: Callable[[Any], None], tra
     steps(loaded, loaded.parameters())
     roastify.save(loaded, tmp_path / "again")
     back = roastify.densify(model)
-    torch.testing.assert_close(back(batch()), expected)
+    torch.testing.assert_close(back(batch()), expected, rtol=1e-5, atol=1e-4)
     assert not any(isinstance(module, RoastModule) for module in back.modules())
     assert sorted(back.state_dict()) == sorted(dense.state_dict())
     count = roastify.api.densify_artifact(tmp_path / "saved", tmp_path / "dense.safetensors")

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-import io
 import time
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from roastify.conversion import isolated_trace
 from roastify.isolation import random_states_kept, torch_settings_kept, without_warnings
 from roastify.layers.kinds import kind_of
 
@@ -243,7 +243,7 @@ class _ForestBuilder:
             tracer = _RegionTracer(self.reasons.keys())
             try:
                 with _alone():
-                    return tracer.trace(_twin(module))
+                    return isolated_trace.trace(tracer, _twin(module))
             except (Exception, SystemExit) as error:  # a user's forward may raise any error when it gets a proxy
                 entered = (type(m) for m in reversed(tracer.entered) if not tracer.is_leaf_module(m, ""))
                 self.reasons[next(entered, type(module))] = _describe(error)
@@ -263,7 +263,7 @@ class _ForestBuilder:
             tracer = _Explorer(self.reasons.keys(), guess)
             try:
                 with _alone():
-                    tracer.trace(_twin(module), absent)
+                    isolated_trace.trace(tracer, _twin(module), absent)
                 return tracer.graph
             except (Exception, SystemExit, _ExploredEnough):
                 # A user's code may raise any error when it gets a guess. What it did before is known.
@@ -282,7 +282,7 @@ def _defaults(forward: Any) -> list[tuple[str, Any]]:
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
     """Keep what a module's code does while it is traced from everything else."""
-    with random_states_kept(), torch_settings_kept(), without_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    with random_states_kept(), torch_settings_kept(), without_warnings(), isolated_trace.muted():
         yield
 
 

@@ -14,7 +14,7 @@ from roastify.conversion.fx_pass import computed_attributes
 from roastify.conversion.transformers_ties import forget_ties, remember_ties
 from roastify.errors import ConversionError
 from roastify.layers.base import RoastModule
-from roastify.layers.class_swap import check_undone, to_dense, to_roast
+from roastify.layers.class_swap import check_undone, state_of, to_dense, to_roast
 from roastify.layers.kinds import retains_weight
 from roastify.pool.forward_pass import RootForward, bound_to
 from roastify.pool.members import POOL_NAME
@@ -75,7 +75,7 @@ def apply_plan(model: nn.Module, plan: RoastPlan, pool: RoastPool) -> Callable[[
     Returns:
         a function that restores the dense model. While it exists, it keeps the dense Parameters in memory.
     """
-    swapped: list[tuple[nn.Module, str, nn.Parameter | None]] = []
+    before: list[Callable[[], None]] = []
     owner, root = model.get_submodule(plan.owner), model.get_submodule(plan.root)
     own_forward = root.__dict__.get("forward")
 
@@ -83,11 +83,8 @@ def apply_plan(model: nn.Module, plan: RoastPlan, pool: RoastPool) -> Callable[[
         owner._modules.pop(POOL_NAME, None)
         _set_forward(root, own_forward)
         forget_ties(model)
-        for module, attribute, parameter in reversed(swapped):
-            if isinstance(module, RoastModule) and attribute in module._roast:
-                to_dense(module, {attribute: parameter})
-            else:
-                module._parameters[attribute] = parameter
+        for restore in reversed(before):
+            restore()
 
     try:
         remember_ties(model)
@@ -98,7 +95,7 @@ def apply_plan(model: nn.Module, plan: RoastPlan, pool: RoastPool) -> Callable[[
             weights.append(shared)
             holders = list(owners(model, tensor))
             for module, attribute in holders:
-                swapped.append((module, attribute, module._parameters[attribute]))
+                before.append(state_of(module))
                 to_roast(module, attribute, shared)
             if any(retains_weight(cast(RoastModule, module), attribute, shared) for module, attribute in holders):
                 retained.append(shared)
@@ -134,7 +131,7 @@ def restore_dense(model: nn.Module) -> None:
     Layers are found where they are now: moved, renamed, wrapped, repeated, or in a model around the converted one.
     """
     pools = pools_of(model)
-    dense: list[tuple[RoastModule, str, nn.Parameter]] = []
+    dense: dict[RoastModule, dict[str, nn.Parameter]] = {}
     for pool in pools:
         for places in readers_of(model, pool):
             holders = list(dict.fromkeys((place.module, place.attribute) for place in places))
@@ -143,13 +140,24 @@ def restore_dense(model: nn.Module) -> None:
             if holders:
                 weight = holders[0][0]._roast[holders[0][1]].dense().detach()
                 parameter = nn.Parameter(weight.contiguous(), requires_grad=pool.weight.requires_grad)
-                dense += [(module, name, parameter) for module, name in holders]
-    for module, name, parameter in dense:
-        to_dense(module, {name: parameter})
-    for each in list(model.modules()):
-        if isinstance(each._modules.get(POOL_NAME), RoastPool):
-            del each._modules[POOL_NAME]
-        # A forward that the user has set since the conversion stays as it is.
-        while (forward := bound_to(each)) is not None:
-            _set_forward(each, forward.inner)
-    forget_ties(model)
+                for module, name in holders:
+                    dense.setdefault(module, {})[name] = parameter
+    swaps = [to_dense(module, parameters) for module, parameters in dense.items()]
+
+    def swap() -> None:
+        for step in swaps:
+            step()
+        for each in list(model.modules()):
+            if isinstance(each._modules.get(POOL_NAME), RoastPool):
+                each.__dict__["_modules"] = {name: m for name, m in each._modules.items() if name != POOL_NAME}
+            # A forward that the user has set since the conversion stays as it is.
+            while (forward := bound_to(each)) is not None:
+                _set_forward(each, forward.inner)
+        forget_ties(model)
+
+    try:
+        swap()
+    except BaseException:
+        # What was begun is finished: an interrupt leaves no model that is half dense.
+        swap()
+        raise

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Generic, cast
 
 from torch import nn
@@ -86,7 +86,7 @@ class _Swapped:
         return None
 
     def _leave_pool(self, name: str) -> None:
-        to_dense(cast(RoastModule, self), {name: None})
+        to_dense(cast(RoastModule, self), {name: None})()
 
     def extra_repr(self) -> str:
         """Describe the module as its original class does, and the attributes that it reads from the pool."""
@@ -209,27 +209,50 @@ def check_undone(module: RoastModule) -> None:
         )
 
 
-def to_dense(module: RoastModule, parameters: Mapping[str, nn.Parameter | None]) -> None:
-    """Take attributes of a module out of the pool and give it these dense Parameters instead.
+def state_of(module: nn.Module) -> Callable[[], None]:
+    """Return a function that gives a module the class, the Parameters and the shared attributes that it has now."""
+    original, parameters, shared = type(module), dict(module._parameters), module.__dict__.get("_roast")
 
-    If no shared attribute is left, the module gets its original class back.
+    def restore() -> None:
+        module.__class__ = original
+        module.__dict__["_parameters"] = dict(parameters)
+        if shared is None:
+            module.__dict__.pop("_roast", None)
+        else:
+            module.__dict__["_roast"] = shared
+        _renew_flat_weights(module)
+
+    return restore
+
+
+def to_dense(module: RoastModule, parameters: Mapping[str, nn.Parameter | None]) -> Callable[[], None]:
+    """Return a function that takes attributes of a module out of the pool and gives it dense Parameters instead.
+
+    If no shared attribute is left, the module gets its original class back. If the function was interrupted, it may be
+    called again.
+
+    Args:
+        module: what is taken out.
+        parameters: by attribute; None for one that is assigned next.
     """
     check_undone(module)
-    original = type(module)._roast_original
-    pools = module._pools()
+    original, pools = type(module)._roast_original, module._pools()
     left = {name: shared for name, shared in module._roast.items() if name not in parameters}
-    module.__class__ = roast_class(original, frozenset(left)) if left else original  # type: ignore[assignment]
-    for key in [key for key in module._parameters if key.startswith(MEMBER)]:
-        del module._parameters[key]
-    module._parameters.update(parameters)
-    if left:
-        module.__dict__["_roast"] = left
-        module._renew_members()
-    else:
-        del module.__dict__["_roast"]
-        for pool in pools:
-            pool.remove_reader(module)
-    _renew_flat_weights(module)
+    own = {name: value for name, value in module._parameters.items() if not name.startswith(MEMBER)}
+
+    def apply() -> None:
+        module.__class__ = roast_class(original, frozenset(left)) if left else original  # type: ignore[assignment]
+        module.__dict__["_parameters"] = {**own, **parameters}
+        if left:
+            module.__dict__["_roast"] = left
+            module._renew_members()
+        else:
+            module.__dict__.pop("_roast", None)
+            for pool in pools:
+                pool.remove_reader(module)
+        _renew_flat_weights(module)
+
+    return apply
 
 
 def _renew_flat_weights(module: nn.Module) -> None:

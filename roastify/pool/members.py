@@ -69,8 +69,8 @@ class TiedModule(nn.Module):
         where they meet it first. And `list(model.children())[:-1]` leaves out the model's own last child.
         """
         children = {name: child for name, child in owner._modules.items() if name != POOL_NAME}
-        owner._modules.clear()
-        owner._modules.update({POOL_NAME: self, **children})
+        # One store: another thread, or an interrupt, never finds the owner without its children.
+        owner.__dict__["_modules"] = {POOL_NAME: self, **children}
         self.__dict__["_owner"] = weakref.ref(owner)
 
     def set_root(self, root: nn.Module) -> None:

@@ -1,0 +1,79 @@
+"""What a conversion does to the process around it: to other threads, and after an interrupt."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.fx import _symbolic_trace
+from trust import interrupts, threads
+
+import roastify
+
+
+def test_conversions_beside_dense_models_harm_nobody_and_plan_the_same() -> None:
+    conversions, passes, failures = threads.run(1.5)
+    assert not failures, failures[0]
+    assert conversions >= 4 and passes >= 4
+
+
+def test_an_interrupt_leaves_the_old_or_the_new_model() -> None:
+    assert list(interrupts.run(6)) == []
+
+
+class _Meeting(nn.Module):
+    """Does something while torch.fx traces its forward."""
+
+    def __init__(self, meanwhile: Any) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 64)
+        self.meanwhile = [meanwhile]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        return _Meeting(self.meanwhile[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.meanwhile[0]()
+        return self.layer(x)
+
+
+def _state() -> tuple[Any, ...]:
+    return nn.Module.__call__, nn.Module.__getattr__, _symbolic_trace._is_fx_tracing_flag, sys.stdout
+
+
+def test_other_threads_see_neither_patches_nor_the_flag_nor_silence(capsys: pytest.CaptureFixture[str]) -> None:
+    dense, found = nn.Linear(4, 4), {}
+
+    def elsewhere() -> None:
+        found["parameter"] = dense.weight
+        found["output"] = dense(torch.ones(1, 4))
+        found["flag"] = bool(_symbolic_trace._is_fx_tracing_flag)
+        sys.stdout.write("from elsewhere\n")
+
+    def meanwhile() -> None:
+        found["here"] = bool(_symbolic_trace._is_fx_tracing_flag)
+        sys.stdout.write("from the traced code\n")
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+
+    before = _state()
+    roastify.plan(_Meeting(meanwhile), 10)
+    assert found["parameter"] is dense.weight and type(found["output"]) is Tensor
+    assert (found["here"], found["flag"]) == (True, False)
+    assert capsys.readouterr().out == "from elsewhere\n"
+    assert _state() == before
+
+
+def test_nothing_is_left_patched_after_an_interrupt_in_traced_code() -> None:
+    def fail() -> None:
+        raise KeyboardInterrupt
+
+    before = _state()
+    with pytest.raises(KeyboardInterrupt):
+        roastify.plan(_Meeting(fail), 10)
+    assert _state() == before
