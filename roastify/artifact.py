@@ -321,12 +321,15 @@ def dense_state_dict(artifact: Artifact) -> dict[str, torch.Tensor]:
     return {name: dense[name].clone() for name in [*in_order, *(name for name in dense if name not in set(in_order))]}
 
 
+def check_no_part(path: Path) -> None:
+    """Raise `CheckpointError` if a file to be written would replace one of an artifact's own."""
+    if path.name.casefold() in (WEIGHTS, MANIFEST) and (path.parent / MANIFEST).exists():
+        raise CheckpointError(f"{path} is part of the artifact {path.parent}, which would be lost; name another file")
+
+
 def write_dense(artifact: Artifact, path: Path) -> int:
     """Write the dense state dict as one safetensors file, completely or not at all; return the number of tensors."""
-    if path.name.casefold() in (WEIGHTS, MANIFEST) and (path.parent / MANIFEST).exists():
-        raise CheckpointError(
-            f"{path} is part of the artifact {path.parent}, which it would destroy; name another file"
-        )
+    check_no_part(path)
     regular_or_missing(path)
     state = dense_state_dict(artifact)
     try:

@@ -307,15 +307,30 @@ def reason_of(error: BaseException) -> str:
     return getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def check_writable(path: str | Path) -> None:
-    """Raise `ConfigError` unless a file can be written there; commands call this before work that takes long."""
+def check_writable(path: str | Path, inputs: Sequence[str | None] = ()) -> None:
+    """Raise an error unless a file can be written there; commands call this before work that takes long.
+
+    Args:
+        path: the file.
+        inputs: what the command reads, as the user named it: files, `file.py:NAME`, `hf:DIRECTORY`. None of these files
+            is replaced, and no file that is there already in one of these folders.
+
+    Raises:
+        ConfigError: the file cannot be written, or belongs to the inputs.
+        CheckpointError: there is something else than a regular file, a FIFO or a device.
+    """
     folder = Path(path).parent
     if not folder.is_dir():
         raise ConfigError(f"cannot write {path}: there is no folder {folder}; create it first")
     if not os.access(path if Path(path).exists() else folder, os.W_OK):
         raise ConfigError(f"cannot write {path}: no permission; name another file")
-    if not is_special(Path(path)):
-        regular_or_missing(Path(path))
+    if is_special(Path(path)) or regular_or_missing(Path(path)) is None:
+        return
+    for name in filter(None, inputs):
+        for each in (Path(name), Path(name.partition(":")[2]), Path(name.rpartition(":")[0])):
+            # An empty part of the name is the working folder.
+            if each.name and each.exists() and each.samefile(folder if each.is_dir() else path):
+                raise ConfigError(f"cannot write {path}: it belongs to {name}, which is read; name another file")
 
 
 def write_json(values: dict[str, Any], path: str | Path) -> None:

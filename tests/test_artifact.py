@@ -734,7 +734,7 @@ def test_a_failed_write_of_safetensors_is_reported(tmp_path: Path, what: str) ->
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))
     try:
-        with pytest.raises(CheckpointError, match="cannot write .*"):
+        with pytest.raises(CheckpointError, match="cannot write"):
             if what == "save":
                 roastify.save(models["new"], tmp_path / "a")
             else:
