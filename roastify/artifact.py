@@ -120,6 +120,10 @@ def check_replaceable(folder: Path) -> None:
     Weights are roastify's if a manifest beside them has their digest. The command line asks before work that takes
     long.
     """
+    read_again_if_replaced([folder / WEIGHTS, folder / MANIFEST], lambda: _check_is_ours(folder))
+
+
+def _check_is_ours(folder: Path) -> None:
     weights, manifest = folder / WEIGHTS, folder / MANIFEST
     has_weights, has_manifest = regular_or_missing(weights) is not None, regular_or_missing(manifest) is not None
     if has_manifest:
@@ -186,9 +190,9 @@ def read_artifact(folder: Path) -> Artifact:
 def _open_together(folder: Path) -> tuple[TensorFile, Path, dict[str, Any]]:
     """Open the weights and find the manifest that has their digest; return them with the manifest's path."""
     weights_path, manifest_path = folder / WEIGHTS, folder / MANIFEST
-    weights = TensorFile(weights_path) if weights_path.exists() else None
+    weights = TensorFile(weights_path) if weights_path.is_file() else None
     manifests = _manifests(folder)
-    if not manifests and not manifest_path.exists():
+    if not manifests and not manifest_path.is_file():
         raise CheckpointError(f"{folder} is not a roastify artifact: {MANIFEST} is missing")
     if weights is None:
         raise CheckpointError(f"{folder} is not a roastify artifact: {WEIGHTS} is missing")

@@ -41,8 +41,12 @@ _STAGED = "checkpoint"
 
 
 def holds_checkpoint(folder: Path) -> bool:
-    """Return whether a folder holds a checkpoint."""
-    return (folder / MANIFEST).is_file()
+    """Return whether a folder holds a checkpoint.
+
+    Raises:
+        CheckpointError: something else than a file has the checkpoint's name.
+    """
+    return regular_or_missing(folder / MANIFEST) is not None
 
 
 def write_checkpoint(folder: Path, made_by: dict[str, Any], state: Any) -> None:
