@@ -32,6 +32,7 @@ from roastify.files import (
     read_again_if_replaced,
     reason_of,
     regular_or_missing,
+    remove_abandoned,
     replace_file,
     stagings,
     write_tensors,
@@ -88,6 +89,7 @@ def write_artifact(model: nn.Module, folder: Path, state_dict: Mapping[str, torc
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder):
             _finish_interrupted_saves(folder)
+        remove_abandoned(folder)
         check_replaceable(folder)
         with Staging(folder, _STAGED) as stage:
             write_tensors(tensors, stage.path / WEIGHTS)

@@ -29,8 +29,6 @@ except ImportError:  # Windows has no such locks
 _T = TypeVar("_T")
 _STAGING = re.compile(r"\.roastify-(?P<kind>[a-z]+)-[0-9a-f]{32}")
 _OWNER = "owner"
-# The kind of a staging folder for one file.
-_SINGLE = "file"
 # A second reading is needed once in hundreds of loads while another process saves without a pause.
 _READINGS = 20
 # A lock is held for two renames, so this is long.
@@ -46,10 +44,10 @@ class Staging:
 
     Args:
         folder: where the files will be.
-        kind: a word in the folder's name; `abandoned` finds folders by it.
+        kind: a word in the folder's name, for those who need what a dead process left; other folders are removed.
     """
 
-    def __init__(self, folder: Path, kind: str) -> None:
+    def __init__(self, folder: Path, kind: str = "file") -> None:
         self.path, self._descriptor = _new_staging(folder, kind)
         self._moving = False
 
@@ -133,7 +131,7 @@ def _lock(descriptor: int) -> bool:
     return True
 
 
-def abandoned(folder: Path, kind: str) -> Iterator[Path]:
+def abandoned(folder: Path, kind: str = "file") -> Iterator[Path]:
     """Yield the staging folders that dead processes left in a folder, and remove each afterwards.
 
     A folder without a lock on its owner's file has no living owner. Where the file system has no locks, nothing is
@@ -158,9 +156,9 @@ def abandoned(folder: Path, kind: str) -> Iterator[Path]:
             os.close(descriptor)
 
 
-def remove_abandoned(folder: Path, kind: str) -> None:
-    """Remove the staging folders that dead processes left in a folder."""
-    for _ in abandoned(folder, kind):
+def remove_abandoned(folder: Path) -> None:
+    """Remove the staging folders that dead processes left in a folder, except those of a kind of their own."""
+    for _ in abandoned(folder):
         pass
 
 
@@ -176,8 +174,8 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         OSError: the file cannot be written.
     """
     regular_or_missing(path)
-    remove_abandoned(path.parent, _SINGLE)
-    with Staging(path.parent, _SINGLE) as stage:
+    remove_abandoned(path.parent)
+    with Staging(path.parent) as stage:
         write(stage.path / "content")
         stage.make_durable({"content": path})
         stage.put_in_place({"content": path})

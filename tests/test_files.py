@@ -73,7 +73,7 @@ def _run(*arguments: object) -> tuple[int, str]:
 @pytest.mark.parametrize("kind", races.KINDS)
 @pytest.mark.parametrize("race", races.RACES)
 def test_no_race_mixes_or_loses_anything(tmp_path: Path, race: str, kind: str) -> None:
-    seen = races.RACES[race](kind, tmp_path / "folder", 2 if race == "kills" else 24)
+    seen = races.RACES[race](kind, tmp_path / "folder", 2 if race == "kills" else 16)
     assert seen.keys() <= races.FINE, seen
 
 
@@ -494,8 +494,9 @@ def test_temporary_files_of_killed_runs_are_removed_and_those_of_living_ones_sta
     (dead,) = _names(tmp_path)
     assert sum(len(content) for content in _contents(tmp_path).values()) > 1000
     # What only looks like a temporary folder stays.
-    (tmp_path / f".roastify-{'artifact' if what == 'file' else 'file'}-notes").mkdir()
-    (tmp_path / f".roastify-{what}-{'0' * 32}").symlink_to(tmp_path)
+    kind = "artifact" if what == "artifact" else "file"
+    (tmp_path / f".roastify-{kind}-notes").mkdir()
+    (tmp_path / f".roastify-{kind}-{'0' * 32}").symlink_to(tmp_path)
     with subprocess.Popen([*command, "wait"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as alive:
         try:
             assert alive.stdout is not None and alive.stdout.readline() == b"ready\n"

@@ -36,8 +36,6 @@ from roastify.tensor_file import TensorFile
 FORMAT_VERSION = 2
 MANIFEST = "recovery.json"
 _WEIGHTS = re.compile(r"state-([0-9a-f]{16})\.safetensors")
-# The word in the names of a checkpoint's staging folders.
-_STAGED = "checkpoint"
 
 
 def holds_checkpoint(folder: Path) -> bool:
@@ -65,8 +63,8 @@ def write_checkpoint(folder: Path, made_by: dict[str, Any], state: Any) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _check_manifest_is_ours(folder / MANIFEST)
-        remove_abandoned(folder, _STAGED)
-        with Staging(folder, _STAGED) as stage:
+        remove_abandoned(folder)
+        with Staging(folder) as stage:
             write_tensors(tensors, stage.path / "tensors")
             digest = digest_of_file(stage.path / "tensors")
             # The name depends on the content, so that a save never changes the file that the old manifest names.
