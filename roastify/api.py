@@ -341,24 +341,30 @@ def recover(student: nn.Module, teacher: nn.Module, data: Any, options: RecoverO
 def save(model: nn.Module, path: str | Path, *, state_dict: Mapping[str, Tensor] | None = None) -> None:
     """Write a converted model as an artifact folder: `roast.json` and `model.safetensors`.
 
-    If a save is killed, the previous artifact or the new one is complete.
+    If a save is killed, the previous artifact or the new one is complete, and the next save removes its temporary
+    files. Of several processes that save to one folder, each leaves a whole artifact, and the last one's stays. New
+    files have the permissions of those that they replace, or those of the umask.
 
     Args:
         model: what `convert` returned, trained or not.
-        path: the folder. It is created if missing, and other files in it stay.
+        path: the folder. It is created if missing, and other files in it stay. Only an artifact is replaced: weights
+            or a manifest that roastify did not write are refused.
         state_dict: values to write instead of the model's own, under the same keys. A sharded model needs it:
             `torch.distributed.checkpoint.state_dict.get_model_state_dict` gathers its values.
 
     Raises:
         ConversionError: the model is not a converted one, or only a part or a wrapper of one.
         CheckpointError: the model holds state that is not a tensor or is sharded, the state dict is another model's, or
-            the folder cannot be written.
+            the folder cannot be written or holds other weights.
     """
     artifact.write_artifact(model, Path(path), state_dict)
 
 
 def load(path: str | Path, model: _M) -> _M:
     """Return the artifact's model: a copy of `model`'s structure with all values read from the artifact.
+
+    Plan and values are of one save, also while another process saves. The values are in memory of their own: the model
+    does not depend on the files afterwards.
 
     Args:
         path: an artifact folder.
@@ -404,7 +410,8 @@ def densify_artifact(path: str | Path, output: str | Path) -> int:
 
     Args:
         path: an artifact folder.
-        output: the file to write; an existing file is replaced in one step.
+        output: the file to write; an existing file is replaced in one step, unless it is a part of an artifact
+            or no regular file.
 
     Returns:
         the number of tensors written; a tied tensor is written under each of its names.

@@ -1,8 +1,9 @@
 """The artifact folder: `roast.json` (versions, plan, digests) and `model.safetensors` (all tensors).
 
-Nothing is pickled. A save first writes both files beside their targets, then renames the weights, then the manifest. If
-a save is killed between the two renames, the new manifest is complete under its pending name, and `read_artifact` uses
-it. At every other moment the folder holds either the old artifact or the new one.
+Nothing is pickled. A save first writes both files in a staging folder of its own, then renames the weights, then the
+manifest, while it holds the folder's lock. If a save is killed between the two renames, the new manifest is complete in
+the staging folder, and `read_artifact` uses it. At every other moment the folder holds either the old artifact or the
+new one. A reader takes no lock: it opens both files once, and begins again if a save came in between.
 """
 
 from __future__ import annotations
@@ -23,17 +24,34 @@ from torch import nn
 from roastify.conversion.converted import current_plans, owners, pooled_weight, pools_in
 from roastify.conversion.rewrite import build_pool
 from roastify.errors import CheckpointError, closest
-from roastify.files import digest_of_file, pending, put_in_place, reason_of, write_tensors
+from roastify.files import (
+    Staging,
+    abandoned,
+    digest_of_file,
+    locked,
+    read_again_if_replaced,
+    reason_of,
+    regular_or_missing,
+    remove_abandoned,
+    replace_file,
+    stagings,
+    write_tensors,
+)
 from roastify.layers.kinds import refusal_of
 from roastify.pool.mapping import MAPPING_VERSION
 from roastify.pool.members import POOL_NAME, is_sharded
 from roastify.pool.plan import RoastPlan, TensorPlan
 from roastify.pool.pool import RoastPool
 from roastify.pool.state import plan_with
+from roastify.tensor_file import TensorFile
 
 FORMAT_VERSION = 5
 MANIFEST = "roast.json"
 WEIGHTS = "model.safetensors"
+# The word in the names of an artifact's staging folders.
+_STAGED = "artifact"
+# Weights that transformers would no longer find in a folder with a model.safetensors.
+_OTHER_WEIGHTS = ("model.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
 
 
 @dataclass(frozen=True)
@@ -43,6 +61,7 @@ class Artifact:
     folder: Path
     manifest: dict[str, Any]
     plans: tuple[RoastPlan, ...]
+    weights: TensorFile
 
     @property
     def tensors(self) -> list[TensorPlan]:
@@ -68,24 +87,69 @@ def write_artifact(model: nn.Module, folder: Path, state_dict: Mapping[str, torc
     tensors, ties = _stored_tensors(model, plans, state_dict or {})
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        weights_path, manifest_path = folder / WEIGHTS, folder / MANIFEST
-        _finish_interrupted_save(folder)
-        write_tensors(tensors, pending(weights_path))
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "mapping_version": max(plan.mapping_version for plan in plans),
-            "weights": {"file": WEIGHTS, "sha256": digest_of_file(pending(weights_path))},
-            "ties": ties,
-            "buffers": {name: list(buffer.shape) for name, buffer in model.named_buffers(remove_duplicate=False)},
-            "state_dict": [name for name in [*tensors, *ties] if name in in_state_dict],
-            "plan": plans[0].to_dict(),
-            "other_plans": [plan.to_dict() for plan in plans[1:]],
-        }
-        text = json.dumps(seal(manifest), indent=1, ensure_ascii=False)
-        pending(manifest_path).write_text(text + "\n", encoding="utf-8")
-        put_in_place({pending(path): path for path in (weights_path, manifest_path)})
-    except (OSError, safetensors.SafetensorError) as error:
+        with locked(folder):
+            _finish_interrupted_saves(folder)
+        remove_abandoned(folder)
+        check_replaceable(folder)
+        with Staging(folder, _STAGED) as stage:
+            write_tensors(tensors, stage.path / WEIGHTS)
+            manifest = {
+                "format_version": FORMAT_VERSION,
+                "mapping_version": max(plan.mapping_version for plan in plans),
+                "weights": {"file": WEIGHTS, "sha256": digest_of_file(stage.path / WEIGHTS)},
+                "ties": ties,
+                "buffers": {name: list(buffer.shape) for name, buffer in model.named_buffers(remove_duplicate=False)},
+                "state_dict": [name for name in [*tensors, *ties] if name in in_state_dict],
+                "plan": plans[0].to_dict(),
+                "other_plans": [plan.to_dict() for plan in plans[1:]],
+            }
+            text = json.dumps(seal(manifest), indent=1, ensure_ascii=False)
+            (stage.path / MANIFEST).write_text(text + "\n", encoding="utf-8")
+            moves = {name: folder / name for name in (WEIGHTS, MANIFEST)}
+            stage.make_durable(moves)
+            with locked(folder):
+                # Another save may have been killed since the first look, or another program may have written.
+                _finish_interrupted_saves(folder)
+                check_replaceable(folder)
+                stage.put_in_place(moves)
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"cannot write the artifact {folder}: {reason_of(error)}") from error
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raise `CheckpointError` if a save to this folder would overwrite or hide what roastify did not write there.
+
+    Weights are roastify's if a manifest beside them has their digest. The command line asks before work that takes
+    long.
+    """
+    read_again_if_replaced([folder / WEIGHTS, folder / MANIFEST], lambda: _check_is_ours(folder))
+
+
+def _check_is_ours(folder: Path) -> None:
+    weights, manifest = folder / WEIGHTS, folder / MANIFEST
+    has_weights, has_manifest = regular_or_missing(weights) is not None, regular_or_missing(manifest) is not None
+    if has_manifest:
+        try:
+            _parse(manifest)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{manifest} is not overwritten, because this roastify did not write it or it is damaged ({error}); "
+                f"move it, or name another folder"
+            ) from error
+    if has_weights:
+        digest = TensorFile(weights).digest()
+        if not any(found["weights"]["sha256"] == digest for _, found in _manifests(folder)):
+            raise CheckpointError(
+                f"{weights} was not written by roastify, or was changed since (no {MANIFEST} beside it has its "
+                f"digest), so it is not overwritten; move it, or name another folder"
+            )
+    elif not has_manifest and folder.is_dir():
+        other = next((path for pattern in _OTHER_WEIGHTS for path in folder.glob(pattern)), None)
+        if other is not None:
+            raise CheckpointError(
+                f"{folder} holds {other.name}, which is not of roastify, and transformers would read {WEIGHTS} in its "
+                f"place; name another folder"
+            )
 
 
 def seal(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -95,16 +159,14 @@ def seal(manifest: dict[str, Any]) -> dict[str, Any]:
     return {**rest, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def _finish_interrupted_save(folder: Path) -> None:
-    """Complete a save that was killed before its second rename; delete the manifest of one killed before its first."""
-    finished = pending(folder / MANIFEST)
-    if finished.is_file():
-        weights = folder / WEIGHTS
+def _finish_interrupted_saves(folder: Path) -> None:
+    """Complete a save that was killed between its renames; remove the staging folders of all that were killed."""
+    for stage in abandoned(folder, _STAGED):
         with contextlib.suppress(CheckpointError):
-            if weights.is_file() and _parse(finished)["weights"]["sha256"] == digest_of_file(weights):
-                os.replace(finished, folder / MANIFEST)
-                return
-        finished.unlink()
+            finished = _parse(stage / MANIFEST)
+            if finished["weights"]["sha256"] == TensorFile(folder / WEIGHTS).digest():
+                regular_or_missing(folder / MANIFEST)
+                os.replace(stage / MANIFEST, folder / MANIFEST)
 
 
 def read_artifact(folder: Path) -> Artifact:
@@ -115,24 +177,8 @@ def read_artifact(folder: Path) -> Artifact:
     """
     if not folder.is_dir():
         raise CheckpointError(f"there is no artifact folder {folder}; expected one that roastify.save wrote")
-    weights = folder / WEIGHTS
-    manifest_path = folder / MANIFEST
-    interrupted = pending(manifest_path)
-    if not manifest_path.is_file() and interrupted.is_file():
-        manifest_path = interrupted
-    for path in (manifest_path, weights):
-        if not path.is_file():
-            raise CheckpointError(f"{folder} is not a roastify artifact: {path.name} is missing")
-    manifest = _parse(manifest_path)
-    digest = digest_of_file(weights)
-    if manifest["weights"]["sha256"] != digest:
-        if interrupted.is_file() and (finished := _parse(interrupted))["weights"]["sha256"] == digest:
-            manifest = finished
-        else:
-            raise CheckpointError(
-                f"{weights} is not the file its manifest describes: its SHA-256 is {digest}, expected "
-                f"{manifest['weights']['sha256']}; it is truncated or was changed, so restore both files from one save"
-            )
+    paths = [folder / WEIGHTS, folder / MANIFEST]
+    weights, manifest_path, manifest = read_again_if_replaced(paths, lambda: _open_together(folder))
     try:
         # Up to format 4, an artifact has one plan.
         plans = tuple(map(RoastPlan.from_dict, [manifest["plan"], *manifest.get("other_plans", [])]))
@@ -140,7 +186,37 @@ def read_artifact(folder: Path) -> Artifact:
         raise CheckpointError(f"the plan in {manifest_path} is damaged ({error}); restore the file") from error
     if manifest.get("sha256") != seal(manifest)["sha256"]:
         raise CheckpointError(f"{manifest_path} was changed after it was saved (its digest is wrong); restore the file")
-    return Artifact(folder, manifest, plans)
+    return Artifact(folder, manifest, plans, weights)
+
+
+def _open_together(folder: Path) -> tuple[TensorFile, Path, dict[str, Any]]:
+    """Open the weights and find the manifest that has their digest; return them with the manifest's path."""
+    weights_path, manifest_path = folder / WEIGHTS, folder / MANIFEST
+    weights = TensorFile(weights_path) if weights_path.is_file() else None
+    manifests = _manifests(folder)
+    if not manifests and not manifest_path.is_file():
+        raise CheckpointError(f"{folder} is not a roastify artifact: {MANIFEST} is missing")
+    if weights is None:
+        raise CheckpointError(f"{folder} is not a roastify artifact: {WEIGHTS} is missing")
+    digest = weights.digest()
+    for path, manifest in manifests:
+        if manifest["weights"]["sha256"] == digest:
+            return weights, path, manifest
+    raise CheckpointError(
+        f"{weights_path} is not the file its manifest describes: its SHA-256 is {digest}, expected "
+        f"{_parse(manifest_path)['weights']['sha256']}; it is truncated or was changed, so restore both files from one "
+        f"save"
+    )
+
+
+def _manifests(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Return the readable manifests that may describe the weights: the artifact's, and those of saves in between."""
+    found = []
+    for place in [folder, *stagings(folder, _STAGED)]:
+        if (place / MANIFEST).is_file():
+            with contextlib.suppress(CheckpointError):
+                found.append((place / MANIFEST, _parse(place / MANIFEST)))
+    return found
 
 
 def _parse(path: Path) -> dict[str, Any]:
@@ -251,37 +327,39 @@ def dense_state_dict(artifact: Artifact) -> dict[str, torch.Tensor]:
     return {name: dense[name].clone() for name in [*in_order, *(name for name in dense if name not in set(in_order))]}
 
 
+def check_no_part(path: Path) -> None:
+    """Raise `CheckpointError` if a file to be written would replace one of an artifact's own."""
+    if path.name.casefold() in (WEIGHTS, MANIFEST) and (path.parent / MANIFEST).exists():
+        raise CheckpointError(f"{path} is part of the artifact {path.parent}, which would be lost; name another file")
+
+
 def write_dense(artifact: Artifact, path: Path) -> int:
     """Write the dense state dict as one safetensors file, completely or not at all; return the number of tensors."""
+    check_no_part(path)
+    regular_or_missing(path)
     state = dense_state_dict(artifact)
     try:
-        write_tensors(state, pending(path))
-        put_in_place({pending(path): path})
-    except (OSError, safetensors.SafetensorError) as error:
+        replace_file(path, lambda part: write_tensors(state, part))
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"cannot write {path}: {reason_of(error)}") from error
     return len(state)
 
 
 def _read_tensors(artifact: Artifact, names: set[str]) -> dict[str, torch.Tensor]:
-    path = artifact.folder / WEIGHTS
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            missing = sorted(names - set(file.keys()))
-            if missing:
-                raise CheckpointError(
-                    f"{path} lacks {len(missing)} of the tensors it should hold: {', '.join(missing[:3])}; restore "
-                    f"both files from one save"
-                )
-            return {name: file.get_tensor(name) for name in names}
-    except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged ({error}); restore both files from one save") from error
+    file = artifact.weights
+    missing = sorted(names - set(file.names()))
+    if missing:
+        raise CheckpointError(
+            f"{file.path} lacks {len(missing)} of the tensors it should hold: {', '.join(missing[:3])}; restore both "
+            f"files from one save"
+        )
+    return {name: file.read(name) for name in names}
 
 
 def _as_tensor(name: str, value: torch.Tensor, like: torch.Tensor, device: torch.device) -> torch.Tensor:
     if value.shape != like.shape:
         raise CheckpointError(f"{name} has shape {tuple(value.shape)} in the artifact; expected {tuple(like.shape)}")
-    # A copy, because a file's tensors begin anywhere, and on a CPU products of such memory round otherwise.
-    value = value.to(device, copy=True)
+    value = value.to(device)
     return nn.Parameter(value, requires_grad=like.requires_grad) if isinstance(like, nn.Parameter) else value
 
 

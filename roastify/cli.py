@@ -21,6 +21,7 @@ from torch import nn
 
 import roastify
 from roastify import api, report
+from roastify.artifact import check_no_part, check_replaceable
 from roastify.checks.example_inputs import find_inputs, how_to_give
 from roastify.checks.model_bench import DTYPES, parse_device
 from roastify.config import Init, RoastConfig, Share
@@ -150,6 +151,8 @@ def _parse_ratio(text: str) -> float:
 def convert(source: str, output: str | None, full: bool, **settings: Any) -> None:
     """Convert, verify, report, and write the artifact (the default command)."""
     config = _config(**settings)
+    if output is not None:
+        _check_folder(output, source)
     console = _out()
     found = _load(source)
     config = _for_source(config, found)
@@ -190,6 +193,21 @@ def check(source: str, **settings: Any) -> None:
     _say(f"ok: {source} at ratio {config.ratio:g}")
 
 
+def _check_file(output: str, *inputs: str | None) -> None:
+    """Refuse a file that cannot be written, or that the command reads, before work that takes long."""
+    check_writable(output, inputs)
+    check_no_part(Path(output))
+
+
+def _check_folder(output: str, source: str) -> None:
+    """Refuse a folder in which a save would overwrite other files, before work that takes long."""
+    folder = Path(output)
+    scheme, _, directory = source.partition(":")
+    if scheme == "hf" and folder.is_dir() and Path(directory).is_dir() and folder.samefile(directory):
+        raise ConfigError(f"{output} is the folder of {source}, whose weights would be lost; name another folder")
+    check_replaceable(folder)
+
+
 def _verify(found: Source, converted: nn.Module, console: Console) -> None:
     """Verify with the source's example inputs or, where it has none, with guessed ones."""
     inputs = found.example_inputs if found.example_inputs is not None else find_inputs(found.model)
@@ -225,7 +243,7 @@ def bench(
     """Measure latency and memory beside the dense model; outputs are compared first."""
     config = _config(**settings)
     if json_file is not None:
-        check_writable(json_file)
+        _check_file(json_file, source, settings["config"])
     found = _load(source)
     with _status(f"measuring {source}"):
         measured = api.bench(
@@ -304,7 +322,8 @@ def recover(
     settings = {name: options.pop(name) for name in _SETTINGS}
     place = parse_device(device)
     if json_file is not None:
-        check_writable(json_file)
+        _check_file(json_file, source, settings["config"], data)
+    _check_folder(output, source)
     batches = load_data(data)
     found = _load(source)
     student = _student(found, artifact, settings).to(place)

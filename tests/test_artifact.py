@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import pickle
+import resource
 import signal
 import stat
 import subprocess
@@ -727,15 +728,28 @@ def test_a_path_that_cannot_be_a_folder_is_reported(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("what", ["save", "densify_artifact"])
 def test_a_failed_write_of_safetensors_is_reported(tmp_path: Path, what: str) -> None:
-    model = _mixed()
-    roastify.save(model, tmp_path / "a")
-    if what == "save":
-        (tmp_path / "a" / f"{WEIGHTS}.pending").mkdir()
-        with pytest.raises(CheckpointError, match="cannot write the artifact"):
-            roastify.save(model, tmp_path / "a")
-    else:
-        with pytest.raises(CheckpointError, match=r"cannot write .*dense\.safetensors"):
-            api.densify_artifact(tmp_path / "a", tmp_path / "missing" / "dense.safetensors")
+    """The system refuses files of more than a kilobyte, in the middle of the write."""
+    models = _stacks()
+    roastify.save(models["old"], tmp_path / "a")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, before[1]))
+    try:
+        with pytest.raises(CheckpointError, match="cannot write"):
+            if what == "save":
+                roastify.save(models["new"], tmp_path / "a")
+            else:
+                api.densify_artifact(tmp_path / "a", tmp_path / "dense.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert _which(tmp_path / "a", models) == "old"
+    # Nothing half written stays, under no name.
+    assert _files(tmp_path) == ["a"] and sorted(os.listdir(tmp_path / "a")) == [WEIGHTS, MANIFEST]
+
+
+def test_a_dense_file_in_a_missing_folder_is_refused(tmp_path: Path) -> None:
+    roastify.save(_mixed(), tmp_path / "a")
+    with pytest.raises(CheckpointError, match=r"cannot write .*dense\.safetensors"):
+        api.densify_artifact(tmp_path / "a", tmp_path / "missing" / "dense.safetensors")
 
 
 def _without_folder(folder: Path) -> None:

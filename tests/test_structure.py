@@ -33,7 +33,7 @@ LEVELS = [
     {"config"},
     {"layers"},
     {"pool"},
-    {"calls", "files", "isolation", "names", "progress"},
+    {"calls", "files", "isolation", "names", "progress", "tensor_file"},
     {"errors"},
     {"kernels"},
 ]

@@ -2,12 +2,14 @@
 
 `recovery.json` names its file of tensors and holds that file's digest. A save writes the new tensors under a new name,
 then replaces the JSON file in one step, then deletes the old tensors. Whenever a save is killed, the JSON file and the
-tensors that it names are complete.
+tensors that it names are complete. A file of tensors is named by its digest, and only a file that its name describes is
+deleted.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,20 +17,34 @@ from typing import Any
 import numpy as np
 import safetensors
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from roastify.errors import CheckpointError
-from roastify.files import digest_of_file, pending, put_in_place, reason_of, write_tensors
+from roastify.files import (
+    Staging,
+    digest_of_file,
+    locked,
+    read_again_if_replaced,
+    reason_of,
+    regular_or_missing,
+    remove_abandoned,
+    write_tensors,
+)
+from roastify.tensor_file import TensorFile
 
 # Version 1 knew a conversion by a digest of its plan's words too, and those are written better now.
 FORMAT_VERSION = 2
 MANIFEST = "recovery.json"
+_WEIGHTS = re.compile(r"state-([0-9a-f]{16})\.safetensors")
 
 
 def holds_checkpoint(folder: Path) -> bool:
-    """Return whether a folder holds a checkpoint."""
-    return (folder / MANIFEST).is_file()
+    """Return whether a folder holds a checkpoint.
+
+    Raises:
+        CheckpointError: something else than a file has the checkpoint's name.
+    """
+    return regular_or_missing(folder / MANIFEST) is not None
 
 
 def write_checkpoint(folder: Path, made_by: dict[str, Any], state: Any) -> None:
@@ -46,24 +62,47 @@ def write_checkpoint(folder: Path, made_by: dict[str, Any], state: Any) -> None:
     encoded = _encode(state, tensors, "state")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        manifest_path, unnamed = folder / MANIFEST, pending(folder / "tensors")
-        write_tensors(tensors, unnamed)
-        digest = digest_of_file(unnamed)
-        # The name depends on the content, so that a save never changes the file that the old manifest names.
-        weights = folder / f"state-{digest[:16]}.safetensors"
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "made_by": made_by,
-            "tensors": {"file": weights.name, "sha256": digest},
-            "state": encoded,
-        }
-        pending(manifest_path).write_text(json.dumps(manifest) + "\n", encoding="utf-8")
-        put_in_place({unnamed: weights, pending(manifest_path): manifest_path})
-        for old in folder.glob("state-*.safetensors"):
-            if old != weights:
-                old.unlink()
-    except (OSError, safetensors.SafetensorError) as error:
+        _check_manifest_is_ours(folder / MANIFEST)
+        remove_abandoned(folder)
+        with Staging(folder) as stage:
+            write_tensors(tensors, stage.path / "tensors")
+            digest = digest_of_file(stage.path / "tensors")
+            # The name depends on the content, so that a save never changes the file that the old manifest names.
+            weights = folder / f"state-{digest[:16]}.safetensors"
+            manifest = {
+                "format_version": FORMAT_VERSION,
+                "made_by": made_by,
+                "tensors": {"file": weights.name, "sha256": digest},
+                "state": encoded,
+            }
+            (stage.path / MANIFEST).write_text(json.dumps(manifest) + "\n", encoding="utf-8")
+            moves = {"tensors": weights, MANIFEST: folder / MANIFEST}
+            stage.make_durable(moves)
+            with locked(folder):
+                stage.put_in_place(moves)
+                _remove_others(folder, weights)
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"cannot write the checkpoint {folder}: {reason_of(error)}") from error
+
+
+def _check_manifest_is_ours(path: Path) -> None:
+    if regular_or_missing(path) is None:
+        return
+    try:
+        json.loads(path.read_text(encoding="utf-8"))["tensors"]["sha256"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} is not a checkpoint that roastify wrote, so it is not overwritten; move it, or give another folder"
+        ) from error
+
+
+def _remove_others(folder: Path, kept: Path) -> None:
+    """Delete the tensors of earlier checkpoints, and of saves that were killed before they wrote their JSON file."""
+    for path in folder.iterdir():
+        match = _WEIGHTS.fullmatch(path.name)
+        if match and path != kept and path.is_file() and not path.is_symlink():
+            if digest_of_file(path).startswith(match[1]):
+                path.unlink()
 
 
 def read_checkpoint(folder: Path, made_by: dict[str, Any]) -> Any:
@@ -72,6 +111,10 @@ def read_checkpoint(folder: Path, made_by: dict[str, Any]) -> Any:
     Raises:
         CheckpointError: it is damaged, newer than this version, or of another run.
     """
+    return read_again_if_replaced([folder / MANIFEST], lambda: _read(folder, made_by))
+
+
+def _read(folder: Path, made_by: dict[str, Any]) -> Any:
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -100,10 +143,17 @@ def read_checkpoint(folder: Path, made_by: dict[str, Any]) -> Any:
             f"the checkpoint {folder} belongs to another run: {'; '.join(differences[:3])}; resume with the same "
             f"models and settings, or give another folder"
         )
-    weights = folder / stored["file"]
-    if not weights.is_file() or digest_of_file(weights) != stored["sha256"]:
+    name = stored.get("file") if isinstance(stored, dict) else None
+    if not isinstance(name, str) or not _WEIGHTS.fullmatch(name):
+        raise CheckpointError(
+            f"{path} names {name!r} as its file of tensors, expected state-DIGEST.safetensors in the same folder; "
+            f"remove the folder to start anew"
+        )
+    weights = folder / name
+    file = TensorFile(weights) if weights.is_file() else None
+    if file is None or file.digest() != stored.get("sha256"):
         raise CheckpointError(f"{weights} is missing or was changed; remove the folder to start anew")
-    return _decode(encoded, load_file(weights))
+    return _decode(encoded, {name: file.read(name) for name in file.names()})
 
 
 def _encode(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
