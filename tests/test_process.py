@@ -42,7 +42,7 @@ class _Meeting(nn.Module):
 
 
 def _state() -> tuple[Any, ...]:
-    return nn.Module.__call__, nn.Module.__getattr__, _symbolic_trace._is_fx_tracing_flag, sys.stdout
+    return nn.Module.__call__, nn.Module.__getattr__, _symbolic_trace.is_fx_symbolic_tracing(), sys.stdout
 
 
 def test_other_threads_see_neither_patches_nor_the_flag_nor_silence(capsys: pytest.CaptureFixture[str]) -> None:
@@ -51,11 +51,11 @@ def test_other_threads_see_neither_patches_nor_the_flag_nor_silence(capsys: pyte
     def elsewhere() -> None:
         found["parameter"] = dense.weight
         found["output"] = dense(torch.ones(1, 4))
-        found["flag"] = bool(_symbolic_trace._is_fx_tracing_flag)
+        found["flag"] = bool(_symbolic_trace.is_fx_symbolic_tracing())
         sys.stdout.write("from elsewhere\n")
 
     def meanwhile() -> None:
-        found["here"] = bool(_symbolic_trace._is_fx_tracing_flag)
+        found["here"] = bool(_symbolic_trace.is_fx_symbolic_tracing())
         sys.stdout.write("from the traced code\n")
         thread = threading.Thread(target=elsewhere)
         thread.start()

@@ -16,6 +16,7 @@ from torch.fx import _symbolic_trace as fx_trace
 # One trace at a time: a tracer patches the modules whose functions it records, and a second one would undo that while
 # the first goes on.
 _lock = threading.RLock()
+# Torch 2.14 keeps a flag for each thread, under another name.
 _FLAG = "_is_fx_tracing_flag"
 _PATCHED = ("__call__", "__getattr__")
 
@@ -66,9 +67,10 @@ def trace(tracer: fx.Tracer, root: nn.Module, concrete_args: dict[str, Any] | No
     """
     with _lock:
         here = _Here()
-        flag, before = getattr(fx_trace, _FLAG), {name: getattr(nn.Module, name) for name in _PATCHED}
+        flag, before = getattr(fx_trace, _FLAG, None), {name: getattr(nn.Module, name) for name in _PATCHED}
         try:
-            setattr(fx_trace, _FLAG, here)
+            if flag is not None:
+                setattr(fx_trace, _FLAG, here)
             return _with_patches_for(here, before, type(tracer).trace)(tracer, root, concrete_args)
         finally:
             # Twice, because an interrupt may come in between.
@@ -108,7 +110,8 @@ def _only(here: _Here, new: Callable[..., Any], original: Callable[..., Any]) ->
 
 
 def _restore(flag: Any, before: dict[str, Any]) -> None:
-    setattr(fx_trace, _FLAG, flag)
+    if flag is not None:
+        setattr(fx_trace, _FLAG, flag)
     for name, original in before.items():
         if getattr(nn.Module, name) is not original:
             setattr(nn.Module, name, original)

@@ -89,7 +89,7 @@ def run(count: int, seed: int = 0) -> Iterator[tuple[str, int, str]]:
 
 
 def _wrong(subject: nn.Module, x: Tensor, expected: tuple[Tensor, ...]) -> str:
-    if _symbolic_trace._is_fx_tracing_flag:
+    if _symbolic_trace.is_fx_symbolic_tracing():
         return "torch.fx's flag is left set"
     for name in ("__call__", "__getattr__"):
         if getattr(nn.Module, name).__module__ != "torch.nn.modules.module" or hasattr(
