@@ -66,7 +66,7 @@ def emit_graph(model: nn.Module) -> fx.GraphModule:
         tracer = _GraphTracer()
         try:
             with modes_kept(model), random_states_kept(), tracer.recording_reads():
-                graph = isolated_trace.trace(tracer, model.train(mode == "train"))
+                graph = isolated_trace.trace_alone(tracer, model.train(mode == "train"))
         except Exception as error:  # a user's forward may raise any error when it gets a proxy
             raise _graph_refusal(model, f"it cannot be traced: {type(error).__name__}: {error}") from error
         for module in [model, *tracer.entered]:

@@ -243,7 +243,7 @@ class _ForestBuilder:
             tracer = _RegionTracer(self.reasons.keys())
             try:
                 with _alone():
-                    return isolated_trace.trace(tracer, _twin(module))
+                    return isolated_trace.trace_alone(tracer, _twin(module))
             except (Exception, SystemExit) as error:  # a user's forward may raise any error when it gets a proxy
                 entered = (type(m) for m in reversed(tracer.entered) if not tracer.is_leaf_module(m, ""))
                 self.reasons[next(entered, type(module))] = _describe(error)
@@ -263,7 +263,7 @@ class _ForestBuilder:
             tracer = _Explorer(self.reasons.keys(), guess)
             try:
                 with _alone():
-                    isolated_trace.trace(tracer, _twin(module), absent)
+                    isolated_trace.trace_alone(tracer, _twin(module), absent)
                 return tracer.graph
             except (Exception, SystemExit, _ExploredEnough):
                 # A user's code may raise any error when it gets a guess. What it did before is known.

@@ -58,7 +58,7 @@ def muted() -> Iterator[None]:
             sys.stdout = stream
 
 
-def trace(tracer: fx.Tracer, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+def trace_alone(tracer: fx.Tracer, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
     """Return `tracer.trace(root, concrete_args)`.
 
     While torch.fx traces, it patches `nn.Module.__call__` and `nn.Module.__getattr__`, and sets a flag that makes
