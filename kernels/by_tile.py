@@ -14,6 +14,9 @@ from roastify.kernels.view import MappingKind, SignKind, TileView
 
 # Rows of activations at most. Above, one product of a whole panel takes less than many of a tile's columns.
 _MOST_ROWS = 16
+# Elements of a weight at least. Of smaller ones a single panel is gathered, whose product is the dense layer's bit for
+# bit.
+_LEAST_ELEMENTS = 1 << 18
 # Elements of the tiles that are gathered at once: they should stay in cache, but every turn costs 30 µs.
 _ELEMENTS_AT_ONCE = 1 << 19
 # Signs of elements are kept, at a bit each, of weights of at most so many elements: those of a weight of 4096², ten
@@ -44,9 +47,14 @@ _kept = WeakTensorKeyDictionary()
 
 
 def is_worth_it(x: Tensor, view: TileView) -> bool:
-    """Whether to gather whole tiles: `x` has few rows, and tiles are whole slots that are not tiny."""
+    """Whether to gather whole tiles: `x` has few rows, the weight is large, and shares slots with others.
+
+    A weight in the first chunk, as every one at ratio 1, keeps the dense layer's order of sums.
+    """
     return (
         0 < x.shape[0] <= _MOST_ROWS
+        and view.num_tiles * view.slot_size >= _LEAST_ELEMENTS
+        and view.first_tile + view.num_tiles > view.num_slots
         # Partial sums of a narrow dtype would be rounded.
         and x.dtype in (torch.float32, torch.float64)
         and view.mapping == MappingKind.PERMUTATION

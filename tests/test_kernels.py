@@ -344,7 +344,8 @@ def test_linear_by_tile(
     monkeypatch.setattr(by_tile, "_ELEMENTS_AT_ONCE", elements_at_once)
     monkeypatch.setattr(by_tile, "_kept", type(by_tile._kept)())
     x = randn(num_rows, case.cols, dtype=dtype)
-    assert by_tile.is_worth_it(x, case.view)
+    monkeypatch.setattr(by_tile, "_LEAST_ELEMENTS", 0)
+    assert by_tile.is_worth_it(x, case.view) is (case.view.chunks != (0, 1))
     # Whatever the weight does not read is NaN.
     pool = make_pool(case, dtype).detach()
     expected = x.double() @ Oracle(case).weight(pool).double().t()
