@@ -78,9 +78,10 @@ def apply_plan(model: nn.Module, plan: RoastPlan, pool: RoastPool) -> Callable[[
     before: list[Callable[[], None]] = []
     owner, root = model.get_submodule(plan.owner), model.get_submodule(plan.root)
     own_forward = root.__dict__.get("forward")
+    children = owner._modules
 
     def undo() -> None:
-        owner._modules.pop(POOL_NAME, None)
+        owner.__dict__["_modules"] = children
         _set_forward(root, own_forward)
         forget_ties(model)
         for restore in reversed(before):
