@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import sys
 import threading
 import types
@@ -82,6 +83,8 @@ def trace_alone(tracer: fx.Tracer, root: nn.Module, concrete_args: dict[str, Any
 
 def _with_patches_for(here: _Here, before: dict[str, Any], method: Any) -> Callable[..., fx.Graph]:
     """Return a tracer's method with a patcher whose patches of `nn.Module` work where `here` is true."""
+    # Once a process has compiled, torch has wrapped the method in one that does not compile it.
+    method = inspect.unwrap(method)
     # The method finds the patcher and the flag among its globals; a copy of them is its own.
     own = {**method.__globals__, "_new_patcher": functools.partial(_patcher_for, here, before)}
     return types.FunctionType(method.__code__, own, method.__name__, method.__defaults__, method.__closure__)
