@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,18 +23,26 @@ from torch import nn
 
 from roastify.conversion.converted import current_plans, owners, pooled_weight, pools_in
 from roastify.conversion.rewrite import build_pool
-from roastify.errors import CheckpointError, closest
+from roastify.errors import CheckpointError, ConfigError, closest
 from roastify.files import digest_of_file, pending, put_in_place, reason_of, write_tensors
 from roastify.layers.kinds import refusal_of
-from roastify.pool.mapping import MAPPING_VERSION
-from roastify.pool.members import POOL_NAME, is_sharded
+from roastify.manifest import (
+    FORMAT_VERSION,
+    WEIGHTS,
+    Stored,
+    check_manifest,
+    parse_manifest,
+    plans_of,
+    pool_prefix,
+    stored_in,
+)
+from roastify.plain_json import read_limited
+from roastify.pool.members import is_sharded
 from roastify.pool.plan import RoastPlan, TensorPlan
 from roastify.pool.pool import RoastPool
 from roastify.pool.state import plan_with
 
-FORMAT_VERSION = 5
 MANIFEST = "roast.json"
-WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,7 @@ class Artifact:
     folder: Path
     manifest: dict[str, Any]
     plans: tuple[RoastPlan, ...]
+    stored: Mapping[str, Stored]
 
     @property
     def tensors(self) -> list[TensorPlan]:
@@ -54,7 +64,7 @@ def write_artifact(model: nn.Module, folder: Path, state_dict: Mapping[str, torc
     """Write a converted model; see `roastify.save`."""
     plans = current_plans(model)
     in_state_dict = model.state_dict().keys()
-    prefixes = tuple(map(_pool_prefix, plans))
+    prefixes = tuple(map(pool_prefix, plans))
     extra = [key for key in in_state_dict if key.endswith("_extra_state") and not key.startswith(prefixes)]
     if extra:
         raise CheckpointError(
@@ -81,7 +91,11 @@ def write_artifact(model: nn.Module, folder: Path, state_dict: Mapping[str, torc
             "plan": plans[0].to_dict(),
             "other_plans": [plan.to_dict() for plan in plans[1:]],
         }
-        text = json.dumps(seal(manifest), indent=1, ensure_ascii=False)
+        # The same values as `load` will see, so that what is written can be read.
+        manifest = parse_manifest(json.dumps(seal(manifest)).encode(), manifest_path)
+        stored = {name: Stored(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+        check_manifest(manifest, plans_of(manifest, manifest_path), stored, manifest_path)
+        text = json.dumps(manifest, indent=1)
         pending(manifest_path).write_text(text + "\n", encoding="utf-8")
         put_in_place({pending(path): path for path in (weights_path, manifest_path)})
     except (OSError, safetensors.SafetensorError) as error:
@@ -101,79 +115,96 @@ def _finish_interrupted_save(folder: Path) -> None:
     if finished.is_file():
         weights = folder / WEIGHTS
         with contextlib.suppress(CheckpointError):
-            if weights.is_file() and _parse(finished)["weights"]["sha256"] == digest_of_file(weights):
+            if weights.is_file() and _checked(finished, None)[0]["weights"]["sha256"] == digest_of_file(weights):
                 os.replace(finished, folder / MANIFEST)
                 return
         finished.unlink()
 
 
-def read_artifact(folder: Path) -> Artifact:
-    """Read and check an artifact's manifest and its weights' digest.
+def read_artifact(folder: Path, digest: str | None = None) -> Artifact:
+    """Read an artifact's manifest, check all of it, and check its weights' digest.
+
+    Args:
+        folder: the artifact's folder.
+        digest: the SHA-256 that its manifest must have, as `sha256sum roast.json` prints it; None accepts any.
 
     Raises:
-        CheckpointError: it is missing, damaged, or newer than this version.
+        CheckpointError: it is missing, damaged, newer than this version, or has another digest.
+        ConfigError: the digest is not one.
     """
-    if not folder.is_dir():
-        raise CheckpointError(f"there is no artifact folder {folder}; expected one that roastify.save wrote")
-    weights = folder / WEIGHTS
-    manifest_path = folder / MANIFEST
+    if digest is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", str(digest)):
+        raise ConfigError(f"digest must be a SHA-256 of 64 hexadecimal digits; found {digest!r}")
+    try:
+        # `is_dir` takes a name that no folder can have for one that does not exist, or raises.
+        if not folder.is_dir():
+            raise CheckpointError(f"there is no artifact folder {folder}; expected one that roastify.save wrote")
+        return _read_artifact(folder, digest)
+    except OSError as error:
+        raise CheckpointError(f"cannot read the artifact {folder}: {reason_of(error)}") from error
+
+
+def _read_artifact(folder: Path, digest: str | None) -> Artifact:
+    weights, manifest_path = folder / WEIGHTS, folder / MANIFEST
     interrupted = pending(manifest_path)
-    if not manifest_path.is_file() and interrupted.is_file():
-        manifest_path = interrupted
-    for path in (manifest_path, weights):
-        if not path.is_file():
+    # A save that was killed between its two renames left its manifest under the pending name.
+    manifests = [path for path in (manifest_path, interrupted) if path.is_file()]
+    for path, is_there in ((manifest_path, bool(manifests)), (weights, weights.is_file())):
+        if not is_there:
             raise CheckpointError(f"{folder} is not a roastify artifact: {path.name} is missing")
-    manifest = _parse(manifest_path)
-    digest = digest_of_file(weights)
-    if manifest["weights"]["sha256"] != digest:
-        if interrupted.is_file() and (finished := _parse(interrupted))["weights"]["sha256"] == digest:
-            manifest = finished
-        else:
+    stored, of_weights, first = stored_in(weights), "", None
+    for path in manifests:
+        try:
+            manifest, plans = _checked(path, digest)
+            # Before the weights are read, which may be large.
+            check_manifest(manifest, plans, stored, path)
+            of_weights = of_weights or digest_of_file(weights)
+            if manifest["weights"]["sha256"] == of_weights:
+                return Artifact(folder, manifest, plans, stored)
             raise CheckpointError(
-                f"{weights} is not the file its manifest describes: its SHA-256 is {digest}, expected "
+                f"{weights} is not the file its manifest describes: its SHA-256 is {of_weights}, expected "
                 f"{manifest['weights']['sha256']}; it is truncated or was changed, so restore both files from one save"
             )
-    try:
-        # Up to format 4, an artifact has one plan.
-        plans = tuple(map(RoastPlan.from_dict, [manifest["plan"], *manifest.get("other_plans", [])]))
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
-        raise CheckpointError(f"the plan in {manifest_path} is damaged ({error}); restore the file") from error
+        except CheckpointError as error:
+            first = first or error
+    assert first is not None
+    raise first
+
+
+def _checked(path: Path, digest: str | None) -> tuple[dict[str, Any], tuple[RoastPlan, ...]]:
+    """Return a manifest and its plans if the manifest has the digest that is expected, and the one that it names."""
+    content = _content(path)
+    found = hashlib.sha256(content).hexdigest()
+    if digest is not None and found != digest.lower():
+        raise CheckpointError(
+            f"{path} is not the file that was expected: its SHA-256 is {found}, expected {digest.lower()}; restore the "
+            f"artifact that was published with that digest"
+        )
+    manifest = parse_manifest(content, path)
+    plans = plans_of(manifest, path)
     if manifest.get("sha256") != seal(manifest)["sha256"]:
-        raise CheckpointError(f"{manifest_path} was changed after it was saved (its digest is wrong); restore the file")
-    return Artifact(folder, manifest, plans)
+        raise CheckpointError(f"{path} was changed after it was saved (its digest is wrong); restore the file")
+    return manifest, plans
 
 
-def _parse(path: Path) -> dict[str, Any]:
+def _content(path: Path) -> bytes:
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        return read_limited(path)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not readable as JSON ({error}); restore it from a whole copy") from error
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("format_version"), int):
-        raise CheckpointError(f"{path} has no format version, so it is not a roastify manifest")
-    for key, supported in (("format_version", FORMAT_VERSION), ("mapping_version", MAPPING_VERSION)):
-        if not isinstance(manifest.get(key), int):
-            raise CheckpointError(f"{path} has no {key.replace('_', ' ')}; restore it from a whole copy")
-        if manifest[key] > supported:
-            raise CheckpointError(
-                f"{path} has {key.replace('_', ' ')} {manifest[key]}, and this roastify reads up to {supported}; "
-                f"install a newer roastify"
-            )
-    missing = [key for key in ("weights", "ties", "buffers", "state_dict", "plan") if key not in manifest]
-    if missing or not isinstance(manifest["weights"], dict) or "sha256" not in manifest["weights"]:
-        raise CheckpointError(f"{path} lacks {', '.join(missing) or 'the digest'}; restore it from a whole copy")
-    return manifest
+        raise CheckpointError(f"{path} cannot be read: {reason_of(error)}; restore it from a whole copy") from error
 
 
 def check_architecture(artifact: Artifact, model: nn.Module) -> None:
     """Raise `CheckpointError` unless the dense model has the architecture that the artifact was saved from.
 
-    Names, shapes and ties of the parameters, names and shapes of the buffers, and the kinds of the shared layers are
-    compared.
+    Names, shapes and ties of the parameters, names and shapes of the buffers, the kinds of their dtypes, the places of
+    the pools, and the kinds of the shared layers are compared.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     buffers = dict(model.named_buffers(remove_duplicate=False))
     expected = {alias: tensor.shape for tensor in artifact.tensors for alias in tensor.aliases}
-    expected |= {name: tuple(shape) for name, shape in artifact.manifest["buffers"].items()}
+    shapes = {name: tuple(shape) for name, shape in artifact.manifest["buffers"].items()}
+    swapped = [*(expected.keys() & buffers.keys()), *(shapes.keys() & parameters.keys())]
+    expected |= shapes
     found = {name: tuple(tensor.shape) for name, tensor in [*parameters.items(), *buffers.items()]}
     differences = [f"{name} is missing" for name in expected if name not in found]
     differences += [f"{name} is not in the artifact" for name in found if name not in expected]
@@ -182,8 +213,14 @@ def check_architecture(artifact: Artifact, model: nn.Module) -> None:
         for name, shape in expected.items()
         if name in found and found[name] != shape
     ]
+    differences += [f"{name} is a {'buffer' if name in buffers else 'parameter'}" for name in sorted(swapped)]
     if not differences:
-        differences = [*_tie_differences(artifact.tensors, parameters), *_kind_differences(artifact.tensors, model)]
+        differences = [
+            *_tie_differences(artifact.tensors, parameters),
+            *_place_differences(artifact.plans, model),
+            *_dtype_differences(artifact, model),
+            *_kind_differences(artifact.tensors, model),
+        ]
     if differences:
         count = "1 difference" if len(differences) == 1 else f"{len(differences)} differences"
         raise CheckpointError(
@@ -201,6 +238,41 @@ def _tie_differences(tensors: Iterable[TensorPlan], parameters: dict[str, nn.Par
                 yield f"{alias} is not tied to {tensor.name}"
             elif owner.setdefault(id(parameters[alias]), tensor.name) != tensor.name:
                 yield f"{alias} is tied to {owner[id(parameters[alias])]}"
+
+
+def _place_differences(plans: Iterable[RoastPlan], model: nn.Module) -> Iterator[str]:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for plan in plans:
+        for path in dict.fromkeys((plan.owner, plan.root)):
+            if path not in modules:
+                yield f"there is no module {path!r}, which the plan names"
+        # Such modules take all their children for layers.
+        if isinstance(modules.get(plan.owner), nn.Sequential | nn.ModuleList | nn.ModuleDict):
+            yield f"the module {plan.owner!r} is a {type(modules[plan.owner]).__name__}, which cannot hold the pool"
+
+
+def _dtype_differences(artifact: Artifact, model: nn.Module) -> Iterator[str]:
+    """Yield what no cast of a model does: it keeps what kind of numbers a tensor holds, and casts whole modules."""
+    dtypes = {alias: getattr(torch, tensor.dtype) for tensor in artifact.tensors for alias in tensor.aliases}
+    ties = artifact.manifest["ties"]
+    buffers = artifact.manifest["buffers"]
+    dtypes |= {name: cast(torch.dtype, artifact.stored[ties.get(name, name)].dtype) for name in buffers}
+    for path, module in model.named_modules():
+        own = {**module._parameters, **module._buffers}
+        cast_to: dict[torch.dtype, torch.dtype] = {}
+        for attribute, tensor in own.items():
+            if tensor is None:
+                continue
+            name = f"{path}.{attribute}" if path else attribute
+            dtype = dtypes[name]
+            if _kind_of_number(dtype) != _kind_of_number(tensor.dtype):
+                yield f"{name} has dtype {tensor.dtype}, expected {dtype}"
+            elif isinstance(tensor, nn.Parameter) and cast_to.setdefault(tensor.dtype, dtype) != dtype:
+                yield f"{name} is {tensor.dtype} as others of its module are, expected {dtype}, unlike theirs"
+
+
+def _kind_of_number(dtype: torch.dtype) -> tuple[bool, bool, bool]:
+    return dtype.is_floating_point, dtype.is_complex, dtype == torch.bool
 
 
 def _kind_differences(tensors: Iterable[TensorPlan], model: nn.Module) -> Iterator[str]:
@@ -235,10 +307,12 @@ def dense_state_dict(artifact: Artifact) -> dict[str, torch.Tensor]:
     ties, names = artifact.manifest["ties"], artifact.manifest["state_dict"]
     pools = [build_pool(plan, "cpu") for plan in artifact.plans]
     of_pool = {
-        _pool_prefix(pool.plan) + name: parameter for pool in pools for name, parameter in pool.named_parameters()
+        pool_prefix(pool.plan) + name: parameter for pool in pools for name, parameter in pool.named_parameters()
     }
-    stored = _read_tensors(artifact, {*of_pool, *(ties.get(name, name) for name in names)})
-    dense = {name: stored[ties.get(name, name)] for name in names if name not in of_pool}
+    stored = _read_tensors(artifact, set(artifact.stored))
+    # A manifest's list of names may lack a parameter, and none may be lost.
+    kept = [alias for tensor in artifact.tensors if not tensor.shared for alias in tensor.aliases]
+    dense = {name: stored[ties.get(name, name)] for name in dict.fromkeys([*names, *kept]) if name not in of_pool}
     with torch.no_grad():
         for key, parameter in of_pool.items():
             parameter.copy_(_as_tensor(key, stored[key], parameter, torch.device("cpu")))
@@ -318,10 +392,6 @@ def _holds_meta(value: object) -> bool:
     return isinstance(value, torch.Tensor) and value.is_meta
 
 
-def _pool_prefix(plan: RoastPlan) -> str:
-    return f"{plan.owner}.{POOL_NAME}." if plan.owner else f"{POOL_NAME}."
-
-
 def _named_tensors(model: nn.Module, plans: Sequence[RoastPlan]) -> list[tuple[str, torch.Tensor]]:
     """Return all parameters and buffers under all names, the Parameters of a pool only under its own.
 
@@ -329,7 +399,7 @@ def _named_tensors(model: nn.Module, plans: Sequence[RoastPlan]) -> list[tuple[s
     """
     pools = pools_in(model)
     of_pools = {
-        id(parameter): _pool_prefix(plan) + name
+        id(parameter): pool_prefix(plan) + name
         for plan, pool in zip(plans, pools, strict=True)
         for name, parameter in pool.named_parameters()
     }
@@ -370,7 +440,7 @@ def _plan_of_values(values: Mapping[str, torch.Tensor], plan: RoastPlan, pool: R
 
 
 def _state_key(plan: RoastPlan) -> str:
-    return f"{_pool_prefix(plan)}_extra_state"
+    return f"{pool_prefix(plan)}_extra_state"
 
 
 def _stored_tensors(

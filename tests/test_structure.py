@@ -28,13 +28,13 @@ LEVELS = [
     {"api"},
     {"recovery"},
     {"checks"},
-    {"artifact"},
+    {"artifact", "manifest"},
     {"conversion"},
     {"config"},
     {"layers"},
     {"pool"},
-    {"calls", "files", "isolation", "names", "progress"},
-    {"errors"},
+    {"calls", "files", "isolation", "names", "plain_json", "progress", "typed_values"},
+    {"errors", "printable"},
     {"kernels"},
 ]
 
