@@ -111,8 +111,8 @@ def check_manifest(
     surplus = [name for name in stored if name not in expected]
     if surplus:
         raise CheckpointError(
-            f"{weights} holds {len(surplus)} tensors that its manifest does not name: {', '.join(surplus[:3])}; restore "
-            f"both files from one save"
+            f"{weights} holds {len(surplus)} tensors that its manifest does not name: {', '.join(surplus[:3])}; "
+            f"restore both files from one save"
         )
     for name, (shape, dtype) in expected.items():
         found = stored[name]
@@ -202,7 +202,7 @@ def stored_in(weights: Path) -> dict[str, Stored]:
     """
     try:
         with safetensors.safe_open(weights, framework="pt") as file:
-            return {name: _stored(file, name) for name in file.keys()}  # noqa: SIM118
+            return {name: _stored(file, name) for name in file.keys()}
     except (safetensors.SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{weights} is damaged ({error}); restore both files from one save") from error
 

@@ -23,7 +23,7 @@ _LONGEST_NAME = 1 << 16
 # Γ holds squares of λ times the pool's spread, in float64.
 _LARGEST_SCALE = 1e150
 
-# What holds, and what is wrong if it does not. Facts are evaluated one after the other, so each may rely on those before.
+# What holds, and what is wrong if it does not. They are evaluated in turn, so each may rely on those before.
 _Facts = Iterator[tuple[bool, str]]
 
 
@@ -155,7 +155,7 @@ def _matrices(plan: RoastPlan, tensor: TensorPlan) -> list[tuple[int, int]]:
 
 
 def _check_layout(plan: RoastPlan) -> None:
-    """Check that the tensors of every region lie one after the other, and that slots and chunks are counted from them."""
+    """Check that the tensors of every region lie one after the other, and that slots and chunks follow from them."""
     size = plan.slot_size
     by_region: dict[int, list[TensorPlan]] = {}
     for tensor in plan.shared:
@@ -173,8 +173,8 @@ def _check_layout(plan: RoastPlan) -> None:
         expected = -(-end // size), first_slot, first_chunk
         if (region.num_tiles, region.first_slot, region.first_chunk) != expected:
             raise ValueError(
-                f"region {index}: num_tiles, first_slot and first_chunk are {region.num_tiles}, {region.first_slot} and "
-                f"{region.first_chunk}; expected {expected[0]}, {expected[1]} and {expected[2]}"
+                f"region {index}: num_tiles, first_slot and first_chunk are {region.num_tiles}, {region.first_slot}, "
+                f"{region.first_chunk}; expected {expected[0]}, {expected[1]}, {expected[2]}"
             )
         first_slot += region.num_slots
         first_chunk += tile_map.num_chunks
