@@ -98,7 +98,7 @@ def write_artifact(model: nn.Module, folder: Path, state_dict: Mapping[str, torc
         text = json.dumps(manifest, indent=1)
         pending(manifest_path).write_text(text + "\n", encoding="utf-8")
         put_in_place({pending(path): path for path in (weights_path, manifest_path)})
-    except (OSError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, safetensors.SafetensorError) as error:  # ValueError: NUL in a name
         raise CheckpointError(f"cannot write the artifact {folder}: {reason_of(error)}") from error
 
 
@@ -331,7 +331,7 @@ def write_dense(artifact: Artifact, path: Path) -> int:
     try:
         write_tensors(state, pending(path))
         put_in_place({pending(path): path})
-    except (OSError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, safetensors.SafetensorError) as error:  # ValueError: NUL in a name
         raise CheckpointError(f"cannot write {path}: {reason_of(error)}") from error
     return len(state)
 

@@ -17,7 +17,7 @@ def typed(kind: type[_T], value: Any, where: str) -> _T:
     """Return a dataclass that JSON values describe.
 
     Args:
-        kind: the dataclass. Its fields are numbers, strings, tuples, None, or dataclasses.
+        kind: the dataclass. Its fields are numbers, strings, tuples, dicts, None, or dataclasses.
         value: a mapping with a value for each field that has no default.
         where: what the values are, for messages.
 
@@ -38,6 +38,10 @@ def _typed(kind: Any, value: Any, where: str) -> Any:
         return (
             None if value is None else _typed(next(each for each in arguments if each is not type(None)), value, where)
         )
+    if origin is dict:
+        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+            raise ValueError(f"{where} is {reprlib.repr(value)}; expected an object")
+        return {key: _typed(arguments[1], each, f"{where}.{key}") for key, each in value.items()}
     assert origin is tuple, f"{where} is declared as {kind}"
     if not isinstance(value, list | tuple):
         raise ValueError(f"{where} is {reprlib.repr(value)}; expected a list")

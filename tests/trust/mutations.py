@@ -102,15 +102,19 @@ def _config(**settings: Any) -> roastify.RoastConfig:
 
 # Each kind of artifact: the dense model, the converted one, and inputs.
 KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], tuple[Tensor, ...]]] = {
-    "plain": (Many, lambda: roastify.convert(Many(), 4, config=_config()), _many()),
+    "plain": (Many, lambda: roastify.convert(Many(), 4, config=_config(share="weights", tile="8x8")), _many()),
     "element signs": (Linears, lambda: roastify.convert(Linears(), 6, config=_config(sign="element")), _row(64)),
-    "basis": (Many, lambda: roastify.convert(Many(), 3, config=_config(kernel_basis=4)), _many()),
+    "basis": (Many, lambda: roastify.convert(Many(), 3, config=_config(kernel_basis=4, share="weights")), _many()),
     "folded, learned scales": (
         Linears,
         lambda: roastify.convert(Linears(), 4, config=_config(fold=4, tile="8x8", learned_scales=True)),
         _row(64),
     ),
-    "local": (Many, lambda: roastify.convert(Many(), 2, config=_config(sharing="local", tile="8x8")), _many()),
+    "local": (
+        Many,
+        lambda: roastify.convert(Many(), 2, config=_config(sharing="local", tile="8x8", share="weights")),
+        _many(),
+    ),
     "two pools": (Both, _both_converted, _row(32)),
     "vectors too": (Many, lambda: roastify.convert(Many(), 8, config=_config(share="all", tile="8x8")), _many()),
     "unaligned": (Linears, lambda: roastify.convert(Linears(), 4, config=_config(mapping="roast")), _row(64)),
