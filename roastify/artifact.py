@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -325,8 +326,23 @@ def dense_state_dict(artifact: Artifact) -> dict[str, torch.Tensor]:
     return {name: dense[name].clone() for name in [*in_order, *(name for name in dense if name not in set(in_order))]}
 
 
+def _check_room(artifact: Artifact, path: Path) -> None:
+    """Raise `CheckpointError` unless the disk has room: a small artifact, perhaps a forged one, may name huge tensors."""
+    needed = sum(tensor.nbytes * len(tensor.aliases) for tensor in artifact.tensors)
+    try:
+        free = shutil.disk_usage(path.parent).free
+    except (OSError, ValueError) as error:  # ValueError: NUL in a name
+        raise CheckpointError(f"cannot write {path}: {reason_of(error)}") from error
+    if needed > free:
+        raise CheckpointError(
+            f"cannot write {path}: the dense tensors take {needed:,} bytes, and its disk has {free:,} free; name a file "
+            f"on another disk"
+        )
+
+
 def write_dense(artifact: Artifact, path: Path) -> int:
     """Write the dense state dict as one safetensors file, completely or not at all; return the number of tensors."""
+    _check_room(artifact, path)
     state = dense_state_dict(artifact)
     try:
         write_tensors(state, pending(path))

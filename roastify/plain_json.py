@@ -26,13 +26,16 @@ def read_limited(path: Path) -> bytes:
     """
     # Without O_NONBLOCK, opening a FIFO would wait for a writer.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    with open(descriptor, "rb") as file:
+    try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("it is not a regular file")
         if status.st_size > LARGEST_FILE:
             raise ValueError(f"it has {status.st_size:,} bytes, and at most {LARGEST_FILE:,} are read")
-        return file.read(LARGEST_FILE)
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read(LARGEST_FILE)
+    finally:
+        os.close(descriptor)
 
 
 def parse_limited(content: bytes) -> Any:

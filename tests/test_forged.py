@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -131,6 +132,26 @@ def test_a_parameter_that_the_list_of_names_lacks_is_not_lost(artifact: Path, tm
     _forge(artifact, lambda m: m["state_dict"].remove("head.bias"))
     api.densify_artifact(artifact, tmp_path / "dense.safetensors")
     assert "head.bias" in load_file(tmp_path / "dense.safetensors")
+
+
+def test_tensors_that_no_disk_holds_are_not_written(tmp_path: Path) -> None:
+    """A pool of one tile can stand for any number of weights, in a manifest whose figures all fit."""
+    converted = roastify.convert(mutations.Linears(64, 1), 8, config=roastify.RoastConfig(tile="8x8"))
+    roastify.save(converted, tmp_path / "a")
+
+    def enlarge(manifest: dict[str, Any]) -> None:
+        tensor, (region,) = _shared(manifest), manifest["plan"]["regions"]
+        tensor.update(shape=[4096, 8192], rows=4096, cols=8192, num_tiles=1 << 19)
+        region.update(num_tiles=1 << 19)
+
+    _forge(tmp_path / "a", enlarge)
+    usage = SimpleNamespace(free=1 << 20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: usage)
+        with pytest.raises(
+            CheckpointError, match=r"the dense tensors take 134,\d+,\d+ bytes, and its disk has 1,048,576 free"
+        ):
+            api.densify_artifact(tmp_path / "a", tmp_path / "dense.safetensors")
 
 
 def test_weights_of_another_dtype_are_refused(artifact: Path) -> None:
@@ -256,9 +277,9 @@ def test_values_have_the_types_of_their_fields() -> None:
 
 def test_mutated_artifacts_end_well(tmp_path: Path) -> None:
     wrong: list[str] = []
-    ends = mutations.run(200, 7, tmp_path, lambda what, details: wrong.append(f"{what}\n{details}"))
+    ends = mutations.run(160, 7, tmp_path, lambda what, details: wrong.append(f"{what}\n{details}"))
     assert not wrong, "\n".join(wrong)
-    assert ends["refused"] > 100 and ends["equal"], ends
+    assert ends["refused"] > 80 and ends["equal"], ends
 
 
 # Recovery
