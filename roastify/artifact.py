@@ -327,7 +327,7 @@ def dense_state_dict(artifact: Artifact) -> dict[str, torch.Tensor]:
 
 
 def _check_room(artifact: Artifact, path: Path) -> None:
-    """Raise `CheckpointError` unless the disk has room: a small artifact, perhaps a forged one, may name huge tensors."""
+    """Raise `CheckpointError` unless the disk has room: a small artifact, perhaps forged, may name huge tensors."""
     needed = sum(tensor.nbytes * len(tensor.aliases) for tensor in artifact.tensors)
     try:
         free = shutil.disk_usage(path.parent).free
@@ -335,8 +335,8 @@ def _check_room(artifact: Artifact, path: Path) -> None:
         raise CheckpointError(f"cannot write {path}: {reason_of(error)}") from error
     if needed > free:
         raise CheckpointError(
-            f"cannot write {path}: the dense tensors take {needed:,} bytes, and its disk has {free:,} free; name a file "
-            f"on another disk"
+            f"cannot write {path}: the dense tensors take {needed:,} bytes, and its disk has {free:,} free; name a "
+            f"file on another disk"
         )
 
 
