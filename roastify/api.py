@@ -360,7 +360,7 @@ def save(model: nn.Module, path: str | Path, *, state_dict: Mapping[str, Tensor]
     artifact.write_artifact(model, Path(path), state_dict)
 
 
-def load(path: str | Path, model: _M) -> _M:
+def load(path: str | Path, model: _M, *, digest: str | None = None) -> _M:
     """Return the artifact's model: a copy of `model`'s structure with all values read from the artifact.
 
     Plan and values are of one save, also while another process saves. The values are in memory of their own: the model
@@ -370,12 +370,16 @@ def load(path: str | Path, model: _M) -> _M:
         path: an artifact folder.
         model: the dense architecture on any device; for the meta device, the result is on the CPU. The model is left
             unchanged, and its weights are not used.
+        digest: the SHA-256 of the artifact's `roast.json`, as `sha256sum` prints it, from a source that you trust. That
+            file names the digest of the weights, so it stands for the whole artifact. None accepts any artifact.
 
     Raises:
-        CheckpointError: the artifact is missing, damaged, newer than this version, or of another architecture.
+        CheckpointError: the artifact is missing, damaged, newer than this version, of another architecture, or has
+            another digest.
+        ConfigError: the digest is not one.
         ConversionError: the model itself cannot be converted (see `convert`).
     """
-    found = artifact.read_artifact(Path(path))
+    found = artifact.read_artifact(Path(path), digest)
     check_convertible(model)
     artifact.check_architecture(found, model)
     every_tensor = {id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
@@ -405,21 +409,24 @@ def densify(model: _M, *, inplace: bool = False) -> _M:
     return target
 
 
-def densify_artifact(path: str | Path, output: str | Path) -> int:
+def densify_artifact(path: str | Path, output: str | Path, *, digest: str | None = None) -> int:
     """Write the dense state dict of an artifact as one safetensors file; the model's code is not needed.
 
     Args:
         path: an artifact folder.
         output: the file to write; an existing file is replaced in one step, unless it is a part of an artifact
             or no regular file.
+        digest: the SHA-256 that the artifact's `roast.json` must have; see `load`.
 
     Returns:
         the number of tensors written; a tied tensor is written under each of its names.
 
     Raises:
-        CheckpointError: the artifact is missing, damaged or newer than this version, or the file cannot be written.
+        CheckpointError: the artifact is missing, damaged, newer than this version or has another digest, or the file
+            cannot be written.
+        ConfigError: the digest is not one.
     """
-    return artifact.write_dense(artifact.read_artifact(Path(path)), Path(output))
+    return artifact.write_dense(artifact.read_artifact(Path(path), digest), Path(output))
 
 
 def _settings(config: RoastConfig | str | Path | None, **arguments: Any) -> RoastConfig:

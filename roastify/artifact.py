@@ -12,6 +12,8 @@ import contextlib
 import hashlib
 import json
 import os
+import re
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,7 @@ from torch import nn
 
 from roastify.conversion.converted import current_plans, owners, pooled_weight, pools_in
 from roastify.conversion.rewrite import build_pool
-from roastify.errors import CheckpointError, closest
+from roastify.errors import CheckpointError, ConfigError, closest
 from roastify.files import (
     Staging,
     abandoned,
@@ -38,16 +40,22 @@ from roastify.files import (
     write_tensors,
 )
 from roastify.layers.kinds import refusal_of
-from roastify.pool.mapping import MAPPING_VERSION
-from roastify.pool.members import POOL_NAME, is_sharded
+from roastify.manifest import (
+    FORMAT_VERSION,
+    WEIGHTS,
+    check_manifest,
+    parse_manifest,
+    plans_of,
+    pool_prefix,
+)
+from roastify.plain_json import read_limited
+from roastify.pool.members import is_sharded
 from roastify.pool.plan import RoastPlan, TensorPlan
 from roastify.pool.pool import RoastPool
 from roastify.pool.state import plan_with
-from roastify.tensor_file import TensorFile
+from roastify.tensor_file import Stored, TensorFile
 
-FORMAT_VERSION = 5
 MANIFEST = "roast.json"
-WEIGHTS = "model.safetensors"
 # The word in the names of an artifact's staging folders.
 _STAGED = "artifact"
 # Weights that transformers would no longer find in a folder with a model.safetensors.
@@ -73,7 +81,7 @@ def write_artifact(model: nn.Module, folder: Path, state_dict: Mapping[str, torc
     """Write a converted model; see `roastify.save`."""
     plans = current_plans(model)
     in_state_dict = model.state_dict().keys()
-    prefixes = tuple(map(_pool_prefix, plans))
+    prefixes = tuple(map(pool_prefix, plans))
     extra = [key for key in in_state_dict if key.endswith("_extra_state") and not key.startswith(prefixes)]
     if extra:
         raise CheckpointError(
@@ -103,7 +111,11 @@ def write_artifact(model: nn.Module, folder: Path, state_dict: Mapping[str, torc
                 "plan": plans[0].to_dict(),
                 "other_plans": [plan.to_dict() for plan in plans[1:]],
             }
-            text = json.dumps(seal(manifest), indent=1, ensure_ascii=False)
+            # The same values as `load` will see, so that what is written can be read.
+            manifest = parse_manifest(json.dumps(seal(manifest)).encode(), folder / MANIFEST)
+            stored = {name: Stored(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+            check_manifest(manifest, plans_of(manifest, folder / MANIFEST), stored, folder / MANIFEST)
+            text = json.dumps(manifest, indent=1, ensure_ascii=False)
             (stage.path / MANIFEST).write_text(text + "\n", encoding="utf-8")
             moves = {name: folder / name for name in (WEIGHTS, MANIFEST)}
             stage.make_durable(moves)
@@ -112,7 +124,7 @@ def write_artifact(model: nn.Module, folder: Path, state_dict: Mapping[str, torc
                 _finish_interrupted_saves(folder)
                 check_replaceable(folder)
                 stage.put_in_place(moves)
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, safetensors.SafetensorError) as error:  # ValueError: NUL in a name
         raise CheckpointError(f"cannot write the artifact {folder}: {reason_of(error)}") from error
 
 
@@ -137,8 +149,7 @@ def _check_is_ours(folder: Path) -> None:
                 f"move it, or name another folder"
             ) from error
     if has_weights:
-        digest = TensorFile(weights).digest()
-        if not any(found["weights"]["sha256"] == digest for _, found in _manifests(folder)):
+        if TensorFile(weights).digest() not in _digests(folder):
             raise CheckpointError(
                 f"{weights} was not written by roastify, or was changed since (no {MANIFEST} beside it has its "
                 f"digest), so it is not overwritten; move it, or name another folder"
@@ -152,6 +163,15 @@ def _check_is_ours(folder: Path) -> None:
             )
 
 
+def _digests(folder: Path) -> set[str]:
+    """Return the digests of weights that readable manifests of the folder name."""
+    digests = set()
+    for path in _manifests(folder):
+        with contextlib.suppress(CheckpointError):
+            digests.add(_parse(path)["weights"]["sha256"])
+    return digests
+
+
 def seal(manifest: dict[str, Any]) -> dict[str, Any]:
     """Return a manifest with the digest of all its other entries, under `sha256`."""
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
@@ -163,93 +183,108 @@ def _finish_interrupted_saves(folder: Path) -> None:
     """Complete a save that was killed between its renames; remove the staging folders of all that were killed."""
     for stage in abandoned(folder, _STAGED):
         with contextlib.suppress(CheckpointError):
-            finished = _parse(stage / MANIFEST)
+            finished = _checked(stage / MANIFEST, None)[0]
             if finished["weights"]["sha256"] == TensorFile(folder / WEIGHTS).digest():
                 regular_or_missing(folder / MANIFEST)
                 os.replace(stage / MANIFEST, folder / MANIFEST)
 
 
-def read_artifact(folder: Path) -> Artifact:
-    """Read and check an artifact's manifest and its weights' digest.
+def read_artifact(folder: Path, digest: str | None = None) -> Artifact:
+    """Read an artifact's manifest, check all of it, and check its weights' digest.
+
+    Args:
+        folder: the artifact's folder.
+        digest: the SHA-256 that its manifest must have, as `sha256sum roast.json` prints it; None accepts any.
 
     Raises:
-        CheckpointError: it is missing, damaged, or newer than this version.
+        CheckpointError: it is missing, damaged, newer than this version, or has another digest.
+        ConfigError: the digest is not one.
     """
-    if not folder.is_dir():
-        raise CheckpointError(f"there is no artifact folder {folder}; expected one that roastify.save wrote")
-    paths = [folder / WEIGHTS, folder / MANIFEST]
-    weights, manifest_path, manifest = read_again_if_replaced(paths, lambda: _open_together(folder))
+    if digest is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", str(digest)):
+        raise ConfigError(f"digest must be a SHA-256 of 64 hexadecimal digits; found {digest!r}")
     try:
-        # Up to format 4, an artifact has one plan.
-        plans = tuple(map(RoastPlan.from_dict, [manifest["plan"], *manifest.get("other_plans", [])]))
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
-        raise CheckpointError(f"the plan in {manifest_path} is damaged ({error}); restore the file") from error
-    if manifest.get("sha256") != seal(manifest)["sha256"]:
-        raise CheckpointError(f"{manifest_path} was changed after it was saved (its digest is wrong); restore the file")
-    return Artifact(folder, manifest, plans, weights)
+        # `is_dir` takes a name that no folder can have for one that does not exist, or raises.
+        if not folder.is_dir():
+            raise CheckpointError(f"there is no artifact folder {folder}; expected one that roastify.save wrote")
+        paths = [folder / WEIGHTS, folder / MANIFEST]
+        return read_again_if_replaced(paths, lambda: _open_together(folder, digest))
+    except OSError as error:
+        raise CheckpointError(f"cannot read the artifact {folder}: {reason_of(error)}") from error
 
 
-def _open_together(folder: Path) -> tuple[TensorFile, Path, dict[str, Any]]:
-    """Open the weights and find the manifest that has their digest; return them with the manifest's path."""
-    weights_path, manifest_path = folder / WEIGHTS, folder / MANIFEST
+def _open_together(folder: Path, digest: str | None) -> Artifact:
+    """Open the weights and find the manifest that has their digest; check that manifest as a whole."""
+    weights_path = folder / WEIGHTS
     weights = TensorFile(weights_path) if weights_path.is_file() else None
     manifests = _manifests(folder)
-    if not manifests and not manifest_path.is_file():
-        raise CheckpointError(f"{folder} is not a roastify artifact: {MANIFEST} is missing")
-    if weights is None:
-        raise CheckpointError(f"{folder} is not a roastify artifact: {WEIGHTS} is missing")
-    digest = weights.digest()
-    for path, manifest in manifests:
-        if manifest["weights"]["sha256"] == digest:
-            return weights, path, manifest
-    raise CheckpointError(
-        f"{weights_path} is not the file its manifest describes: its SHA-256 is {digest}, expected "
-        f"{_parse(manifest_path)['weights']['sha256']}; it is truncated or was changed, so restore both files from one "
-        f"save"
-    )
+    for path, is_there in ((folder / MANIFEST, bool(manifests)), (weights_path, weights is not None)):
+        if not is_there:
+            raise CheckpointError(f"{folder} is not a roastify artifact: {path.name} is missing")
+    assert weights is not None
+    stored, of_weights, first = weights.stored(), "", None
+    for path in manifests:
+        try:
+            manifest, plans = _checked(path, digest)
+            # Before the weights are read, which may be large.
+            check_manifest(manifest, plans, stored, path)
+            of_weights = of_weights or weights.digest()
+            if manifest["weights"]["sha256"] == of_weights:
+                return Artifact(folder, manifest, plans, weights)
+            raise CheckpointError(
+                f"{weights_path} is not the file its manifest describes: its SHA-256 is {of_weights}, expected "
+                f"{manifest['weights']['sha256']}; it is truncated or was changed, so restore both files from one save"
+            )
+        except CheckpointError as error:
+            first = first or error
+    assert first is not None
+    raise first
 
 
-def _manifests(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """Return the readable manifests that may describe the weights: the artifact's, and those of saves in between."""
-    found = []
-    for place in [folder, *stagings(folder, _STAGED)]:
-        if (place / MANIFEST).is_file():
-            with contextlib.suppress(CheckpointError):
-                found.append((place / MANIFEST, _parse(place / MANIFEST)))
-    return found
+def _manifests(folder: Path) -> list[Path]:
+    """Return the manifests that may describe the weights: the artifact's, and those of saves in between."""
+    places = [folder, *stagings(folder, _STAGED)]
+    return [place / MANIFEST for place in places if (place / MANIFEST).is_file()]
+
+
+def _checked(path: Path, digest: str | None) -> tuple[dict[str, Any], tuple[RoastPlan, ...]]:
+    """Return a manifest and its plans if the manifest has the digest that is expected, and the one that it names."""
+    content = _content(path)
+    found = hashlib.sha256(content).hexdigest()
+    if digest is not None and found != digest.lower():
+        raise CheckpointError(
+            f"{path} is not the file that was expected: its SHA-256 is {found}, expected {digest.lower()}; restore the "
+            f"artifact that was published with that digest"
+        )
+    manifest = parse_manifest(content, path)
+    plans = plans_of(manifest, path)
+    if manifest.get("sha256") != seal(manifest)["sha256"]:
+        raise CheckpointError(f"{path} was changed after it was saved (its digest is wrong); restore the file")
+    return manifest, plans
 
 
 def _parse(path: Path) -> dict[str, Any]:
+    return parse_manifest(_content(path), path)
+
+
+def _content(path: Path) -> bytes:
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        return read_limited(path)
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not readable as JSON ({error}); restore it from a whole copy") from error
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("format_version"), int):
-        raise CheckpointError(f"{path} has no format version, so it is not a roastify manifest")
-    for key, supported in (("format_version", FORMAT_VERSION), ("mapping_version", MAPPING_VERSION)):
-        if not isinstance(manifest.get(key), int):
-            raise CheckpointError(f"{path} has no {key.replace('_', ' ')}; restore it from a whole copy")
-        if manifest[key] > supported:
-            raise CheckpointError(
-                f"{path} has {key.replace('_', ' ')} {manifest[key]}, and this roastify reads up to {supported}; "
-                f"install a newer roastify"
-            )
-    missing = [key for key in ("weights", "ties", "buffers", "state_dict", "plan") if key not in manifest]
-    if missing or not isinstance(manifest["weights"], dict) or "sha256" not in manifest["weights"]:
-        raise CheckpointError(f"{path} lacks {', '.join(missing) or 'the digest'}; restore it from a whole copy")
-    return manifest
+        raise CheckpointError(f"{path} cannot be read: {reason_of(error)}; restore it from a whole copy") from error
 
 
 def check_architecture(artifact: Artifact, model: nn.Module) -> None:
     """Raise `CheckpointError` unless the dense model has the architecture that the artifact was saved from.
 
-    Names, shapes and ties of the parameters, names and shapes of the buffers, and the kinds of the shared layers are
-    compared.
+    Names, shapes and ties of the parameters, names and shapes of the buffers, the kinds of their dtypes, the places of
+    the pools, and the kinds of the shared layers are compared.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     buffers = dict(model.named_buffers(remove_duplicate=False))
     expected = {alias: tensor.shape for tensor in artifact.tensors for alias in tensor.aliases}
-    expected |= {name: tuple(shape) for name, shape in artifact.manifest["buffers"].items()}
+    shapes = {name: tuple(shape) for name, shape in artifact.manifest["buffers"].items()}
+    swapped = [*(expected.keys() & buffers.keys()), *(shapes.keys() & parameters.keys())]
+    expected |= shapes
     found = {name: tuple(tensor.shape) for name, tensor in [*parameters.items(), *buffers.items()]}
     differences = [f"{name} is missing" for name in expected if name not in found]
     differences += [f"{name} is not in the artifact" for name in found if name not in expected]
@@ -258,8 +293,14 @@ def check_architecture(artifact: Artifact, model: nn.Module) -> None:
         for name, shape in expected.items()
         if name in found and found[name] != shape
     ]
+    differences += [f"{name} is a {'buffer' if name in buffers else 'parameter'}" for name in sorted(swapped)]
     if not differences:
-        differences = [*_tie_differences(artifact.tensors, parameters), *_kind_differences(artifact.tensors, model)]
+        differences = [
+            *_tie_differences(artifact.tensors, parameters),
+            *_place_differences(artifact.plans, model),
+            *_dtype_differences(artifact, model),
+            *_kind_differences(artifact.tensors, model),
+        ]
     if differences:
         count = "1 difference" if len(differences) == 1 else f"{len(differences)} differences"
         raise CheckpointError(
@@ -277,6 +318,41 @@ def _tie_differences(tensors: Iterable[TensorPlan], parameters: dict[str, nn.Par
                 yield f"{alias} is not tied to {tensor.name}"
             elif owner.setdefault(id(parameters[alias]), tensor.name) != tensor.name:
                 yield f"{alias} is tied to {owner[id(parameters[alias])]}"
+
+
+def _place_differences(plans: Iterable[RoastPlan], model: nn.Module) -> Iterator[str]:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for plan in plans:
+        for path in dict.fromkeys((plan.owner, plan.root)):
+            if path not in modules:
+                yield f"there is no module {path!r}, which the plan names"
+        # Such modules take all their children for layers.
+        if isinstance(modules.get(plan.owner), nn.Sequential | nn.ModuleList | nn.ModuleDict):
+            yield f"the module {plan.owner!r} is a {type(modules[plan.owner]).__name__}, which cannot hold the pool"
+
+
+def _dtype_differences(artifact: Artifact, model: nn.Module) -> Iterator[str]:
+    """Yield what no cast of a model does: it keeps what kind of numbers a tensor holds, and casts whole modules."""
+    dtypes = {alias: getattr(torch, tensor.dtype) for tensor in artifact.tensors for alias in tensor.aliases}
+    ties = artifact.manifest["ties"]
+    buffers, stored = artifact.manifest["buffers"], artifact.weights.stored()
+    dtypes |= {name: cast(torch.dtype, stored[ties.get(name, name)].dtype) for name in buffers}
+    for path, module in model.named_modules():
+        own = {**module._parameters, **module._buffers}
+        cast_to: dict[torch.dtype, torch.dtype] = {}
+        for attribute, tensor in own.items():
+            if tensor is None:
+                continue
+            name = f"{path}.{attribute}" if path else attribute
+            dtype = dtypes[name]
+            if _kind_of_number(dtype) != _kind_of_number(tensor.dtype):
+                yield f"{name} has dtype {tensor.dtype}, expected {dtype}"
+            elif isinstance(tensor, nn.Parameter) and cast_to.setdefault(tensor.dtype, dtype) != dtype:
+                yield f"{name} is {tensor.dtype} as others of its module are, expected {dtype}, unlike theirs"
+
+
+def _kind_of_number(dtype: torch.dtype) -> tuple[bool, bool, bool]:
+    return dtype.is_floating_point, dtype.is_complex, dtype == torch.bool
 
 
 def _kind_differences(tensors: Iterable[TensorPlan], model: nn.Module) -> Iterator[str]:
@@ -311,10 +387,12 @@ def dense_state_dict(artifact: Artifact) -> dict[str, torch.Tensor]:
     ties, names = artifact.manifest["ties"], artifact.manifest["state_dict"]
     pools = [build_pool(plan, "cpu") for plan in artifact.plans]
     of_pool = {
-        _pool_prefix(pool.plan) + name: parameter for pool in pools for name, parameter in pool.named_parameters()
+        pool_prefix(pool.plan) + name: parameter for pool in pools for name, parameter in pool.named_parameters()
     }
-    stored = _read_tensors(artifact, {*of_pool, *(ties.get(name, name) for name in names)})
-    dense = {name: stored[ties.get(name, name)] for name in names if name not in of_pool}
+    stored = _read_tensors(artifact, set(artifact.weights.stored()))
+    # A manifest's list of names may lack a parameter, and none may be lost.
+    kept = [alias for tensor in artifact.tensors if not tensor.shared for alias in tensor.aliases]
+    dense = {name: stored[ties.get(name, name)] for name in dict.fromkeys([*names, *kept]) if name not in of_pool}
     with torch.no_grad():
         for key, parameter in of_pool.items():
             parameter.copy_(_as_tensor(key, stored[key], parameter, torch.device("cpu")))
@@ -333,21 +411,36 @@ def check_no_part(path: Path) -> None:
         raise CheckpointError(f"{path} is part of the artifact {path.parent}, which would be lost; name another file")
 
 
+def _check_room(artifact: Artifact, path: Path) -> None:
+    """Raise `CheckpointError` unless the disk has room: a small artifact, perhaps forged, may name huge tensors."""
+    needed = sum(tensor.nbytes * len(tensor.aliases) for tensor in artifact.tensors)
+    try:
+        free = shutil.disk_usage(path.parent).free
+    except (OSError, ValueError) as error:  # ValueError: NUL in a name
+        raise CheckpointError(f"cannot write {path}: {reason_of(error)}") from error
+    if needed > free:
+        raise CheckpointError(
+            f"cannot write {path}: the dense tensors take {needed:,} bytes, and its disk has {free:,} free; name a "
+            f"file on another disk"
+        )
+
+
 def write_dense(artifact: Artifact, path: Path) -> int:
     """Write the dense state dict as one safetensors file, completely or not at all; return the number of tensors."""
     check_no_part(path)
     regular_or_missing(path)
+    _check_room(artifact, path)
     state = dense_state_dict(artifact)
     try:
         replace_file(path, lambda part: write_tensors(state, part))
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
+    except (OSError, ValueError, safetensors.SafetensorError) as error:  # ValueError: NUL in a name
         raise CheckpointError(f"cannot write {path}: {reason_of(error)}") from error
     return len(state)
 
 
 def _read_tensors(artifact: Artifact, names: set[str]) -> dict[str, torch.Tensor]:
     file = artifact.weights
-    missing = sorted(names - set(file.names()))
+    missing = sorted(names - file.stored().keys())
     if missing:
         raise CheckpointError(
             f"{file.path} lacks {len(missing)} of the tensors it should hold: {', '.join(missing[:3])}; restore both "
@@ -396,10 +489,6 @@ def _holds_meta(value: object) -> bool:
     return isinstance(value, torch.Tensor) and value.is_meta
 
 
-def _pool_prefix(plan: RoastPlan) -> str:
-    return f"{plan.owner}.{POOL_NAME}." if plan.owner else f"{POOL_NAME}."
-
-
 def _named_tensors(model: nn.Module, plans: Sequence[RoastPlan]) -> list[tuple[str, torch.Tensor]]:
     """Return all parameters and buffers under all names, the Parameters of a pool only under its own.
 
@@ -407,7 +496,7 @@ def _named_tensors(model: nn.Module, plans: Sequence[RoastPlan]) -> list[tuple[s
     """
     pools = pools_in(model)
     of_pools = {
-        id(parameter): _pool_prefix(plan) + name
+        id(parameter): pool_prefix(plan) + name
         for plan, pool in zip(plans, pools, strict=True)
         for name, parameter in pool.named_parameters()
     }
@@ -448,7 +537,7 @@ def _plan_of_values(values: Mapping[str, torch.Tensor], plan: RoastPlan, pool: R
 
 
 def _state_key(plan: RoastPlan) -> str:
-    return f"{_pool_prefix(plan)}_extra_state"
+    return f"{pool_prefix(plan)}_extra_state"
 
 
 def _stored_tensors(

@@ -8,7 +8,8 @@ import importlib.metadata
 import json
 import platform
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -29,6 +30,7 @@ from roastify.conversion.converted import pool_of
 from roastify.errors import ConfigError, RoastError, SourceError, closest
 from roastify.files import check_writable, write_json
 from roastify.kernels.backend import backend
+from roastify.printable import printable
 from roastify.recovery.options import RecoverOptions, Schedule
 from roastify.source import Source, load_data, load_source
 
@@ -42,7 +44,8 @@ class _DefaultCommand(click.Group):
         if rest and rest[0] not in self.commands and rest[0] not in ctx.help_option_names:
             self._refuse_misspelling(ctx, rest)
             rest = ["convert", *rest]
-        return super().parse_args(ctx, [*front, *rest])
+        with _printable_messages():
+            return super().parse_args(ctx, [*front, *rest])
 
     def _refuse_misspelling(self, ctx: click.Context, args: list[str]) -> None:
         hint = closest(args[0], self.commands)
@@ -51,7 +54,8 @@ class _DefaultCommand(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with _printable_messages():
+                return super().invoke(ctx)
         except RoastError as error:
             if ctx.params.get("traceback"):
                 raise
@@ -60,13 +64,31 @@ class _DefaultCommand(click.Group):
             ctx.exit(2 if isinstance(error, ConfigError | SourceError) else 1)
 
 
+@contextlib.contextmanager
+def _printable_messages() -> Iterator[None]:
+    """Let click's errors and Python's warnings quote paths, and names of others, without control characters."""
+    own = warnings.formatwarning
+
+    def formatted(message: Warning | str, *rest: Any, **more: Any) -> str:
+        return own(printable(str(message)), *rest, **more)
+
+    warnings.formatwarning = formatted
+    try:
+        yield
+    except click.ClickException as error:
+        vars(error)["message"] = printable(error.message)
+        raise
+    finally:
+        warnings.formatwarning = own
+
+
 def _out() -> Console:
-    return Console(highlight=False)
+    return Console(highlight=False, markup=False, emoji=False)
 
 
 def _say(line: str) -> None:
-    """Print one line unchanged: rich would read markup in a file's name and wrap the line."""
-    click.echo(line)
+    """Print one line: rich would read markup in a file's name and wrap the line."""
+    click.echo(printable(line))
 
 
 @click.group(cls=_DefaultCommand, context_settings={"help_option_names": ["-h", "--help"]})
@@ -289,6 +311,7 @@ def _recover_options(command: Callable[..., None]) -> Callable[..., None]:
 @_settings_options
 @click.option("--data", required=True, help="Python file with the batches: file.py (the name data) or file.py:NAME.")
 @click.option("--artifact", type=click.Path(file_okay=False), help="Recover this artifact, not a new conversion.")
+@click.option("--digest", help="SHA-256 that the artifact's roast.json must have.")
 @click.option(
     "-o", "--output", required=True, type=click.Path(file_okay=False), help="Folder for the artifact and checkpoints."
 )
@@ -304,6 +327,7 @@ def recover(
     source: str,
     data: str,
     artifact: str | None,
+    digest: str | None,
     output: str,
     logits: tuple[str, ...],
     features: tuple[str, ...],
@@ -326,7 +350,7 @@ def recover(
     _check_folder(output, source)
     batches = load_data(data)
     found = _load(source)
-    student = _student(found, artifact, settings).to(place)
+    student = _student(found, artifact, digest, settings).to(place)
     recovered = api.recover(
         student,
         found.model.to(place),
@@ -350,9 +374,11 @@ def recover(
         _say(f"written to {json_file}")
 
 
-def _student(found: Source, artifact: str | None, settings: dict[str, Any]) -> nn.Module:
+def _student(found: Source, artifact: str | None, digest: str | None, settings: dict[str, Any]) -> nn.Module:
     """Return the artifact's model, or without an artifact the converted source."""
     if artifact is None:
+        if digest is not None:
+            raise ConfigError("--digest is the digest of an artifact; give --artifact too, or leave --digest out")
         config = _config(**{**settings, "init": settings["init"] or "project"})
         return api.convert(found.model, config=config)
     given = [f"--{name}" for name, value in settings.items() if value not in (None, ())]
@@ -361,16 +387,17 @@ def _student(found: Source, artifact: str | None, settings: dict[str, Any]) -> n
             f"{', '.join(given)} cannot be given with --artifact, because the artifact is converted already; leave out "
             f"{', '.join(given)} or --artifact"
         )
-    return api.load(artifact, model=found.model)
+    return api.load(artifact, model=found.model, digest=digest)
 
 
 @main.command()
 @click.argument("artifact", type=click.Path(file_okay=False))
 @click.option("-o", "--output", required=True, type=click.Path(dir_okay=False), help="A .safetensors file.")
-def densify(artifact: str, output: str) -> None:
+@click.option("--digest", help="SHA-256 that the artifact's roast.json must have.")
+def densify(artifact: str, output: str, digest: str | None) -> None:
     """Turn an artifact back into a plain state dict."""
     with _status(f"reading {artifact}"):
-        count = api.densify_artifact(artifact, output)
+        count = api.densify_artifact(artifact, output, digest=digest)
     _say(f"{count} tensors written to {output}")
 
 
@@ -379,7 +406,7 @@ def doctor() -> None:
     """Show versions, devices and the backend in use."""
     table = Table.grid(padding=(0, 2))
     for name, value in diagnosis():
-        table.add_row(Text(name, style="dim"), value)
+        table.add_row(Text(name, style="dim"), Text(printable(value)))
     _out().print(table)
 
 
@@ -415,4 +442,7 @@ def _load(source: str) -> Source:
 
 
 def _status(text: str) -> contextlib.AbstractContextManager[object]:
-    return Console(stderr=True).status(text) if sys.stderr.isatty() else contextlib.nullcontext()
+    if not sys.stderr.isatty():
+        return contextlib.nullcontext()
+    # `Text`, because rich reads markup in a plain string.
+    return Console(stderr=True).status(Text(printable(text)))

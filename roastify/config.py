@@ -159,7 +159,7 @@ class RoastConfig:
             values = tomllib.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"cannot read the config file {path}: {error.strerror or error}") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # errors of TOML and of UTF-8, and NUL in the file's name
             raise ConfigError(f"the config file {path} is not valid TOML: {error}") from None
         return cls.from_dict(values, str(path))
 

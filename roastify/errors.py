@@ -8,9 +8,18 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from roastify.printable import printable
+
 
 class RoastError(Exception):
-    """Base of every error that roastify raises on purpose."""
+    """Base of every error that roastify raises on purpose. Its message is one printable line, whatever names it quotes.
+
+    Args:
+        message: what was found, what was expected and what to do.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(message))
 
 
 class ConfigError(RoastError):

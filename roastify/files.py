@@ -318,7 +318,12 @@ def check_writable(path: str | Path, inputs: Sequence[str | None] = ()) -> None:
         CheckpointError: there is something else than a regular file, a FIFO or a device.
     """
     folder = Path(path).parent
-    if not folder.is_dir():
+    try:
+        is_there = folder.is_dir()
+        Path(path).exists()
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {reason_of(error)}; name another file") from error
+    if not is_there:
         raise ConfigError(f"cannot write {path}: there is no folder {folder}; create it first")
     if not os.access(path if Path(path).exists() else folder, os.W_OK):
         raise ConfigError(f"cannot write {path}: no permission; name another file")

@@ -14,6 +14,7 @@ from roastify.checks.interface import VerifyReport
 from roastify.checks.model_bench import BenchReport, Side
 from roastify.kernels.backend import backend
 from roastify.pool.plan import RoastPlan, TensorPlan
+from roastify.printable import printable
 from roastify.recovery.report import Likeness, RecoveryReport
 
 
@@ -72,14 +73,14 @@ def _row(plan: RoastPlan, group: list[TensorPlan]) -> list[str | Text]:
         part = sum(tensor.matrix_numel for tensor in group) / sum(tensor.matrix_numel for tensor in plan.shared)
         stored = plan.pool_numel * part + sum(math.prod(tensor.basis_shape) for tensor in group if tensor.basis_count)
     return [
-        Text(_label(group)),
+        Text(printable(_label(group))),
         "×".join(map(str, first.shape)) or "1" if len(shapes) == 1 else "various",
-        ", ".join(dict.fromkeys(tensor.op for tensor in group)),
+        Text(printable(", ".join(dict.fromkeys(tensor.op for tensor in group)))),
         Text("shared", style="green") if first.shared else Text("kept", style="yellow"),
         scales[0] + (f"…{scales[-1]}" if len(scales) > 1 else "") if scales else "",
         f"{sum(tensor.num_tiles for tensor in group):,}" if first.shared else "",
         f"{stored / plan.stored_numel:.1%}",
-        Text(_reason(first)),
+        Text(printable(_reason(first))),
     ]
 
 
@@ -105,11 +106,11 @@ def summary(plan: RoastPlan) -> RenderableType:
     lines = [
         (
             "parameters",
-            f"{plan.total_numel:,} → [bold]{plan.stored_numel:,}[/bold] stored "
+            f"{plan.total_numel:,} → {plan.stored_numel:,} stored "
             f"(pool {plan.pool_numel:,}{scales} + {basis}kept {plan.kept_numel:,})",
         ),
         ("bytes", f"{human_bytes(plan.total_nbytes)} → {human_bytes(plan.stored_nbytes)}"),
-        ("ratio", f"[bold]{plan.achieved_ratio:.2f}[/bold] (asked {plan.ratio:g})"),
+        ("ratio", f"{plan.achieved_ratio:.2f} (asked {plan.ratio:g})"),
         ("shared", f"{len(plan.shared)} of {len(plan.tensors)} tensors, {shared / plan.total_numel:.1%} of parameters"),
         ("read by", _read_by(plan)),
         ("start", _START[plan.init]),
@@ -133,9 +134,14 @@ def summary(plan: RoastPlan) -> RenderableType:
         lines.append(("vectors", "shared too, with constant and small tensors (share = all, or auto at this ratio)"))
     if plan.stored_numel > plan.total_numel:
         lines.append(("note", "nothing is shared at this ratio, and padding to whole tiles stores slightly more"))
+    return _named_lines(lines)
+
+
+def _named_lines(lines: Iterable[tuple[str, str]]) -> Table:
+    """Return lines beside their names. `Text`, because rich reads markup in plain strings."""
     grid = Table.grid(padding=(0, 2))
     for name, text in lines:
-        grid.add_row(Text(name, style="dim"), text)
+        grid.add_row(Text(name, style="dim"), Text(printable(text)))
     return grid
 
 
@@ -160,16 +166,16 @@ def verify_lines(report: VerifyReport) -> RenderableType:
     """Return what a verification found equal."""
     grid = Table.grid(padding=(0, 2))
     signature = report.signature if len(report.signature) < 200 else report.signature[:197] + "..."
-    grid.add_row(Text("signature", style="dim"), Text(f"same: {signature}"))
+    grid.add_row(Text("signature", style="dim"), Text(printable(f"same: {signature}")))
     if report.modes:
         outputs = ", ".join(f"{path} {description}" for path, description in report.outputs[:4])
         more = f" and {len(report.outputs) - 4} more" if len(report.outputs) > 4 else ""
         compared = f"same structure, shape, dtype in {' and '.join(report.modes)}:"
-        grid.add_row(Text("outputs", style="dim"), Text(f"{compared}\n{outputs}{more}"))
+        grid.add_row(Text("outputs", style="dim"), Text(f"{compared}\n{printable(outputs)}{more}"))
     else:
         grid.add_row(Text("outputs", style="dim"), Text("not compared: no example inputs", style="yellow"))
     if report.behaviour:
-        grid.add_row(Text("works", style="dim"), Text(", ".join(report.behaviour)))
+        grid.add_row(Text("works", style="dim"), Text(printable(", ".join(report.behaviour))))
     return grid
 
 
@@ -226,10 +232,7 @@ def _bench_lines(report: BenchReport) -> RenderableType:
         ("with", ", ".join(f"{name} {value}" for name, value in machine.items() if name != "date")),
         ("date", machine["date"]),
     ]
-    grid = Table.grid(padding=(0, 2))
-    for name, text in lines:
-        grid.add_row(Text(name, style="dim"), Text(text))
-    return grid
+    return _named_lines(lines)
 
 
 def _agreement(report: BenchReport) -> str:
@@ -270,10 +273,7 @@ def recovery_lines(report: RecoveryReport) -> RenderableType:
     lines.append(("matched", f"{_count(len(report.features), 'module')}; logits: {', '.join(report.logits) or 'none'}"))
     resumed = f", resumed at step {report.resumed_at:,}" if report.resumed_at else ""
     lines.append(("time", f"{report.seconds:.1f} s{resumed}"))
-    grid = Table.grid(padding=(0, 2))
-    for name, text in lines:
-        grid.add_row(Text(name, style="dim"), Text(text))
-    return Group(table, Text(), grid)
+    return Group(table, Text(), _named_lines(lines))
 
 
 def _count(number: int, what: str) -> str:

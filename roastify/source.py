@@ -7,9 +7,12 @@ or `file.py:NAME`.
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
 import inspect
+import os
 import re
+import reprlib
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -72,6 +75,7 @@ def load_data(name: str) -> DataSource:
     Raises:
         SourceError: the file does not exist, does not import, or has no such name.
     """
+    _check_name(name)
     path, attribute = _split_name(name)
     if path.suffix != ".py" or not path.is_file():
         raise SourceError(f"{name}: there is no Python file {path}; expected file.py or file.py:NAME")
@@ -94,6 +98,7 @@ def load_source(name: str) -> Source:
     Raises:
         SourceError: the source does not exist, does not import, or does not hold just one model.
     """
+    _check_name(name)
     scheme, colon, rest = name.partition(":")
     if colon and scheme == "hf":
         return _from_transformers(name, rest)
@@ -103,6 +108,17 @@ def load_source(name: str) -> Source:
         )
     path, attribute = _split_name(name)
     return _from_file(name, path, attribute)
+
+
+def _check_name(name: str) -> None:
+    """Raise `SourceError` for a name that no file can have: each question about such a file raises an error."""
+    try:
+        os.stat(name)
+    except ValueError as error:
+        raise SourceError(f"{reprlib.repr(name)} cannot be the name of a file: {error}") from error
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise SourceError(f"{reprlib.repr(name)} cannot be the name of a file: {error.strerror}") from error
 
 
 def _split_name(name: str) -> tuple[Path, str | None]:
@@ -288,9 +304,12 @@ def _from_transformers(name: str, rest: str) -> Source:
 
 def _architecture(name: str, transformers: ModuleType, config: Any) -> Any:
     """Return the class that the config names, or else the base model of its type."""
-    for architecture in config.architectures or ():
+    named = config.architectures or ()
+    if not isinstance(named, list | tuple) or not all(isinstance(each, str) for each in named):
+        raise SourceError(f"{name}: architectures in the config is {reprlib.repr(named)}; expected a list of names")
+    for architecture in named:
         found = getattr(transformers, architecture, None)
-        if found is None:
+        if not hasattr(found, "from_pretrained") or not hasattr(found, "_from_config"):
             raise SourceError(f"{name}: the config names the architecture {architecture!r}, unknown to transformers")
         return found
     try:

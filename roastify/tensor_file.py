@@ -1,22 +1,22 @@
-"""`TensorFile`: a safetensors file that is opened once, so that what is hashed is what is read."""
+"""A safetensors file that is opened once, so that what is hashed is what is read."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import stat
 import weakref
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from roastify.errors import CheckpointError
 from roastify.files import reason_of
+from roastify.plain_json import parse_limited
 
 _DTYPES = {
     "F64": torch.float64,
@@ -41,6 +41,13 @@ _DTYPES = {
 }
 # The format's own limit of the header's size.
 _MAX_HEADER = 100_000_000
+
+
+class Stored(NamedTuple):
+    """Shape and dtype of a tensor; the dtype is None where it is not known."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
 
 
 class TensorFile:
@@ -83,13 +90,13 @@ class TensorFile:
         except OSError as error:
             raise CheckpointError(f"cannot read {self.path}: {reason_of(error)}") from error
 
-    def names(self) -> list[str]:
-        """Return the tensors' names.
+    def stored(self) -> dict[str, Stored]:
+        """Return shape and dtype of every tensor, from the file's header alone.
 
         Raises:
             CheckpointError: the file's header is damaged.
         """
-        return list(self._header())
+        return {name: Stored(tuple(shape), dtype) for name, (dtype, shape, _, _) in self._header().items()}
 
     def read(self, name: str) -> Tensor:
         """Return a tensor in memory of its own.
@@ -123,7 +130,7 @@ class TensorFile:
             raise ValueError(f"it claims to have {length} bytes")
         text = bytearray(length)
         self._read_into(memoryview(text), 8)
-        header: dict[str, Any] = json.loads(text.decode("utf-8"))
+        header: dict[str, Any] = parse_limited(bytes(text))
         header.pop("__metadata__", None)
         entries, end = {}, 0
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):

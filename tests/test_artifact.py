@@ -845,7 +845,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "truncated": (
         _truncate,
-        r"model\.safetensors is not the file its manifest describes.*it is truncated or was changed",
+        r"model\.safetensors is damaged .*its tensors end at byte .* of .*; restore both files from one save",
     ),
     "truncated, digest right": (_truncate_and_redigest, r"model\.safetensors is damaged"),
     "a parameter lost": (

@@ -175,7 +175,7 @@ def test_a_tensor_file_gives_what_was_written(tmp_path: Path) -> None:
     }
     save_file(tensors, tmp_path / "x", metadata={"format": "pt"})
     file = TensorFile(tmp_path / "x")
-    assert sorted(file.names()) == sorted(tensors)
+    assert sorted(file.stored()) == sorted(tensors)
     for name, value in tensors.items():
         found = file.read(name)
         assert found.dtype == value.dtype and found.shape == value.shape, name
@@ -215,7 +215,7 @@ def test_a_damaged_header_is_refused(tmp_path: Path, header: Any) -> None:
     text = json.dumps(header).encode()
     (tmp_path / "x").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
     with pytest.raises(CheckpointError, match="is damaged"):
-        TensorFile(tmp_path / "x").names()
+        TensorFile(tmp_path / "x").stored()
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_a_damaged_header_is_refused(tmp_path: Path, header: Any) -> None:
 def test_a_file_that_is_no_tensor_file_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x").write_bytes(content)
     with pytest.raises(CheckpointError, match="is damaged"):
-        TensorFile(tmp_path / "x").names()
+        TensorFile(tmp_path / "x").stored()
 
 
 # Files that roastify did not write

@@ -28,13 +28,13 @@ LEVELS = [
     {"api"},
     {"recovery"},
     {"checks"},
-    {"artifact"},
+    {"artifact", "manifest"},
     {"conversion"},
     {"config"},
     {"layers"},
     {"pool"},
-    {"calls", "files", "isolation", "names", "progress", "tensor_file"},
-    {"errors"},
+    {"calls", "files", "isolation", "names", "plain_json", "progress", "tensor_file", "typed_values"},
+    {"errors", "printable"},
     {"kernels"},
 ]
 

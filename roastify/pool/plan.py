@@ -11,6 +11,7 @@ import torch
 
 from roastify.kernels.view import FoldView, TileView, to_signed64
 from roastify.pool.mapping import TileMap, fold_key
+from roastify.typed_values import typed
 
 
 @dataclass(frozen=True)
@@ -396,14 +397,8 @@ class RoastPlan:
         """Rebuild a plan from `to_dict`.
 
         Raises:
-            TypeError: a key is missing or unknown.
+            ValueError: a key is missing or unknown, or a value is of another type. `check_plan` compares the values.
         """
-        values = {key: value for key, value in values.items() if key != "summary"}
-        values["tile"] = tuple(values["tile"])
-        values["regions"] = tuple(PoolRegion(**region) for region in values["regions"])
-        values["folds"] = tuple(FoldPlan(**fold) for fold in values.get("folds", ()))
-        values["tensors"] = tuple(
-            TensorPlan(**{**tensor, "aliases": tuple(tensor["aliases"]), "shape": tuple(tensor["shape"])})
-            for tensor in values["tensors"]
-        )
-        return cls(**values)
+        if not isinstance(values, dict):
+            raise ValueError(f"the plan is a {type(values).__name__}; expected an object")
+        return typed(cls, {key: value for key, value in values.items() if key != "summary"}, "plan")

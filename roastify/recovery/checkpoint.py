@@ -30,6 +30,7 @@ from roastify.files import (
     remove_abandoned,
     write_tensors,
 )
+from roastify.plain_json import parse_limited, read_limited
 from roastify.tensor_file import TensorFile
 
 # Version 1 knew a conversion by a digest of its plan's words too, and those are written better now.
@@ -117,9 +118,13 @@ def read_checkpoint(folder: Path, made_by: dict[str, Any]) -> Any:
 def _read(folder: Path, made_by: dict[str, Any]) -> Any:
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        version, stored = manifest["format_version"], manifest["tensors"]
-        theirs, encoded = manifest["made_by"], manifest["state"]
+        manifest = parse_limited(read_limited(path))
+        version, theirs, encoded = manifest["format_version"], manifest["made_by"], manifest["state"]
+        name, digest = manifest["tensors"]["file"], manifest["tensors"]["sha256"]
+        if type(version) is not int or not isinstance(theirs, dict):
+            raise ValueError("its version or its description of the run is of another type")
+        if not isinstance(name, str) or not _WEIGHTS.fullmatch(name):
+            raise ValueError(f"it names {name!r} as its file of tensors, expected state-DIGEST.safetensors")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path} is not a readable checkpoint ({error}); remove the folder to start anew"
@@ -143,17 +148,20 @@ def _read(folder: Path, made_by: dict[str, Any]) -> Any:
             f"the checkpoint {folder} belongs to another run: {'; '.join(differences[:3])}; resume with the same "
             f"models and settings, or give another folder"
         )
-    name = stored.get("file") if isinstance(stored, dict) else None
-    if not isinstance(name, str) or not _WEIGHTS.fullmatch(name):
-        raise CheckpointError(
-            f"{path} names {name!r} as its file of tensors, expected state-DIGEST.safetensors in the same folder; "
-            f"remove the folder to start anew"
-        )
     weights = folder / name
-    file = TensorFile(weights) if weights.is_file() else None
-    if file is None or file.digest() != stored.get("sha256"):
-        raise CheckpointError(f"{weights} is missing or was changed; remove the folder to start anew")
-    return _decode(encoded, {name: file.read(name) for name in file.names()})
+    try:
+        file = TensorFile(weights) if weights.is_file() else None
+        if file is None or file.digest() != digest:
+            raise CheckpointError(f"{weights} is missing or was changed; remove the folder to start anew")
+        tensors = {each: file.read(each) for each in file.stored()}
+        state = _decode(encoded, tensors)
+        if tensors:
+            raise ValueError(f"its state does not name the tensor {min(tensors)!r}")
+        return state
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is not a readable checkpoint ({error}); remove the folder to start anew"
+        ) from error
 
 
 def _encode(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
@@ -181,15 +189,29 @@ def _encode(value: Any, tensors: dict[str, Tensor], where: str) -> Any:
 
 
 def _decode(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """Return what `_encode` was given; each tensor is taken from `tensors`.
+
+    Raises:
+        ValueError: the value is not what `_encode` returns.
+        KeyError: a tensor is missing, or named twice.
+    """
     if not isinstance(value, dict):
+        if isinstance(value, list):
+            raise ValueError("its state holds a list that is marked neither as list nor as tuple")
         return value
+    if len(value) != 1:
+        raise ValueError("its state holds an object of several keys")
     ((kind, content),) = value.items()
     if kind == "tensor":
-        return tensors[content]
+        return tensors.pop(content)
     if kind == "array":
         where, dtype = content
-        return tensors[where].numpy().astype(dtype)
+        if np.dtype(dtype).kind not in "iufb":
+            raise ValueError(f"its state holds an array of dtype {dtype!r}")
+        return tensors.pop(where).numpy().astype(dtype)
     if kind == "dict":
         return {_decode(key, tensors): _decode(each, tensors) for key, each in content}
+    if kind not in ("list", "tuple") or not isinstance(content, list):
+        raise ValueError(f"its state holds an object of kind {kind!r}")
     items = [_decode(each, tensors) for each in content]
     return tuple(items) if kind == "tuple" else items

@@ -44,6 +44,7 @@ from roastify.recovery.losses import (
 )
 from roastify.recovery.options import RecoverOptions
 from roastify.recovery.report import Likeness, LossPoint, RecoveryReport
+from roastify.recovery.resume_checks import check_state
 
 # Batches on which the report compares the two models.
 _LIKENESS_BATCHES = 4
@@ -405,7 +406,16 @@ class _Run:
             return None
         if not self.options.resume:
             raise ConfigError(f"{folder} holds a checkpoint of a recovery; resume it, or give another folder")
-        return read_checkpoint(folder, made_by)
+        stored: dict[str, Any] = read_checkpoint(folder, made_by)
+        options = self.options
+        most = options.steps * options.accumulate + max(_LIKENESS_BATCHES, options.align_batches)
+        try:
+            check_state(stored, self.student, self.optimizer, self.stream, most)
+        except ValueError as error:
+            raise CheckpointError(
+                f"the checkpoint {folder} is damaged ({error}); remove the folder to start anew"
+            ) from error
+        return stored
 
     def _save(self) -> None:
         folder = self.folder
@@ -441,8 +451,11 @@ class _Run:
         self.evaluations = stored["evaluations"]
         self.sums = {name: total.to(self.device) for name, total in stored["sums"].items()}
         self.summed = stored["summed"]
-        self.student.load_state_dict(stored["student"])
-        self.optimizer.load_state_dict(stored["optimizer"])
+        try:
+            self.student.load_state_dict(stored["student"])
+            self.optimizer.load_state_dict(stored["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise CheckpointError(f"the checkpoint {self.folder} does not fit this run: {error}") from error
         self.stream.state = stored["stream"]
         self.feed.resume(stored["feed"])
 
