@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -91,12 +92,35 @@ def torch_settings_kept() -> Iterator[None]:
             torch.set_autocast_enabled(kind, enabled)
 
 
+class _Quiet(threading.local):
+    depth = 0
+
+
+_quiet = _Quiet()
+
+
+class _WhereQuiet(type):
+    def __subclasscheck__(cls, category: type) -> bool:
+        return _quiet.depth > 0
+
+
+class _AnyWarningHere(Warning, metaclass=_WhereQuiet):
+    """What a filter takes for the class of every warning of a thread that is inside `without_warnings`."""
+
+
 @contextlib.contextmanager
 def without_warnings() -> Iterator[None]:
-    """Suppress warnings, because they would be about roastify's work and not about the user's code."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    """Suppress this thread's warnings, because they would be about roastify's work and not about the user's code.
+
+    `warnings.catch_warnings` would suppress those of all threads, and if two threads leave it in another order than
+    they entered it, for good. The filter that is set here stays, and matches nothing outside of this context.
+    """
+    warnings.simplefilter("ignore", _AnyWarningHere)
+    _quiet.depth += 1
+    try:
         yield
+    finally:
+        _quiet.depth -= 1
 
 
 @contextlib.contextmanager

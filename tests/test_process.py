@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import warnings
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.fx import _symbolic_trace
 from trust import interrupts, threads
 
 import roastify
+from roastify.isolation import without_warnings
 
 
 def test_conversions_beside_dense_models_harm_nobody_and_plan_the_same() -> None:
@@ -67,6 +69,52 @@ def test_other_threads_see_neither_patches_nor_the_flag_nor_silence(capsys: pyte
     assert (found["here"], found["flag"]) == (True, False)
     assert capsys.readouterr().out == "from elsewhere\n"
     assert _state() == before
+
+
+def _warns(text: str) -> bool:
+    """Warn in another thread; this suite makes errors of warnings."""
+    found = []
+
+    def run() -> None:
+        try:
+            warnings.warn(text, stacklevel=1)
+        except UserWarning:
+            found.append(True)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return bool(found)
+
+
+def test_warnings_of_traced_code_are_dropped_and_those_of_other_threads_are_not() -> None:
+    heard = []
+
+    def meanwhile() -> None:
+        warnings.warn("from the traced code", stacklevel=1)
+        heard.append(_warns("from elsewhere"))
+
+    roastify.plan(_Meeting(meanwhile), 10)
+    assert heard and all(heard) and _warns("afterwards")
+
+
+def test_threads_that_leave_in_another_order_leave_warnings_as_they_were() -> None:
+    entered, left = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with without_warnings():
+            entered.set()
+            left.wait()
+            warnings.warn("dropped", stacklevel=1)
+
+    thread = threading.Thread(target=other)
+    with without_warnings():
+        thread.start()
+        entered.wait()
+    left.set()
+    thread.join()
+    with pytest.warns(UserWarning, match="heard"):
+        warnings.warn("heard", stacklevel=1)
 
 
 def test_nothing_is_left_patched_after_an_interrupt_in_traced_code() -> None:
