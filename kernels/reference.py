@@ -70,8 +70,11 @@ def _read_segments(
     else:
         torch.index_select(source, 0, rows.reshape(-1), out=out)
         values = out.view(shape)
-    factors = _segment_factors(view, scale, tiles, tile_rows, pool.dtype)
-    return values if factors is None else values.mul_(factors)
+    # A narrow dtype would round λ itself, and a small one to zero.
+    factors = _segment_factors(view, scale, tiles, tile_rows, summed_in(pool.dtype))
+    if factors is None:
+        return values
+    return values.mul_(factors) if factors.dtype == values.dtype else values.copy_(values.to(factors.dtype) * factors)
 
 
 def _add_segments(
@@ -206,7 +209,7 @@ def linear(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: Ti
         )
         return torch.cat(list(parts), -1).view(*x.shape[:-1], view.rows)
     flat = x.reshape(-1, view.cols)
-    if _worth_reading_by_slot(flat.shape[0], view):
+    if _worth_reading_by_slot(flat.shape[0], flat.dtype, view):
         out = _linear_by_slot(flat, pool, table, view, scale)
         out = out if bias is None else out.add_(bias)
     elif by_tile.is_worth_it(flat, view):
@@ -225,13 +228,15 @@ def _panel_bytes(num_rows: int) -> int:
     return _PANEL_BYTES_FEW_ROWS if num_rows <= _FEW_ROWS else _PANEL_BYTES_MANY_ROWS
 
 
-def _worth_reading_by_slot(num_rows: int, view: TileView) -> bool:
+def _worth_reading_by_slot(num_rows: int, dtype: torch.dtype, view: TileView) -> bool:
     """Whether to read by slot: the weight uses every slot at least twice, x has few rows, a tile has one factor."""
     return (
         not view.strips
         and view.mapping == MappingKind.PERMUTATION
         and (view.sign != SignKind.ELEMENT or view.all_positive)
         and 0 < num_rows <= _MAX_ROWS_BY_SLOT
+        # Sums of products that λ has not scaled yet may be too large for it.
+        and dtype != torch.float16
         and view.slot_size >= 256
         and view.num_tiles >= 2 * view.num_slots
     )
@@ -256,11 +261,11 @@ def _linear_by_slot(x: Tensor, pool: Tensor, table: Tensor, view: TileView, scal
 
     pad = view.grid_cols * view.tile_cols - view.cols
     columns = (F.pad(x, (0, pad)) if pad else x).view(num_rows, view.grid_cols, view.tile_cols).transpose(0, 1)
-    factors = tile_factors(view, scale, tiles, dtype)
-    # [slots, chunks · rows, tile_cols]: for each slot, the activations that its tiles multiply, times the factors.
+    signs = tile_factors(view, 1.0, tiles, dtype)
+    # [slots, chunks · rows, tile_cols]: for each slot, the activations that its tiles multiply, with the tiles' signs.
     activations = columns[place % view.grid_cols]
-    if factors is not None:
-        activations = activations * (factors if factors.dim() == 0 else factors[..., None, None])
+    if signs is not None:
+        activations = activations * signs[..., None, None]
     activations = activations.reshape(view.num_slots, -1, view.tile_cols)
     region = pool.reshape(-1, view.tile_rows, view.tile_cols)[view.first_slot : view.first_slot + view.num_slots]
     products = torch.bmm(activations, region.transpose(1, 2))
@@ -273,6 +278,8 @@ def _linear_by_slot(x: Tensor, pool: Tensor, table: Tensor, view: TileView, scal
     index = rows.reshape(-1, 1).expand(-1, out.shape[1])
     out.scatter_add_(0, index, products.to(accumulate).reshape(-1, out.shape[1]))
     out = out[:-1].view(view.grid_rows, num_rows, view.tile_rows).transpose(0, 1).reshape(num_rows, -1)
+    if scale != 1.0:
+        out *= scale
     return out[:, : view.rows].to(dtype).contiguous()
 
 

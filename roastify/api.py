@@ -338,7 +338,13 @@ def recover(student: nn.Module, teacher: nn.Module, data: Any, options: RecoverO
     return run_recovery(student, teacher, data, options)
 
 
-def save(model: nn.Module, path: str | Path, *, state_dict: Mapping[str, Tensor] | None = None) -> None:
+def save(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    state_dict: Mapping[str, Tensor] | None = None,
+    allow_nonfinite: bool = False,
+) -> None:
     """Write a converted model as an artifact folder: `roast.json` and `model.safetensors`.
 
     If a save is killed, the previous artifact or the new one is complete, and the next save removes its temporary
@@ -351,13 +357,15 @@ def save(model: nn.Module, path: str | Path, *, state_dict: Mapping[str, Tensor]
             or a manifest that roastify did not write are refused.
         state_dict: values to write instead of the model's own, under the same keys. A sharded model needs it:
             `torch.distributed.checkpoint.state_dict.get_model_state_dict` gathers its values.
+        allow_nonfinite: save NaN and infinite values too. Otherwise a pool or a Parameter that holds them is refused
+            (a frozen Parameter may be infinite, as masks are; buffers are not looked at).
 
     Raises:
         ConversionError: the model is not a converted one, or only a part or a wrapper of one.
-        CheckpointError: the model holds state that is not a tensor or is sharded, the state dict is another model's, or
-            the folder cannot be written or holds other weights.
+        CheckpointError: the model holds state that is not a tensor or is sharded, or values that are not finite, the
+            state dict is another model's, or the folder cannot be written or holds other weights.
     """
-    artifact.write_artifact(model, Path(path), state_dict)
+    artifact.write_artifact(model, Path(path), state_dict, allow_nonfinite=allow_nonfinite)
 
 
 def load(path: str | Path, model: _M, *, digest: str | None = None) -> _M:
@@ -409,14 +417,20 @@ def densify(model: _M, *, inplace: bool = False) -> _M:
     return target
 
 
-def densify_artifact(path: str | Path, output: str | Path, *, digest: str | None = None) -> int:
-    """Write the dense state dict of an artifact as one safetensors file; the model's code is not needed.
+def densify_artifact(
+    path: str | Path, output: str | Path, *, digest: str | None = None, shard_size: int | None = None
+) -> int:
+    """Write the dense state dict of an artifact as safetensors; the model's code is not needed.
+
+    Tensors are made and written one by one: at any time, memory holds the pool and one dense tensor.
 
     Args:
         path: an artifact folder.
         output: the file to write; an existing file is replaced in one step, unless it is a part of an artifact
-            or no regular file.
+            or no regular file. With `shard_size`, a folder, which must not hold model files yet.
         digest: the SHA-256 that the artifact's `roast.json` must have; see `load`.
+        shard_size: write several files (`model-00001-of-00007.safetensors`, …) and the index by which transformers
+            finds their tensors; in each, so many bytes of tensors at most, unless a tensor alone has more.
 
     Returns:
         the number of tensors written; a tied tensor is written under each of its names.
@@ -424,9 +438,14 @@ def densify_artifact(path: str | Path, output: str | Path, *, digest: str | None
     Raises:
         CheckpointError: the artifact is missing, damaged, newer than this version or has another digest, or the file
             cannot be written.
-        ConfigError: the digest is not one.
+        ConfigError: the digest is not one, or the size of shards is below 1.
     """
-    return artifact.write_dense(artifact.read_artifact(Path(path), digest), Path(output))
+    # Here, because most users of the package never need it.
+    from roastify.dense_artifact import write_dense
+
+    if shard_size is not None and shard_size < 1:
+        raise ConfigError(f"shard_size must be at least 1 byte; found {shard_size}")
+    return write_dense(artifact.read_artifact(Path(path), digest), Path(output), shard_size)
 
 
 def _settings(config: RoastConfig | str | Path | None, **arguments: Any) -> RoastConfig:

@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ import safetensors
 import torch
 from torch import nn
 
-from roastify.conversion.converted import current_plans, owners, pooled_weight, pools_in
+from roastify.conversion.converted import current_plans, owners, pools_in
 from roastify.conversion.rewrite import build_pool
 from roastify.errors import CheckpointError, ConfigError, closest
 from roastify.files import (
@@ -35,7 +34,6 @@ from roastify.files import (
     reason_of,
     regular_or_missing,
     remove_abandoned,
-    replace_file,
     stagings,
     write_tensors,
 )
@@ -54,6 +52,7 @@ from roastify.pool.plan import RoastPlan, TensorPlan
 from roastify.pool.pool import RoastPool
 from roastify.pool.state import plan_with
 from roastify.tensor_file import Stored, TensorFile
+from roastify.tensor_values import is_finite
 
 MANIFEST = "roast.json"
 # The word in the names of an artifact's staging folders.
@@ -77,7 +76,13 @@ class Artifact:
         return [tensor for plan in self.plans for tensor in plan.tensors]
 
 
-def write_artifact(model: nn.Module, folder: Path, state_dict: Mapping[str, torch.Tensor] | None = None) -> None:
+def write_artifact(
+    model: nn.Module,
+    folder: Path,
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    *,
+    allow_nonfinite: bool = False,
+) -> None:
     """Write a converted model; see `roastify.save`."""
     plans = current_plans(model)
     in_state_dict = model.state_dict().keys()
@@ -93,6 +98,8 @@ def write_artifact(model: nn.Module, folder: Path, state_dict: Mapping[str, torc
         pools = pools_in(model)
         plans = [_plan_of_values(state_dict, plan, pool) for plan, pool in zip(plans, pools, strict=True)]
     tensors, ties = _stored_tensors(model, plans, state_dict or {})
+    if not allow_nonfinite:
+        _check_finite(model, plans, tensors)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder):
@@ -126,6 +133,19 @@ def write_artifact(model: nn.Module, folder: Path, state_dict: Mapping[str, torc
                 stage.put_in_place(moves)
     except (OSError, ValueError, safetensors.SafetensorError) as error:  # ValueError: NUL in a name
         raise CheckpointError(f"cannot write the artifact {folder}: {reason_of(error)}") from error
+
+
+def _check_finite(model: nn.Module, plans: Sequence[RoastPlan], tensors: Mapping[str, torch.Tensor]) -> None:
+    # Buffers and frozen Parameters may hold masks, which are infinite by design.
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters(remove_duplicate=False)}
+    in_pools = tuple(map(pool_prefix, plans))
+    for name, tensor in tensors.items():
+        of_pool = name.startswith(in_pools)
+        if (of_pool or name in trained) and not is_finite(tensor, or_infinite=not (of_pool or trained[name])):
+            raise CheckpointError(
+                f"{name} holds NaN or infinite values, as after a training that diverged; save an earlier state, or "
+                f"pass allow_nonfinite=True to save it as it is"
+            )
 
 
 def check_replaceable(folder: Path) -> None:
@@ -326,8 +346,9 @@ def _place_differences(plans: Iterable[RoastPlan], model: nn.Module) -> Iterator
         for path in dict.fromkeys((plan.owner, plan.root)):
             if path not in modules:
                 yield f"there is no module {path!r}, which the plan names"
-        # Such modules take all their children for layers.
-        if isinstance(modules.get(plan.owner), nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        # Such modules take all their children for layers, unless they have weights of their own, as parametrizations.
+        has_weights = any(alias.rpartition(".")[0] == plan.owner for each in plan.shared for alias in each.aliases)
+        if isinstance(modules.get(plan.owner), nn.Sequential | nn.ModuleList | nn.ModuleDict) and not has_weights:
             yield f"the module {plan.owner!r} is a {type(modules[plan.owner]).__name__}, which cannot hold the pool"
 
 
@@ -382,60 +403,25 @@ def fill_from(artifact: Artifact, model: nn.Module, device: torch.device) -> Non
     _check_no_meta_left(model)
 
 
-def dense_state_dict(artifact: Artifact) -> dict[str, torch.Tensor]:
-    """Return the dense model's state dict, without the model's code; a tied tensor is there under all its names."""
-    ties, names = artifact.manifest["ties"], artifact.manifest["state_dict"]
-    pools = [build_pool(plan, "cpu") for plan in artifact.plans]
-    of_pool = {
-        pool_prefix(pool.plan) + name: parameter for pool in pools for name, parameter in pool.named_parameters()
-    }
-    stored = _read_tensors(artifact, set(artifact.weights.stored()))
-    # A manifest's list of names may lack a parameter, and none may be lost.
-    kept = [alias for tensor in artifact.tensors if not tensor.shared for alias in tensor.aliases]
-    dense = {name: stored[ties.get(name, name)] for name in dict.fromkeys([*names, *kept]) if name not in of_pool}
-    with torch.no_grad():
-        for key, parameter in of_pool.items():
-            parameter.copy_(_as_tensor(key, stored[key], parameter, torch.device("cpu")))
-        for pool in pools:
-            for tensor in (each for each in pool.plan.shared if each.aliases):
-                weight = pooled_weight(pool, tensor).dense().contiguous()
-                dense |= dict.fromkeys(tensor.aliases, weight)
-    in_order = [alias for tensor in artifact.tensors for alias in tensor.aliases]
-    # Every name gets memory of its own, because safetensors refuses two names for one tensor.
-    return {name: dense[name].clone() for name in [*in_order, *(name for name in dense if name not in set(in_order))]}
-
-
 def check_no_part(path: Path) -> None:
     """Raise `CheckpointError` if a file to be written would replace one of an artifact's own."""
     if path.name.casefold() in (WEIGHTS, MANIFEST) and (path.parent / MANIFEST).exists():
         raise CheckpointError(f"{path} is part of the artifact {path.parent}, which would be lost; name another file")
 
 
-def _check_room(artifact: Artifact, path: Path) -> None:
-    """Raise `CheckpointError` unless the disk has room: a small artifact, perhaps forged, may name huge tensors."""
-    needed = sum(tensor.nbytes * len(tensor.aliases) for tensor in artifact.tensors)
-    try:
-        free = shutil.disk_usage(path.parent).free
-    except (OSError, ValueError) as error:  # ValueError: NUL in a name
-        raise CheckpointError(f"cannot write {path}: {reason_of(error)}") from error
-    if needed > free:
-        raise CheckpointError(
-            f"cannot write {path}: the dense tensors take {needed:,} bytes, and its disk has {free:,} free; name a "
-            f"file on another disk"
-        )
+def pool_of_values(artifact: Artifact, plan: RoastPlan) -> RoastPool:
+    """Return the pool of one of the artifact's plans, on the CPU, with its values.
 
-
-def write_dense(artifact: Artifact, path: Path) -> int:
-    """Write the dense state dict as one safetensors file, completely or not at all; return the number of tensors."""
-    check_no_part(path)
-    regular_or_missing(path)
-    _check_room(artifact, path)
-    state = dense_state_dict(artifact)
-    try:
-        replace_file(path, lambda part: write_tensors(state, part))
-    except (OSError, ValueError, safetensors.SafetensorError) as error:  # ValueError: NUL in a name
-        raise CheckpointError(f"cannot write {path}: {reason_of(error)}") from error
-    return len(state)
+    Raises:
+        CheckpointError: a Parameter of it is missing or has another shape.
+    """
+    pool = build_pool(plan, "cpu")
+    parameters = {pool_prefix(plan) + name: parameter for name, parameter in pool.named_parameters()}
+    stored = _read_tensors(artifact, set(parameters))
+    for key, parameter in parameters.items():
+        # In place of memory that was not touched: a copy would need it.
+        parameter.data = _as_tensor(key, stored[key], parameter, torch.device("cpu")).data
+    return pool
 
 
 def _read_tensors(artifact: Artifact, names: set[str]) -> dict[str, torch.Tensor]:

@@ -7,6 +7,7 @@ import dataclasses
 import importlib.metadata
 import json
 import platform
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -392,13 +393,24 @@ def _student(found: Source, artifact: str | None, digest: str | None, settings: 
 
 @main.command()
 @click.argument("artifact", type=click.Path(file_okay=False))
-@click.option("-o", "--output", required=True, type=click.Path(dir_okay=False), help="A .safetensors file.")
+@click.option("-o", "--output", required=True, type=click.Path(), help="A .safetensors file, or a folder for shards.")
+@click.option("--shard-size", help="Write shards of at most this size to a folder, as 5GB.")
 @click.option("--digest", help="SHA-256 that the artifact's roast.json must have.")
-def densify(artifact: str, output: str, digest: str | None) -> None:
-    """Turn an artifact back into a plain state dict."""
-    with _status(f"reading {artifact}"):
-        count = api.densify_artifact(artifact, output, digest=digest)
+def densify(artifact: str, output: str, shard_size: str | None, digest: str | None) -> None:
+    """Turn an artifact back into a plain state dict.
+
+    Memory holds the pool and one dense tensor at a time.
+    """
+    size = None if shard_size is None else _number_of_bytes(shard_size)
+    count = api.densify_artifact(artifact, output, digest=digest, shard_size=size)
     _say(f"{count} tensors written to {output}")
+
+
+def _number_of_bytes(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kMGT]?)B?", text, re.IGNORECASE)
+    if found is None:
+        raise ConfigError(f"--shard-size must be a size as 500MB or 5GB; found {text!r}")
+    return int(float(found[1]) * 1000 ** " kmgt".index(found[2].lower() or " "))
 
 
 @main.command()

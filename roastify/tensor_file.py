@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import stat
 import weakref
+from collections.abc import Callable, Mapping
 from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +19,7 @@ from torch import Tensor
 from roastify.errors import CheckpointError
 from roastify.files import reason_of
 from roastify.plain_json import parse_limited
+from roastify.progress import track
 
 _DTYPES = {
     "F64": torch.float64,
@@ -48,6 +51,11 @@ class Stored(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor in a file."""
+        return math.prod(self.shape) * (self.dtype or torch.uint8).itemsize
 
 
 class TensorFile:
@@ -162,3 +170,44 @@ class TensorFile:
 
     def _file(self) -> FileIO:
         return FileIO(self._descriptor, closefd=False)
+
+
+def write_one_by_one(
+    path: Path, entries: Mapping[str, Stored], make: Callable[[str], Tensor], description: str = "writing tensors"
+) -> None:
+    """Write a safetensors file whose tensors are made one after another, so that memory holds one of them at a time.
+
+    The safetensors package takes all tensors at once.
+
+    Args:
+        path: the file; outside a staging folder, a killed process may leave a part of it.
+        entries: shape and dtype of every tensor.
+        make: a function that returns the tensor of a name.
+        description: what the progress bar says.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    codes = {dtype: code for code, dtype in _DTYPES.items()}
+    # Wide dtypes first, so that every tensor begins at a multiple of its elements' size.
+    names = sorted(entries, key=lambda name: -_dtype_of(entries[name]).itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        entry, begin = entries[name], end
+        end += entry.nbytes
+        header[name] = {"dtype": codes[_dtype_of(entry)], "shape": list(entry.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in track(names, description, size=lambda name: entries[name].nbytes):
+            tensor = make(name).detach().cpu().contiguous()
+            if Stored(tuple(tensor.shape), tensor.dtype) != entries[name]:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)} and dtype {tensor.dtype}")
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _dtype_of(entry: Stored) -> torch.dtype:
+    assert entry.dtype is not None
+    return entry.dtype

@@ -25,6 +25,7 @@ from trust import races
 import roastify
 from roastify import api, artifact, files
 from roastify.cli import main
+from roastify.dense_artifact import dense_state_dict
 from roastify.errors import CheckpointError, RoastError
 from roastify.recovery import checkpoint
 from roastify.tensor_file import TensorFile
@@ -81,8 +82,8 @@ def test_what_was_opened_is_read_whatever_replaces_it(tmp_path: Path, models: li
     roastify.save(models[0], tmp_path)
     opened = artifact.read_artifact(tmp_path)
     roastify.save(models[1], tmp_path)
-    assert _is(models[0], artifact.dense_state_dict(opened))
-    assert _is(models[1], artifact.dense_state_dict(artifact.read_artifact(tmp_path)))
+    assert _is(models[0], dense_state_dict(opened))
+    assert _is(models[1], dense_state_dict(artifact.read_artifact(tmp_path)))
 
 
 def test_a_save_between_the_two_openings_is_noticed(
@@ -98,7 +99,7 @@ def test_a_save_between_the_two_openings_is_noticed(
 
     # The old weights are open; both files are replaced; then the manifest is read.
     monkeypatch.setattr(artifact, "_manifests", late)
-    assert _is(models[1], artifact.dense_state_dict(artifact.read_artifact(tmp_path)))
+    assert _is(models[1], dense_state_dict(artifact.read_artifact(tmp_path)))
 
 
 @pytest.mark.parametrize("change", ["written to", "cut"])
@@ -114,7 +115,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, models:
             file.write(b"x")
     os.utime(tmp_path / WEIGHTS, (1, 1))
     with pytest.raises(CheckpointError, match=r"model\.safetensors (was changed while it was read|is damaged)"):
-        artifact.dense_state_dict(opened)
+        dense_state_dict(opened)
 
 
 def test_nothing_that_was_loaded_stays_mapped_to_the_file(tmp_path: Path, models: list[nn.Module]) -> None:
@@ -153,7 +154,7 @@ def test_threads_that_save_to_one_folder_leave_a_whole_artifact(tmp_path: Path, 
         thread.start()
     for thread in threads:
         thread.join()
-    found = artifact.dense_state_dict(artifact.read_artifact(tmp_path))
+    found = dense_state_dict(artifact.read_artifact(tmp_path))
     assert sum(_is(model, found) for model in models) == 1
     assert _names(tmp_path) == [WEIGHTS, MANIFEST]
 

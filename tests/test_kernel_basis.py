@@ -25,6 +25,7 @@ from roastify import ConfigError, PlanError, RoastConfig, RoastPlan, artifact
 from roastify.checks import numerics as agreement
 from roastify.conversion.converted import current_plans, pool_of, pooled_weight
 from roastify.conversion.rewrite import copy_weights
+from roastify.dense_artifact import dense_state_dict
 from roastify.errors import OutputMismatch
 from roastify.files import digest_of_file, write_tensors
 from roastify.kernels import ops, reference
@@ -989,7 +990,7 @@ def test_densify_combines_the_kernels(inplace: bool) -> None:
 def test_a_dense_state_dict_of_an_artifact(tmp_path: Path) -> None:
     model, dense = pair(lambda: Tied(nn.Conv2d(16, 16, 3)))
     roastify.save(model, tmp_path / "a")
-    found = artifact.dense_state_dict(artifact.read_artifact(tmp_path / "a"))
+    found = dense_state_dict(artifact.read_artifact(tmp_path / "a"))
     expected = roastify.densify(model).state_dict()
     assert found.keys() == dense.state_dict().keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -1021,7 +1022,7 @@ def test_an_artifact_from_before_basis_kernels_loads(tmp_path: Path) -> None:
     x = normal(2, 4, 12, 12, dtype=torch.float32)
     assert torch.equal(loaded(x), model(x))
     assert pool_of(loaded).plan == pool_of(model).plan
-    assert artifact.dense_state_dict(artifact.read_artifact(tmp_path / "a")).keys() == dense.state_dict().keys()
+    assert dense_state_dict(artifact.read_artifact(tmp_path / "a")).keys() == dense.state_dict().keys()
 
 
 def test_the_error_names_a_missing_basis(tmp_path: Path) -> None:
@@ -1036,7 +1037,7 @@ def test_the_error_names_a_missing_basis(tmp_path: Path) -> None:
     (tmp_path / "a" / artifact.MANIFEST).write_text(json.dumps(artifact.seal(manifest)), encoding="utf-8")
     for read in (
         lambda: roastify.load(tmp_path / "a", Net()),
-        lambda: artifact.dense_state_dict(artifact.read_artifact(tmp_path / "a")),
+        lambda: dense_state_dict(artifact.read_artifact(tmp_path / "a")),
     ):
         with pytest.raises(roastify.RoastError, match=r"lacks 1 of the tensors it should hold: roast_pool\.basis_1"):
             read()

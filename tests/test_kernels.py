@@ -293,7 +293,7 @@ def _check_linear(case: Case, x: Tensor, pool: Tensor, transposed: bool = False)
 @each_case
 def test_linear(case: Case, dtype: torch.dtype) -> None:
     x = randn(5, 4, case.cols, dtype=dtype).requires_grad_()
-    assert not reference._worth_reading_by_slot(20, case.view)
+    assert not reference._worth_reading_by_slot(20, dtype, case.view)
     _check_linear(case, x, make_pool(case, dtype))
 
 
@@ -309,7 +309,7 @@ def test_linear_t(case: Case, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("case", BY_SLOT_CASES, ids=lambda case: case.name)
 def test_linear_by_slot(case: Case, num_rows: int, dtype: torch.dtype) -> None:
     x = randn(num_rows, case.cols, dtype=dtype).requires_grad_()
-    assert reference._worth_reading_by_slot(num_rows, case.view)
+    assert reference._worth_reading_by_slot(num_rows, dtype, case.view) is (dtype != torch.float16)
     # Slots of other regions are never read. A slot that only padding reads is multiplied by zeros: it must be finite.
     oracle, pool = Oracle(case), make_pool(case, dtype, unread=1.0)
     region = torch.zeros(case.pool_shape, dtype=torch.bool)
@@ -618,7 +618,7 @@ def test_numerical_derivatives(case: Case, name: str) -> None:
 
 def test_numerical_derivatives_by_slot() -> None:
     case = Case("small-by-slot", (16, 16), 20, 40, 2, base=256, scale=0.7)
-    assert reference._worth_reading_by_slot(2, case.view)
+    assert reference._worth_reading_by_slot(2, torch.float64, case.view)
     operation, inputs = _differentiable(case)["linear"]
     inputs = tuple(tensor.clone().requires_grad_() for tensor in inputs)
     assert gradcheck(operation, inputs, fast_mode=True)
@@ -945,7 +945,7 @@ LARGE = {
 @pytest.mark.parametrize("case", LARGE.values(), ids=LARGE.keys())
 def test_a_product_with_one_row_allocates_no_whole_weight(case: Case) -> None:
     """Its gradient does not either; the weight has twice the elements of the largest panel."""
-    assert reference._worth_reading_by_slot(1, case.view) is (case.name == "by-slot")
+    assert reference._worth_reading_by_slot(1, torch.float32, case.view) is (case.name == "by-slot")
     pool = torch.ones(case.pool_shape).requires_grad_()
     limit = max(case.rows * case.cols // 8, pool.numel())
     for operation, size in ((ops.linear, case.cols), (ops.linear_t, case.rows)):

@@ -7,21 +7,26 @@ import math
 import torch
 from torch import nn
 
-from roastify.conversion.converted import basis_of, matrix, owners
+from roastify.conversion.converted import basis_of, matrix, owners, pooled_weight
 from roastify.errors import ConversionError
+from roastify.kernels.reference import summed_in
 from roastify.layers.kinds import is_reflectors, is_vector
 from roastify.pool.fold import folded
 from roastify.pool.kernel_basis import coefficient_matrix, cosine_basis, principal_basis
 from roastify.pool.plan import RoastPlan, TensorPlan
 from roastify.pool.pool import RoastPool
 from roastify.progress import track
+from roastify.tensor_values import is_finite, moments
 
 # Added to the seed for the pool's random values, so that they are independent of the mapping's streams.
 _POOL_SEED_OFFSET = 0x5EED
 
-# A constant tensor has a standard deviation of 0, so it gets this one (times its value, if that is above 1). It is the
-# standard deviation of most transformers models' initial weights, and small compared with the ones of a norm.
+# A constant tensor has a standard deviation of 0, so it gets this one (times its value, if that is above 1), or that of
+# the tensor which has most, if that is less: a constant of a million must not take the pool's range from the others. It
+# is the standard deviation of most transformers models' initial weights, and small compared with the ones of a norm.
 _CONSTANT_SPREAD = 0.02
+# The least λ: Γ sums the squares of λ, and Γ and 1/Γ are numbers of the dtype in which gradients are summed.
+_LEAST_SCALE = {torch.float32: 2.0**-60, torch.float64: 2.0**-500}
 
 
 # A tensor whose mean is at least this part of its standard deviation is spread around its mean. Layers' initial values
@@ -43,8 +48,16 @@ def complete_plan(model: nn.Module, plan: RoastPlan, init: str) -> RoastPlan:
     bit, except for tensors with a basis, which are approximated.
 
     Raises:
-        ConversionError: a tensor holds NaN or infinite values.
+        ConversionError: a tensor holds NaN or infinite values, or spreads so much less than others that λ² vanishes.
     """
+    for tensor in plan.kept:
+        # A mask that is added to scores is infinite by design; it is a Parameter that is not trained, or a buffer.
+        parameter = model.get_parameter(tensor.name)
+        if not (is_finite(parameter, or_infinite=not parameter.requires_grad) or tensor.excluded):
+            raise ConversionError(
+                f"{tensor.name} holds NaN or infinite values; repair the weights or exclude the tensor"
+            )
+    constants: dict[str, float] = {}
     deviations, centers, zero_rows, diagonals = {}, {}, {}, {}
     for tensor in track(plan.shared, "measuring weights"):
         dense = model.get_parameter(tensor.name).detach()
@@ -58,16 +71,19 @@ def complete_plan(model: nn.Module, plan: RoastPlan, init: str) -> RoastPlan:
         if (vector or abs(mean) >= _OFF_CENTER * deviations[tensor.name]) and tensor.name not in diagonals:
             centers[tensor.name] = mean
         if deviations[tensor.name] == 0:
-            deviations[tensor.name] = _CONSTANT_SPREAD * max(1.0, abs(mean))
-        if tensor.basis_count:
-            # The deviation of the coefficients: the basis is orthonormal.
-            count, positions = tensor.basis_shape
-            deviations[tensor.name] *= math.sqrt(positions / count)
+            constants[tensor.name] = _CONSTANT_SPREAD * max(1.0, abs(mean))
         row = _zero_row(model, tensor, dense)
         if row is not None:
             zero_rows[tensor.name] = row
+    most = max(deviations.values(), default=0.0) or math.inf
+    deviations |= {name: min(deviation, most) for name, deviation in constants.items()}
+    for tensor in plan.with_basis:
+        # The deviation of the coefficients: the basis is orthonormal.
+        count, positions = tensor.basis_shape
+        deviations[tensor.name] *= math.sqrt(positions / count)
     spread = _pool_deviation(plan, deviations)
     scales = {name: deviation / spread for name, deviation in deviations.items()}
+    _check_scales(plan, scales, deviations)
     if init == "project" and plan.no_sharing:
         # Tensors with a basis keep their λ: they are approximated in any case.
         whole = {tensor.name for tensor in plan.shared if not tensor.basis_count}
@@ -80,6 +96,9 @@ def fill_pool(pool: RoastPool, model: nn.Module, plan: RoastPlan, init: str) -> 
 
     Basis kernels start as the lowest frequencies of a cosine transform; with `project`, as the weight's principal
     kernels.
+
+    Raises:
+        ConversionError: the pool's dtype cannot hold the values.
     """
     with torch.no_grad():
         for tensor, basis in zip(plan.with_basis, pool.bases(), strict=True):
@@ -96,9 +115,20 @@ def fill_pool(pool: RoastPool, model: nn.Module, plan: RoastPlan, init: str) -> 
             )
             for tensor in track(plan.shared, "projecting weights")
         )
+    else:
+        assert plan.pool_std is not None, "the plan was not measured"
+        pool.initialise_random(plan.pool_std, plan.seed + _POOL_SEED_OFFSET)
+    _check_filled(pool, plan)
+
+
+def _check_filled(pool: RoastPool, plan: RoastPlan) -> None:
+    if all(map(is_finite, pool.parameters())):
         return
-    assert plan.pool_std is not None, "the plan was not measured"
-    pool.initialise_random(plan.pool_std, plan.seed + _POOL_SEED_OFFSET)
+    names = (tensor.name for tensor in plan.shared if not is_finite(pooled_weight(pool, tensor).dense()))
+    raise ConversionError(
+        f"{next(names, 'a tensor')} has values so large that {plan.dtype} cannot hold them in a pool; convert the "
+        f"model in a wider dtype, exclude the tensor, or scale its weights"
+    )
 
 
 def _target_matrix(pool: RoastPool, tensor: TensorPlan, dense: torch.Tensor) -> torch.Tensor:
@@ -123,19 +153,29 @@ def _off_diagonal(dense: torch.Tensor) -> torch.Tensor:
 
 
 def _mean_and_deviation(tensor: TensorPlan, dense: torch.Tensor) -> tuple[float, float]:
-    wide = dense if dense.dtype in (torch.float32, torch.float64) else dense.float()
-    deviation, mean = (float(value) for value in torch.std_mean(wide, correction=0))
-    if not math.isfinite(deviation):
+    found = moments(dense)
+    if found is None:
         raise ConversionError(f"{tensor.name} holds NaN or infinite values; repair the weights or exclude the tensor")
-    if bool((dense == dense.reshape(-1)[0]).all()):
-        # Rounding would give a constant tensor a mean that differs from its value, and a deviation above zero.
-        return float(dense.reshape(-1)[0]), 0.0
-    return mean, deviation
+    return found
 
 
 def _pool_deviation(plan: RoastPlan, deviations: dict[str, float]) -> float:
+    # Relative to the largest, whose square may be too large for a number.
+    most = max(deviations.values())
     total = sum(tensor.matrix_numel for tensor in plan.shared)
-    return math.sqrt(sum(tensor.matrix_numel * deviations[tensor.name] ** 2 for tensor in plan.shared) / total)
+    squares = sum(tensor.matrix_numel * (deviations[tensor.name] / most) ** 2 for tensor in plan.shared)
+    return most * math.sqrt(squares / total)
+
+
+def _check_scales(plan: RoastPlan, scales: dict[str, float], deviations: dict[str, float]) -> None:
+    dtype = summed_in(getattr(torch, plan.dtype))
+    least, most = min(scales, key=scales.__getitem__), max(scales, key=scales.__getitem__)
+    if scales[least] < _LEAST_SCALE[dtype]:
+        raise ConversionError(
+            f"{least} has a standard deviation of {deviations[least]:.1e}, and {most} one of {deviations[most]:.1e}: "
+            f"{str(dtype).removeprefix('torch.')} cannot hold the square of what relates them in one pool; exclude one "
+            f"of them, or scale its weights"
+        )
 
 
 def _zero_row(model: nn.Module, tensor: TensorPlan, dense: torch.Tensor) -> int | None:

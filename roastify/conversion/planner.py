@@ -21,7 +21,7 @@ from roastify.errors import ConfigError, PlanError
 from roastify.layers.kinds import is_reflectors, is_vector, kind_of, read_path_of, refusal_of
 from roastify.names import select
 from roastify.pool.mapping import MAPPING_VERSION, UNFOLDED_VERSION, TileMap
-from roastify.pool.plan import FoldPlan, PoolRegion, RoastPlan, TensorPlan
+from roastify.pool.plan import EXCLUDED, FoldPlan, PoolRegion, RoastPlan, TensorPlan
 
 # Tiles, largest first, because larger tiles run faster and tile size made little difference to accuracy. See
 # docs/accuracy.md, "The recipe".
@@ -152,7 +152,7 @@ def _verdicts(
     for info in forest.parameters:
         reason = _reason_to_keep(model, info, everything) or unshareable.get(info.name)
         if reason is None and info.name in excluded:
-            reason = f"excluded by {excluded[info.name]!r}"
+            reason = f"{EXCLUDED}{excluded[info.name]!r}"
         elif reason is None and included and info.name not in included:
             reason = "not named by include"
         elif reason is None and info.name not in included and not everything:

@@ -13,6 +13,9 @@ from roastify.kernels.view import FoldView, TileView, to_signed64
 from roastify.pool.mapping import TileMap, fold_key
 from roastify.typed_values import typed
 
+# What the reason of a tensor begins with that a pattern of the user keeps dense.
+EXCLUDED = "excluded by "
+
 
 @dataclass(frozen=True)
 class TensorPlan:
@@ -70,6 +73,11 @@ class TensorPlan:
     basis_count: int = 0
     diagonal: str = ""
     fold: int | None = None
+
+    @property
+    def excluded(self) -> bool:
+        """Whether a pattern of the user keeps the tensor dense."""
+        return self.reason.startswith(EXCLUDED)
 
     @property
     def numel(self) -> int:

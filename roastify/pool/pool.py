@@ -275,9 +275,10 @@ class RoastPool(TiedModule):
     def initialise_random(self, std: float, seed: int) -> None:
         """Fill the pool with N(0, std²): the same numbers on every device, without use of the global generators."""
         generator = torch.Generator().manual_seed(seed % (1 << 63))
-        values = torch.empty(self.weight.shape, dtype=torch.float32, device="cpu").normal_(
-            0.0, std, generator=generator
-        )
+        values = torch.empty(self.weight.shape, dtype=torch.float32, device="cpu").normal_(generator=generator)
+        if self.weight.dtype == torch.float64:
+            values = values.double()
+        values *= std
         with torch.no_grad():
             self.weight.copy_(values)
             self._reset_scales()
@@ -297,7 +298,7 @@ class RoastPool(TiedModule):
             direct = self.weight.dtype == dtype
             total = self.weight.data.zero_() if direct else torch.zeros_like(self.weight, dtype=dtype)
             for view, scale, matrix in tensors:
-                reference.reduce_(total, matrix.to(dtype), self.table, view, scale)
+                reference.reduce_(total, matrix, self.table, view, scale)
             divide_(total, self.per_slot, self.uneven_slots, self.uneven)
             self._reset_scales()
             if not direct:
