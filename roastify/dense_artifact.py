@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,13 +21,15 @@ from roastify.pool.pool import RoastPool
 from roastify.tensor_file import Stored, write_one_by_one
 
 INDEX = "model.safetensors.index.json"
+# Elements of a tensor that are made at once.
+_PART = 1 << 22
 
 
 class DenseTensor(NamedTuple):
-    """A tensor of the dense model, which is made when it is needed."""
+    """A tensor of the dense model, which is made when it is needed: whole, or in parts along its first dimension."""
 
     stored: Stored
-    make: Callable[[], Tensor]
+    make: Callable[[], Iterable[Tensor]]
 
 
 def dense_tensors(artifact: Artifact) -> dict[str, DenseTensor]:
@@ -55,26 +57,30 @@ def dense_tensors(artifact: Artifact) -> dict[str, DenseTensor]:
 
 
 def _as_stored(artifact: Artifact, key: str, stored: Mapping[str, Stored]) -> DenseTensor:
-    return DenseTensor(stored[key], lambda: artifact.weights.read(key))
+    return DenseTensor(stored[key], lambda: [artifact.weights.read(key)])
 
 
 def _from_pool(pool: RoastPool, tensor: TensorPlan) -> DenseTensor:
-    def make() -> Tensor:
+    def make() -> Iterator[Tensor]:
         with torch.no_grad():
-            return pooled_weight(pool, tensor).dense().contiguous()
+            for part in pooled_weight(pool, tensor).split(_PART):
+                yield part.dense()
 
     return DenseTensor(Stored(tuple(tensor.shape), getattr(torch, tensor.dtype)), make)
 
 
 def dense_state_dict(artifact: Artifact) -> dict[str, Tensor]:
     """Return the dense model's state dict; every name has memory of its own, also of tied tensors."""
-    return {name: tensor.make().clone() for name, tensor in dense_tensors(artifact).items()}
+    return {
+        name: torch.cat([part.reshape(-1) for part in tensor.make()]).view(tensor.stored.shape)
+        for name, tensor in dense_tensors(artifact).items()
+    }
 
 
 def write_dense(artifact: Artifact, path: Path, shard_size: int | None = None) -> int:
     """Write the dense state dict, completely or not at all; return the number of tensors.
 
-    At any time, memory holds the pool and one dense tensor.
+    At any time, memory holds the pool and one dense tensor, or a part of one.
 
     Args:
         artifact: the artifact.

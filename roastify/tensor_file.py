@@ -8,7 +8,7 @@ import math
 import os
 import stat
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -173,7 +173,10 @@ class TensorFile:
 
 
 def write_one_by_one(
-    path: Path, entries: Mapping[str, Stored], make: Callable[[str], Tensor], description: str = "writing tensors"
+    path: Path,
+    entries: Mapping[str, Stored],
+    make: Callable[[str], Iterable[Tensor]],
+    description: str = "writing tensors",
 ) -> None:
     """Write a safetensors file whose tensors are made one after another, so that memory holds one of them at a time.
 
@@ -182,7 +185,7 @@ def write_one_by_one(
     Args:
         path: the file; outside a staging folder, a killed process may leave a part of it.
         entries: shape and dtype of every tensor.
-        make: a function that returns the tensor of a name.
+        make: a function that returns the tensor of a name, or its parts along the first dimension, one after another.
         description: what the progress bar says.
 
     Raises:
@@ -202,10 +205,13 @@ def write_one_by_one(
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in track(names, description, size=lambda name: entries[name].nbytes):
-            tensor = make(name).detach().cpu().contiguous()
-            if Stored(tuple(tensor.shape), tensor.dtype) != entries[name]:
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)} and dtype {tensor.dtype}")
-            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            entry, missing = entries[name], entries[name].nbytes
+            for part in make(name):
+                assert part.dtype == entry.dtype, f"{name} has dtype {part.dtype}, expected {entry.dtype}"
+                flat = part.detach().cpu().contiguous().view(-1).view(torch.uint8)
+                file.write(flat.numpy().data)
+                missing -= flat.numel()
+            assert missing == 0, f"{name} lacks {missing} bytes"
 
 
 def _dtype_of(entry: Stored) -> torch.dtype:

@@ -47,6 +47,13 @@ def is_finite(tensor: Tensor, *, or_infinite: bool = False) -> bool:
     return not any(map(math.isnan, found)) if or_infinite else all(map(math.isfinite, found))
 
 
+def is_constant(tensor: Tensor) -> bool:
+    """Return whether all elements are equal; a tensor must have at least one."""
+    # The first elements of most tensors differ, so the rest is not read.
+    head = next(_parts(tensor))[:64]
+    return bool((head == head[0]).all()) and all(bool((part == head[0]).all()) for part in _parts(tensor))
+
+
 def moments(tensor: Tensor) -> Moments | None:
     r"""Return mean and standard deviation, :math:`\sqrt{\sum (w - mean)^2 / n}`, in float64; None if one is not finite.
 

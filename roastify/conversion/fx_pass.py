@@ -24,6 +24,7 @@ from torch import Tensor, fx, nn
 from roastify.conversion import isolated_trace
 from roastify.isolation import random_states_kept, torch_settings_kept, without_warnings
 from roastify.layers.kinds import kind_of
+from roastify.tensor_values import is_constant
 
 
 @dataclass(frozen=True)
@@ -81,11 +82,7 @@ class ParameterInfo:
         values = self.parameter.detach()
         if values.is_meta or values.numel() == 0 or values.is_complex():
             return False
-        # In most tensors that are not constant, the first elements differ, so the rest is not read.
-        head = values.reshape(-1)[:64]
-        if bool((head != head[0]).any()):
-            return False
-        return bool((values == head[0]).all())
+        return is_constant(values)
 
 
 @dataclass(frozen=True)

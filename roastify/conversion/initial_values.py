@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from torch import nn
 from roastify.conversion.converted import basis_of, matrix, owners, pooled_weight
 from roastify.errors import ConversionError
 from roastify.kernels.reference import summed_in
+from roastify.kernels.view import TileView
 from roastify.layers.kinds import is_reflectors, is_vector
 from roastify.pool.fold import folded
 from roastify.pool.kernel_basis import coefficient_matrix, cosine_basis, principal_basis
@@ -25,6 +27,8 @@ _POOL_SEED_OFFSET = 0x5EED
 # the tensor which has most, if that is less: a constant of a million must not take the pool's range from the others. It
 # is the standard deviation of most transformers models' initial weights, and small compared with the ones of a norm.
 _CONSTANT_SPREAD = 0.02
+# Elements of a tensor that are copied at once.
+_PART = 1 << 22
 # The least λ: Γ sums the squares of λ, and Γ and 1/Γ are numbers of the dtype in which gradients are summed.
 _LEAST_SCALE = {torch.float32: 2.0**-60, torch.float64: 2.0**-500}
 
@@ -59,7 +63,7 @@ def complete_plan(model: nn.Module, plan: RoastPlan, init: str) -> RoastPlan:
             )
     constants: dict[str, float] = {}
     deviations, centers, zero_rows, diagonals = {}, {}, {}, {}
-    for tensor in track(plan.shared, "measuring weights"):
+    for tensor in track(plan.shared, "measuring weights", size=lambda tensor: tensor.numel):
         dense = model.get_parameter(tensor.name).detach()
         if any(is_reflectors(module) for module, _ in owners(model, tensor)):
             # A random pool stands for random reflectors: their signs are as good as others.
@@ -108,12 +112,9 @@ def fill_pool(pool: RoastPool, model: nn.Module, plan: RoastPlan, init: str) -> 
                 basis.copy_(cosine_basis(tensor.shape[2:], tensor.basis_count))
     if init == "project":
         pool.initialise_projection(
-            (
-                plan.view(tensor),
-                tensor.scale or 0.0,
-                _target_matrix(pool, tensor, model.get_parameter(tensor.name).detach()),
-            )
-            for tensor in track(plan.shared, "projecting weights")
+            (view, tensor.scale or 0.0, target)
+            for tensor in track(plan.shared, "projecting weights", size=lambda tensor: tensor.numel)
+            for view, target in _targets(pool, tensor, model.get_parameter(tensor.name).detach())
         )
     else:
         assert plan.pool_std is not None, "the plan was not measured"
@@ -129,6 +130,23 @@ def _check_filled(pool: RoastPool, plan: RoastPlan) -> None:
         f"{next(names, 'a tensor')} has values so large that {plan.dtype} cannot hold them in a pool; convert the "
         f"model in a wider dtype, exclude the tensor, or scale its weights"
     )
+
+
+def _targets(pool: RoastPool, tensor: TensorPlan, dense: torch.Tensor) -> Iterator[tuple[TileView, torch.Tensor]]:
+    """Yield the matrices that the pool should hold for a dense tensor, and their views: one, or its parts."""
+    if not tensor.center:
+        yield pool.plan.view(tensor), _target_matrix(pool, tensor, dense)
+        return
+    # In parts, because to subtract the center is to copy, and a table may be most of the model.
+    parts = list(pooled_weight(pool, tensor).split(_PART))
+    if len(parts) == 1:
+        yield parts[0].view, _target_matrix(pool, tensor, dense)
+        return
+    whole, start = matrix(tensor, dense), 0
+    for part in parts:
+        stop = start + part.view.rows
+        yield part.view, whole[start:stop] - tensor.center
+        start = stop
 
 
 def _target_matrix(pool: RoastPool, tensor: TensorPlan, dense: torch.Tensor) -> torch.Tensor:

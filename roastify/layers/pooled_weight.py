@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -198,16 +198,30 @@ class PooledWeight(WeightView):
     def part(self, start: int, shape: Sequence[int]) -> PooledWeight | None:
         """Return the matrix's rows from `start` on, in this shape, as a tensor of its own on the same tiles.
 
-        None if the part begins inside a row of tiles, or if the tensor is transposed, folded, in strips, or has a zero
-        row.
+        None if the part begins inside a row of tiles, or if the tensor is transposed, folded, in strips, or has a
+        diagonal or a basis.
         """
         view = self.view
-        irregular = self.zero_row is not None or self.diagonal or self.fold is not None
+        irregular = self.diagonal or self.fold is not None or self.basis_index is not None
         if self.transposed or view.strips or irregular or start % view.tile_rows:
             return None
         base = view.base + start // view.tile_rows * view.grid_cols * view.slot_size
         rows = math.prod(shape) // view.cols
-        return dataclasses.replace(self, view=view._replace(rows=rows, base=base), shape=torch.Size(shape))
+        zero_row = None if self.zero_row is None else self.zero_row - start
+        if zero_row is not None and not 0 <= zero_row < rows:
+            zero_row = None
+        part = view._replace(rows=rows, base=base)
+        return dataclasses.replace(self, view=part, shape=torch.Size(shape), zero_row=zero_row)
+
+    def split(self, numel: int) -> Iterator[PooledWeight]:
+        """Yield parts of about so many elements, one after another; the whole tensor if `part` gives none of it."""
+        rows, cols, height = self.view.rows, self.view.cols, self.view.tile_rows
+        step = max(1, numel // (cols * height)) * height
+        for start in range(0, rows, step):
+            part = self.part(start, (min(step, rows - start), cols)) if step < rows else None
+            yield part or self
+            if part is None:
+                return
 
     def rows_between(self, start: int, stop: int) -> Tensor:
         """Return the matrix's rows `[start:stop]`. Only the tiles that hold these rows are read."""
