@@ -15,11 +15,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from roastify.conversion.fx_pass import Forest, ParameterInfo, WeightUse, matrix_of, trace
+from roastify.conversion import isolated_trace
+from roastify.conversion.fx_pass import Forest, ParameterInfo, WeightUse, _twin, matrix_of, trace
 
 
 class Block(nn.Module):
@@ -792,3 +793,139 @@ def test_transformers_models(build: Any, tied: tuple[str, ...] | None, ops: dict
     if tied:
         assert parameter(forest, tied[0]).aliases == tied
     assert all(use.op != "unused" for info in forest.parameters for use in info.uses if info.parameter.dim() > 1)
+
+
+class Expert(nn.Module):
+    """One of many that are alike, but for what a test changes."""
+
+    def __init__(self, way: str = "linear") -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.way: Any = way
+        self.register_buffer("shift", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.way == "product":
+            return x @ self.up.weight
+        if isinstance(self.way, list) and self.way:
+            return self.down(x)
+        return self.down(self.up(x)) + self.shift
+
+
+def routed(experts: list[nn.Module]) -> nn.Module:
+    class Routed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList(experts)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.experts[int(x.sum()) % len(self.experts)](x)
+
+    return Routed()
+
+
+def traced(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> tuple[Forest, list[str]]:
+    """Return the forest, and the classes of the modules that were traced for it."""
+    found: list[str] = []
+    original = isolated_trace.trace_alone
+
+    def trace_alone(tracer: fx.Tracer, root: nn.Module, *rest: Any) -> fx.Graph:
+        found.append(type(root).__name__)
+        return original(tracer, root, *rest)
+
+    monkeypatch.setattr(isolated_trace, "trace_alone", trace_alone)
+    forest = trace(model)
+    monkeypatch.undo()
+    return forest, found
+
+
+def uses_of(forest: Forest, name: str) -> list[tuple[str, str]]:
+    return next([(use.op, use.through) for use in info.uses] for info in forest.parameters if info.name == name)
+
+
+def test_experts_that_are_alike_are_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    forest, found = traced(routed([Expert() for _ in range(20)]), monkeypatch)
+    assert found.count("Expert") == 1 and len(forest.regions) == 21
+    for number in range(20):
+        for layer in ("up", "down"):
+            info = next(each for each in forest.parameters if each.name == f"experts.{number}.{layer}.weight")
+            assert [(use.op, use.module, use.calls) for use in info.uses] == [
+                ("linear", f"experts.{number}.{layer}", 1)
+            ]
+    # Each reads an input of its own, so none is folded together with another's.
+    inputs = {info.uses[0].inputs for info in forest.parameters if info.name.endswith("up.weight")}
+    assert len(inputs) == 20
+
+
+def test_experts_that_differ_in_what_forward_can_see_are_traced_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    def changed(change: Any) -> nn.Module:
+        expert = Expert()
+        change(expert)
+        return expert
+
+    different = [
+        changed(lambda expert: setattr(expert, "way", "product")),
+        changed(lambda expert: setattr(expert, "way", [])),
+        changed(lambda expert: setattr(expert, "way", [0])),
+        changed(lambda expert: setattr(expert, "way", True)),
+        changed(lambda expert: setattr(expert, "way", 1)),
+        changed(lambda expert: setattr(expert, "way", 1.0)),
+        changed(lambda expert: setattr(expert, "way", object())),
+        changed(lambda expert: setattr(expert, "way", object())),
+        changed(lambda expert: expert.eval()),
+        changed(lambda expert: setattr(expert, "down", nn.Linear(8, 8, bias=False))),
+        changed(lambda expert: setattr(expert.down, "weight", expert.up.weight)),
+        changed(lambda expert: setattr(expert, "down", expert.up)),
+        changed(lambda expert: setattr(expert, "up", nn.Sequential(nn.Linear(8, 8)))),
+        changed(lambda expert: expert.up.weight.requires_grad_(False)),
+        changed(lambda expert: expert.double()),
+    ]
+    forest, found = traced(routed([Expert(), *different, Expert()]), monkeypatch)
+    assert found.count("Expert") == 1 + len(different)
+    assert uses_of(forest, "experts.0.up.weight") == [("linear", "module")]
+    assert ("matmul", "function") in uses_of(forest, "experts.1.up.weight")
+    assert uses_of(forest, "experts.3.down.weight") == [("linear", "module")]
+
+
+def test_alike_modules_that_cannot_be_traced_are_explored_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    forest, found = traced(routed([Branching(Block()) for _ in range(9)]), monkeypatch)
+    # The first is traced, and explored once or twice; of the others, only the blocks inside are opened.
+    assert found.count("Branching") <= 3 and len([each for each in forest.regions if each.reason]) == 10
+
+
+def test_a_twin_is_what_deepcopy_gives() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.others = {"list": [nn.Linear(2, 2)], "text": "x"}
+
+        def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+            own = Own()
+            own.copied = True  # type: ignore[assignment]
+            return own
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(3, 3)
+            self.again = self.first
+            self.listed = [self.first, nn.Linear(3, 3)]
+            self.own, self.recurrent, self.attention = Own(), nn.LSTM(4, 4), nn.MultiheadAttention(4, 2)
+            self.nothing: nn.Module | None = None
+            self.register_parameter("absent", None)
+            self.register_buffer("seen", torch.ones(2), persistent=False)
+            self.first.register_forward_hook(lambda *_: None)
+            object.__setattr__(self, "parent", self)
+
+    model = Model()
+    twin: Any = _twin(model)
+    expected: Any = copy.deepcopy(model)
+    assert vars(twin).keys() == vars(expected).keys()
+    assert [type(each) for each in twin.modules()] == [type(each) for each in expected.modules()]
+    assert twin.first is twin.again is twin.listed[0] and twin.first is not model.first
+    assert twin.parent is twin and twin.own.copied and twin.listed[1] is not model.listed[1]
+    assert twin._non_persistent_buffers_set == {"seen"} and twin.absent is None
+    assert all(parameter.is_meta for name, parameter in twin.named_parameters() if not name.startswith("own"))
+    assert not twin.first._forward_hooks and model.first._forward_hooks
+    twin.first.in_features = 5
+    assert model.first.in_features == 3

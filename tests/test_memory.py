@@ -78,7 +78,7 @@ def test_a_huge_table_is_converted_and_densified_without_a_copy(
     done = subprocess.run([sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     converting, densifying = json.loads(done.stdout)
-    # A part of 2^22 elements is a sixteenth of this table, and a few things are made of it; of larger tables it is less.
+    # A part of 2^22 elements is a sixteenth of this table, and a few copies are made of it; of larger ones it is less.
     assert converting <= 0.4 and densifying <= 0.4, (converting, densifying)
 
 

@@ -11,8 +11,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
-import torch
-
 from roastify.config import RoastConfig, check_ratio
 from roastify.conversion.fx_pass import ParameterInfo
 from roastify.errors import PlanError
@@ -39,12 +37,11 @@ _SPAN = 64
 
 
 def with_folds(
-    model: torch.nn.Module, eligible: Sequence[ParameterInfo], shared: Mapping[str, TensorPlan], config: RoastConfig
+    eligible: Sequence[ParameterInfo], shared: Mapping[str, TensorPlan], config: RoastConfig
 ) -> tuple[dict[str, TensorPlan], tuple[FoldPlan, ...]]:
     """Return the verdicts on the shared tensors with their folds, and the folds.
 
     Args:
-        model: the model.
         eligible: the tensors that will be shared, with the uses that the torch.fx pass saw.
         shared: the verdict on each of them, by name.
         config: the settings.
@@ -52,7 +49,7 @@ def with_folds(
     Raises:
         PlanError: the settings ask for a fold that no tensor can have.
     """
-    multiplied = [info for info in eligible if _only_multiplies(model, info, shared[info.name])]
+    multiplied = [info for info in eligible if _only_multiplies(info, shared[info.name])]
     sizes = _sizes([shared[info.name] for info in multiplied], config)
     if not sizes and isinstance(config.fold, int) and config.fold > 1:
         raise PlanError(
@@ -128,7 +125,7 @@ def _fold_of(tensor: TensorPlan, config: RoastConfig, tile_rows: int) -> tuple[i
     return None
 
 
-def _only_multiplies(model: torch.nn.Module, info: ParameterInfo, tensor: TensorPlan) -> bool:
+def _only_multiplies(info: ParameterInfo, tensor: TensorPlan) -> bool:
     """Whether a weight is only multiplied with inputs, so that these can be folded.
 
     A linear layer's own call multiplies. Everything else is known only if torch.fx saw it: what other code does with a
@@ -137,9 +134,8 @@ def _only_multiplies(model: torch.nn.Module, info: ParameterInfo, tensor: Tensor
     functional = [use for use in info.uses if use.through == "function"]
     if any((use.op, use.position) not in _PRODUCTS for use in (*functional, *info.explored)):
         return False
-    for alias in info.aliases:
+    for alias, module in zip(info.aliases, info.holders, strict=True):
         path, _, attribute = alias.rpartition(".")
-        module = model.get_submodule(path)
         if multiplies_inputs(module, attribute):
             continue
         seen = [use for use in functional if (use.module, use.attribute) == (path, attribute)]

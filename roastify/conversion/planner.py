@@ -101,7 +101,7 @@ def _make_plan(
         raise PlanError(_nothing_eligible(verdicts.values()))
     total = sum(tensor.numel for tensor in verdicts.values())
     kept = sum(tensor.numel for tensor in verdicts.values() if not tensor.shared)
-    verdicts, folds = with_folds(model, eligible, verdicts, config)
+    verdicts, folds = with_folds(eligible, verdicts, config)
     shared = [verdicts[info.name] for info in eligible]
     least_slots = len(shared) if config.sharing == "local" else 1
     bases = sum(math.prod(tensor.basis_shape) for tensor in shared if tensor.basis_count)
@@ -150,7 +150,7 @@ def _verdicts(
     excluded = _match("exclude", config.exclude, model, forest)
     reasons: dict[str, str | None] = {}
     for info in forest.parameters:
-        reason = _reason_to_keep(model, info, everything) or unshareable.get(info.name)
+        reason = _reason_to_keep(info, everything) or unshareable.get(info.name)
         if reason is None and info.name in excluded:
             reason = f"{EXCLUDED}{excluded[info.name]!r}"
         elif reason is None and included and info.name not in included:
@@ -172,8 +172,8 @@ def _verdicts(
             dtype=str(info.parameter.dtype).removeprefix("torch."),
             op=_op(info.uses),
             shared=reason is None,
-            reason=reason or _why_shared(model, info),
-            **(_matrix(model, info, config) if reason is None else {}),
+            reason=reason or _why_shared(info),
+            **(_matrix(info, config) if reason is None else {}),
         )
     return verdicts, trainable
 
@@ -189,23 +189,21 @@ def _trainable(candidates: Sequence[ParameterInfo]) -> bool:
     return balance >= 0
 
 
-def _why_shared(model: torch.nn.Module, info: ParameterInfo) -> str:
+def _why_shared(info: ParameterInfo) -> str:
     why = "tied: " + ", ".join(info.aliases[1:]) if len(info.aliases) > 1 else "eligible"
-    owners = (model.get_submodule(alias.rpartition(".")[0]) for alias in info.aliases)
-    sparse = any(isinstance(owner, torch.nn.Embedding | torch.nn.EmbeddingBag) and owner.sparse for owner in owners)
+    sparse = any(isinstance(each, torch.nn.Embedding | torch.nn.EmbeddingBag) and each.sparse for each in info.holders)
     return why + ("; its gradient becomes dense, not sparse" if sparse else "")
 
 
-def _reason_to_keep(model: torch.nn.Module, info: ParameterInfo, everything: bool) -> str | None:
+def _reason_to_keep(info: ParameterInfo, everything: bool) -> str | None:
     """Return why a tensor cannot be shared, or None."""
     parameter = info.parameter
     if not parameter.is_floating_point() or parameter.dtype.itemsize < 2:
         return f"its dtype {str(parameter.dtype).removeprefix('torch.')} cannot be trained in a pool"
     if type(parameter) is not torch.nn.Parameter or parameter.layout is not torch.strided:
         return f"a {type(parameter).__name__} of layout {str(parameter.layout).removeprefix('torch.')}"
-    for alias in info.aliases:
-        path, _, attribute = alias.rpartition(".")
-        module = model.get_submodule(path)
+    for alias, module in zip(info.aliases, info.holders, strict=True):
+        attribute = alias.rpartition(".")[2]
         refusal = refusal_of(module, attribute)
         if refusal:
             return refusal
@@ -226,15 +224,14 @@ def _op(uses: Sequence[WeightUse]) -> str:
     return ", ".join(dict.fromkeys(use.op for use in uses))
 
 
-def _matrix(model: torch.nn.Module, info: ParameterInfo, config: RoastConfig) -> dict[str, Any]:
+def _matrix(info: ParameterInfo, config: RoastConfig) -> dict[str, Any]:
     """Return the `TensorPlan` fields that say how a tensor becomes a matrix, and how modules read it.
 
     The matrix is cut into tiles. If every consumer needs the dense tensor, it is cut into strips instead.
     """
     kinds, ways = [], []
-    for alias in info.aliases:
-        path, _, attribute = alias.rpartition(".")
-        module = model.get_submodule(path)
+    for alias, module in zip(info.aliases, info.holders, strict=True):
+        attribute = alias.rpartition(".")[2]
         kinds.append(kind_of(type(module), attribute))
         ways.append(read_path_of(module, attribute, info.parameter.shape))
     rows, cols = matrix_of(info.parameter)
