@@ -7,10 +7,12 @@ panels of whole tile rows, so that a gathered panel stays in cache and no whole 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from roastify.kernels import by_tile
 from roastify.kernels.tile_hash import element_factors, hash64, signed, tile_factors, tile_offsets
@@ -25,6 +27,11 @@ _FEW_ROWS = 64
 # Above this many rows of activations, reading each pool slot once no longer saves anything: the product is bound by
 # arithmetic, and one large product runs faster than many small ones.
 _MAX_ROWS_BY_SLOT = 16
+# The places of a weight's tiles are kept if it has at most so many elements. Those of larger ones are found a panel at
+# a time, which takes little beside reading them.
+_MOST_ELEMENTS_PLACED = 1 << 18
+# A tensor in strips is read run by run if it touches at most so many tiles, as a bias mostly does.
+_MOST_RUNS = 8
 # Up to this many rows of activations, a fold multiplies all columns at once, in a tensor larger than its input.
 _MAX_ROWS_AT_ONCE = 16
 
@@ -58,6 +65,95 @@ def _segment_rows(table: Tensor, view: TileView, tiles: Tensor, tile_rows: Tenso
     return offsets // view.tile_cols + tile_rows
 
 
+class _Place(NamedTuple):
+    """Where a small weight lies, and its factors; found once, because hashing took longer than reading the weight.
+
+    Args:
+        rows: the row of `_segment_source` at which each tile begins, `[grid rows, 1, grid cols]`.
+        factors: `scale · sign` of each tile, `[grid rows, 1, grid cols, 1]`, one for all, or None: it is 1 everywhere.
+        inside: the rows in a tile, `[tile rows, 1]`.
+    """
+
+    rows: Tensor
+    factors: Tensor | None
+    inside: Tensor
+
+    def segments(self) -> Tensor:
+        """Return the row of `_segment_source` of each segment, in the weight's order."""
+        return (self.rows + self.inside).view(-1)
+
+
+class _Run(NamedTuple):
+    """A part of a tensor in strips that lies in one tile: `factor · pool[start:start + length]`."""
+
+    start: int
+    length: int
+    factor: float
+
+
+# By the pool's chunk table, and in it by view, λ and dtype.
+_places = WeakTensorKeyDictionary()
+
+
+def _kept_for(table: Tensor) -> dict[Any, Any]:
+    kept = _places.get(table)
+    if kept is None:
+        kept = _places[table] = {}
+    return kept
+
+
+def _runs_of(table: Tensor, view: TileView, scale: float) -> list[_Run] | None:
+    """Return the runs of a tensor in strips, in order; None if it has many, or signs of elements."""
+    if view.num_tiles > _MOST_RUNS or (view.sign == SignKind.ELEMENT and not view.all_positive):
+        return None
+    kept, key = _kept_for(table), (view, scale)
+    if key not in kept:
+        size, found, done = view.slot_size, [], 0
+        tiles = torch.arange(view.first_tile, view.first_tile + view.num_tiles, device=table.device)
+        offsets = tile_offsets(table, view, tiles).tolist()
+        signs = tile_factors(view, 1.0, tiles, torch.float64)
+        factors = [scale] * len(offsets) if signs is None else [scale * sign for sign in signs.tolist()]
+        for offset, factor in zip(offsets, factors, strict=True):
+            skipped = (view.base + done) % size
+            length = min(size - skipped, view.numel - done)
+            found.append(_Run(offset + skipped, length, factor))
+            done += length
+        kept[key] = found
+    return kept[key]
+
+
+def _place_of(table: Tensor, view: TileView, scale: float, dtype: torch.dtype) -> _Place | None:
+    """Return where a weight lies, with factors in a dtype; None if the weight is large, or has no factors of tiles."""
+    if (
+        view.strips
+        or view.num_tiles * view.slot_size > _MOST_ELEMENTS_PLACED
+        or view.mapping == MappingKind.UNALIGNED
+        or (view.sign == SignKind.ELEMENT and not view.all_positive)
+    ):
+        return None
+    kept, key = _kept_for(table), (view, scale, dtype)
+    place = kept.get(key)
+    if place is None:
+        inside = torch.arange(view.tile_rows, device=table.device)[:, None]
+        tiles = torch.arange(view.first_tile, view.first_tile + view.num_tiles, device=table.device)
+        tiles = tiles.view(view.grid_rows, 1, view.grid_cols)
+        factors = _segment_factors(view, scale, tiles, inside, dtype)
+        place = kept[key] = _Place(_segment_rows(table, view, tiles, torch.zeros_like(inside[:1])), factors, inside)
+    return place
+
+
+def _read_placed(pool: Tensor, view: TileView, place: _Place) -> Tensor:
+    """Return a small weight, as `_panels` does."""
+    values = _segment_source(pool, view).index_select(0, place.segments())
+    if place.factors is not None:
+        by_segment = values.view(view.grid_rows, view.tile_rows, view.grid_cols, view.tile_cols)
+        if place.factors.dtype == values.dtype:
+            by_segment.mul_(place.factors)
+        else:
+            by_segment.copy_(by_segment.to(place.factors.dtype) * place.factors)
+    return values.view(-1, view.grid_cols * view.tile_cols)[: view.rows, : view.cols]
+
+
 def _read_segments(
     pool: Tensor, table: Tensor, view: TileView, scale: float, tiles: Tensor, tile_rows: Tensor, out: Tensor | None
 ) -> Tensor:
@@ -82,8 +178,12 @@ def _add_segments(
 ) -> None:
     """Add `scale · sign · values` at the segments' places of the flat `total`, in a fixed order."""
     factors = _segment_factors(view, scale, tiles, tile_rows, total.dtype)
+    _add_at(total, view, _segment_rows(table, view, tiles, tile_rows), factors, values)
+
+
+def _add_at(total: Tensor, view: TileView, rows: Tensor, factors: Tensor | None, values: Tensor) -> None:
+    """Add `factors · values` at rows of `_segment_source` of the flat `total`, in a fixed order."""
     values = values.to(total.dtype) if factors is None else values.to(total.dtype) * factors
-    rows = _segment_rows(table, view, tiles, tile_rows)
     if view.mapping == MappingKind.UNALIGNED:
         places = (rows[..., None] + torch.arange(view.tile_cols, device=rows.device)).reshape(-1)
         target, values = total, values.reshape(-1)
@@ -130,6 +230,10 @@ def _panels(
     pool: Tensor, table: Tensor, view: TileView, scale: float, max_bytes: int
 ) -> Iterator[tuple[int, int, Tensor]]:
     """Yield `(first row, last row + 1, weight[first:last + 1])`; each panel overwrites the previous one."""
+    place = _place_of(table, view, scale, summed_in(pool.dtype))
+    if place is not None:
+        yield 0, view.rows, _read_placed(pool, view, place)
+        return
     panels = _Panels(view, pool.element_size(), max_bytes, pool.device)
     buffer: Tensor | None = None
     for start, stop, tiles in panels:
@@ -149,9 +253,13 @@ def _strip_tiles(view: TileView, device: torch.device) -> tuple[Tensor, Tensor, 
 
 def gather(pool: Tensor, table: Tensor, view: TileView, scale: float) -> Tensor:
     """Return the dense tensor `W = scale · sign · pool[slot]`, `[rows, cols]`."""
+    if view.strips and (runs := _runs_of(table, view, scale)) is not None:
+        flat = pool.reshape(-1)
+        parts = [flat[run.start : run.start + run.length] * run.factor for run in runs]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(view.rows, view.cols)
     if view.strips:
-        tiles, tile_rows, place = _strip_tiles(view, pool.device)
-        values = _read_segments(pool, table, view, scale, tiles, tile_rows, None).view(-1)[place]
+        tiles, tile_rows, inside = _strip_tiles(view, pool.device)
+        values = _read_segments(pool, table, view, scale, tiles, tile_rows, None).view(-1)[inside]
         # A copy, so that the result keeps no padded buffer alive and never aliases the operator's input.
         return values.clone().view(view.rows, view.cols)
     weight = pool.new_empty(view.rows, view.cols)
@@ -174,12 +282,18 @@ def reduce_(total: Tensor, grad_weight: Tensor, table: Tensor, view: TileView, s
 
 def reduce_into(total: Tensor, grad_weight: Tensor, table: Tensor, view: TileView, scale: float) -> None:
     """Add the adjoint of `gather` to the flat `total`, in place; `grad_weight` may be an expanded scalar."""
-    if view.strips:
-        tiles, tile_rows, place = _strip_tiles(view, total.device)
+    if view.strips and (runs := _runs_of(table, view, scale)) is not None:
+        flat = grad_weight.reshape(-1).to(total.dtype)
+        for run, part in zip(runs, flat.split([run.length for run in runs]), strict=True):
+            total[run.start : run.start + run.length].add_(part, alpha=run.factor)
+    elif view.strips:
+        tiles, tile_rows, inside = _strip_tiles(view, total.device)
         values = grad_weight.new_zeros(view.num_tiles * view.slot_size)
-        values[place] = grad_weight.reshape(-1)
+        values[inside] = grad_weight.reshape(-1)
         shape = (view.num_tiles, view.tile_rows, view.tile_cols)
         _add_segments(total, table, view, scale, tiles, tile_rows, values.view(shape))
+    elif (place := _place_of(table, view, scale, total.dtype)) is not None:
+        _add_placed(total, view, place, grad_weight)
     else:
         panels = _Panels(view, total.element_size(), _PANEL_BYTES_MANY_ROWS, total.device)
         for start, stop, tiles in panels:
@@ -189,12 +303,21 @@ def reduce_into(total: Tensor, grad_weight: Tensor, table: Tensor, view: TileVie
 def _add_panel(
     total: Tensor, table: Tensor, view: TileView, scale: float, panels: _Panels, tiles: Tensor, grad: Tensor
 ) -> None:
+    values = _in_segments(view, tiles.shape[0], grad)
+    _add_segments(total, table, view, scale, tiles, panels.segment_row, values)
+
+
+def _add_placed(total: Tensor, view: TileView, place: _Place, grad: Tensor) -> None:
+    _add_at(total, view, place.segments(), place.factors, _in_segments(view, view.grid_rows, grad))
+
+
+def _in_segments(view: TileView, grid_rows: int, grad: Tensor) -> Tensor:
+    """Return a weight's gradient with zeros where tiles are padded, `[grid rows, tile rows, grid cols, tile cols]`."""
     pad_cols = view.grid_cols * view.tile_cols - view.cols
-    pad_rows = tiles.shape[0] * view.tile_rows - grad.shape[0]
+    pad_rows = grid_rows * view.tile_rows - grad.shape[0]
     if pad_cols or pad_rows:
         grad = F.pad(grad, (0, pad_cols, 0, pad_rows))
-    shape = (tiles.shape[0], view.tile_rows, view.grid_cols, view.tile_cols)
-    _add_segments(total, table, view, scale, tiles, panels.segment_row, grad.reshape(shape))
+    return grad.reshape(grid_rows, view.tile_rows, view.grid_cols, view.tile_cols)
 
 
 def linear(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: TileView, scale: float) -> Tensor:
@@ -217,6 +340,8 @@ def linear(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: Ti
         out = out if bias is None else out.add_(bias)
     elif view.strips:
         out = F.linear(flat, gather(pool, table, view, scale), bias)
+    elif (place := _place_of(table, view, scale, summed_in(pool.dtype))) is not None:
+        out = F.linear(flat, _read_placed(pool, view, place), bias)
     else:
         out = x.new_empty(flat.shape[0], view.rows)
         for start, stop, panel in _panels(pool, table, view, scale, _panel_bytes(flat.shape[0])):
@@ -297,6 +422,9 @@ def linear_t(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: 
     if view.strips:
         out = flat @ gather(pool, table, view, scale)
         out = out if bias is None else out.add_(bias)
+    elif (place := _place_of(table, view, scale, summed_in(pool.dtype))) is not None:
+        out = flat @ _read_placed(pool, view, place)
+        out = out if bias is None else out.add_(bias)
     else:
         # Panels are partial sums here, so a narrow dtype accumulates in float32.
         accumulate = summed_in(x.dtype)
@@ -332,6 +460,10 @@ def linear_reduce_(total: Tensor, grad: Tensor, x: Tensor, table: Tensor, view: 
     grad, x = grad.reshape(-1, view.rows), x.reshape(-1, view.cols)
     if view.strips:
         reduce_(total, grad.t() @ x, table, view, scale)
+        return
+    place = _place_of(table, view, scale, total.dtype)
+    if place is not None:
+        _add_placed(total.view(-1), view, place, grad.t() @ x)
         return
     panels = _Panels(view, total.element_size(), _PANEL_BYTES_MANY_ROWS, x.device)
     for start, stop, tiles in panels:

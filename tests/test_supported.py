@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -273,6 +274,43 @@ def test_a_refused_model_converts_if_the_user_follows_the_errors_advice() -> Non
     roastify.convert(nn.Sequential(nn.LayerNorm(64), nn.Linear(20, 20)), 1.2, include="1")
     roastify.convert(roastify.densify(roastify.convert(Net(), 3)), 3)
     assert roastify.plan(Net().to("meta"), 3).achieved_ratio >= 3
+
+
+class _Around(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+def _nested(depth: int) -> nn.Module:
+    model: nn.Module = nn.Linear(64, 64)
+    for _ in range(depth - 1):
+        model = _Around(model)
+    return model
+
+
+@both_ways
+def test_modules_nested_too_deeply_for_python_are_refused(inplace: bool) -> None:
+    message = r"^its modules are nested 3,000 levels deep, .* limit of \d,\d+ is enough for \d+; .*setrecursionlimit$"
+    model = _nested(3000)
+    for work in (lambda: roastify.convert(model, 2, inplace=inplace), lambda: roastify.plan(model, 2)):
+        with pytest.raises(ConversionError, match=message):
+            work()
+    assert type(model) is _Around and type(model.inner) is _Around
+
+
+def test_modules_nested_deeply_convert_if_python_allows_it() -> None:
+    limit, model = sys.getrecursionlimit(), _nested(400)
+    try:
+        sys.setrecursionlimit(20_000)
+        x = torch.randn(2, 64)
+        converted = roastify.convert(model, 2)
+        torch.testing.assert_close(converted(x), roastify.densify(converted)(x))
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 @both_ways

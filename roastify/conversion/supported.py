@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -21,6 +23,7 @@ def check_convertible(model: object) -> None:
     if not isinstance(model, nn.Module):
         hint = f" {model.__name__}; call it to build a model" if isinstance(model, type) else ""
         raise ConversionError(f"expected a torch.nn.Module; found {type(model).__name__}{hint}")
+    _check_depth(model)
     refuse_wrapped(model)
     if find_pool(model) is not None:
         raise ConversionError(
@@ -50,6 +53,29 @@ def check_convertible(model: object) -> None:
         raise ConversionError(
             f"the weights are on several devices ({found}), but they share one pool; move the model to one of them"
         )
+
+
+def _check_depth(model: nn.Module) -> None:
+    # A module's call takes three of Python's frames, so the forward of a deeper model cannot run either.
+    limit = sys.getrecursionlimit()
+    most = (limit - 100) // 3
+    depth = _depth(model)
+    if depth > most:
+        raise ConversionError(
+            f"its modules are nested {depth:,} levels deep, and Python's recursion limit of {limit:,} is enough for "
+            f"{most:,}; flatten the model, or raise the limit first with sys.setrecursionlimit"
+        )
+
+
+def _depth(model: nn.Module) -> int:
+    """Return how many modules are inside each other, without recursion."""
+    seen, level, depth = {id(model)}, [model], 0
+    while level:
+        depth += 1
+        below = [child for module in level for child in module.children()]
+        level = [child for child in below if id(child) not in seen]
+        seen |= set(map(id, level))
+    return depth
 
 
 def check_has_values(model: nn.Module) -> None:
