@@ -397,15 +397,25 @@ def _entered_paths(graph: fx.Graph) -> set[str]:
 
 def _below(module: nn.Module, leaves: set[str], inside: set[str]) -> Iterator[tuple[str, nn.Module]]:
     """Yield the modules that must still be opened: leaves of the graph, and modules that the graph does not reach."""
+    of_leaves, of_inside = _by_child(leaves), _by_child(inside)
     for name, child in module.named_children():
-        deeper = {path[len(name) + 1 :] for path in leaves if path.startswith(name + ".")}
-        deeper_inside = {path[len(name) + 1 :] for path in inside if path.startswith(name + ".")}
+        deeper, deeper_inside = of_leaves.get(name, set()), of_inside.get(name, set())
         # A container such as ModuleList is never called itself, but its children are.
         if name not in leaves and (name in inside or deeper or deeper_inside):
             for path, grandchild in _below(child, deeper, deeper_inside):
                 yield _join(name, path), grandchild
         else:
             yield name, child
+
+
+def _by_child(paths: set[str]) -> dict[str, set[str]]:
+    """Return the paths that lead into each child, from there on."""
+    found: dict[str, set[str]] = {}
+    for path in paths:
+        child, dot, rest = path.partition(".")
+        if dot:
+            found.setdefault(child, set()).add(rest)
+    return found
 
 
 def _collect_parameters(model: nn.Module) -> list[ParameterInfo]:
