@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long test-gpu zoo map check bench bench-gpu accuracy clean
+.PHONY: help setup demo test test-long test-gpu trust zoo map check bench bench-gpu accuracy clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -31,6 +31,9 @@ test-long: $(READY)  ## Run the tests that repeat others at full size, or run wh
 
 test-gpu: $(READY)  ## Run the tests that need a CUDA device, in one process (an environment of your own: BIN=... READY=)
 	$(BIN)/pytest -m gpu
+
+trust: $(READY)  ## Try to lose, mix, forge and break artifacts, checkpoints and models, for about half an hour
+	cd tests && $(CURDIR)/$(BIN)/python -m trust
 
 zoo: $(READY)  ## Convert every model of the zoo and write docs/coverage.md
 	cd tests && $(CURDIR)/$(BIN)/python -m zoo

@@ -25,6 +25,7 @@ import roastify
 from roastify import api, report
 from roastify.artifact import check_no_part, check_replaceable
 from roastify.checks.example_inputs import find_inputs, how_to_give
+from roastify.checks.interface import compare_interfaces, observe
 from roastify.checks.model_bench import DTYPES, parse_device
 from roastify.config import Init, RoastConfig, Share
 from roastify.conversion.converted import pool_of
@@ -171,7 +172,12 @@ def _parse_ratio(text: str) -> float:
 @_settings_options
 @click.option("-o", "--output", type=click.Path(file_okay=False), help="Write the artifact to this folder.")
 @click.option("--all", "full", is_flag=True, help="A row for every tensor.")
-def convert(source: str, output: str | None, full: bool, **settings: Any) -> None:
+@click.option(
+    "--signature-only",
+    is_flag=True,
+    help="Verify the forward signature, and run neither model: for models as large as the memory, or larger.",
+)
+def convert(source: str, output: str | None, full: bool, signature_only: bool, **settings: Any) -> None:
     """Convert, verify, report, and write the artifact (the default command)."""
     config = _config(**settings)
     if output is not None:
@@ -179,9 +185,14 @@ def convert(source: str, output: str | None, full: bool, **settings: Any) -> Non
     console = _out()
     found = _load(source)
     config = _for_source(config, found)
-    converted = api.convert(found.model, config=config)
+    # Running both models needs both.
+    before = observe(found.model)
+    converted = api.convert(found.model, config=config, inplace=signature_only)
     console.print(report.plan_table(pool_of(converted).plan, full))
-    _verify(found, converted, console)
+    if signature_only:
+        console.print(report.verify_lines(compare_interfaces(before, observe(converted, who="converted"))))
+    else:
+        _verify(found, converted, console)
     if output is not None:
         api.save(converted, output)
         _say(f"written to {output}")

@@ -173,7 +173,7 @@ def verify_lines(report: VerifyReport) -> RenderableType:
         compared = f"same structure, shape, dtype in {' and '.join(report.modes)}:"
         grid.add_row(Text("outputs", style="dim"), Text(f"{compared}\n{printable(outputs)}{more}"))
     else:
-        grid.add_row(Text("outputs", style="dim"), Text("not compared: no example inputs", style="yellow"))
+        grid.add_row(Text("outputs", style="dim"), Text("not compared: the models were not run", style="yellow"))
     if report.behaviour:
         grid.add_row(Text("works", style="dim"), Text(printable(", ".join(report.behaviour))))
     return grid

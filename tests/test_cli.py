@@ -220,7 +220,7 @@ def test_check_passes_a_good_model(folder: Path) -> None:
         "model = Odd(64, 64)\n",
     )
     asked = _run("check", "odd.py", "--ratio", 2).stdout
-    assert "not compared: no example inputs" in asked and "define `example_inputs` in odd.py" in asked
+    assert "not compared: the models were not run" in asked and "define `example_inputs` in odd.py" in asked
 
 
 @pytest.mark.parametrize("command", [[], ["check"]])

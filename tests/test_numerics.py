@@ -244,3 +244,54 @@ def test_finiteness_of_every_dtype(dtype: torch.dtype) -> None:
             assert is_finite(tensor, or_infinite=True) is finite_or_infinite
     for empty in (torch.empty(0), torch.ones(3, device="meta"), torch.tensor([1, 2]), torch.tensor([True])):
         assert is_finite(empty)
+
+
+class Large(nn.Module):
+    """Tensors that torch would sum with several threads, each of a kind of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(1000, 128, padding_idx=0)
+        self.layers = nn.ModuleList([nn.Linear(256, 256) for _ in range(3)])
+        self.conv, self.narrow, self.norm = nn.Conv2d(64, 128, 3), nn.Linear(128, 700).bfloat16(), nn.LayerNorm(4096)
+        self.wide = nn.Linear(512, 1024)
+        with torch.no_grad():
+            self.wide.weight += 3 * self.wide.weight.std()
+            self.norm.weight += 0.1 * torch.randn(4096)
+
+    def forward(self, index: Tensor) -> Tensor:
+        return self.table(index)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"fold": 2, "ratio": 8},
+        {"fold": "none", "share": "all", "ratio": 20},
+        {"sharing": "local"},
+        {"sign": "element"},
+        {"mapping": "roast"},
+        {"mapping": "hashednet"},
+        {"kernel_basis": 4},
+    ],
+    ids=str,
+)
+def test_a_projected_pool_is_the_same_for_any_number_of_threads(settings: dict[str, Any]) -> None:
+    def pool() -> tuple[list[Tensor], list[float | None]]:
+        config = roastify.RoastConfig(**{"ratio": 10, "init": "project", **settings})
+        converted = pool_of(roastify.convert(Large(), config=config))
+        values = [converted.weight, *converted.bases()]
+        return [value.detach() for value in values], [tensor.scale for tensor in converted.plan.shared]
+
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            found.append(pool())
+    finally:
+        torch.set_num_threads(threads)
+    for values, scales in found[1:]:
+        assert all(map(torch.equal, values, found[0][0])) and scales == found[0][1]

@@ -1,6 +1,6 @@
 """Interrupts at many lines of a conversion and of densifying in place: a working model is left, the old or the new one.
 
-python -m tests.trust.interrupts --count 500
+python -m trust.interrupts --count 500
 """
 
 from __future__ import annotations

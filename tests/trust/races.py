@@ -32,9 +32,9 @@ from roastify.errors import RoastError
 from roastify.recovery import checkpoint
 
 # A fresh process in milliseconds: it is forked from one that has imported torch and started no thread.
-_PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["trust.races"])
-_SECONDS = 120
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["trust.races"])
+SECONDS = 120
 
 
 def _dense() -> nn.Module:
@@ -106,18 +106,18 @@ def _save_on_and_on(kind: str, folder: Path, begun: Any) -> None:
 def _save_when_told(kind: str, folder: Path, name: str, count: int, meeting: Any, failed: Any) -> None:
     store = KINDS[kind]()
     for _ in range(count):
-        meeting.wait(_SECONDS)
+        meeting.wait(SECONDS)
         try:
             store.write(name, folder)
         except RoastError:
             with failed.get_lock():
                 failed.value += 1
-        meeting.wait(_SECONDS)
+        meeting.wait(SECONDS)
 
 
 @contextmanager
-def _running(*tasks: tuple[Callable[..., None], tuple[Any, ...]]) -> Iterator[list[Any]]:
-    processes = [_PROCESSES.Process(target=target, args=arguments, daemon=True) for target, arguments in tasks]
+def running(*tasks: tuple[Callable[..., None], tuple[Any, ...]]) -> Iterator[list[Any]]:
+    processes = [PROCESSES.Process(target=target, args=arguments, daemon=True) for target, arguments in tasks]
     before = os.environ.get("PYTHONPATH")
     # The server that forks finds this file by the environment alone.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), before]))
@@ -136,20 +136,20 @@ def _running(*tasks: tuple[Callable[..., None], tuple[Any, ...]]) -> Iterator[li
 
 def loads_during_saves(kind: str, folder: Path, count: int) -> Counter[str]:
     """Load again and again while another process saves two models in turn; count what was loaded."""
-    begun, store = _PROCESSES.Event(), KINDS[kind]()
-    with _running((_save_on_and_on, (kind, folder, begun))):
-        assert begun.wait(_SECONDS)
+    begun, store = PROCESSES.Event(), KINDS[kind]()
+    with running((_save_on_and_on, (kind, folder, begun))):
+        assert begun.wait(SECONDS)
         return Counter(_found(store, folder) for _ in range(count))
 
 
 def two_writers(kind: str, folder: Path, count: int) -> Counter[str]:
     """Let two processes save at once; count what the folder holds after each race, and what else lies there."""
-    store, meeting, failed = KINDS[kind](), _PROCESSES.Barrier(3), _PROCESSES.Value("i")
+    store, meeting, failed = KINDS[kind](), PROCESSES.Barrier(3), PROCESSES.Value("i")
     seen: Counter[str] = Counter()
-    with _running(*((_save_when_told, (kind, folder, name, count, meeting, failed)) for name in "12")):
+    with running(*((_save_when_told, (kind, folder, name, count, meeting, failed)) for name in "12")):
         for _ in range(count):
-            meeting.wait(_SECONDS)
-            meeting.wait(_SECONDS)
+            meeting.wait(SECONDS)
+            meeting.wait(SECONDS)
             seen[_found(store, folder)] += 1
             if len(os.listdir(folder)) > 2:
                 seen["files left behind"] += 1
@@ -167,9 +167,9 @@ def killed_writers(kind: str, folder: Path, count: int) -> Counter[str]:
     store.write("1", folder)
     seen: Counter[str] = Counter()
     for _ in range(count):
-        begun = _PROCESSES.Event(), _PROCESSES.Event()
-        with _running(*((_save_on_and_on, (kind, folder, each)) for each in begun)) as processes:
-            assert all(each.wait(_SECONDS) for each in begun)
+        begun = PROCESSES.Event(), PROCESSES.Event()
+        with running(*((_save_on_and_on, (kind, folder, each)) for each in begun)) as processes:
+            assert all(each.wait(SECONDS) for each in begun)
             time.sleep(random.random() / 20)
             os.kill(processes[0].pid, signal.SIGKILL)
             seen[_found(store, folder)] += 1

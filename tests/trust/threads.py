@@ -1,6 +1,6 @@
 """Conversions in some threads beside dense models that run in others: nothing may fail, and plans stay the same.
 
-python -m tests.trust.threads --seconds 30
+python -m trust.threads --seconds 30
 """
 
 from __future__ import annotations
