@@ -248,3 +248,29 @@ def test_a_file_written_one_by_one_is_read_by_others(tmp_path: Path) -> None:
         for name, tensor in tensors.items():
             as_bytes = [each.reshape(-1).view(torch.uint8) for each in (found[name], tensor)]
             assert torch.equal(*as_bytes) and found[name].shape == tensor.shape, name
+
+
+def test_a_checkpoint_in_shards_is_converted_without_running_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=100
+    )
+    torch.manual_seed(0)
+    dense = transformers.LlamaForCausalLM(config)
+    dense.save_pretrained(tmp_path / "dense", max_shard_size="100kB")
+    assert len(list((tmp_path / "dense").glob("model-*.safetensors"))) > 2
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the model was run")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.LlamaModel, "forward", refuse)
+        arguments = ["--ratio", "4", "--init", "project", "--signature-only", "-o", str(tmp_path / "out")]
+        result = CliRunner().invoke(main, [f"hf:{tmp_path / 'dense'}", *arguments])
+    assert result.exit_code == 0, result.output
+    assert "signature" in result.output and "not compared: the models were not run" in result.output
+    roastify.save(roastify.convert(dense.eval(), 4, init="project"), tmp_path / "in memory")
+    weights = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in ("out", "in memory")]
+    assert weights[0] == weights[1]
