@@ -19,10 +19,12 @@ from roastify.checks.model_bench import BenchOptions, BenchReport, check_inputs,
 from roastify.config import Init, RoastConfig
 from roastify.conversion.computed_weights import changed_sources, computed_weights, estimate_norms
 from roastify.conversion.converted import pools_of, refuse_sharded, refused_write
+from roastify.conversion.digests import digest_of_model, digest_of_plan
 from roastify.conversion.emitted_graph import emit_graph
 from roastify.conversion.fx_pass import trace
 from roastify.conversion.initial_values import complete_plan, fill_pool
 from roastify.conversion.planner import make_plan
+from roastify.conversion.progress_kept import KeptProgress
 from roastify.conversion.rewrite import apply_plan, build_pool, copy_weights, copy_without, restore_dense
 from roastify.conversion.supported import check_convertible, check_has_values, device_of
 from roastify.errors import ConfigError, OutputMismatch, closest
@@ -49,6 +51,7 @@ def convert(
     init: Init | None = None,
     seed: int | None = None,
     inplace: bool = False,
+    resume: str | Path | None = None,
     emit: Literal["model"] = "model",
 ) -> _M: ...
 
@@ -65,6 +68,7 @@ def convert(
     init: Init | None = None,
     seed: int | None = None,
     inplace: bool = False,
+    resume: str | Path | None = None,
     emit: Literal["graph"],
 ) -> fx.GraphModule: ...
 
@@ -80,6 +84,7 @@ def convert(
     init: Init | None = None,
     seed: int | None = None,
     inplace: bool = False,
+    resume: str | Path | None = None,
     emit: Emit = "model",
 ) -> nn.Module:
     r"""Return the model with its large weights replaced by views into one small trainable pool.
@@ -102,6 +107,9 @@ def convert(
         init: `match` (training from scratch) or `project` (pretrained weights).
         seed: the seed of the mapping and of the pool's initial values.
         inplace: convert the model itself instead of a copy.
+        resume: for huge models with `init="project"`: a folder in which progress is kept every five minutes, and from
+            which a conversion goes on that was interrupted, if model and settings are the same. The result has the same
+            bits. Delete the folder when the result is saved.
         emit: `model`, or `graph` for one GraphModule if a graph can represent all that the model's code does.
 
     Returns:
@@ -113,8 +121,11 @@ def convert(
         ConversionError: the model cannot be converted as it is, or no graph can represent it.
         SignatureMismatch: the converted model's forward signature differs.
         OutputMismatch: its outputs differ in structure, shape or dtype.
+        CheckpointError: the folder to resume from is of another model or other settings, damaged, or not writable.
     """
     settings = _settings(config, ratio=ratio, include=include, exclude=exclude, init=init, seed=seed)
+    if resume is not None and settings.init != "project":
+        raise ConfigError(f'only a conversion with init="project" can be resumed; found init={settings.init!r}')
     if emit not in get_args(Emit):
         hint = closest(str(emit), get_args(Emit))
         raise ConfigError(f"emit must be one of {', '.join(get_args(Emit))}; found {emit!r}{hint}")
@@ -125,9 +136,12 @@ def convert(
     # Tensors that turn out to be unshareable once the model is converted.
     unshareable: dict[str, str] = {}
     while True:
-        planned = complete_plan(model, make_plan(model, forest, settings, unshareable), settings.init)
+        planned = make_plan(model, forest, settings, unshareable)
+        # If tensors turn out to be unshareable, the plan is another one, and what was kept is of no use.
+        progress = None if resume is None or unshareable else _kept_progress(Path(resume), model, planned)
+        planned = complete_plan(model, planned, settings.init, progress)
         pool = build_pool(planned, device_of(model))
-        fill_pool(pool, model, planned, settings.init)
+        fill_pool(pool, model, planned, settings.init, progress)
         shared = {id(model.get_parameter(tensor.name)) for tensor in planned.shared}
         target = model if inplace else copy_without(model, shared)
         restore_dense_layers = apply_plan(target, planned, pool)
@@ -159,6 +173,16 @@ def convert(
         except BaseException:
             undo()
             raise
+
+
+def _kept_progress(folder: Path, model: nn.Module, planned: RoastPlan) -> KeptProgress:
+    """Return what an interrupted conversion kept in the folder, or the beginning of another one."""
+    # Here, because most conversions keep nothing.
+    from roastify.recovery.checkpoint import holds_checkpoint, read_checkpoint, write_checkpoint
+
+    made_by = {"work": "conversion", "conversion": digest_of_plan(planned), "model": digest_of_model(model)}
+    state = read_checkpoint(folder, made_by) if holds_checkpoint(folder) else None
+    return KeptProgress(lambda state: write_checkpoint(folder, made_by, state), state)
 
 
 def plan(

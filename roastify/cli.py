@@ -33,6 +33,7 @@ from roastify.errors import ConfigError, RoastError, SourceError, closest
 from roastify.files import check_writable, write_json
 from roastify.kernels.backend import backend
 from roastify.printable import printable
+from roastify.recovery.checkpoint import remove_checkpoint
 from roastify.recovery.options import RecoverOptions, Schedule
 from roastify.source import Source, load_data, load_source
 
@@ -177,7 +178,14 @@ def _parse_ratio(text: str) -> float:
     is_flag=True,
     help="Verify the forward signature, and run neither model: for models as large as the memory, or larger.",
 )
-def convert(source: str, output: str | None, full: bool, signature_only: bool, **settings: Any) -> None:
+@click.option(
+    "--resume",
+    type=click.Path(file_okay=False),
+    help="Keep progress in this folder, and go on from it after an interrupt; it is removed when -o is written.",
+)
+def convert(
+    source: str, output: str | None, full: bool, signature_only: bool, resume: str | None, **settings: Any
+) -> None:
     """Convert, verify, report, and write the artifact (the default command)."""
     config = _config(**settings)
     if output is not None:
@@ -187,7 +195,7 @@ def convert(source: str, output: str | None, full: bool, signature_only: bool, *
     config = _for_source(config, found)
     # Running both models needs both.
     before = observe(found.model)
-    converted = api.convert(found.model, config=config, inplace=signature_only)
+    converted = api.convert(found.model, config=config, inplace=signature_only, resume=resume)
     console.print(report.plan_table(pool_of(converted).plan, full))
     if signature_only:
         console.print(report.verify_lines(compare_interfaces(before, observe(converted, who="converted"))))
@@ -195,6 +203,8 @@ def convert(source: str, output: str | None, full: bool, signature_only: bool, *
         _verify(found, converted, console)
     if output is not None:
         api.save(converted, output)
+        if resume is not None:
+            remove_checkpoint(Path(resume))
         _say(f"written to {output}")
     else:
         _say("nothing written; give -o FOLDER for the artifact")

@@ -1115,7 +1115,7 @@ def test_an_sgd_step_is_the_dense_step_projected(cases: Sequence[Case]) -> None:
     with torch.no_grad():
         stepped.weight -= 0.1 * stepped.weight.grad
     targets = [weight - 0.1 * cotangent.double() for weight, cotangent in zip(dense, cotangents, strict=True)]
-    fitted.initialise_projection((case.view, case.scale, target) for case, target in zip(cases, targets, strict=True))
+    fitted.initialise_projection([(case.view, case.scale, target)] for case, target in zip(cases, targets, strict=True))
     actual, expected = (pool.weight.detach().flatten()[read] for pool in (stepped, fitted))
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
@@ -1172,7 +1172,7 @@ def test_projection_is_the_least_squares_fit(cases: Sequence[Case], dtype: torch
     pool = _build(cases, dtype=dtype)
     fit = _least_squares(cases, pool.weight.numel())
     targets = _cotangents(cases)
-    pool.initialise_projection((case.view, case.scale, target) for case, target in zip(cases, targets, strict=True))
+    pool.initialise_projection([(case.view, case.scale, target)] for case, target in zip(cases, targets, strict=True))
     # Γ is held in float32 whatever the pool's dtype is.
     limit = {torch.float32: 5e-6, torch.float64: 2e-6, torch.bfloat16: 5e-3}[dtype] * np.abs(fit).max()
     assert pool.weight.dtype == dtype
@@ -1185,7 +1185,7 @@ def test_projection_without_sharing_gives_the_weights_back(dtype: torch.dtype) -
     cases = _with(ALONE, scale=1.0)
     pool = _build(cases, dtype=dtype)
     targets = [target.to(dtype) for target in _cotangents(cases)]
-    pool.initialise_projection((case.view, 1.0, target) for case, target in zip(cases, targets, strict=True))
+    pool.initialise_projection([(case.view, 1.0, target)] for case, target in zip(cases, targets, strict=True))
     for case, target in zip(cases, targets, strict=True):
         assert torch.equal(ops.gather(pool.weight, pool.table, case.view, 1.0), target)
 

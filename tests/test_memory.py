@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ import roastify
 from roastify import api, dense_artifact
 from roastify.artifact import read_artifact
 from roastify.cli import main
-from roastify.conversion import initial_values
+from roastify.conversion import initial_values, progress_kept
 from roastify.conversion.converted import pool_of, pooled_weight
 from roastify.dense_artifact import INDEX, dense_state_dict
 from roastify.errors import CheckpointError, ConfigError
@@ -274,3 +275,83 @@ def test_a_checkpoint_in_shards_is_converted_without_running_it(
     roastify.save(roastify.convert(dense.eval(), 4, init="project"), tmp_path / "in memory")
     weights = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in ("out", "in memory")]
     assert weights[0] == weights[1]
+
+
+class Interrupted(BaseException):
+    pass
+
+
+@pytest.fixture
+def _kept_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress_kept, "_SECONDS", 0.0)
+
+
+@pytest.mark.usefixtures("_kept_at_once")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_conversion_that_is_interrupted_at_any_tensor_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    settings = roastify.RoastConfig(ratio=4, share="all", init="project", kernel_basis=4)
+    model = Several().to(dtype)
+    expected = [each.detach() for each in pool_of(roastify.convert(model, config=settings)).parameters()]
+    shared = len(roastify.plan(model, config=settings).shared)
+    passes = {"moments": 0, "_target_matrix": 0}
+
+    def counted(name: str, until: int) -> None:
+        original = getattr(initial_values, name)
+
+        def call(*arguments: Any) -> Any:
+            passes[name] += 1
+            if passes[name] > until:
+                raise Interrupted
+            return original(*arguments)
+
+        monkeypatch.setattr(initial_values, name, call)
+
+    for name in passes:
+        for until in (0, 1, shared // 2, shared - 1, 10 * shared):
+            folder = tmp_path / f"{name} {until}"
+            passes = dict.fromkeys(passes, 0)
+            counted(name, until)
+            try:
+                found = roastify.convert(model, config=settings, resume=folder)
+                assert until >= shared
+            except Interrupted:
+                passes = dict.fromkeys(passes, 0)
+                monkeypatch.undo()
+                monkeypatch.setattr(progress_kept, "_SECONDS", 0.0)
+                counted(name, 10 * shared)
+                found = roastify.convert(model, config=settings, resume=folder)
+                # What was done before is not done again.
+                assert passes[name] == shared - until
+            assert all(map(torch.equal, expected, pool_of(found).parameters())), (name, until)
+            monkeypatch.undo()
+            monkeypatch.setattr(progress_kept, "_SECONDS", 0.0)
+
+
+@pytest.mark.usefixtures("_kept_at_once")
+def test_a_conversion_goes_on_only_from_its_own_progress(tmp_path: Path) -> None:
+    model, folder = Several(), tmp_path / "progress"
+    settings = roastify.RoastConfig(ratio=4, init="project")
+    roastify.convert(model, config=settings, resume=folder)
+    for other, changed in ((Several(), settings.replace(ratio=5)), (Several().double(), settings)):
+        with pytest.raises(CheckpointError, match="belongs to another run"):
+            roastify.convert(other, config=changed, resume=folder)
+    with torch.no_grad():
+        model.head.weight.mul_(2)
+    with pytest.raises(CheckpointError, match=r"belongs to another run: model was"):
+        roastify.convert(model, config=settings, resume=folder)
+    with pytest.raises(ConfigError, match='only a conversion with init="project" can be resumed'):
+        roastify.convert(model, 4, resume=folder)
+
+
+@pytest.mark.usefixtures("_kept_at_once")
+def test_the_command_line_removes_progress_when_the_artifact_is_written(tmp_path: Path) -> None:
+    (tmp_path / "m.py").write_text("import torch\ntorch.manual_seed(0)\nmodel = torch.nn.Linear(64, 64)\n")
+    arguments = [str(tmp_path / "m.py"), "--ratio", "2", "--init", "project", "--resume", str(tmp_path / "progress")]
+    assert CliRunner().invoke(main, arguments).exit_code == 0
+    assert (tmp_path / "progress" / "recovery.json").exists()
+    (tmp_path / "progress" / "mine").touch()
+    result = CliRunner().invoke(main, [*arguments, "-o", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    assert [path.name for path in (tmp_path / "progress").iterdir()] == ["mine"]

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from roastify.conversion.converted import basis_of, matrix, owners, pooled_weight
+from roastify.conversion.progress_kept import KeptProgress
 from roastify.errors import ConversionError
 from roastify.kernels.reference import summed_in
 from roastify.kernels.view import TileView
@@ -18,7 +19,7 @@ from roastify.pool.kernel_basis import coefficient_matrix, cosine_basis, princip
 from roastify.pool.plan import RoastPlan, TensorPlan
 from roastify.pool.pool import RoastPool
 from roastify.progress import track
-from roastify.tensor_values import is_finite, moments
+from roastify.tensor_values import Moments, is_finite, moments
 
 # Added to the seed for the pool's random values, so that they are independent of the mapping's streams.
 _POOL_SEED_OFFSET = 0x5EED
@@ -38,7 +39,7 @@ _LEAST_SCALE = {torch.float32: 2.0**-60, torch.float64: 2.0**-500}
 _OFF_CENTER = 0.5
 
 
-def complete_plan(model: nn.Module, plan: RoastPlan, init: str) -> RoastPlan:
+def complete_plan(model: nn.Module, plan: RoastPlan, init: str, progress: KeptProgress | None = None) -> RoastPlan:
     r"""Return the plan with λ and center of every shared tensor, and the padding rows that are zero.
 
     .. math:: \lambda_j = std_j / \sigma
@@ -70,7 +71,7 @@ def complete_plan(model: nn.Module, plan: RoastPlan, init: str) -> RoastPlan:
             signs = ["-" if init == "project" and value < 0 else "+" for value in dense.diagonal().tolist()]
             diagonals[tensor.name] = "".join(signs)
             dense = _off_diagonal(dense)
-        mean, deviations[tensor.name] = _mean_and_deviation(tensor, dense)
+        mean, deviations[tensor.name] = _mean_and_deviation(tensor, dense, progress)
         vector = any(is_vector(module, name, dense.shape) for module, name in owners(model, tensor))
         if (vector or abs(mean) >= _OFF_CENTER * deviations[tensor.name]) and tensor.name not in diagonals:
             centers[tensor.name] = mean
@@ -95,7 +96,9 @@ def complete_plan(model: nn.Module, plan: RoastPlan, init: str) -> RoastPlan:
     return plan.with_values(scales, centers, zero_rows, spread, diagonals)
 
 
-def fill_pool(pool: RoastPool, model: nn.Module, plan: RoastPlan, init: str) -> None:
+def fill_pool(
+    pool: RoastPool, model: nn.Module, plan: RoastPlan, init: str, progress: KeptProgress | None = None
+) -> None:
     """Set the pool's initial values: random with `match`, the least-squares fit of the weights with `project`.
 
     Basis kernels start as the lowest frequencies of a cosine transform; with `project`, as the weight's principal
@@ -111,10 +114,14 @@ def fill_pool(pool: RoastPool, model: nn.Module, plan: RoastPlan, init: str) -> 
             else:
                 basis.copy_(cosine_basis(tensor.shape[2:], tensor.basis_count))
     if init == "project":
+        left = plan.shared if progress is None else plan.shared[progress.projected :]
         pool.initialise_projection(
-            (view, tensor.scale or 0.0, target)
-            for tensor in track(plan.shared, "projecting weights", size=lambda tensor: tensor.numel)
-            for view, target in _targets(pool, tensor, model.get_parameter(tensor.name).detach())
+            (
+                _targets(pool, tensor, model.get_parameter(tensor.name).detach())
+                for tensor in track(left, "projecting weights", size=lambda tensor: tensor.numel)
+            ),
+            begun=None if progress is None else progress.sums,
+            after_each=None if progress is None else progress.add_projected,
         )
     else:
         assert plan.pool_std is not None, "the plan was not measured"
@@ -132,20 +139,23 @@ def _check_filled(pool: RoastPool, plan: RoastPlan) -> None:
     )
 
 
-def _targets(pool: RoastPool, tensor: TensorPlan, dense: torch.Tensor) -> Iterator[tuple[TileView, torch.Tensor]]:
-    """Yield the matrices that the pool should hold for a dense tensor, and their views: one, or its parts."""
+def _targets(
+    pool: RoastPool, tensor: TensorPlan, dense: torch.Tensor
+) -> Iterator[tuple[TileView, float, torch.Tensor]]:
+    """Yield view, λ and the matrix that the pool should hold for a dense tensor, whole or in parts."""
+    scale = tensor.scale or 0.0
     if not tensor.center:
-        yield pool.plan.view(tensor), _target_matrix(pool, tensor, dense)
+        yield pool.plan.view(tensor), scale, _target_matrix(pool, tensor, dense)
         return
     # In parts, because to subtract the center is to copy, and a table may be most of the model.
     parts = list(pooled_weight(pool, tensor).split(_PART))
     if len(parts) == 1:
-        yield parts[0].view, _target_matrix(pool, tensor, dense)
+        yield parts[0].view, scale, _target_matrix(pool, tensor, dense)
         return
     whole, start = matrix(tensor, dense), 0
     for part in parts:
         stop = start + part.view.rows
-        yield part.view, whole[start:stop] - tensor.center
+        yield part.view, scale, whole[start:stop] - tensor.center
         start = stop
 
 
@@ -170,10 +180,14 @@ def _off_diagonal(dense: torch.Tensor) -> torch.Tensor:
     return dense.clone().fill_diagonal_(0)
 
 
-def _mean_and_deviation(tensor: TensorPlan, dense: torch.Tensor) -> tuple[float, float]:
+def _mean_and_deviation(tensor: TensorPlan, dense: torch.Tensor, progress: KeptProgress | None) -> Moments:
+    if progress is not None and tensor.name in progress.measured:
+        return progress.measured[tensor.name]
     found = moments(dense)
     if found is None:
         raise ConversionError(f"{tensor.name} holds NaN or infinite values; repair the weights or exclude the tensor")
+    if progress is not None:
+        progress.add_measured(tensor.name, found)
     return found
 
 

@@ -287,18 +287,32 @@ class RoastPool(TiedModule):
         """Set the learned scales to 1: what is stored is their difference from 1, which weight decay may shrink."""
         self.weight[self.num_slots * self.tile[0] :] = 0.0
 
-    def initialise_projection(self, tensors: Iterable[tuple[TileView, float, Tensor]]) -> None:
+    def initialise_projection(
+        self,
+        tensors: Iterable[Iterable[tuple[TileView, float, Tensor]]],
+        *,
+        begun: Tensor | None = None,
+        after_each: Callable[[Tensor], None] | None = None,
+    ) -> None:
         r"""Set the pool to the least-squares fit of dense tensors: :math:`pool_e = \sum \lambda\,sign\,w / \Gamma_e`.
 
         Args:
-            tensors: view, λ and dense matrix `[rows, cols]` of every shared tensor; a tied tensor is given once.
+            tensors: view, λ and dense matrix `[rows, cols]` of every shared tensor, whole or in parts; a tied tensor is
+                given once.
+            begun: the sums over tensors that are not given again.
+            after_each: is called with the sums, which it must not change, after every tensor.
         """
         dtype = summed_in(self.weight.dtype)
         with torch.no_grad():
             direct = self.weight.dtype == dtype
             total = self.weight.data.zero_() if direct else torch.zeros_like(self.weight, dtype=dtype)
-            for view, scale, matrix in tensors:
-                reference.reduce_(total, matrix, self.table, view, scale)
+            if begun is not None:
+                total.copy_(begun)
+            for parts in tensors:
+                for view, scale, matrix in parts:
+                    reference.reduce_(total, matrix, self.table, view, scale)
+                if after_each is not None:
+                    after_each(total)
             divide_(total, self.per_slot, self.uneven_slots, self.uneven)
             self._reset_scales()
             if not direct:

@@ -1,4 +1,4 @@
-"""Checkpoints of a recovery: one file of tensors and one JSON file of everything else, without pickle.
+"""Checkpoints of a recovery or a conversion: one file of tensors and one JSON file of everything else, without pickle.
 
 `recovery.json` names its file of tensors and holds that file's digest. A save writes the new tensors under a new name,
 then replaces the JSON file in one step, then deletes the old tensors. Whenever a save is killed, the JSON file and the
@@ -8,6 +8,7 @@ deleted.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import warnings
@@ -84,6 +85,16 @@ def write_checkpoint(folder: Path, made_by: dict[str, Any], state: Any) -> None:
                 _remove_others(folder, weights)
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"cannot write the checkpoint {folder}: {reason_of(error)}") from error
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Delete a folder's checkpoint, and the folder if nothing else is in it."""
+    if holds_checkpoint(folder):
+        _check_manifest_is_ours(folder / MANIFEST)
+        (folder / MANIFEST).unlink()
+        _remove_others(folder, folder / MANIFEST)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def _check_manifest_is_ours(path: Path) -> None:

@@ -6,8 +6,6 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import hashlib
-import itertools
 import json
 import math
 import time
@@ -22,10 +20,10 @@ from torch import Tensor, nn
 from roastify.calls import describe, run_model
 from roastify.checks.interface import compare_interfaces, observe
 from roastify.conversion.converted import current_plans, pool_of
+from roastify.conversion.digests import digest_of_model, digest_of_plan
 from roastify.errors import CheckpointError, ConfigError, RecoveryError
 from roastify.isolation import RandomStream, modes_kept
 from roastify.kernels.torch_internals import pytree
-from roastify.pool.plan import RoastPlan
 from roastify.progress import track
 from roastify.recovery.align import align_layers
 from roastify.recovery.batches import Feed, digest_of, mask_of, on_device, passing
@@ -48,8 +46,6 @@ from roastify.recovery.resume_checks import check_state
 
 # Batches on which the report compares the two models.
 _LIKENESS_BATCHES = 4
-# About how many elements of each parameter are in the digest by which a checkpoint recognises the teacher.
-_DIGESTED = 256
 
 
 class _NotFinite(RecoveryError):
@@ -392,8 +388,8 @@ class _Run:
         task = self.options.loss_fn
         return {
             "student": type(self.student).__name__,
-            "conversion": _digest_of_plan(current_plans(self.student)[0]),
-            "teacher": f"{type(self.teacher).__name__} {_digest_of_model(self.teacher)}",
+            "conversion": digest_of_plan(current_plans(self.student)[0]),
+            "teacher": f"{type(self.teacher).__name__} {digest_of_model(self.teacher)}",
             "optimizer": type(self.optimizer).__name__,
             "learning rates": self.rates,
             **json.loads(json.dumps({**options, "autocast": str(options["autocast"]), "loss_fn": _named(task)})),
@@ -531,28 +527,6 @@ def _check_teacher(outputs: dict[str, Tensor]) -> None:
                 f"the teacher's output {path} has no finite value on the first batches, so the student cannot learn "
                 f"from it; look for NaN and infinite values in the data; the student is unchanged"
             )
-
-
-def _digest_of_model(model: nn.Module) -> str:
-    """Return a digest of some elements of every parameter and buffer, which is the same on any device."""
-    digest = hashlib.sha256()
-    for name, parameter in itertools.chain(model.named_parameters(), model.named_buffers()):
-        flat = parameter.detach().reshape(-1)
-        some = flat[:: max(1, flat.numel() // _DIGESTED)]
-        some = (some if some.is_complex() else some.double()).cpu().contiguous()
-        digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode() + some.numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _digest_of_plan(plan: RoastPlan) -> str:
-    """Return what a conversion is known again by: a digest of its plan without the words that explain it."""
-    values = plan.to_dict()
-    for tensor in values["tensors"]:
-        for words in ("reason", "whole", "op", "through"):
-            del tensor[words]
-    # What a checkpoint's format 2 does not know.
-    del values["init"], values["root"]
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _plain(value: Any) -> dict[str, Any] | None:
