@@ -30,7 +30,8 @@ _MAX_ROWS_BY_SLOT = 16
 # The places of a weight's tiles are kept if it has at most so many elements. Those of larger ones are found a panel at
 # a time, which takes little beside reading them.
 _MOST_ELEMENTS_PLACED = 1 << 18
-# A tensor in strips is read run by run if it touches at most so many tiles, as a bias mostly does.
+# A tensor is read run by run if each of its tiles is one run of its elements, as those of a bias are, or of a small
+# layer that is as wide as a tile; and if there are at most so many.
 _MOST_RUNS = 8
 # Up to this many rows of activations, a fold multiplies all columns at once, in a tensor larger than its input.
 _MAX_ROWS_AT_ONCE = 16
@@ -84,7 +85,7 @@ class _Place(NamedTuple):
 
 
 class _Run(NamedTuple):
-    """A part of a tensor in strips that lies in one tile: `factor · pool[start:start + length]`."""
+    """Consecutive elements of a tensor that lie together in one tile: `factor · pool[start:start + length]`."""
 
     start: int
     length: int
@@ -103,11 +104,14 @@ def _kept_for(table: Tensor) -> dict[Any, Any]:
 
 
 def _runs_of(table: Tensor, view: TileView, scale: float) -> list[_Run] | None:
-    """Return the runs of a tensor in strips, in order; None if it has many, or signs of elements."""
-    if view.num_tiles > _MOST_RUNS or (view.sign == SignKind.ELEMENT and not view.all_positive):
-        return None
+    """Return the runs of a tensor, in order; None if it is not made of a few, or has signs of elements."""
     kept, key = _kept_for(table), (view, scale)
     if key not in kept:
+        in_runs = view.strips or (view.cols == view.tile_cols and view.groups == 1)
+        signs_of_elements = view.sign == SignKind.ELEMENT and not view.all_positive
+        if not in_runs or view.num_tiles > _MOST_RUNS or signs_of_elements:
+            kept[key] = None
+            return None
         size, found, done = view.slot_size, [], 0
         tiles = torch.arange(view.first_tile, view.first_tile + view.num_tiles, device=table.device)
         offsets = tile_offsets(table, view, tiles).tolist()
@@ -140,6 +144,26 @@ def _place_of(table: Tensor, view: TileView, scale: float, dtype: torch.dtype) -
         factors = _segment_factors(view, scale, tiles, inside, dtype)
         place = kept[key] = _Place(_segment_rows(table, view, tiles, torch.zeros_like(inside[:1])), factors, inside)
     return place
+
+
+def _read_runs(pool: Tensor, view: TileView, runs: list[_Run]) -> Tensor:
+    flat = pool.reshape(-1)
+    parts = [flat[run.start : run.start + run.length] * run.factor for run in runs]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(view.rows, view.cols)
+
+
+def _add_runs(total: Tensor, runs: list[_Run], grad: Tensor) -> None:
+    flat = grad.reshape(-1).to(total.dtype)
+    for run, part in zip(runs, flat.split([run.length for run in runs]), strict=True):
+        total[run.start : run.start + run.length].add_(part, alpha=run.factor)
+
+
+def _small_weight(pool: Tensor, table: Tensor, view: TileView, scale: float) -> Tensor | None:
+    """Return a weight whose place is kept; None for a large one."""
+    if (runs := _runs_of(table, view, scale)) is not None:
+        return _read_runs(pool, view, runs)
+    place = _place_of(table, view, scale, summed_in(pool.dtype))
+    return None if place is None else _read_placed(pool, view, place)
 
 
 def _read_placed(pool: Tensor, view: TileView, place: _Place) -> Tensor:
@@ -253,10 +277,8 @@ def _strip_tiles(view: TileView, device: torch.device) -> tuple[Tensor, Tensor, 
 
 def gather(pool: Tensor, table: Tensor, view: TileView, scale: float) -> Tensor:
     """Return the dense tensor `W = scale · sign · pool[slot]`, `[rows, cols]`."""
-    if view.strips and (runs := _runs_of(table, view, scale)) is not None:
-        flat = pool.reshape(-1)
-        parts = [flat[run.start : run.start + run.length] * run.factor for run in runs]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(view.rows, view.cols)
+    if (runs := _runs_of(table, view, scale)) is not None:
+        return _read_runs(pool, view, runs)
     if view.strips:
         tiles, tile_rows, inside = _strip_tiles(view, pool.device)
         values = _read_segments(pool, table, view, scale, tiles, tile_rows, None).view(-1)[inside]
@@ -282,10 +304,8 @@ def reduce_(total: Tensor, grad_weight: Tensor, table: Tensor, view: TileView, s
 
 def reduce_into(total: Tensor, grad_weight: Tensor, table: Tensor, view: TileView, scale: float) -> None:
     """Add the adjoint of `gather` to the flat `total`, in place; `grad_weight` may be an expanded scalar."""
-    if view.strips and (runs := _runs_of(table, view, scale)) is not None:
-        flat = grad_weight.reshape(-1).to(total.dtype)
-        for run, part in zip(runs, flat.split([run.length for run in runs]), strict=True):
-            total[run.start : run.start + run.length].add_(part, alpha=run.factor)
+    if (runs := _runs_of(table, view, scale)) is not None:
+        _add_runs(total, runs, grad_weight)
     elif view.strips:
         tiles, tile_rows, inside = _strip_tiles(view, total.device)
         values = grad_weight.new_zeros(view.num_tiles * view.slot_size)
@@ -340,8 +360,8 @@ def linear(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: Ti
         out = out if bias is None else out.add_(bias)
     elif view.strips:
         out = F.linear(flat, gather(pool, table, view, scale), bias)
-    elif (place := _place_of(table, view, scale, summed_in(pool.dtype))) is not None:
-        out = F.linear(flat, _read_placed(pool, view, place), bias)
+    elif (weight := _small_weight(pool, table, view, scale)) is not None:
+        out = F.linear(flat, weight, bias)
     else:
         out = x.new_empty(flat.shape[0], view.rows)
         for start, stop, panel in _panels(pool, table, view, scale, _panel_bytes(flat.shape[0])):
@@ -422,8 +442,8 @@ def linear_t(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: 
     if view.strips:
         out = flat @ gather(pool, table, view, scale)
         out = out if bias is None else out.add_(bias)
-    elif (place := _place_of(table, view, scale, summed_in(pool.dtype))) is not None:
-        out = flat @ _read_placed(pool, view, place)
+    elif (weight := _small_weight(pool, table, view, scale)) is not None:
+        out = flat @ weight
         out = out if bias is None else out.add_(bias)
     else:
         # Panels are partial sums here, so a narrow dtype accumulates in float32.
@@ -460,6 +480,9 @@ def linear_reduce_(total: Tensor, grad: Tensor, x: Tensor, table: Tensor, view: 
     grad, x = grad.reshape(-1, view.rows), x.reshape(-1, view.cols)
     if view.strips:
         reduce_(total, grad.t() @ x, table, view, scale)
+        return
+    if (runs := _runs_of(table, view, scale)) is not None:
+        _add_runs(total.view(-1), runs, grad.t() @ x)
         return
     place = _place_of(table, view, scale, total.dtype)
     if place is not None:
