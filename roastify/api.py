@@ -381,8 +381,8 @@ def save(
             or a manifest that roastify did not write are refused.
         state_dict: values to write instead of the model's own, under the same keys. A sharded model needs it:
             `torch.distributed.checkpoint.state_dict.get_model_state_dict` gathers its values.
-        allow_nonfinite: save NaN and infinite values too. Otherwise a pool or a Parameter that holds them is refused
-            (a frozen Parameter may be infinite, as masks are; buffers are not looked at).
+        allow_nonfinite: save NaN and infinite values too. Otherwise a pool that holds them is refused, and so is a kept
+            Parameter that holds NaN (it may be infinite by design; buffers are not looked at).
 
     Raises:
         ConversionError: the model is not a converted one, or only a part or a wrapper of one.

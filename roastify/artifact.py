@@ -136,15 +136,15 @@ def write_artifact(
 
 
 def _check_finite(model: nn.Module, plans: Sequence[RoastPlan], tensors: Mapping[str, torch.Tensor]) -> None:
-    # Buffers and frozen Parameters may hold masks, which are infinite by design.
-    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters(remove_duplicate=False)}
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     in_pools = tuple(map(pool_prefix, plans))
     for name, tensor in tensors.items():
+        # A kept Parameter may be infinite by design, as scores of what is impossible are, and a buffer hold anything.
         of_pool = name.startswith(in_pools)
-        if (of_pool or name in trained) and not is_finite(tensor, or_infinite=not (of_pool or trained[name])):
+        if (of_pool or name in parameters) and not is_finite(tensor, or_infinite=not of_pool):
             raise CheckpointError(
-                f"{name} holds NaN or infinite values, as after a training that diverged; save an earlier state, or "
-                f"pass allow_nonfinite=True to save it as it is"
+                f"{name} holds NaN{' or infinite values' if of_pool else ''}, as after a training that diverged; save "
+                f"an earlier state, or pass allow_nonfinite=True to save it as it is"
             )
 
 

@@ -56,12 +56,9 @@ def complete_plan(model: nn.Module, plan: RoastPlan, init: str, progress: KeptPr
         ConversionError: a tensor holds NaN or infinite values, or spreads so much less than others that λ² vanishes.
     """
     for tensor in plan.kept:
-        # A mask that is added to scores is infinite by design; it is a Parameter that is not trained, or a buffer.
-        parameter = model.get_parameter(tensor.name)
-        if not (is_finite(parameter, or_infinite=not parameter.requires_grad) or tensor.excluded):
-            raise ConversionError(
-                f"{tensor.name} holds NaN or infinite values; repair the weights or exclude the tensor"
-            )
+        # Scores of what is impossible are infinite by design.
+        if not (is_finite(model.get_parameter(tensor.name), or_infinite=True) or tensor.excluded):
+            raise ConversionError(f"{tensor.name} holds NaN; repair the weights or exclude the tensor")
     constants: dict[str, float] = {}
     deviations, centers, zero_rows, diagonals = {}, {}, {}, {}
     for tensor in track(plan.shared, "measuring weights", size=lambda tensor: tensor.numel):
