@@ -252,6 +252,13 @@ def test_readme_table_is_the_committed_results() -> None:
     assert markdown(load(RESULTS)) in README.read_text()
 
 
+def test_page_of_scale_is_the_committed_results() -> None:
+    from benchmarks.rows import load
+    from benchmarks.scale import PAGE, RESULTS, markdown
+
+    assert markdown(load(RESULTS)) in PAGE.read_text()
+
+
 def test_performance_page_is_the_committed_results() -> None:
     from benchmarks.page import DOCUMENT, KERNELS, MODELS, load, markdown
 
