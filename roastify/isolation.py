@@ -6,12 +6,28 @@ import contextlib
 import random
 import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+
+
+@contextlib.contextmanager
+def put_back(undo: Callable[[], object]) -> Iterator[None]:
+    """Call `undo` at the end, whatever happens, and twice: an interrupt may come just before it does its work.
+
+    Args:
+        undo: a function that puts back what the context changes; a second call must do no harm.
+    """
+    try:
+        try:
+            yield
+        finally:
+            undo()
+    finally:
+        undo()
 
 
 def capture_random_states(gpu: torch.device | None = None) -> dict[str, Any]:
@@ -57,14 +73,16 @@ def random_states_kept(seed: int | None = None, devices: Iterable[torch.device] 
     gpus = [device for device in dict.fromkeys(devices) if device.type == "cuda"]
     states = capture_random_states()
     on_gpus = [torch.cuda.get_rng_state(gpu) for gpu in gpus]
-    try:
-        if seed is not None:
-            seed_generators(seed, gpus)
-        yield
-    finally:
+
+    def restore() -> None:
         restore_random_states(states)
         for gpu, state in zip(gpus, on_gpus, strict=True):
             torch.cuda.set_rng_state(state, gpu)
+
+    with put_back(restore):
+        if seed is not None:
+            seed_generators(seed, gpus)
+        yield
 
 
 @contextlib.contextmanager
@@ -83,13 +101,15 @@ def torch_settings_kept() -> Iterator[None]:
     """Restore the settings of torch that a model's code may change: gradients, the default dtype, autocast."""
     grad, dtype = torch.is_grad_enabled(), torch.get_default_dtype()
     autocast = {kind: torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")}
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         torch.set_grad_enabled(grad)
         torch.set_default_dtype(dtype)
         for kind, enabled in autocast.items():
             torch.set_autocast_enabled(kind, enabled)
+
+    with put_back(restore):
+        yield
 
 
 class _Quiet(threading.local):
@@ -116,11 +136,10 @@ def without_warnings() -> Iterator[None]:
     they entered it, for good. The filter that is set here stays, and matches nothing outside of this context.
     """
     warnings.simplefilter("ignore", _AnyWarningHere)
-    _quiet.depth += 1
-    try:
+    before = _quiet.depth
+    with put_back(lambda: setattr(_quiet, "depth", before)):
+        _quiet.depth = before + 1
         yield
-    finally:
-        _quiet.depth -= 1
 
 
 @contextlib.contextmanager

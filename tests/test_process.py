@@ -71,6 +71,23 @@ def test_other_threads_see_neither_patches_nor_the_flag_nor_silence(capsys: pyte
     assert _state() == before
 
 
+def test_an_interrupt_at_any_line_that_changes_the_process_puts_it_back() -> None:
+    code = ("conversion/isolated_trace", "roastify/isolation")
+    model, lines = _Meeting(lambda: None), interrupts.Lines(None, code)
+    lines.run(lambda: roastify.plan(model, 10))
+    assert lines.count > 50
+    before, settings = _state(), (torch.get_default_dtype(), torch.is_grad_enabled())
+    for at in range(1, lines.count + 1):
+        generator, interrupted = torch.get_rng_state(), interrupts.Lines(at, code)
+        with pytest.raises(KeyboardInterrupt):
+            interrupted.run(lambda: roastify.plan(model, 10))
+        assert _state() == before, interrupted.where
+        assert (torch.get_default_dtype(), torch.is_grad_enabled()) == settings, interrupted.where
+        assert torch.equal(torch.get_rng_state(), generator), interrupted.where
+        with pytest.raises(UserWarning):
+            warnings.warn(f"heard after {interrupted.where}", stacklevel=1)
+
+
 def _warns(text: str) -> bool:
     """Warn in another thread; this suite makes errors of warnings."""
     found = []

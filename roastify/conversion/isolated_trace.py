@@ -14,6 +14,8 @@ from typing import Any
 from torch import fx, nn
 from torch.fx import _symbolic_trace as fx_trace
 
+from roastify.isolation import put_back
+
 # One trace at a time: a tracer patches the modules whose functions it records, and a second one would undo that while
 # the first goes on.
 _lock = threading.RLock()
@@ -50,13 +52,15 @@ def muted() -> Iterator[None]:
     """Drop what this thread prints; the lines of other threads go where they went."""
     stream = sys.stdout
     mine = _Muted(stream)
-    sys.stdout = mine
-    try:
-        yield
-    finally:
+
+    def unmute() -> None:
         # Unless somebody has set another one since.
         if sys.stdout is mine:
             sys.stdout = stream
+
+    with put_back(unmute):
+        sys.stdout = mine
+        yield
 
 
 def trace_alone(tracer: fx.Tracer, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
@@ -69,16 +73,10 @@ def trace_alone(tracer: fx.Tracer, root: nn.Module, concrete_args: dict[str, Any
     with _lock:
         here = _Here()
         flag, before = getattr(fx_trace, _FLAG, None), {name: getattr(nn.Module, name) for name in _PATCHED}
-        try:
+        with put_back(lambda: _restore(flag, before)):
             if flag is not None:
                 setattr(fx_trace, _FLAG, here)
             return _with_patches_for(here, before, type(tracer).trace)(tracer, root, concrete_args)
-        finally:
-            # Twice, because an interrupt may come in between.
-            try:
-                _restore(flag, before)
-            finally:
-                _restore(flag, before)
 
 
 def _with_patches_for(here: _Here, before: dict[str, Any], method: Any) -> Callable[..., fx.Graph]:

@@ -25,15 +25,20 @@ from trust.threads import model
 _CODE = ("roastify", "kernels", "torch/fx")
 
 
-class _Lines:
-    """Counts the lines of our code and of torch.fx, and raises KeyboardInterrupt at one of them, once."""
+class Lines:
+    """Counts the lines of some files, and raises KeyboardInterrupt at one of them, once.
 
-    def __init__(self, at: int | None) -> None:
-        self.count, self.at = 0, at
+    Args:
+        at: which line; None: only count.
+        code: parts of the files' names; our code and torch.fx if not given.
+    """
+
+    def __init__(self, at: int | None, code: tuple[str, ...] = _CODE) -> None:
+        self.count, self.at, self.code = 0, at, code
         self.where = ""
 
     def _call(self, frame: FrameType, event: str, argument: Any) -> Any:
-        return self._line if any(part in frame.f_code.co_filename for part in _CODE) else None
+        return self._line if any(part in frame.f_code.co_filename for part in self.code) else None
 
     def _line(self, frame: FrameType, event: str, argument: Any) -> Any:
         if event == "line":
@@ -73,11 +78,11 @@ def run(count: int, seed: int = 0) -> Iterator[tuple[str, int, str]]:
     for name, (make, call) in cases().items():
         before = make()
         old = before(x).detach()
-        lines = _Lines(None)
+        lines = Lines(None)
         new = lines.run(lambda: call(before))(x).detach()  # noqa: B023
         for _ in range(count // 2):
             at = chosen.randint(1, lines.count)
-            subject, interrupted = make(), _Lines(at)
+            subject, interrupted = make(), Lines(at)
             try:
                 interrupted.run(lambda: call(subject))  # noqa: B023
             except KeyboardInterrupt:
