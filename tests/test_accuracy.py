@@ -568,6 +568,7 @@ def test_distilled_runs_use_the_methods_choice_and_record_their_teachers_accurac
     assert again.exit_code == 0 and "nothing to do: every run asked for has a row in" in again.output
 
 
+@pytest.mark.long
 def test_worker_processes_give_the_losses_of_this_process(data: Path, cache: Path, tmp_path: Path) -> None:
     out = tmp_path / "rows.json"
     arguments = ["--task", "resnet9", "--method", "random", "--ratio", "10", "--rate", "0.4", "--seeds", "2"]

@@ -160,6 +160,7 @@ def test_training_lowers_the_loss() -> None:
     assert losses[-1] < losses[0] / 2
 
 
+@pytest.mark.long
 def test_bert_converts_within_memory() -> None:
     command = [sys.executable, "-m", "benchmarks.cpu", "--convert-only"]
     output = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
