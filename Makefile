@@ -32,7 +32,7 @@ test-long: $(READY)  ## Run the tests that repeat others at full size, or run wh
 test-gpu: $(READY)  ## Run the tests that need a CUDA device, in one process (an environment of your own: BIN=... READY=)
 	$(BIN)/pytest -m gpu
 
-trust: $(READY)  ## Try to lose, mix, forge and break artifacts, checkpoints and models, for about half an hour
+trust: $(READY)  ## Try to lose, mix, forge and break artifacts, checkpoints and models, for about an hour
 	cd tests && $(CURDIR)/$(BIN)/python -m trust
 
 zoo: $(READY)  ## Convert every model of the zoo and write docs/coverage.md

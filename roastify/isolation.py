@@ -89,11 +89,13 @@ def random_states_kept(seed: int | None = None, devices: Iterable[torch.device] 
 def modes_kept(*models: nn.Module) -> Iterator[None]:
     """Restore every module's train or eval mode at the end."""
     modes = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         for module, training in modes:
             module.training = training
+
+    with put_back(restore):
+        yield
 
 
 @contextlib.contextmanager
@@ -149,19 +151,21 @@ def state_kept(model: nn.Module) -> Iterator[None]:
     # Only values that changed are written back: a buffer may be an expanded view, which refuses writes.
     values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     devices = [tensor.device for tensor in [*model.parameters(), *model.buffers()]]
-    try:
-        with random_states_kept(seed=0, devices=devices):
-            yield
-    finally:
+
+    def restore() -> None:
+        # At every line, what is restored already stays whole: an interrupt may come in the second call.
         for module, own, buffers in attributes:
-            module.__dict__.clear()
-            module.__dict__.update(own)
-            module._buffers.clear()
-            module._buffers.update(buffers)
-        with torch.no_grad():
-            for buffer, value in values:
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
+            for now, before in ((module._buffers, buffers), (module.__dict__, own)):
+                now.update(before)
+                for name in now.keys() - before.keys():
+                    del now[name]
+        for buffer, value in values:
+            if not torch.equal(buffer, value):
+                # Not under `no_grad`, which an interrupt may leave on.
+                buffer.detach().copy_(value)
+
+    with put_back(restore), random_states_kept(seed=0, devices=devices):
+        yield
 
 
 class RandomStream:

@@ -14,6 +14,7 @@ from torch.fx import _symbolic_trace
 from trust import interrupts, threads
 
 import roastify
+from roastify import isolation
 from roastify.isolation import without_warnings
 
 
@@ -86,6 +87,37 @@ def test_an_interrupt_at_any_line_that_changes_the_process_puts_it_back() -> Non
         assert torch.equal(torch.get_rng_state(), generator), interrupted.where
         with pytest.raises(UserWarning):
             warnings.warn(f"heard after {interrupted.where}", stacklevel=1)
+
+
+class _Changed:
+    """A model whose modes, buffers and attributes a run changes."""
+
+    def __init__(self) -> None:
+        self.model = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 4))
+
+    def state(self) -> tuple[Any, ...]:
+        norm = self.model[0]
+        return [module.training for module in self.model.modules()], norm.num_batches_tracked.item(), vars(norm).keys()
+
+    def run(self) -> None:
+        with isolation.state_kept(self.model), isolation.modes_kept(self.model):
+            self.model.eval()
+            self.model[0].num_batches_tracked += 1  # type: ignore[operator]
+            self.model[0].new = 1
+
+
+def test_an_interrupt_at_any_line_puts_a_model_back() -> None:
+    code = ("roastify/isolation",)
+    changed, lines = _Changed(), interrupts.Lines(None, code)
+    before = changed.state()
+    before = before[0], before[1], set(before[2])
+    lines.run(changed.run)
+    for at in range(1, lines.count + 1):
+        interrupted = interrupts.Lines(at, code)
+        with pytest.raises(KeyboardInterrupt):
+            interrupted.run(changed.run)
+        found = changed.state()
+        assert (found[0], found[1], set(found[2])) == before, interrupted.where
 
 
 def _warns(text: str) -> bool:

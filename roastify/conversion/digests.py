@@ -10,7 +10,7 @@ from torch import nn
 
 from roastify.pool.plan import RoastPlan
 
-# About how many elements of each parameter are in the digest by which a checkpoint recognises the teacher.
+# About how many elements of each parameter are in the digest by which a checkpoint recognises a model.
 _DIGESTED = 256
 
 

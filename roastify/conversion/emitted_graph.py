@@ -21,7 +21,7 @@ from roastify.calls import signature_of
 from roastify.conversion import isolated_trace
 from roastify.conversion.converted import pool_of
 from roastify.errors import ConversionError
-from roastify.isolation import modes_kept, random_states_kept
+from roastify.isolation import modes_kept, put_back, random_states_kept
 from roastify.layers import reading
 from roastify.layers.base import RoastLayer, RoastModule
 from roastify.layers.pooled_weight import PooledWeight
@@ -117,11 +117,14 @@ class _GraphTracer(fx.Tracer):
 
     @contextlib.contextmanager
     def recording_reads(self) -> Iterator[None]:
-        reading.tracers.append(self._read)
-        try:
+        before = list(reading.tracers)
+
+        def restore() -> None:
+            reading.tracers[:] = before
+
+        with put_back(restore):
+            reading.tracers.append(self._read)
             yield
-        finally:
-            reading.tracers.pop()
 
     def _read(self, module: RoastModule, name: str) -> Any:
         key = id(module), name

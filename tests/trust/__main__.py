@@ -1,4 +1,4 @@
-"""Every program of this folder at full size, as `make trust` runs them: about half an hour on two cores.
+"""Every program of this folder at full size, as `make trust` runs them: about an hour on two cores.
 
 python -m trust [--part NAME] [--scale 0.1]
 """
