@@ -240,6 +240,8 @@ def _agreement(report: BenchReport) -> str:
     error = max(agreement.error for agreement in found)
     equal = f"within {error:.1e} of their largest value" if error else "to the last bit"
     text = f"outputs equal {equal} (allowed {found[0].tolerance:g})"
+    for dense_error, error in (agreement.from_float32 for agreement in found if agreement.from_float32):
+        text += f"; against float32 it errs by {error:.1e}, the dense model by {dense_error:.1e}"
     gradients = [agreement.gradient_error for agreement in found if agreement.gradient_error is not None]
     if gradients:
         text += f", the pool's gradient within {max(gradients):.1e} (allowed {found[0].gradient_tolerance:g})"

@@ -106,27 +106,31 @@ def _scales_kernel(
     p_grad, p_x, p_parts, key, num_rows, width, span_cols, num_spans, steps, FOLD: tl.constexpr, HASHES: tl.constexpr,
     BLOCKS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    i = tl.program_id(1)
-    part = tl.program_id(2)
-    span = tl.program_id(0)
+    span = tl.program_id(0) // BLOCKS
+    inner = tl.program_id(0) % BLOCKS * BC + tl.arange(0, BC)
+    part = tl.program_id(1) * BLOCKS + tl.program_id(0) % BLOCKS
+    col = span * span_cols + inner
+    exists = (inner < span_cols) & (col < width)
     g = tl.arange(0, HASHES)
+    position = tl.arange(0, FOLD)
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    total = tl.zeros([HASHES, BM, BC], dtype=tl.float32)
-    for block in tl.static_range(BLOCKS):
-        inner = block * BC + tl.arange(0, BC)
-        col = span * span_cols + inner
-        exists = (inner < span_cols) & (col < width)
-        for step in range(0, steps):
-            row = (part * steps + step).to(tl.int64) * BM + tl.arange(0, BM)
-            inside = (row < num_rows)[:, None] & exists[None, :]
-            x = tl.load(p_x + (row * (FOLD * width))[:, None] + (i * width + col)[None, :], mask=inside, other=0.0)
-            place = (row * (HASHES * width))[None, :, None] + (g * width)[:, None, None] + col[None, None, :]
-            grad = tl.load(p_grad + place, mask=inside[None, :, :], other=0.0)
-            total += grad.to(tl.float32) * x.to(tl.float32)[None, :, :]
-    out = tl.sum(tl.sum(total, 2), 1) * _signs(key, g, i, span, num_spans)
-    tl.store(p_parts + part * (HASHES * FOLD * num_spans) + (g * FOLD + i) * num_spans + span, out)
+    # All positions of a bucket use the gradient that was loaded once.
+    total = tl.zeros([HASHES, FOLD], dtype=tl.float32)
+    for step in range(0, steps):
+        row = (tl.program_id(1) * steps + step).to(tl.int64) * BM + tl.arange(0, BM)
+        inside = (row < num_rows)[:, None] & exists[None, :]
+        place = (row * (HASHES * width))[None, :, None] + (g * width)[:, None, None] + col[None, None, :]
+        grad = tl.load(p_grad + place, mask=inside[None, :, :], other=0.0).to(tl.float32)
+        p_row = p_x + (row * (FOLD * width))[:, None] + col[None, :]
+        for i in tl.static_range(FOLD):
+            x = tl.load(p_row + i * width, mask=inside, other=0.0).to(tl.float32)
+            products = tl.sum(tl.sum(grad * x[None, :, :], 1), 1)
+            total += tl.where((position == i)[None, :], products[:, None], 0.0)
+    out = total * _signs(key, g[:, None], position[None, :], span, num_spans)
+    place = (g[:, None] * FOLD + position[None, :]) * num_spans + span
+    tl.store(p_parts + part * (HASHES * FOLD * num_spans) + place, out)
 
 
 def fold(x: Tensor, pool: Tensor | None, view: FoldView, dtype: torch.dtype) -> Tensor:
@@ -207,25 +211,26 @@ def _launch(kernel: triton.JITFunction, view: FoldView, num_rows: int, device: t
 @functools.lru_cache(maxsize=1 << 12)
 def _scales_launch(view: FoldView, num_rows: int, device: torch.device) -> tuple[Launch, int]:
     block_cols = min(power_of_2(view.span), tuning.FOLD_COLS)
+    blocks = cdiv(view.span, block_cols)
     block_rows = max(1, tuning.FOLD_ELEMENTS // (block_cols * view.hashes))
     num_blocks = cdiv(num_rows, block_rows)
-    num_parts = max(1, min(num_blocks, tuning.FOLD_PROGRAMS // (view.num_spans * view.fold)))
+    num_parts = max(1, min(num_blocks, tuning.FOLD_PROGRAMS // (view.num_spans * blocks)))
     steps = cdiv(num_blocks, num_parts)
     num_parts = cdiv(num_blocks, steps)
     launch = Launch(
         _scales_kernel,
-        (view.num_spans, view.fold, num_parts),
+        (view.num_spans * blocks, num_parts),
         key=view.key,
         num_rows=num_rows,
         steps=steps,
-        BLOCKS=cdiv(view.span, block_cols),
+        BLOCKS=blocks,
         BM=block_rows,
         BC=block_cols,
         num_warps=tuning.FOLD_WARPS,
         **_sizes(view),
         **dependent_launch(device),
     )
-    return launch, num_parts
+    return launch, num_parts * blocks
 
 
 def _sizes(view: FoldView) -> dict[str, int]:
