@@ -410,7 +410,8 @@ def _check(dense: Subject, converted: Subject, options: BenchOptions) -> Agreeme
         with _stated(f"the {subject.name} model fails on the example inputs"):
             with random_states_kept(seed=0, devices=[options.device]):
                 outputs.append(subject.check())
-    precise = None if options.train or options.dtype in (None, torch.float32) else lambda: _in_float32(dense)
+    is_narrow = any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in dense.model.parameters())
+    precise = (lambda: _in_float32(dense)) if is_narrow and not options.train else None
     return check_agreement(dense.model, converted.model, outputs[0], outputs[1], precise)
 
 
