@@ -19,7 +19,7 @@ from roastify.checks.interface import VerifyReport, compare_interfaces, observe
 from roastify.checks.model_bench import BenchOptions, BenchReport, check_inputs, measure, parse_device, parse_dtype
 from roastify.config import Init, RoastConfig
 from roastify.conversion.computed_weights import changed_sources, computed_weights, estimate_norms
-from roastify.conversion.converted import pools_of, refuse_sharded, refused_write
+from roastify.conversion.converted import pools_in, pools_of, refuse_sharded, refused_write
 from roastify.conversion.digests import digest_of_model, digest_of_plan
 from roastify.conversion.emitted_graph import emit_graph
 from roastify.conversion.fx_pass import trace
@@ -257,7 +257,8 @@ def bench(
     replayed from CUDA graphs.
 
     Args:
-        model: as in `convert`; it is left unchanged unless `inplace`.
+        model: as in `convert`, or what `convert` or `load` returned: then it is measured beside its dense form, and
+            takes no settings. It is left unchanged unless `inplace`.
         ratio: as in `convert`.
         config: as in `convert`.
         include: as in `convert`.
@@ -283,7 +284,8 @@ def bench(
         PlanError: see `convert`.
         ConversionError: see `convert`.
     """
-    settings = _settings(config, ratio=ratio, include=include, exclude=exclude, init=init, seed=seed)
+    arguments = {"ratio": ratio, "include": include, "exclude": exclude, "init": init, "seed": seed}
+    settings = _settings(config, **arguments)
     options = BenchOptions(
         device=parse_device(device),
         dtype=parse_dtype(dtype),
@@ -294,6 +296,16 @@ def bench(
         seconds=seconds,
     )
     check_inputs(example_inputs, options)
+    if isinstance(model, nn.Module) and pools_in(model):
+        given = [name for name, value in {"config": config, **arguments}.items() if value is not None]
+        if given:
+            raise ConfigError(
+                f"{', '.join(given)} cannot be given for a model that is converted already; leave it out, or pass the "
+                f"dense model"
+            )
+        converted = model if inplace else copy_without(model, set())
+        converted.to(device=options.device, dtype=options.dtype)
+        return measure(densify(converted), converted, example_inputs, options)
     check_convertible(model)
     check_has_values(model)
     dense = model if inplace else copy_without(model, set())
@@ -481,7 +493,8 @@ def densify_artifact(
             or no regular file. With `shard_size`, a folder, which must not hold model files yet.
         digest: the SHA-256 that the artifact's `roast.json` must have; see `load`.
         shard_size: write several files (`model-00001-of-00007.safetensors`, …) and the index by which transformers
-            finds their tensors; in each, so many bytes of tensors at most, unless a tensor alone has more.
+            finds their tensors; in each, so many bytes of tensors at most, unless a tensor alone has more. Config and
+            tokenizer files that the artifact has are copied, unless the folder has files of these names.
 
     Returns:
         the number of tensors written; a tied tensor is written under each of its names.

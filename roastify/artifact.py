@@ -91,8 +91,8 @@ def write_artifact(
     allow_nonfinite: bool = False,
     builder: Builder | None = None,
     files: Mapping[str, bytes] | None = None,
-) -> None:
-    """Write a converted model; see `roastify.save`.
+) -> Builder | None:
+    """Write a converted model; see `roastify.save`. Return what builds its model, as far as the artifact names it.
 
     Args:
         model: see there.
@@ -160,6 +160,7 @@ def write_artifact(
                 _finish_interrupted_saves(folder)
                 check_replaceable(folder, files)
                 stage.put_in_place(moves)
+            return found
     except (OSError, ValueError, safetensors.SafetensorError) as error:  # ValueError: NUL in a name
         raise CheckpointError(f"cannot write the artifact {folder}: {reason_of(error)}") from error
 
@@ -500,6 +501,17 @@ def fill_from(artifact: Artifact, model: nn.Module, device: torch.device) -> Non
             loaded[key] = _as_tensor(key, stored[key], like, device)
         _assign(model, name, loaded[key])
     _check_no_meta_left(model)
+
+
+def companions_in(artifact: Artifact) -> dict[str, bytes]:
+    """Return names and contents of the other files that roastify wrote to an artifact's folder.
+
+    A file that is gone, or was changed since, is left out.
+    """
+    there = {name: artifact.folder / name for name in files_in(artifact.manifest)}
+    contents = {name: read_limited(path) for name, path in there.items() if regular_or_missing(path) is not None}
+    digests = files_in(artifact.manifest)
+    return {name: text for name, text in contents.items() if hashlib.sha256(text).hexdigest() == digests[name]}
 
 
 def check_no_part(path: Path) -> None:

@@ -5,6 +5,7 @@ A model is written as `NAME,key=value,key=value`, which needs no quotes in a she
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import json
@@ -102,6 +103,37 @@ def _parameters(torchvision: ModuleType, name: str) -> Mapping[str, inspect.Para
 def has_weights(arguments: Mapping[str, Any]) -> bool:
     """Return whether arguments of `create_model` ask for weights from files."""
     return any(arguments.get(key) for key in ("pretrained", "checkpoint_path", "weights", "weights_backbone"))
+
+
+def example_input_of(model: nn.Module, kind: Library, name: str, arguments: Mapping[str, Any]) -> torch.Tensor | None:
+    """Return a batch of two random images, or films, of the size that a model of timm's or torchvision's is made for.
+
+    None stands for a model of which the library does not say that.
+    """
+    package: Any = library(kind, name)
+    if kind == "timm":
+        given = {"img_size": arguments.get("img_size"), "in_chans": arguments.get("in_chans")}
+        size = package.data.resolve_data_config(given, model=model)["input_size"]
+    else:
+        try:
+            made_for = package.models.get_model_weights(name).DEFAULT
+        except (AttributeError, ValueError):  # models without any weights
+            return None
+        # Models of detection, segmentation and flow have transforms without a crop: their inputs are of any size.
+        side = (
+            arguments.get("image_size", made_for.transforms.keywords.get("crop_size"))
+            if _is_partial(made_for)
+            else None
+        )
+        if side is None:
+            return None
+        frames = [made_for.meta["min_temporal_size"]] if "min_temporal_size" in made_for.meta else []
+        size = (3, *frames, *((side, side) if isinstance(side, int) else side))
+    return torch.randn((2, *size), generator=torch.Generator().manual_seed(0))
+
+
+def _is_partial(weights: Any) -> bool:
+    return isinstance(weights.transforms, functools.partial)
 
 
 def parse_model(text: str) -> tuple[str, dict[str, Any]]:
