@@ -5,7 +5,6 @@ A model is written as `NAME,key=value,key=value`, which needs no quotes in a she
 
 from __future__ import annotations
 
-import functools
 import importlib
 import inspect
 import json
@@ -119,21 +118,14 @@ def example_input_of(model: nn.Module, kind: Library, name: str, arguments: Mapp
             made_for = package.models.get_model_weights(name).DEFAULT
         except (AttributeError, ValueError):  # models without any weights
             return None
-        # Models of detection, segmentation and flow have transforms without a crop: their inputs are of any size.
-        side = (
-            arguments.get("image_size", made_for.transforms.keywords.get("crop_size"))
-            if _is_partial(made_for)
-            else None
-        )
+        # Models of detection, segmentation and flow have transforms that cut nothing: their images are of any size.
+        side = arguments.get("image_size", getattr(made_for.transforms, "keywords", {}).get("crop_size"))
         if side is None:
             return None
-        frames = [made_for.meta["min_temporal_size"]] if "min_temporal_size" in made_for.meta else []
+        is_video = package.models.get_model_builder(name).__module__.startswith("torchvision.models.video")
+        frames = [made_for.meta.get("min_temporal_size", 16)] if is_video else []
         size = (3, *frames, *((side, side) if isinstance(side, int) else side))
     return torch.randn((2, *size), generator=torch.Generator().manual_seed(0))
-
-
-def _is_partial(weights: Any) -> bool:
-    return isinstance(weights.transforms, functools.partial)
 
 
 def parse_model(text: str) -> tuple[str, dict[str, Any]]:
