@@ -239,7 +239,7 @@ def _save(converted: nn.Module, output: str, found: Source, files: Mapping[str, 
     copied = f", with {', '.join(files)}" if files else ""
     _say(f"written to {output}{copied}")
     model = "" if builder else ", model=…"
-    _say(f"load it with roastify.load({output!r}{model})")
+    _say(f'load it with roastify.load("{output}"{model})')
 
 
 @main.command()

@@ -9,7 +9,7 @@ import importlib
 import inspect
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, Literal
 
@@ -111,8 +111,8 @@ def example_input_of(model: nn.Module, kind: Library, name: str, arguments: Mapp
     """
     package: Any = library(kind, name)
     if kind == "timm":
-        given = {"img_size": arguments.get("img_size"), "in_chans": arguments.get("in_chans")}
-        size = package.data.resolve_data_config(given, model=model)["input_size"]
+        channels, *sides = package.data.resolve_model_data_config(model)["input_size"]
+        size = (arguments.get("in_chans", channels), *_pair(arguments.get("img_size", sides)))
     else:
         try:
             made_for = package.models.get_model_weights(name).DEFAULT
@@ -124,8 +124,12 @@ def example_input_of(model: nn.Module, kind: Library, name: str, arguments: Mapp
             return None
         is_video = package.models.get_model_builder(name).__module__.startswith("torchvision.models.video")
         frames = [made_for.meta.get("min_temporal_size", 16)] if is_video else []
-        size = (3, *frames, *((side, side) if isinstance(side, int) else side))
+        size = (3, *frames, *_pair(side))
     return torch.randn((2, *size), generator=torch.Generator().manual_seed(0))
+
+
+def _pair(side: int | Sequence[int]) -> Sequence[int]:
+    return (side, side) if isinstance(side, int) else side
 
 
 def parse_model(text: str) -> tuple[str, dict[str, Any]]:

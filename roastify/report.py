@@ -148,8 +148,9 @@ def artifact_lines(artifact: Artifact, digest: str) -> RenderableType:
         digest: the SHA-256 of its manifest.
     """
     builder, folder = builder_in(artifact.manifest), artifact.folder
-    loaded = f"roastify.load({str(folder)!r})"
-    how = f"{loaded} needs no model" if builder else f"no code is named: {loaded[:-1]}, model) needs the dense model"
+    how = f'roastify.load("{folder}") needs no model'
+    if builder is None:
+        how = f'code that it does not name: roastify.load("{folder}", model) needs the dense model'
     companions = files_in(artifact.manifest)
     sizes = [f"{name} {human_bytes((folder / name).stat().st_size)}" for name in (MANIFEST, WEIGHTS)]
     for name, expected in companions.items():

@@ -192,7 +192,7 @@ def _split_name(name: str) -> tuple[Path, str | None]:
 def _from_file(name: str, path: Path, attribute: str | None) -> Source:
     if path.suffix != ".py":
         found = " (the file exists, but is not a Python file)" if path.is_file() else ""
-        if path.is_dir():
+        if name and path.is_dir():
             is_hf = (path / "config.json").is_file()
             found = f" (the folder has a config.json: hf:{name})" if is_hf else f" (the folder has no {MANIFEST})"
         raise SourceError(
