@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
+import importlib.resources
 import json
 import platform
 import re
@@ -131,7 +132,7 @@ def _settings_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--init",
             type=click.Choice(get_args(Init)),
-            help="match: train from scratch; project: keep pretrained weights (default for hf: with weights).",
+            help="match: train from scratch; project: keep pretrained weights (default for pretrained sources).",
         ),
         click.option(
             "--fold", type=str, help="auto, none, or the factor by which folded layers save arithmetic: 2, 4, 8 or 16."
@@ -538,6 +539,12 @@ def _number_of_bytes(text: str) -> int:
 
 
 @main.command()
+def settings() -> None:
+    """Print every setting with its default and meaning, as a TOML file for --config."""
+    click.echo((importlib.resources.files("roastify") / "configs" / "default.toml").read_text("utf-8"), nl=False)
+
+
+@main.command()
 def doctor() -> None:
     """Show versions, devices and the backend in use."""
     table = Table.grid(padding=(0, 2))
@@ -552,7 +559,7 @@ def diagnosis() -> list[tuple[str, str]]:
         ("roastify", roastify.__version__),
         ("python", f"{platform.python_version()} on {platform.platform()}"),
     ]
-    for package in ("torch", "triton", "transformers", "safetensors"):
+    for package in ("torch", "triton", "transformers", "timm", "torchvision", "safetensors"):
         rows.append((package, _version(package)))
     rows.append(("cpu", f"{torch.get_num_threads()} threads; {backend(torch.device('cpu'))}"))
     if torch.cuda.is_available():

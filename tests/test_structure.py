@@ -228,7 +228,10 @@ def test_installed_wheel_works(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         archive.extractall(site)
-    expected = {f"{name.replace('.', '/')}.py" for name in MODULES} | {"roastify/py.typed"}
+    expected = {f"{name.replace('.', '/')}.py" for name in MODULES} | {
+        "roastify/py.typed",
+        "roastify/configs/default.toml",
+    }
     expected |= {f"{name.replace('.', '/')}/__init__.py" for name in FILES.keys() - MODULES.keys()}
     assert {name for name in names if ".dist-info/" not in name} == expected
     code = (
