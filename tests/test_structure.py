@@ -35,6 +35,7 @@ LEVELS = [
     {"pool"},
     {
         "calls",
+        "companions",
         "files",
         "isolation",
         "model_libraries",
