@@ -402,7 +402,7 @@ def test_an_artifact_is_two_files_and_holds_exactly_what_the_plan_says(tmp_path:
     assert not {"embed.weight", "head.weight", "conv.weight", "mix.weight"} & stored.keys()
     assert {"roast_pool.weight", "slope", "shift", "norm.running_mean"} <= stored.keys()
     manifest = _manifest(tmp_path / "a")
-    assert manifest["format_version"] == 5 and manifest["mapping_version"] == 1
+    assert manifest["format_version"] == 6 and manifest["mapping_version"] == 1
     assert manifest["weights"]["sha256"] == hashlib.sha256((tmp_path / "a" / WEIGHTS).read_bytes()).hexdigest()
 
 
@@ -821,8 +821,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no manifest": (lambda a: (a / MANIFEST).unlink(), r"/a is not a roastify artifact: roast\.json is missing"),
     "no weights": (lambda a: (a / WEIGHTS).unlink(), r"/a is not a roastify artifact: model\.safetensors is missing"),
     "newer format": (
-        _set("format_version", to=6),
-        r"roast\.json has format version 6, and this roastify reads up to 5; install a newer roastify",
+        _set("format_version", to=7),
+        r"roast\.json has format version 7, and this roastify reads up to 6; install a newer roastify",
     ),
     "newer mapping": (
         _set("mapping_version", to=7),

@@ -440,7 +440,7 @@ def test_options_that_do_not_fit_are_refused(
 def test_a_model_that_cannot_be_converted_is_refused_before_it_is_copied(net: Net, inputs: Tensor) -> None:
     with pytest.raises(PlanError, match="is unreachable"):
         bench(net, inputs, ratio=5000)
-    with pytest.raises(ConversionError, match="already converted"):
+    with pytest.raises(ConfigError, match="ratio cannot be given for a model that is converted already"):
         bench(roastify.convert(net, 4), inputs)
     with pytest.raises(ConversionError, match="on the meta device"):
         bench(copy.deepcopy(net).to("meta"), inputs)

@@ -28,12 +28,24 @@ LEVELS = [
     {"api"},
     {"recovery"},
     {"checks"},
-    {"artifact", "dense_artifact", "manifest"},
+    {"artifact", "builders", "dense_artifact", "manifest"},
     {"conversion"},
     {"config"},
     {"layers"},
     {"pool"},
-    {"calls", "files", "isolation", "names", "plain_json", "progress", "tensor_file", "tensor_values", "typed_values"},
+    {
+        "calls",
+        "companions",
+        "files",
+        "isolation",
+        "model_libraries",
+        "names",
+        "plain_json",
+        "progress",
+        "tensor_file",
+        "tensor_values",
+        "typed_values",
+    },
     {"errors", "printable"},
     {"kernels"},
 ]
@@ -217,7 +229,10 @@ def test_installed_wheel_works(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         archive.extractall(site)
-    expected = {f"{name.replace('.', '/')}.py" for name in MODULES} | {"roastify/py.typed"}
+    expected = {f"{name.replace('.', '/')}.py" for name in MODULES} | {
+        "roastify/py.typed",
+        "roastify/configs/default.toml",
+    }
     expected |= {f"{name.replace('.', '/')}/__init__.py" for name in FILES.keys() - MODULES.keys()}
     assert {name for name in names if ".dist-info/" not in name} == expected
     code = (
