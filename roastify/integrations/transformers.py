@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps, build_glob_alternation
 from transformers.modeling_utils import PreTrainedModel
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -30,6 +31,7 @@ from roastify.conversion.converted import current_plans, pools_in, refuse_sharde
 from roastify.conversion.rewrite import apply_plan, build_pool
 from roastify.errors import CheckpointError, ConfigError
 from roastify.files import replace_file
+from roastify.integrations.mapped_tensor import in_file, is_in_file
 from roastify.integrations.model_card import write_card
 from roastify.integrations.pretrained_folder import (
     PLAN_FILE,
@@ -104,6 +106,8 @@ class RoastifyQuantizer(HfQuantizer):
         self._as_saved = False
         self._device: Any = None
         self._ties: dict[str, str] = {}
+        # Tensors that have been loaded and lie in files.
+        self._loaded: set[str] = set()
 
     # What transformers asks.
 
@@ -168,6 +172,20 @@ class RoastifyQuantizer(HfQuantizer):
         """Return no conversions for a saved converted model: its files have the names that the model has."""
         return [] if self.pre_quantized else weight_conversions
 
+    # A model that is to be converted stays in its files. What transformers casts or merges goes to temporary ones.
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """Whether `_ToFile` gets a tensor; asked before it is loaded, and again afterwards to excuse its shape."""
+        if self.pre_quantized or param_name in self._loaded:
+            return False
+        tensor = model.get_parameter_or_buffer(param_name)
+        # Others have a dtype of their own, which transformers would not look at.
+        return tensor.dtype == self._dtype
+
+    def get_quantize_ops(self) -> Any:
+        """Return the operation that transformers applies to every tensor that it has cast and merged."""
+        return _ToFile(self._loaded)
+
     # Before and after the weights.
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
@@ -224,6 +242,16 @@ class RoastifyQuantizer(HfQuantizer):
         return dense if dtype in (None, model.config.dtype) else dense.to(dtype)
 
 
+class _ToFile(ConversionOps):
+    def __init__(self, loaded: set[str]) -> None:
+        self.loaded = loaded
+
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the tensors, in files."""
+        self.loaded |= input_dict.keys()
+        return {name: in_file(value[0] if isinstance(value, list) else value) for name, value in input_dict.items()}
+
+
 def _safetensors(model: Any, files: Any) -> list[Path]:
     found = [Path(file) for file in files or ()]
     if not found or any(file.suffix != ".safetensors" for file in found):
@@ -255,8 +283,6 @@ def _plan_path(model: Any, weights: Path) -> Path:
 
 def _dtypes(model: Any, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
     """Return the dtypes in which transformers would load a model's Parameters, some of which may stay in float32."""
-    from transformers.core_model_loading import build_glob_alternation
-
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters(remove_duplicate=False)}
     exceptions = model._get_dtype_plan(dtype)
     if exceptions:
@@ -278,7 +304,7 @@ def _leave_files(model: nn.Module) -> None:
     """Copy what lies in memory that is mapped to files, which a later save may overwrite."""
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:
-            if tensor.device.type == "cpu":
+            if is_in_file(tensor):
                 tensor.data = tensor.data.clone()
 
 
