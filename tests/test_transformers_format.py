@@ -230,7 +230,8 @@ def test_loading_converts_to_the_bits_of_a_conversion_in_memory(family: str, dty
 
 
 def test_what_is_cast_waits_in_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from roastify.integrations import mapped_tensor, transformers as ours
+    from roastify.integrations import mapped_tensor
+    from roastify.integrations import transformers as ours
 
     monkeypatch.setattr(mapped_tensor, "_LEAST_BYTES", 1)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
