@@ -140,8 +140,11 @@ def test_processes_that_do_and_do_not_import_roastify(tmp_path: Path) -> None:
         code += "print(type(m.roast_pool).__name__)"
         return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
-    for first in ("import roastify, transformers", "import transformers, roastify"):
-        assert run(first).stdout.strip() == "RoastPool"
+    quantizers = "from transformers.quantizers.auto import AutoQuantizationConfig as Q; Q.from_dict(dict(METHOD))"
+    quantizers = quantizers.replace("METHOD", "quant_method='roastify'")
+    for first in ("roastify, transformers", "transformers, roastify", f"roastify, transformers; {quantizers}"):
+        found = run(f"import {first}")
+        assert found.stdout.strip() == "RoastPool", found.stderr
     without = run("import transformers")
     assert without.returncode == 1 and "Unknown quantization type, got roastify" in without.stderr
     assert without.stderr.strip().endswith("import-roastify-to-load-this-model.safetensors")

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-# The module of transformers that has everything which is extended. Tokenizers alone do not load it.
-_WATCHED = "transformers.modeling_utils"
+# What is extended. Models load both, the first one last; some tools ask the second one alone. Tokenizers load neither.
+_MODELS, _QUANTIZERS = "transformers.modeling_utils", "transformers.quantizers"
 _OURS = "roastify.integrations.transformers"
 
 
 class _Watcher(importlib.abc.MetaPathFinder):
-    """Finds nothing itself; lets something run after the watched module was loaded.
+    """Finds nothing itself; lets something run after a watched module was loaded.
 
     roastify does not import transformers, which takes seconds. A user who writes only `import roastify` may import
     transformers before or afterwards.
@@ -25,7 +25,7 @@ class _Watcher(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != _WATCHED:
+        if fullname not in (_MODELS, _QUANTIZERS):
             return None
         others = (finder for finder in sys.meta_path if finder is not self)
         found = (finder.find_spec(fullname, path, target) for finder in others)
@@ -35,7 +35,9 @@ class _Watcher(importlib.abc.MetaPathFinder):
 
             def load_and_register(module: ModuleType) -> None:
                 load(module)
-                _register()
+                # While models load, they load quantizers, and are complete afterwards.
+                if fullname == _MODELS or _MODELS not in sys.modules:
+                    _register()
 
             # A loader belongs to one module.
             spec.loader.exec_module = load_and_register  # type: ignore[method-assign]
@@ -44,7 +46,7 @@ class _Watcher(importlib.abc.MetaPathFinder):
 
 def register_with_transformers() -> None:
     """Register with transformers now if it is loaded, and otherwise when it is."""
-    if _WATCHED in sys.modules:
+    if _MODELS in sys.modules or _QUANTIZERS in sys.modules:
         _register()
     elif not any(isinstance(finder, _Watcher) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Watcher())
