@@ -52,7 +52,6 @@ METHOD = "roastify"
 # the quantizer removes it. So a process that has not imported roastify ends with an error that says so.
 NOT_IMPORTED = "import-roastify-to-load-this-model.safetensors"
 _EXPLICIT_WEIGHTS = "transformers_weights"
-_CHOSEN_BY_ACCELERATE = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 @register_quantization_config(METHOD)
@@ -140,14 +139,13 @@ class RoastifyQuantizer(HfQuantizer):
             )
 
     def update_device_map(self, device_map: Any) -> Any:
-        """Load on the CPU what is to be converted."""
+        """Choose one device where transformers would spread a model, and load on the CPU what is to be converted."""
+        if isinstance(device_map, str):
+            # "auto" and the like; transformers has made a map of the name of a device.
+            device_map = {"": _best_device()}
         if self.pre_quantized or device_map is None:
             return device_map
-        if isinstance(device_map, str):
-            accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-            self._device = accelerator if device_map in _CHOSEN_BY_ACCELERATE else device_map
-        else:
-            self._device = next(iter(device_map.values()))
+        self._device = next(iter(device_map.values()))
         return {"": "cpu"}
 
     def update_attn_implementation(self, config: Any) -> Any:
@@ -250,6 +248,13 @@ class _ToFile(ConversionOps):
         """Return the tensors, in files."""
         self.loaded |= input_dict.keys()
         return {name: in_file(value[0] if isinstance(value, list) else value) for name, value in input_dict.items()}
+
+
+def _best_device() -> torch.device:
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is None:
+        return torch.device("cpu")
+    return torch.device(accelerator.type, torch.accelerator.current_device_index())
 
 
 def _safetensors(model: Any, files: Any) -> list[Path]:
