@@ -25,6 +25,7 @@ PACKAGE, KERNELS = ROOT / "roastify", ROOT / "kernels"
 LEVELS = [
     {"cli"},
     {"report", "source"},
+    {"integrations"},
     {"api"},
     {"recovery"},
     {"checks"},
