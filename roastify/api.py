@@ -29,6 +29,7 @@ from roastify.conversion.rewrite import apply_plan, build_pool, copy_weights, co
 from roastify.conversion.supported import check_convertible, check_has_values, device_of
 from roastify.errors import ConfigError, OutputMismatch, closest
 from roastify.pool.plan import RoastPlan
+from roastify.progress import working
 from roastify.recovery.options import RecoverOptions
 from roastify.recovery.report import RecoveryReport
 
@@ -131,12 +132,14 @@ def convert(
         raise ConfigError(f"emit must be one of {', '.join(get_args(Emit))}; found {emit!r}{hint}")
     check_convertible(model)
     check_has_values(model)
-    forest = trace(model)
+    with working("tracing the model"):
+        forest = trace(model)
     before, computed = observe(model, example_inputs), computed_weights(model)
     # Tensors that turn out to be unshareable once the model is converted.
     unshareable: dict[str, str] = {}
     while True:
-        planned = make_plan(model, forest, settings, unshareable)
+        with working("planning"):
+            planned = make_plan(model, forest, settings, unshareable)
         # If tensors turn out to be unshareable, the plan is another one, and what was kept is of no use.
         progress = None if resume is None or unshareable else _kept_progress(Path(resume), model, planned)
         planned = complete_plan(model, planned, settings.init, progress)
@@ -201,7 +204,8 @@ def plan(
     """
     settings = _settings(config, ratio=ratio, include=include, exclude=exclude, init=init, seed=seed)
     check_convertible(model)
-    planned = make_plan(model, trace(model), settings)
+    with working("tracing and planning"):
+        planned = make_plan(model, trace(model), settings)
     return planned if device_of(model).type == "meta" else complete_plan(model, planned, settings.init)
 
 

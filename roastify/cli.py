@@ -6,9 +6,9 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
+import os
 import platform
 import re
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,6 +33,7 @@ from roastify.errors import ConfigError, RoastError, SourceError, closest
 from roastify.files import check_writable, write_json
 from roastify.kernels.backend import backend
 from roastify.printable import printable
+from roastify.progress import working
 from roastify.recovery.checkpoint import remove_checkpoint
 from roastify.recovery.options import RecoverOptions, Schedule
 from roastify.source import Source, load_data, load_source
@@ -255,7 +256,9 @@ def _check_folder(output: str, source: str) -> None:
 def _verify(found: Source, converted: nn.Module, console: Console) -> None:
     """Verify with the source's example inputs or, where it has none, with guessed ones."""
     inputs = found.example_inputs if found.example_inputs is not None else find_inputs(found.model)
-    console.print(report.verify_lines(api.verify(found.model, converted, inputs)))
+    with working("comparing both models"):
+        verified = api.verify(found.model, converted, inputs)
+    console.print(report.verify_lines(verified))
     if inputs is None:
         _say(how_to_give(found.name))
 
@@ -289,7 +292,7 @@ def bench(
     if json_file is not None:
         _check_file(json_file, source, settings["config"])
     found = _load(source)
-    with _status(f"measuring {source}"):
+    with working(f"measuring {source}"):
         measured = api.bench(
             found.model,
             config=config,
@@ -366,7 +369,9 @@ def recover(
     evaluate(model).
     """
     settings = {name: options.pop(name) for name in _SETTINGS}
-    place = parse_device(device)
+    # torchrun gives each process its numbers, and each its own GPU.
+    rank, local = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK")
+    place = parse_device(f"cuda:{local}" if device is None and local and torch.cuda.is_available() else device)
     if json_file is not None:
         _check_file(json_file, source, settings["config"], data)
     _check_folder(output, source)
@@ -388,6 +393,8 @@ def recover(
         align=align if align is not None else RecoverOptions.align if artifact is None else 0,
         **options,
     )
+    if rank != "0":
+        return
     _out().print(report.recovery_lines(recovered))
     api.save(student, output)
     _say(f"written to {output}")
@@ -470,12 +477,5 @@ def _version(package: str) -> str:
 
 
 def _load(source: str) -> Source:
-    with _status(f"loading {source}"):
+    with working(f"loading {source}"):
         return load_source(source)
-
-
-def _status(text: str) -> contextlib.AbstractContextManager[object]:
-    if not sys.stderr.isatty():
-        return contextlib.nullcontext()
-    # `Text`, because rich reads markup in a plain string.
-    return Console(stderr=True).status(Text(printable(text)))
