@@ -70,9 +70,9 @@ def working(description: str) -> Iterator[None]:
 
     # Without markup, which a file's name may look like.
     columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
+    console = Console(stderr=True)
     # What the work prints goes where it always goes.
-    left_alone = {"redirect_stdout": False, "redirect_stderr": False}
-    progress = Progress(*columns, console=Console(stderr=True), transient=True, **left_alone)
+    progress = Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False)
     progress.add_task(printable(description), total=None)
     # The step itself gives no sign of life, so another thread waits for it.
     timer = threading.Timer(_PATIENCE_S, progress.start)

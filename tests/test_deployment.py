@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -230,9 +231,9 @@ def test_a_convolution_with_a_basis_and_a_centred_tensor() -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("name", "setting"), marked(("tokens", "row")))
 def test_onnx_runtime_computes_the_same_from_one_pool(name: str, setting: str, tmp_path: Path) -> None:
-    onnx = pytest.importorskip("onnx")
-    runtime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
+    import onnx
+    import onnxruntime
+
     model, inputs = converted(name, **SETTINGS[setting]), MODELS[name][1]
     with roastify.plain_operators(model):
         program = torch.onnx.export(model, (inputs(4),), dynamo=True, dynamic_shapes=({0: BATCH},), verbose=False)
@@ -243,7 +244,7 @@ def test_onnx_runtime_computes_the_same_from_one_pool(name: str, setting: str, t
     initializers = {each.name: each.ByteSize() for each in loaded.graph.initializer}
     stored, pool = (stored_bytes(each) for each in (model.state_dict().values(), (p.weight for p in pools_of(model))))
     assert sum(initializers.values()) <= stored + pool / 4 + 64 * len(initializers)
-    session = runtime.InferenceSession(path)
+    session = onnxruntime.InferenceSession(path)
     for batch in (4, 7):
         x = inputs(batch)
         (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
@@ -282,8 +283,6 @@ def test_aot_inductor_stores_the_pool_once(tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 def test_onnx_runtime_runs_where_roastify_was_never_imported(tmp_path: Path) -> None:
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(package)
     model = converted("tokens")
     with roastify.plain_operators(model):
         torch.onnx.export(model, (words(4),), str(tmp_path / "model.onnx"), dynamo=True, dynamic_shapes=({0: BATCH},))
@@ -303,6 +302,32 @@ def test_what_densify_writes_is_what_servers_load(shard_size: str, tmp_path: Pat
     served, info = LlamaForCausalLM.from_pretrained(tmp_path / "served", output_loading_info=True)
     assert not any(info.values())
     torch.testing.assert_close(served.eval()(words(2)).logits, model(words(2)).logits)
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore")
+def test_the_pages_lines_work_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "deployment.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"torch": torch, "roastify": roastify, "fresh": Tokens(), "x": words(4)}
+    roastify.save(converted("tokens"), "out/")
+    found = []
+    for block in blocks:
+        if "aoti" in block and compiler() is None:
+            continue
+        exec(block, names)
+        if block.startswith("import"):
+            with torch.no_grad():
+                found.append(
+                    names["session"].run(None, {"tokens": words(7).numpy()})[0]
+                    if "onnx" in block
+                    else names["model"](words(7))
+                )
+            names["model"] = roastify.load("out/", model=Tokens()).eval()
+    assert len(blocks) == 7 and len(found) >= 2
+    for each in found:
+        torch.testing.assert_close(torch.as_tensor(each), names["model"](words(7)).detach(), atol=1e-4, rtol=1e-4)
 
 
 def test_what_a_program_cannot_store_is_refused_with_a_way_out() -> None:
