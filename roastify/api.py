@@ -415,7 +415,8 @@ def load(path: str | Path, model: _M, *, digest: str | None = None) -> _M:
         ConfigError: the digest is not one.
         ConversionError: the model itself cannot be converted (see `convert`).
     """
-    found = artifact.read_artifact(Path(path), digest)
+    with working(f"reading {path}"):
+        found = artifact.read_artifact(Path(path), digest)
     check_convertible(model)
     artifact.check_architecture(found, model)
     every_tensor = {id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
@@ -424,7 +425,8 @@ def load(path: str | Path, model: _M, *, digest: str | None = None) -> _M:
     device = torch.device("cpu") if device.type == "meta" else device
     for plan in found.plans:
         apply_plan(target, plan, build_pool(plan, device))
-    artifact.fill_from(found, target, device)
+    with working(f"reading {path}"):
+        artifact.fill_from(found, target, device)
     return target
 
 

@@ -16,6 +16,19 @@ _PATIENCE_S = 1.0
 _Item = TypeVar("_Item")
 
 
+class _Shown(threading.local):
+    """Whether this thread shows something already: a terminal has room for one bar."""
+
+    something = False
+
+
+_shown = _Shown()
+
+
+def _is_seen() -> bool:
+    return sys.stderr.isatty() and not _shown.something
+
+
 def track(
     items: Sequence[_Item],
     description: str,
@@ -24,13 +37,15 @@ def track(
 ) -> Iterator[_Item]:
     """Yield the items; on a terminal, show a progress bar on standard error once it has taken over a second.
 
+    Within other work that is shown, nothing is.
+
     Args:
         items: what there is to do.
         description: what is done.
         size: how much work an item is.
         note: what the bar says beside the time that is left, asked after each item.
     """
-    if not sys.stderr.isatty():
+    if not _is_seen():
         yield from items
         return
     # Imported here, so that `import roastify` does not import rich.
@@ -42,7 +57,7 @@ def track(
     progress = Progress(*columns, last, console=Console(stderr=True), transient=True)
     task = progress.add_task(description, total=sum(map(size, items)), note=note())
     begun = time.monotonic()
-    shown = False
+    shown, _shown.something = False, True
     try:
         for item in items:
             if not shown and time.monotonic() - begun > _PATIENCE_S:
@@ -51,6 +66,7 @@ def track(
             yield item
             progress.update(task, advance=size(item), note=note())
     finally:
+        _shown.something = False
         if shown:
             progress.stop()
 
@@ -62,7 +78,7 @@ def working(description: str) -> Iterator[None]:
     Args:
         description: what is done, in a step whose length is not known.
     """
-    if not sys.stderr.isatty():
+    if not _is_seen():
         yield
         return
     from rich.console import Console
@@ -78,9 +94,11 @@ def working(description: str) -> Iterator[None]:
     timer = threading.Timer(_PATIENCE_S, progress.start)
     timer.daemon = True
     timer.start()
+    _shown.something = True
     try:
         yield
     finally:
+        _shown.something = False
         timer.cancel()
         timer.join()
         progress.stop()

@@ -82,6 +82,9 @@ def test_a_step_without_a_known_length_says_what_it_does(monkeypatch: pytest.Mon
     with progress.working("tracing"):
         while "tracing" not in terminal.getvalue():
             pass
+        with progress.working("planning"):
+            assert list(progress.track([1, 2], "planning")) == [1, 2]
+    assert "planning" not in terminal.getvalue()
 
 
 def test_a_student_that_got_worse_is_reported() -> None:
