@@ -10,6 +10,7 @@ from roastify.api import bench, convert, densify, load, plan, recover, save, ver
 from roastify.checks.interface import VerifyReport
 from roastify.checks.model_bench import BenchReport
 from roastify.config import RoastConfig
+from roastify.deployment import plain_operators
 from roastify.errors import (
     BenchError,
     CheckpointError,
@@ -51,6 +52,7 @@ __all__ = [
     "convert",
     "densify",
     "load",
+    "plain_operators",
     "plan",
     "recover",
     "save",

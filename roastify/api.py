@@ -31,6 +31,7 @@ from roastify.conversion.supported import check_convertible, check_has_values, d
 from roastify.errors import ConfigError, OutputMismatch, closest
 from roastify.manifest import builder_in
 from roastify.pool.plan import RoastPlan
+from roastify.progress import working
 from roastify.recovery.options import RecoverOptions
 from roastify.recovery.report import RecoveryReport
 
@@ -133,12 +134,14 @@ def convert(
         raise ConfigError(f"emit must be one of {', '.join(get_args(Emit))}; found {emit!r}{hint}")
     check_convertible(model)
     check_has_values(model)
-    forest = trace(model)
+    with working("tracing the model"):
+        forest = trace(model)
     before, computed = observe(model, example_inputs), computed_weights(model)
     # Tensors that turn out to be unshareable once the model is converted.
     unshareable: dict[str, str] = {}
     while True:
-        planned = make_plan(model, forest, settings, unshareable)
+        with working("planning"):
+            planned = make_plan(model, forest, settings, unshareable)
         # If tensors turn out to be unshareable, the plan is another one, and what was kept is of no use.
         progress = None if resume is None or unshareable else _kept_progress(Path(resume), model, planned)
         planned = complete_plan(model, planned, settings.init, progress)
@@ -203,7 +206,8 @@ def plan(
     """
     settings = _settings(config, ratio=ratio, include=include, exclude=exclude, init=init, seed=seed)
     check_convertible(model)
-    planned = make_plan(model, trace(model), settings)
+    with working("tracing and planning"):
+        planned = make_plan(model, trace(model), settings)
     return planned if device_of(model).type == "meta" else complete_plan(model, planned, settings.init)
 
 
@@ -446,7 +450,8 @@ def load(path: str | Path, model: nn.Module | None = None, *, digest: str | None
         ConfigError: the digest is not one.
         ConversionError: the model itself cannot be converted (see `convert`).
     """
-    found = artifact.read_artifact(Path(path), digest)
+    with working(f"reading {path}"):
+        found = artifact.read_artifact(Path(path), digest)
     if model is None:
         model = artifact.dense_model_of(found).eval()
     check_convertible(model)
@@ -459,7 +464,8 @@ def load(path: str | Path, model: nn.Module | None = None, *, digest: str | None
         pool = build_pool(plan, device)
         pool.builder = builder_in(found.manifest)
         apply_plan(target, plan, pool)
-    artifact.fill_from(found, target, device)
+    with working(f"reading {path}"):
+        artifact.fill_from(found, target, device)
     return target
 
 

@@ -7,9 +7,9 @@ import dataclasses
 import importlib.metadata
 import importlib.resources
 import json
+import os
 import platform
 import re
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -36,6 +36,7 @@ from roastify.files import check_writable, digest_of_file, write_json
 from roastify.kernels.backend import backend
 from roastify.manifest import MANIFEST
 from roastify.printable import printable
+from roastify.progress import working
 from roastify.recovery.checkpoint import remove_checkpoint
 from roastify.recovery.options import RecoverOptions, Schedule
 from roastify.source import Source, is_artifact, load_data, load_source
@@ -330,7 +331,9 @@ def _verify(found: Source, converted: nn.Module, console: Console, original: nn.
     """Verify with the source's example inputs or, where it has none, with guessed ones."""
     original = found.model if original is None else original
     inputs = found.example_inputs if found.example_inputs is not None else find_inputs(original)
-    console.print(report.verify_lines(api.verify(original, converted, inputs)))
+    with working("comparing both models"):
+        verified = api.verify(original, converted, inputs)
+    console.print(report.verify_lines(verified))
     if inputs is None:
         _say(how_to_give(found.name))
 
@@ -372,7 +375,7 @@ def bench(
     found = _load(source, dense, digest)
     if found.converted:
         _refuse_settings(settings, source)
-    with _status(f"measuring {source}"):
+    with working(f"measuring {source}"):
         measured = api.bench(
             found.model,
             config=None if found.converted else config,
@@ -452,7 +455,9 @@ def recover(
     """
     settings = {name: options.pop(name) for name in _SETTINGS}
     source, artifact = _dense_and_artifact(source, dense, artifact)
-    place = parse_device(device)
+    # torchrun gives each process its numbers, and each its own GPU.
+    rank, local = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK")
+    place = parse_device(f"cuda:{local}" if device is None and local and torch.cuda.is_available() else device)
     if json_file is not None:
         _check_file(json_file, source, settings["config"], data)
     _check_folder(output, source)
@@ -476,6 +481,8 @@ def recover(
         align=align if align is not None else RecoverOptions.align if artifact is None else 0,
         **options,
     )
+    if rank != "0":
+        return
     _out().print(report.recovery_lines(recovered))
     _save(student, output, found, files)
     if json_file is not None:
@@ -580,7 +587,7 @@ def _version(package: str) -> str:
 
 
 def _load(source: str, dense: str | None = None, digest: str | None = None) -> Source:
-    with _status(f"loading {source}"):
+    with working(f"loading {source}"):
         return load_source(source, dense=dense, digest=digest)
 
 
@@ -597,10 +604,3 @@ def _load_dense(source: str) -> Source:
             f"what is in it"
         )
     return found
-
-
-def _status(text: str) -> contextlib.AbstractContextManager[object]:
-    if not sys.stderr.isatty():
-        return contextlib.nullcontext()
-    # `Text`, because rich reads markup in a plain string.
-    return Console(stderr=True).status(Text(printable(text)))
