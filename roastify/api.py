@@ -17,8 +17,9 @@ from roastify.checks.behaviour import check_behaviour
 from roastify.checks.interface import VerifyReport, compare_interfaces, observe
 from roastify.checks.model_bench import BenchOptions, BenchReport, check_inputs, measure, parse_device, parse_dtype
 from roastify.config import Init, RoastConfig
+from roastify.conversion.adapters import save_peft_config
 from roastify.conversion.computed_weights import changed_sources, computed_weights, estimate_norms
-from roastify.conversion.converted import pools_of, refuse_sharded, refused_write
+from roastify.conversion.converted import pools_of, refuse_sharded, refused_write, tensors_of_adapters
 from roastify.conversion.digests import digest_of_model, digest_of_plan
 from roastify.conversion.emitted_graph import emit_graph
 from roastify.conversion.fx_pass import trace
@@ -390,6 +391,7 @@ def save(
             state dict is another model's, or the folder cannot be written or holds other weights.
     """
     artifact.write_artifact(model, Path(path), state_dict, allow_nonfinite=allow_nonfinite)
+    save_peft_config(model, Path(path))
 
 
 def load(path: str | Path, model: _M, *, digest: str | None = None) -> _M:
@@ -414,8 +416,14 @@ def load(path: str | Path, model: _M, *, digest: str | None = None) -> _M:
     found = artifact.read_artifact(Path(path), digest)
     check_convertible(model)
     artifact.check_architecture(found, model)
-    every_tensor = {id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
-    target = copy_without(model, every_tensor)
+    of_adapters = found.plans[0].of_adapters
+    if of_adapters:
+        check_has_values(model)
+        left_out = tensors_of_adapters(model, found.plans)
+    else:
+        left_out = {id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+    # Many adapters share the tensors of one base.
+    target = copy_without(model, left_out, share_others=of_adapters)
     device = device_of(model)
     device = torch.device("cpu") if device.type == "meta" else device
     for plan in found.plans:

@@ -21,10 +21,12 @@ from roastify.pool.plan_checks import check_names, check_plan
 from roastify.pool.pool import basis_name
 from roastify.tensor_file import Stored
 
-FORMAT_VERSION = 5
+# Version 6 has artifacts of adapters, whose base is elsewhere; the others are of version 5.
+FORMAT_VERSION, WHOLE_VERSION = 6, 5
 WEIGHTS = "model.safetensors"
 _REQUIRED = ("weights", "ties", "buffers", "state_dict", "plan")
-_KNOWN = {"format_version", "mapping_version", "other_plans", "sha256", *_REQUIRED}
+_KNOWN = {"format_version", "mapping_version", "other_plans", "base", "sha256", *_REQUIRED}
+_OF_BASE = {"names", "dtypes", "values"}
 
 
 def parse_manifest(content: bytes, path: Path) -> dict[str, Any]:
@@ -120,6 +122,13 @@ def _check_rest(manifest: dict[str, Any], plans: tuple[RoastPlan, ...]) -> None:
         raise ValueError(f"the unknown key {min(unknown)!r}")
     if manifest["mapping_version"] != max(plan.mapping_version for plan in plans):
         raise ValueError("its mapping_version is not that of its plan")
+    base = manifest.get("base")
+    if (base is not None) != plans[0].of_adapters or any(plan.of_adapters != plans[0].of_adapters for plan in plans):
+        raise ValueError("base is there without a plan of adapters, or missing for one")
+    if base is not None:
+        if not isinstance(base, dict) or base.keys() != _OF_BASE:
+            raise ValueError(f"base is not the digests of its {', '.join(sorted(_OF_BASE))}")
+        _texts("base", list(base.values()))
     weights = manifest["weights"]
     if weights.keys() != {"file", "sha256"} or weights["file"] != WEIGHTS:
         raise ValueError(f"weights are not the file {WEIGHTS} and its sha256")

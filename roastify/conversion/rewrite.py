@@ -20,12 +20,15 @@ from roastify.pool.forward_pass import RootForward, bound_to
 from roastify.pool.members import POOL_NAME
 from roastify.pool.plan import RoastPlan
 from roastify.pool.pool import RoastPool
+from roastify.pool.start_values import start_values
 
 _M = TypeVar("_M", bound=nn.Module)
 
 
-def copy_without(model: _M, left_out: set[int]) -> _M:
+def copy_without(model: _M, left_out: set[int], *, share_others: bool = False) -> _M:
     """Deep-copy a model. In the copy, tensors whose ids are in `left_out` are meta tensors, without memory.
+
+    With `share_others`, all other Parameters and buffers are the model's own.
 
     Raises:
         ConversionError: the model holds an object that cannot be copied.
@@ -36,6 +39,8 @@ def copy_without(model: _M, left_out: set[int]) -> _M:
             empty = torch.empty_like(tensor, device="meta")
             is_parameter = isinstance(tensor, nn.Parameter)
             memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
+        elif share_others:
+            memo[id(tensor)] = tensor
     for tensor in computed_attributes(model):
         memo[id(tensor)] = tensor.detach().clone()
     try:
@@ -58,12 +63,16 @@ def build_pool(plan: RoastPlan, device: torch.device | str) -> RoastPool:
         unread_rows=unread_rows,
         scales=plan.scale_energies(),
         bases=[(tensor.basis_shape, plan.basis_energy(tensor)) for tensor in plan.with_basis],
+        starts=start_values(plan),
         dtype=getattr(torch, plan.dtype),
         device=device,
         trainable=plan.trainable,
         precondition=plan.precondition,
     )
     pool.plan = plan
+    if plan.of_adapters:
+        # The frozen layers around the adapters are no oversight.
+        pool.meant = plan.trainable
     return pool
 
 
