@@ -415,15 +415,13 @@ def load(path: str | Path, model: _M, *, digest: str | None = None) -> _M:
     """
     found = artifact.read_artifact(Path(path), digest)
     check_convertible(model)
-    artifact.check_architecture(found, model)
-    of_adapters = found.plans[0].of_adapters
-    if of_adapters:
+    if found.plans[0].of_adapters:
         check_has_values(model)
-        left_out = tensors_of_adapters(model, found.plans)
-    else:
-        left_out = {id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+    artifact.check_architecture(found, model)
+    every_tensor = {id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+    left_out = tensors_of_adapters(model, found.plans) if found.plans[0].of_adapters else every_tensor
     # Many adapters share the tensors of one base.
-    target = copy_without(model, left_out, share_others=of_adapters)
+    target = copy_without(model, left_out, shared=every_tensor - left_out)
     device = device_of(model)
     device = torch.device("cpu") if device.type == "meta" else device
     for plan in found.plans:

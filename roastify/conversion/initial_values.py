@@ -133,19 +133,24 @@ def fill_pool(
             else:
                 basis.copy_(cosine_basis(tensor.shape[2:], tensor.basis_count))
     if init == "project":
-        left = plan.shared if progress is None else plan.shared[progress.projected :]
-        pool.initialise_projection(
-            (
-                _targets(pool, tensor, model.get_parameter(tensor.name).detach())
-                for tensor in track(left, "projecting weights", size=lambda tensor: tensor.numel)
-            ),
-            begun=None if progress is None else progress.sums,
-            after_each=None if progress is None else progress.add_projected,
-        )
+        project_into(pool, model, plan, progress)
     else:
         assert plan.pool_std is not None, "the plan was not measured"
         pool.initialise_random(plan.pool_std, plan.seed + _POOL_SEED_OFFSET)
     _check_filled(pool, plan)
+
+
+def project_into(pool: RoastPool, model: nn.Module, plan: RoastPlan, progress: KeptProgress | None = None) -> None:
+    """Set the pool to the least-squares fit of a dense model's weights."""
+    left = plan.shared if progress is None else plan.shared[progress.projected :]
+    pool.initialise_projection(
+        (
+            _targets(pool, tensor, model.get_parameter(tensor.name).detach())
+            for tensor in track(left, "projecting weights", size=lambda tensor: tensor.numel)
+        ),
+        begun=None if progress is None else progress.sums,
+        after_each=None if progress is None else progress.add_projected,
+    )
 
 
 def _check_filled(pool: RoastPool, plan: RoastPlan) -> None:
@@ -182,6 +187,8 @@ def _target_matrix(pool: RoastPool, tensor: TensorPlan, dense: torch.Tensor) -> 
     """Return the matrix that the pool should hold for a dense tensor."""
     if tensor.diagonal:
         dense = _off_diagonal(dense)
+    if tensor.start:
+        dense = dense - pooled_weight(pool, tensor).starts(dense.dtype)
     whole = matrix(tensor, dense - tensor.center if tensor.center else dense)
     if tensor.fold is not None:
         # Before any training, when every learned scale is 1.

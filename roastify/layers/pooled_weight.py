@@ -72,8 +72,7 @@ class PooledWeight(WeightView):
         if self.center:
             weight = weight + self.center
         if self.start_at is not None:
-            starts = self.pool.starts[self.start_at : self.start_at + math.prod(self.shape)]
-            weight = weight + starts.view(self.shape).to(dtype)
+            weight = weight + self.starts(dtype)
         if self.diagonal:
             weight = self._with_diagonal(weight)
         if self.zero_row is None:
@@ -82,6 +81,11 @@ class PooledWeight(WeightView):
         # if the gradient is one expanded number (as a sum's is), Inductor of torch 2.13 sets all of it to zero.
         row = torch.arange(weight.shape[0], device=weight.device) == self.zero_row
         return weight.masked_fill(row.view(-1, *(1,) * (weight.dim() - 1)), 0.0)
+
+    def starts(self, dtype: torch.dtype) -> Tensor:
+        """Return what the tensor starts from, and the pool holds the difference from, in a dtype."""
+        assert self.start_at is not None, "the tensor starts from zero"
+        return self.pool.starts[self.start_at : self.start_at + math.prod(self.shape)].view(self.shape).to(dtype)
 
     def _with_diagonal(self, weight: Tensor) -> Tensor:
         rows, cols = (torch.arange(size, device=weight.device) for size in self.shape)
