@@ -442,7 +442,9 @@ def fill_from(artifact: Artifact, model: nn.Module, device: torch.device) -> Non
     for name, like in wanted.items():
         key = ties.get(name, name)
         if key not in loaded:
-            loaded[key] = _as_tensor(key, stored[key], like, device)
+            # What is beside the adapters' factors computes in the dtype of the base that there is.
+            value = stored[key].to(like.dtype) if artifact.plans[0].of_adapters else stored[key]
+            loaded[key] = _as_tensor(key, value, like, device)
         _assign(model, name, loaded[key])
     _check_no_meta_left(model)
 

@@ -34,12 +34,12 @@ def adapter_tensors(model: nn.Module) -> dict[int, str]:
     several = {name: None for module in model.modules() for name in getattr(module, "peft_config", None) or {}}
     if len(several) > 1:
         raise PlanError(
-            f"include={WORD!r} found the adapters {', '.join(several)}, and a pool holds one: give each adapter a PEFT "
-            f"model of its own, on the same base"
+            f"the model has the adapters {', '.join(several)}, and a pool holds one; delete the others, or give each "
+            f"adapter a PEFT model of its own on the same base"
         )
     found: dict[int, str] = {}
     for holder, low_rank in _holders(model):
-        why = "" if low_rank else "a whole layer or a prompt that is trained beside the low-rank factors"
+        why = "" if low_rank else "a whole layer or a prompt beside low-rank factors"
         for tensor in [*holder.parameters(), *holder.buffers()] if isinstance(holder, nn.Module) else [holder]:
             found.setdefault(id(tensor), why or ("a vector" if tensor.dim() < 2 else ""))
     for parameter in model.parameters():

@@ -101,6 +101,11 @@ def _plan_adapters(
         else:
             base_numel += info.parameter.numel()
     dense = {info.name: found[id(info.parameter)] for info in of_adapters if found[id(info.parameter)]}
+    if len(dense) == len(of_adapters):
+        raise PlanError(
+            f"include={WORD!r} found no low-rank factors to share, only {_some(dense)}; such adapters are small: save "
+            f"them with PEFT"
+        )
     # Factors are thin, with 8 rows or columns, and few: elements are shared one by one, each with a sign. A basis or
     # folds are for large layers.
     tile = "1x1" if config.tile == "auto" else config.tile
@@ -108,7 +113,11 @@ def _plan_adapters(
     settings = dataclasses.replace(config, include=(), tile=tile, sign=sign, kernel_basis="none", fold="none")
     part = dataclasses.replace(forest, parameters=tuple(of_adapters))
     plan = _make_plan(model, part, settings, {**dense, **unshareable}, everything=True)
-    return dataclasses.replace(plan, scope=WORD, base_numel=base_numel)
+    return dataclasses.replace(plan, scope=WORD, base_numel=base_numel, share="weights")
+
+
+def _some(reasons: Mapping[str, str]) -> str:
+    return "; ".join(f"{name} ({reason})" for name, reason in list(reasons.items())[:2])
 
 
 def _most_kept(budget: Fraction, total: int) -> Fraction:

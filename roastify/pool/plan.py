@@ -442,16 +442,39 @@ class RoastPlan:
         return typed(cls, values, "plan")
 
 
-_DEFAULTS = {field.name: field.default for field in dataclasses.fields(TensorPlan)}
+# What most tensors of adapters are, beside the fields' own defaults: a manifest leaves it out.
+_OF_FACTORS = {
+    **{field.name: field.default for field in dataclasses.fields(TensorPlan)},
+    "dtype": "float32",
+    "op": "linear",
+    "shared": True,
+    "reason": "eligible",
+    "through": "layer",
+    "scale": 1.0,
+}
 
 
 def _compact(tensor: dict[str, Any]) -> dict[str, Any]:
-    """Return a tensor's values without what follows from the others: adapters have many tensors and few values."""
-    values = {key: value for key, value in tensor.items() if value != _DEFAULTS[key]}
+    """Return a tensor's values without what is usual: adapters have many tensors and few values."""
+    values = {key: value for key, value in tensor.items() if value != _OF_FACTORS[key]}
     if list(values["aliases"]) == [values["name"]]:
         del values["aliases"]
+    if [values.get("rows"), values.get("cols")] == list(values["shape"]):
+        del values["rows"], values["cols"]
     return values
 
 
 def _full(tensor: Any) -> Any:
-    return {"aliases": [tensor["name"]], **tensor} if isinstance(tensor, dict) and "name" in tensor else tensor
+    """Return what `_compact` was given, or anything else as it is."""
+    if not isinstance(tensor, dict) or not {"name", "shape"} <= tensor.keys():
+        return tensor
+    usual = {key: value for key, value in _OF_FACTORS.items() if value is not dataclasses.MISSING}
+    values = {**usual, "aliases": [tensor["name"]], **tensor}
+    if (
+        values["shared"] is True
+        and "rows" not in tensor
+        and isinstance(values["shape"], list)
+        and len(values["shape"]) == 2
+    ):
+        values["rows"], values["cols"] = values["shape"]
+    return values
