@@ -31,6 +31,8 @@ from benchmarks.accuracy.inputs import Examples
 from benchmarks.accuracy.step import CapturedStep
 from benchmarks.accuracy.training import MACHINE, autocast_on, schedule
 from benchmarks.rows import FOLDER, Row, Rows, machine
+from roastify.conversion.converted import pool_of
+from roastify.pool.pool import RoastPool
 
 RESULTS = FOLDER / "adapters.json"
 PACKED = Path(__file__).parents[1] / "data" / "adapters"
@@ -56,6 +58,7 @@ class Method:
         rank: of the adapters.
         ratio: parameters of a LoRA of this rank, its head included, ÷ parameters stored.
         tile: of the pool.
+        start_scale: λ of the factors that start at random numbers; None: roastify's own.
         rates: the learning rates to begin with.
     """
 
@@ -64,6 +67,7 @@ class Method:
     rank: int = RANK
     ratio: float = 1.0
     tile: str = "auto"
+    start_scale: float | None = None
     rates: tuple[float, ...] = (1e-3, 10**-2.5, 1e-2)
 
 
@@ -72,11 +76,14 @@ METHODS = [
     Method("LoRA in a pool ÷ 50", "pool", ratio=50),
     Method("Uni-LoRA ÷ 50", "unilora", ratio=50, rates=(1e-2, 10**-1.5, 1e-1)),
     Method("LoRA, rank 1", "lora", rank=1),
-    Method("LoRA in a pool ÷ 10", "pool", ratio=10),
+    Method("LoRA in a pool ÷ 50, λ 1/16", "pool", ratio=50, start_scale=1 / 16),
+    Method("LoRA in a pool ÷ 50, λ 0", "pool", ratio=50, start_scale=0.0),
+    Method("LoRA in a pool ÷ 50, λ 1/4", "pool", ratio=50, start_scale=1 / 4),
     Method("LoRA in a pool ÷ 200", "pool", ratio=200),
-    Method("Uni-LoRA ÷ 10", "unilora", ratio=10, rates=(1e-2, 10**-1.5, 1e-1)),
-    Method("Uni-LoRA ÷ 200", "unilora", ratio=200, rates=(1e-2, 10**-1.5, 1e-1)),
+    Method("LoRA in a pool ÷ 10", "pool", ratio=10),
     Method("head alone", "head", rates=(HEAD_RATE,)),
+    Method("Uni-LoRA ÷ 200", "unilora", ratio=200, rates=(1e-2, 10**-1.5, 1e-1)),
+    Method("Uni-LoRA ÷ 10", "unilora", ratio=10, rates=(1e-2, 10**-1.5, 1e-1)),
     Method("LoRA in a pool ÷ 50, tiles of 1×8", "pool", ratio=50, tile="1x8"),
 ]
 
@@ -183,8 +190,16 @@ def build(method: Method, packed: Path, seed: int) -> nn.Module:
     model = peft.get_peft_model(base, lora)
     if method.kind == "pool":
         settings = roastify.RoastConfig(tile=method.tile)
-        return roastify.convert(model, method.ratio, config=settings, include="adapters", seed=seed, inplace=True)
+        model = roastify.convert(model, method.ratio, config=settings, include="adapters", seed=seed, inplace=True)
+        if method.start_scale is not None:
+            _set_start_scale(pool_of(model), method.start_scale)
     return model
+
+
+def _set_start_scale(pool: RoastPool, scale: float) -> None:
+    scales = {tensor.name: scale if tensor.start else 1.0 for tensor in pool.plan.shared}
+    starts = {tensor.name: tensor.start for tensor in pool.plan.shared}
+    pool._set_plan(pool.plan.with_values(scales, {}, {}, 0.0, starts=starts))
 
 
 class AdapterStep(CapturedStep):

@@ -821,8 +821,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no manifest": (lambda a: (a / MANIFEST).unlink(), r"/a is not a roastify artifact: roast\.json is missing"),
     "no weights": (lambda a: (a / WEIGHTS).unlink(), r"/a is not a roastify artifact: model\.safetensors is missing"),
     "newer format": (
-        _set("format_version", to=6),
-        r"roast\.json has format version 6, and this roastify reads up to 5; install a newer roastify",
+        _set("format_version", to=7),
+        r"roast\.json has format version 7, and this roastify reads up to 6; install a newer roastify",
     ),
     "newer mapping": (
         _set("mapping_version", to=7),
