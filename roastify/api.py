@@ -17,7 +17,6 @@ from roastify.checks.behaviour import check_behaviour
 from roastify.checks.interface import VerifyReport, compare_interfaces, observe
 from roastify.checks.model_bench import BenchOptions, BenchReport, check_inputs, measure, parse_device, parse_dtype
 from roastify.config import Init, RoastConfig
-from roastify.conversion.adapters import save_peft_config
 from roastify.conversion.computed_weights import changed_sources, computed_weights, estimate_norms
 from roastify.conversion.converted import pools_of, refuse_sharded, refused_write, tensors_of_adapters
 from roastify.conversion.digests import digest_of_model, digest_of_plan
@@ -391,7 +390,6 @@ def save(
             state dict is another model's, or the folder cannot be written or holds other weights.
     """
     artifact.write_artifact(model, Path(path), state_dict, allow_nonfinite=allow_nonfinite)
-    save_peft_config(model, Path(path))
 
 
 def load(path: str | Path, model: _M, *, digest: str | None = None) -> _M:

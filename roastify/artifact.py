@@ -23,7 +23,7 @@ import safetensors
 import torch
 from torch import nn
 
-from roastify.conversion.adapters import base_of, has_adapters
+from roastify.conversion.adapters import PEFT_CONFIG, base_of, has_adapters, save_peft_config
 from roastify.conversion.converted import current_plans, owners, pools_in, tensors_of_adapters
 from roastify.conversion.digests import digests_of_base
 from roastify.conversion.rewrite import build_pool
@@ -113,6 +113,11 @@ def write_artifact(
             _finish_interrupted_saves(folder)
         remove_abandoned(folder)
         check_replaceable(folder)
+        if base and (folder / PEFT_CONFIG).exists() and not (folder / MANIFEST).exists():
+            raise CheckpointError(
+                f"{folder} holds {PEFT_CONFIG}, which roastify did not write, so it is not overwritten; name another "
+                f"folder"
+            )
         with Staging(folder, _STAGED) as stage:
             write_tensors(tensors, stage.path / WEIGHTS)
             manifest = {
@@ -133,7 +138,10 @@ def write_artifact(
             # Adapters are small, and a manifest with a value a line would be larger than their values.
             text = json.dumps(manifest, indent=None if base else 1, ensure_ascii=False)
             (stage.path / MANIFEST).write_text(text + "\n", encoding="utf-8")
-            moves = {name: folder / name for name in (WEIGHTS, MANIFEST)}
+            if base:
+                save_peft_config(model, stage.path)
+            found = [name for name in (PEFT_CONFIG, WEIGHTS, MANIFEST) if (stage.path / name).exists()]
+            moves = {name: folder / name for name in found}
             stage.make_durable(moves)
             with locked(folder):
                 # Another save may have been killed since the first look, or another program may have written.

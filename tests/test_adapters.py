@@ -6,6 +6,7 @@ import copy
 import functools
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 import roastify
 from roastify.api import densify_artifact
-from roastify.artifact import read_artifact
+from roastify.artifact import read_artifact, seal
 from roastify.conversion.converted import pool_of, pooled_weight
 from roastify.errors import CheckpointError, ConversionError, PlanError, RoastError
 from roastify.pool.mapping import mix64, start_key
@@ -88,6 +89,14 @@ def trained(seed: int = 0) -> Any:
 
 def trainable(model: nn.Module) -> list[str]:
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return an artifact of trained adapters."""
+    folder = tmp_path_factory.mktemp("adapters") / "saved"
+    roastify.save(trained(), folder)
+    return folder
 
 
 # Where they start.
@@ -198,11 +207,10 @@ OTHER_BASES = {
 
 
 @pytest.mark.parametrize("case", OTHER_BASES)
-def test_adapters_are_not_loaded_onto_another_base(case: str, tmp_path: Path) -> None:
+def test_adapters_are_not_loaded_onto_another_base(case: str, saved: Path) -> None:
     make, message = OTHER_BASES[case]
-    roastify.save(trained(), tmp_path)
     with pytest.raises((CheckpointError, ConversionError), match=message):
-        roastify.load(tmp_path, make())
+        roastify.load(saved, make())
 
 
 def test_a_base_in_another_dtype_is_taken_with_a_warning_unless_its_values_are_the_same(tmp_path: Path) -> None:
@@ -246,6 +254,40 @@ def test_peft_saves_and_loads_the_factors(tmp_path: Path) -> None:
     again.load_adapter(tmp_path, "default", is_trainable=True)
     torch.testing.assert_close(outputs(again), expected, rtol=1e-5, atol=1e-6)
     assert trainable(again) == ["roast_pool.weight", *HEAD]
+
+
+def test_a_save_does_not_overwrite_pefts_own_adapter(tmp_path: Path) -> None:
+    model = trained()
+    model.save_pretrained(tmp_path / "peft")
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json, which roastify did not write"):
+        roastify.save(model, tmp_path / "peft")
+    for _ in range(2):
+        roastify.save(model, tmp_path / "own")
+    assert {file.name for file in (tmp_path / "own").iterdir()} == {
+        "adapter_config.json",
+        "model.safetensors",
+        "roast.json",
+    }
+
+
+DAMAGES = {
+    "no base": lambda manifest: manifest.pop("base"),
+    "another key": lambda manifest: manifest["base"].update(more="x"),
+    "no text": lambda manifest: manifest["base"].update(values=3),
+    "of a model": lambda manifest: manifest["plan"].pop("scope"),
+    "start of a factor": lambda manifest: manifest["plan"]["tensors"][0].update(start=-1.0),
+    "no start at all": lambda manifest: manifest["plan"].update(init="project"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_a_forged_manifest_of_adapters_is_refused(case: str, saved: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(saved, tmp_path / "forged"))
+    manifest = json.loads((folder / "roast.json").read_text())
+    DAMAGES[case](manifest)
+    (folder / "roast.json").write_text(json.dumps(seal(manifest)))
+    with pytest.raises(CheckpointError, match="is damaged"):
+        read_artifact(folder)
 
 
 def test_peft_does_not_load_what_the_pool_cannot_hold(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from roastify.errors import ConversionError, PlanError
 
 # The word for `include` that means a PEFT model's adapters.
 WORD = "adapters"
+# The file of PEFT's configuration.
+PEFT_CONFIG = "adapter_config.json"
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -109,6 +111,6 @@ def _attributes(layer: nn.Module) -> Iterator[Any]:
 
 
 def save_peft_config(model: nn.Module, folder: Path) -> None:
-    """Write PEFT's configuration beside an artifact of adapters, so that the PEFT model can be built again."""
+    """Write the configuration by which PEFT builds the model again, as PEFT does."""
     for config in (getattr(model, "peft_config", None) or {}).values():
         config.save_pretrained(str(folder))
