@@ -102,7 +102,8 @@ def convert(
         example_inputs: a tensor, a sequence of positional or a mapping of keyword arguments. If given, outputs are
             compared with the original's in train and eval mode, and weights that the model itself writes to are found
             and stay dense.
-        include: patterns of tensors or modules that may be shared (exact name, glob or `re:…`).
+        include: patterns of tensors or modules that may be shared (exact name, glob or `re:…`); `adapters`: those of a
+            PEFT model.
         exclude: patterns of tensors or modules that stay dense.
         init: `match` (training from scratch) or `project` (pretrained weights).
         seed: the seed of the mapping and of the pool's initial values.
@@ -371,6 +372,8 @@ def save(
 ) -> None:
     """Write a converted model as an artifact folder: `roast.json` and `model.safetensors`.
 
+    Of a model whose adapters are in a pool, the base is left out, and PEFT's `adapter_config.json` is written too.
+
     If a save is killed, the previous artifact or the new one is complete, and the next save removes its temporary
     files. Of several processes that save to one folder, each leaves a whole artifact, and the last one's stays. New
     files have the permissions of those that they replace, or those of the umask.
@@ -401,13 +404,14 @@ def load(path: str | Path, model: _M, *, digest: str | None = None) -> _M:
     Args:
         path: an artifact folder.
         model: the dense architecture on any device; for the meta device, the result is on the CPU. The model is left
-            unchanged, and its weights are not used.
+            unchanged, and its weights are not used. For adapters, a PEFT model of their configuration on their base,
+            whose weights the result shares.
         digest: the SHA-256 of the artifact's `roast.json`, as `sha256sum` prints it, from a source that you trust. That
             file names the digest of the weights, so it stands for the whole artifact. None accepts any artifact.
 
     Raises:
-        CheckpointError: the artifact is missing, damaged, newer than this version, of another architecture, or has
-            another digest.
+        CheckpointError: the artifact is missing, damaged, newer than this version, of another architecture, of adapters
+            of another base, or has another digest.
         ConfigError: the digest is not one.
         ConversionError: the model itself cannot be converted (see `convert`).
     """
