@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 import roastify
 from roastify.api import densify_artifact
 from roastify.artifact import read_artifact, seal
-from roastify.conversion.converted import pool_of, pooled_weight
+from roastify.conversion.converted import pool_of
 from roastify.errors import CheckpointError, ConversionError, PlanError, RoastError
 from roastify.pool.mapping import mix64, start_key
 from roastify.pool.start_values import start_offsets, start_values
@@ -318,10 +317,13 @@ METHODS = {
     "embedding": lambda: lora(target_modules=["words", "up"]),
     "biases": lambda: lora(bias="lora_only"),
     "loha": lambda: peft.LoHaConfig(r=4, target_modules=["up", "down"]),
+    "oft": lambda: peft.OFTConfig(oft_block_size=8, target_modules=["up", "down"]),
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [name if name == "dora" else pytest.param(name, marks=pytest.mark.long) for name in METHODS]
+)
 def test_other_adapters_train_and_load(method: str, tmp_path: Path) -> None:
     make = METHODS[method]
     model = adapted(make())
@@ -362,6 +364,7 @@ def test_one_pool_is_of_one_adapter(tmp_path: Path) -> None:
 REFUSED = {
     "unreachable": (lambda: adapted(), 1000, "largest reachable ratio is .*head.modules_to_save.default.weight 48"),
     "no factors": (lambda: adapted(peft.VeraConfig(target_modules=["up"])), 2, r"no low-rank factors to share.*vera_"),
+    "adalora": (lambda: adapted(peft.AdaLoraConfig(target_modules=["up"], total_step=4)), 2, "AdaLoRA drops ranks"),
     "no adapters": (base, 2, r"pattern 'adapters' matched no"),
     "converted base": (lambda: peft.get_peft_model(roastify.convert(base(), 2), lora()), 2, "already converted"),
 }
@@ -375,32 +378,64 @@ def test_refused_conversions(case: str) -> None:
         roastify.convert(model, ratio, include="adapters")
 
 
+def bert(**settings: Any) -> Any:
+    """Return a classifier of transformers with adapters: PEFT's model, or if `native`, transformers' own."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=WORDS, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    config.max_position_embeddings = 8
+    model = transformers.BertForSequenceClassification(config)
+    if settings.pop("native", False):
+        model.add_adapter(peft.LoraConfig(r=8, target_modules=["query", "value"]))
+        return model
+    return peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules="all-linear", task_type="SEQ_CLS"))
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=X).logits
+
+
 def test_a_transformer_with_a_classifier(tmp_path: Path) -> None:
     """The library's own models, read through PEFT's wrapper for the task, and the plan on the meta device."""
-    transformers = pytest.importorskip("transformers")
-
-    def make() -> Any:
-        torch.manual_seed(0)
-        config = transformers.BertConfig(
-            vocab_size=WORDS, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
-        )
-        config.max_position_embeddings = 8
-        settings = peft.LoraConfig(r=8, target_modules="all-linear", task_type="SEQ_CLS")
-        return peft.get_peft_model(transformers.BertForSequenceClassification(config), settings)
-
-    model = roastify.convert(make(), 20, include="adapters")
-    batch = {"input_ids": X, "labels": torch.tensor([0, 1, 1, 0])}
-    with torch.no_grad():
-        assert torch.equal(model.eval()(**batch).logits, make().eval()(**batch).logits)
-    model.train()(**batch).loss.backward()
+    model = roastify.convert(bert(), 20, include="adapters")
+    assert torch.equal(logits(model), logits(bert()))
+    model.train()(input_ids=X, labels=torch.tensor([0, 1, 1, 0])).loss.backward()
     assert pool_of(model).weight.grad.any()
     assert [name for name, each in model.named_parameters() if each.grad is not None] == trainable(model)
     with torch.no_grad():
         pool_of(model).weight.normal_(0, 0.02)
     roastify.save(model, tmp_path)
-    loaded = roastify.load(tmp_path, make())
-    assert torch.equal(loaded.eval()(**batch).logits, model.eval()(**batch).logits)
-    planned = roastify.plan(make().to("meta"), 20, include="adapters")
+    assert torch.equal(logits(roastify.load(tmp_path, bert())), logits(model))
+    planned = roastify.plan(bert().to("meta"), 20, include="adapters")
     assert [tensor.name for tensor in planned.tensors] == [tensor.name for tensor in pool_of(model).plan.tensors]
-    assert re.search(r"lora_A\.default\.weight", planned.shared[0].name)
-    assert pooled_weight(pool_of(model), pool_of(model).plan.shared[0]).start_at == 0
+
+
+def test_adapters_that_transformers_added_itself(tmp_path: Path) -> None:
+    model = roastify.convert(bert(native=True), 8, include="adapters")
+    with torch.no_grad():
+        pool_of(model).weight.normal_(0, 0.02)
+    expected = logits(model)
+    assert not torch.equal(expected, logits(bert(native=True)))
+    roastify.save(model, tmp_path / "pool")
+    assert torch.equal(logits(roastify.load(tmp_path / "pool", bert(native=True))), expected)
+    model.save_pretrained(tmp_path / "dense")
+    dense = bert().unload()
+    dense.load_adapter(str(tmp_path / "dense"))
+    assert torch.equal(logits(dense), expected)
+
+
+@pytest.mark.long
+def test_a_trainer_resumes(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    data = [{"input_ids": torch.arange(6) + index, "labels": torch.tensor(index % 2)} for index in range(8)]
+    settings = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
+    options = transformers.TrainingArguments(str(tmp_path), report_to=[], disable_tqdm=True, use_cpu=True, **settings)
+    found = []
+    for resume in (None, str(tmp_path / "checkpoint-2")):
+        model = roastify.convert(bert(), 20, include="adapters")
+        transformers.Trainer(model, options, train_dataset=data).train(resume_from_checkpoint=resume)
+        found.append(logits(model))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)

@@ -31,13 +31,17 @@ def adapter_tensors(model: nn.Module) -> dict[int, str]:
         the adapters (`modules_to_save`), prompts and biases stay dense.
 
     Raises:
-        PlanError: there are several adapters, of which one pool would train all.
+        PlanError: there are several adapters, of which one pool would train all, or they are AdaLoRA's.
     """
-    several = {name: None for module in model.modules() for name in getattr(module, "peft_config", None) or {}}
-    if len(several) > 1:
+    configs = {name: each for module in model.modules() for name, each in _configs_of(module).items()}
+    if len(configs) > 1:
         raise PlanError(
-            f"the model has the adapters {', '.join(several)}, and a pool holds one; delete the others, or give each "
+            f"the model has the adapters {', '.join(configs)}, and a pool holds one; delete the others, or give each "
             f"adapter a PEFT model of its own on the same base"
+        )
+    if any(config.peft_type == "ADALORA" for config in configs.values()):
+        raise PlanError(
+            "AdaLoRA drops ranks by the gradient of each factor, and a factor in a pool has none of its own; use LoRA"
         )
     found: dict[int, str] = {}
     for holder, low_rank in _holders(model):
@@ -79,6 +83,12 @@ def check_at_start(model: nn.Module) -> None:
             )
 
 
+def _configs_of(module: nn.Module) -> dict[str, Any]:
+    """Return PEFT's configurations of a model, by the adapter's name; of other modules none."""
+    configs = getattr(module, "peft_config", None)
+    return configs if isinstance(configs, dict) else {}
+
+
 def _is_zero(tensor: torch.Tensor) -> bool:
     return not bool(tensor.detach().any())
 
@@ -112,5 +122,5 @@ def _attributes(layer: nn.Module) -> Iterator[Any]:
 
 def save_peft_config(model: nn.Module, folder: Path) -> None:
     """Write the configuration by which PEFT builds the model again, as PEFT does."""
-    for config in (getattr(model, "peft_config", None) or {}).values():
+    for config in _configs_of(model).values():
         config.save_pretrained(str(folder))
