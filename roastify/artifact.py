@@ -23,7 +23,7 @@ import safetensors
 import torch
 from torch import nn
 
-from roastify.conversion.adapters import PEFT_CONFIG, base_of, has_adapters, save_peft_config
+from roastify.conversion.adapters import PEFT_CONFIG, base_of, has_adapters, peft_settings, save_peft_config
 from roastify.conversion.converted import current_plans, owners, pools_in, tensors_of_adapters
 from roastify.conversion.digests import digests_of_base
 from roastify.conversion.rewrite import build_pool
@@ -104,7 +104,8 @@ def write_artifact(
     tensors, ties = _stored_tensors(model, plans, state_dict or {})
     base: dict[str, Any] = {}
     if plans[0].of_adapters:
-        base = {"base": digests_of_base(base_of(model, tensors_of_adapters(model, plans)))}
+        digests = digests_of_base(base_of(model, tensors_of_adapters(model, plans)))
+        base = {"base": digests, "peft": peft_settings(model)}
     if not allow_nonfinite:
         _check_finite(model, plans, tensors)
     try:
@@ -366,6 +367,13 @@ def check_base(artifact: Artifact, model: nn.Module) -> None:
             f"the adapters in {artifact.folder} were trained on another base than this {type(model).__name__} has: "
             f"names or shapes of its tensors differ; build the PEFT model on the same base, with the same configuration"
         )
+    settings = peft_settings(model)
+    for key, value in artifact.manifest["peft"].items():
+        if settings.get(key, value) != value:
+            raise CheckpointError(
+                f"the adapters in {artifact.folder} were trained with {key}={value!r}, and this PEFT model has {key}="
+                f'{settings[key]!r}; build it with peft.PeftConfig.from_pretrained("{artifact.folder}")'
+            )
     if found["values"] == expected["values"]:
         return
     if found["dtypes"] == expected["dtypes"]:

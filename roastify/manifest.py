@@ -25,7 +25,7 @@ from roastify.tensor_file import Stored
 FORMAT_VERSION, WHOLE_VERSION = 6, 5
 WEIGHTS = "model.safetensors"
 _REQUIRED = ("weights", "ties", "buffers", "state_dict", "plan")
-_KNOWN = {"format_version", "mapping_version", "other_plans", "base", "sha256", *_REQUIRED}
+_KNOWN = {"format_version", "mapping_version", "other_plans", "base", "peft", "sha256", *_REQUIRED}
 _OF_BASE = {"names", "dtypes", "values"}
 
 
@@ -125,6 +125,8 @@ def _check_rest(manifest: dict[str, Any], plans: tuple[RoastPlan, ...]) -> None:
     base = manifest.get("base")
     if (base is not None) != plans[0].of_adapters or any(plan.of_adapters != plans[0].of_adapters for plan in plans):
         raise ValueError("base is there without a plan of adapters, or missing for one")
+    if (base is None) != (manifest.get("peft") is None) or not isinstance(manifest.get("peft", {}), dict):
+        raise ValueError("peft is no object, or not there with base alone")
     if base is not None:
         if not isinstance(base, dict) or base.keys() != _OF_BASE:
             raise ValueError(f"base is not the digests of its {', '.join(sorted(_OF_BASE))}")

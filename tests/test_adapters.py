@@ -200,7 +200,8 @@ OTHER_BASES = {
     "other values": (lambda: changed(adapted(), lambda net: net.down.base_layer.weight.mul_(2)), "hold other values"),
     "another architecture": (lambda: changed(adapted(), lambda net: setattr(net, "norm", nn.Identity())), "differ"),
     "no adapters": (base, r"has none; pass a PEFT model: peft\.get_peft_model"),
-    "another rank": (lambda: adapted(lora(r=2)), "lora_A.default.weight has shape"),
+    "another rank": (lambda: adapted(lora(r=2)), r"with r=4, and this PEFT model has r=2; build it with peft"),
+    "another scaling": (lambda: adapted(lora(lora_alpha=99)), "lora_alpha=8, and this PEFT model has lora_alpha=99"),
     "on the meta device": (lambda: adapted().to("meta"), "has no values"),
 }
 
@@ -271,6 +272,8 @@ def test_a_save_does_not_overwrite_pefts_own_adapter(tmp_path: Path) -> None:
 
 DAMAGES = {
     "no base": lambda manifest: manifest.pop("base"),
+    "no configuration": lambda manifest: manifest.pop("peft"),
+    "configuration of text": lambda manifest: manifest.update(peft="lora"),
     "another key": lambda manifest: manifest["base"].update(more="x"),
     "no text": lambda manifest: manifest["base"].update(values=3),
     "of a model": lambda manifest: manifest["plan"].pop("scope"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -16,6 +18,10 @@ from roastify.errors import ConversionError, PlanError
 WORD = "adapters"
 # The file of PEFT's configuration.
 PEFT_CONFIG = "adapter_config.json"
+# What of a configuration does not change how trained adapters compute.
+_NO_MATTER = re.compile(
+    r"base_model_name_or_path|revision|inference_mode|peft_version|task_type|auto_mapping|runtime_config|init_.*|.*dropout"
+)
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -33,7 +39,7 @@ def adapter_tensors(model: nn.Module) -> dict[int, str]:
     Raises:
         PlanError: there are several adapters, of which one pool would train all, or they are AdaLoRA's.
     """
-    configs = {name: each for module in model.modules() for name, each in _configs_of(module).items()}
+    configs = _all_configs(model)
     if len(configs) > 1:
         raise PlanError(
             f"the model has the adapters {', '.join(configs)}, and a pool holds one; delete the others, or give each "
@@ -83,10 +89,10 @@ def check_at_start(model: nn.Module) -> None:
             )
 
 
-def _configs_of(module: nn.Module) -> dict[str, Any]:
-    """Return PEFT's configurations of a model, by the adapter's name; of other modules none."""
-    configs = getattr(module, "peft_config", None)
-    return configs if isinstance(configs, dict) else {}
+def _all_configs(model: nn.Module) -> dict[str, Any]:
+    """Return PEFT's configurations of all adapters in a model, by name."""
+    found = (getattr(module, "peft_config", None) for module in model.modules())
+    return {name: each for configs in found if isinstance(configs, dict) for name, each in configs.items()}
 
 
 def _is_zero(tensor: torch.Tensor) -> bool:
@@ -120,7 +126,20 @@ def _attributes(layer: nn.Module) -> Iterator[Any]:
             yield holder
 
 
+def peft_settings(model: nn.Module) -> dict[str, Any]:
+    """Return what a PEFT model's configuration says of how its adapters compute, as values that JSON can hold."""
+    config = next(iter(configs.values())).to_dict() if (configs := _all_configs(model)) else {}
+    plain = json.loads(
+        json.dumps(config, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
+    )
+    return {key: value for key, value in plain.items() if not _NO_MATTER.fullmatch(key)}
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else str(value)
+
+
 def save_peft_config(model: nn.Module, folder: Path) -> None:
     """Write the configuration by which PEFT builds the model again, as PEFT does."""
-    for config in _configs_of(model).values():
+    for config in _all_configs(model).values():
         config.save_pretrained(str(folder))
