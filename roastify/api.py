@@ -19,7 +19,7 @@ from roastify.checks.interface import VerifyReport, compare_interfaces, observe
 from roastify.checks.model_bench import BenchOptions, BenchReport, check_inputs, measure, parse_device, parse_dtype
 from roastify.config import Init, RoastConfig
 from roastify.conversion.computed_weights import changed_sources, computed_weights, estimate_norms
-from roastify.conversion.converted import pools_in, pools_of, refuse_sharded, refused_write
+from roastify.conversion.converted import pools_in, pools_of, refuse_sharded, refused_write, tensors_of_adapters
 from roastify.conversion.digests import digest_of_model, digest_of_plan
 from roastify.conversion.emitted_graph import emit_graph
 from roastify.conversion.fx_pass import trace
@@ -105,7 +105,8 @@ def convert(
         example_inputs: a tensor, a sequence of positional or a mapping of keyword arguments. If given, outputs are
             compared with the original's in train and eval mode, and weights that the model itself writes to are found
             and stay dense.
-        include: patterns of tensors or modules that may be shared (exact name, glob or `re:…`).
+        include: patterns of tensors or modules that may be shared (exact name, glob or `re:…`); `adapters`: those of a
+            PEFT model.
         exclude: patterns of tensors or modules that stay dense.
         init: `match` (training from scratch) or `project` (pretrained weights).
         seed: the seed of the mapping and of the pool's initial values.
@@ -391,7 +392,8 @@ def save(
     """Write a converted model as an artifact folder: `roast.json` and `model.safetensors`.
 
     The artifact names what builds its model if roastify knows it: for models of transformers, those that `load` built
-    by name, and those whose `source` is given.
+    by name, and those whose `source` is given. Of a model whose adapters are in a pool, the base is left out, and
+    PEFT's `adapter_config.json` is written too.
 
     If a save is killed, the previous artifact or the new one is complete, and the next save removes its temporary
     files. Of several processes that save to one folder, each leaves a whole artifact, and the last one's stays. New
@@ -440,13 +442,15 @@ def load(path: str | Path, model: nn.Module | None = None, *, digest: str | None
     Args:
         path: an artifact folder.
         model: the dense architecture on any device; for the meta device, the result is on the CPU. The model is left
-            unchanged, and its weights are not used. None: the artifact names it.
+            unchanged, and its weights are not used. None: the artifact names it. For adapters, a PEFT model of their
+            configuration on their base, whose weights the result shares.
         digest: the SHA-256 of the artifact's `roast.json`, as `sha256sum` prints it, from a source that you trust. That
             file names the digest of the weights, so it stands for the whole artifact. None accepts any artifact.
 
     Raises:
-        CheckpointError: the artifact is missing, damaged, newer than this version, of another architecture, or has
-            another digest; or no model is given, and the artifact names none that can be built here.
+        CheckpointError: the artifact is missing, damaged, newer than this version, of another architecture, of adapters
+            of another base, or has another digest; or no model is given, and the artifact names none that can be built
+            here.
         ConfigError: the digest is not one.
         ConversionError: the model itself cannot be converted (see `convert`).
     """
@@ -455,9 +459,13 @@ def load(path: str | Path, model: nn.Module | None = None, *, digest: str | None
     if model is None:
         model = artifact.dense_model_of(found).eval()
     check_convertible(model)
+    if found.plans[0].of_adapters:
+        check_has_values(model)
     artifact.check_architecture(found, model)
     every_tensor = {id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
-    target = copy_without(model, every_tensor)
+    left_out = tensors_of_adapters(model, found.plans) if found.plans[0].of_adapters else every_tensor
+    # Many adapters share the tensors of one base.
+    target = copy_without(model, left_out, shared=every_tensor - left_out)
     device = device_of(model)
     device = torch.device("cpu") if device.type == "meta" else device
     for plan in found.plans:

@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,9 @@ import torch
 from torch import nn
 
 from roastify.builders import Builder, builder_of_transformers, difference_of
-from roastify.conversion.converted import current_plans, owners, pools_in
+from roastify.conversion.adapters import base_of, has_adapters, peft_config_file, peft_settings
+from roastify.conversion.converted import current_plans, owners, pools_in, tensors_of_adapters
+from roastify.conversion.digests import digests_of_base
 from roastify.conversion.rewrite import build_pool
 from roastify.conversion.supported import find_plain_meta
 from roastify.errors import CheckpointError, ConfigError, SourceError, closest
@@ -119,6 +122,11 @@ def write_artifact(
         pools = pools_in(model)
         plans = [_plan_of_values(state_dict, plan, pool) for plan, pool in zip(plans, pools, strict=True)]
     tensors, ties = _stored_tensors(model, plans, state_dict or {})
+    base: dict[str, Any] = {}
+    if plans[0].of_adapters:
+        digests = digests_of_base(base_of(model, tensors_of_adapters(model, plans)))
+        base = {"base": digests, "peft": peft_settings(model)}
+        files = {**(files or {}), **peft_config_file(model)}
     if not allow_nonfinite:
         _check_finite(model, plans, tensors)
     try:
@@ -134,21 +142,24 @@ def write_artifact(
                 "mapping_version": max(plan.mapping_version for plan in plans),
                 "weights": {"file": WEIGHTS, "sha256": digest_of_file(stage.path / WEIGHTS)},
                 "ties": ties,
-                "buffers": {name: list(buffer.shape) for name, buffer in model.named_buffers(remove_duplicate=False)},
+                "buffers": {name: list(buffer.shape) for name, buffer in _named_buffers(model, plans)},
                 "state_dict": [name for name in [*tensors, *ties] if name in in_state_dict],
                 "plan": plans[0].to_dict(),
                 "other_plans": [plan.to_dict() for plan in plans[1:]],
                 "builder": None,
                 "files": _files_after(folder, files or {}),
+                **base,
             }
             written = Artifact(folder, manifest, tuple(plans), TensorFile(stage.path / WEIGHTS))
-            found = _checked_builder(written, model, builder)
+            # Adapters are loaded onto a PEFT model of their base, which no builder makes.
+            found = None if base and builder is None else _checked_builder(written, model, builder)
             manifest["builder"] = None if found is None else found.to_dict()
             # The same values as `load` will see, so that what is written can be read.
             manifest = parse_manifest(json.dumps(seal(manifest)).encode(), folder / MANIFEST)
             stored = {name: Stored(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
             check_manifest(manifest, plans_of(manifest, folder / MANIFEST), stored, folder / MANIFEST)
-            text = json.dumps(manifest, indent=1, ensure_ascii=False)
+            # Adapters are small, and a manifest with a value a line would be larger than their values.
+            text = json.dumps(manifest, indent=None if base else 1, ensure_ascii=False)
             (stage.path / MANIFEST).write_text(text + "\n", encoding="utf-8")
             for name, content in (files or {}).items():
                 (stage.path / name).write_bytes(content)
@@ -401,6 +412,11 @@ def check_architecture(artifact: Artifact, model: nn.Module) -> None:
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     buffers = dict(model.named_buffers(remove_duplicate=False))
+    if artifact.plans[0].of_adapters:
+        check_base(artifact, model)
+        stored = tensors_of_adapters(model, artifact.plans)
+        parameters = {name: each for name, each in parameters.items() if id(each) in stored}
+        buffers = {name: each for name, each in buffers.items() if id(each) in stored}
     expected = {alias: tensor.shape for tensor in artifact.tensors for alias in tensor.aliases}
     shapes = {name: tuple(shape) for name, shape in artifact.manifest["buffers"].items()}
     swapped = [*(expected.keys() & buffers.keys()), *(shapes.keys() & parameters.keys())]
@@ -428,6 +444,41 @@ def check_architecture(artifact: Artifact, model: nn.Module) -> None:
             f"({count}): "
             f"{'; '.join(differences[:3])}; build the model as it was when it was converted"
         )
+
+
+def check_base(artifact: Artifact, model: nn.Module) -> None:
+    """Raise `CheckpointError` unless adapters fit a PEFT model, and its base is the one that they were trained on."""
+    if not has_adapters(model):
+        raise CheckpointError(
+            f"{artifact.folder} holds adapters, and this {type(model).__name__} has none; pass a PEFT model: "
+            f'peft.get_peft_model(base, peft.PeftConfig.from_pretrained("{artifact.folder}"))'
+        )
+    expected = artifact.manifest["base"]
+    found = digests_of_base(base_of(model, tensors_of_adapters(model, artifact.plans)))
+    if found["names"] != expected["names"]:
+        raise CheckpointError(
+            f"the adapters in {artifact.folder} were trained on another base than this {type(model).__name__} has: "
+            f"names or shapes of its tensors differ; build the PEFT model on the same base, with the same configuration"
+        )
+    settings = peft_settings(model)
+    for key, value in artifact.manifest["peft"].items():
+        if settings.get(key, value) != value:
+            raise CheckpointError(
+                f"the adapters in {artifact.folder} were trained with {key}={value!r}, and this PEFT model has {key}="
+                f'{settings[key]!r}; build it with peft.PeftConfig.from_pretrained("{artifact.folder}")'
+            )
+    if found["values"] == expected["values"]:
+        return
+    if found["dtypes"] == expected["dtypes"]:
+        raise CheckpointError(
+            f"the adapters in {artifact.folder} were trained on another base than this {type(model).__name__} has: "
+            f"its tensors hold other values; load the weights of the base that the adapters were trained on"
+        )
+    warnings.warn(
+        f"the base has other dtypes than when the adapters in {artifact.folder} were saved, and other values: it was "
+        f"not checked that it is the same base",
+        stacklevel=3,
+    )
 
 
 def _tie_differences(tensors: Iterable[TensorPlan], parameters: dict[str, nn.Parameter]) -> Iterator[str]:
@@ -465,6 +516,8 @@ def _dtype_differences(artifact: Artifact, model: nn.Module) -> Iterator[str]:
             if tensor is None:
                 continue
             name = f"{path}.{attribute}" if path else attribute
+            if name not in dtypes and artifact.plans[0].of_adapters:
+                continue
             dtype = dtypes[name]
             if _kind_of_number(dtype) != _kind_of_number(tensor.dtype):
                 yield f"{name} has dtype {tensor.dtype}, expected {dtype}"
@@ -498,7 +551,9 @@ def fill_from(artifact: Artifact, model: nn.Module, device: torch.device) -> Non
     for name, like in wanted.items():
         key = ties.get(name, name)
         if key not in loaded:
-            loaded[key] = _as_tensor(key, stored[key], like, device)
+            # What is beside the adapters' factors computes in the dtype of the base that there is.
+            value = stored[key].to(like.dtype) if artifact.plans[0].of_adapters else stored[key]
+            loaded[key] = _as_tensor(key, value, like, device)
         _assign(model, name, loaded[key])
     _check_no_meta_left(model)
 
@@ -589,7 +644,19 @@ def _named_tensors(model: nn.Module, plans: Sequence[RoastPlan]) -> list[tuple[s
     named: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         named[of_pools.get(id(parameter), name)] = parameter
-    return [*named.items(), *model.named_buffers(remove_duplicate=False)]
+    if plans[0].of_adapters:
+        stored = tensors_of_adapters(model, plans)
+        named = {name: tensor for name, tensor in named.items() if id(tensor) in stored}
+    return [*named.items(), *_named_buffers(model, plans)]
+
+
+def _named_buffers(model: nn.Module, plans: Sequence[RoastPlan]) -> list[tuple[str, torch.Tensor]]:
+    """Return the buffers that an artifact holds, under all names."""
+    named = list(model.named_buffers(remove_duplicate=False))
+    if not plans[0].of_adapters:
+        return named
+    stored = tensors_of_adapters(model, plans)
+    return [(name, buffer) for name, buffer in named if id(buffer) in stored]
 
 
 def _check_values(

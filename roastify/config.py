@@ -37,7 +37,8 @@ class RoastConfig:
         init: `match` (training from scratch), `project` (pretrained weights), or `auto`. `auto` is `match`, except on
             the command line for a source with pretrained weights, where it is `project`.
         seed: the seed of the mapping and of the pool's initial values; any integer.
-        include: patterns of tensors or modules that may be shared; empty: everything eligible.
+        include: patterns of tensors or modules that may be shared; empty: everything eligible. `adapters` alone: the
+            adapters of a PEFT model, whose base stays as it is and is not counted.
         exclude: patterns of tensors or modules that stay dense.
         min_numel: tensors with fewer elements stay dense, unless `include` names them or `share` is `all`.
         share: `weights` (tensors of two or more dimensions), `all` (vectors, constant and small tensors too), or

@@ -27,7 +27,8 @@ FORMAT_VERSION = 6
 MANIFEST = "roast.json"
 WEIGHTS = "model.safetensors"
 _REQUIRED = ("weights", "ties", "buffers", "state_dict", "plan")
-_KNOWN = {"format_version", "mapping_version", "other_plans", "builder", "files", "sha256", *_REQUIRED}
+_KNOWN = {"format_version", "mapping_version", "other_plans", "builder", "files", "base", "peft", "sha256", *_REQUIRED}
+_OF_BASE = {"names", "dtypes", "values"}
 _FILE_NAME = re.compile(r"[\w-][\w.-]{0,199}", re.ASCII)
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -151,6 +152,15 @@ def _check_rest(manifest: dict[str, Any], plans: tuple[RoastPlan, ...]) -> None:
         raise ValueError(f"the unknown key {min(unknown)!r}")
     if manifest["mapping_version"] != max(plan.mapping_version for plan in plans):
         raise ValueError("its mapping_version is not that of its plan")
+    base = manifest.get("base")
+    if (base is not None) != plans[0].of_adapters or any(plan.of_adapters != plans[0].of_adapters for plan in plans):
+        raise ValueError("base is there without a plan of adapters, or missing for one")
+    if (base is None) != (manifest.get("peft") is None) or not isinstance(manifest.get("peft", {}), dict):
+        raise ValueError("peft is no object, or not there with base alone")
+    if base is not None:
+        if not isinstance(base, dict) or base.keys() != _OF_BASE:
+            raise ValueError(f"base is not the digests of its {', '.join(sorted(_OF_BASE))}")
+        _texts("base", list(base.values()))
     weights = manifest["weights"]
     if weights.keys() != {"file", "sha256"} or weights["file"] != WEIGHTS:
         raise ValueError(f"weights are not the file {WEIGHTS} and its sha256")

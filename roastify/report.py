@@ -116,9 +116,14 @@ def summary(plan: RoastPlan) -> RenderableType:
         ("ratio", f"{plan.achieved_ratio:.2f} (asked {plan.ratio:g})"),
         ("shared", f"{len(plan.shared)} of {len(plan.tensors)} tensors, {shared / plan.total_numel:.1%} of parameters"),
         ("read by", _read_by(plan)),
-        ("start", _START[plan.init]),
+        (
+            "start",
+            "zero: what the pool holds is added to seeded start values" if plan.has_starts else _START[plan.init],
+        ),
         ("pool", f"{plan.num_slots:,} slots of {rows}×{cols}, {plan.mapping} mapping, sign per {plan.sign}"),
     ]
+    if plan.of_adapters:
+        lines.append(("base", f"{plan.base_numel:,} parameters beside the adapters, neither counted nor saved"))
     if plan.with_basis:
         counts = sorted({tensor.basis_shape for tensor in plan.with_basis})
         some = ", ".join(f"{count} for kernels of {positions}" for count, positions in counts)

@@ -184,8 +184,9 @@ def test_adapters_train_as_on_the_dense_model_and_load(method: str, tmp_path: Pa
     # The pool is frozen, and the same one.
     assert pools_in(model) == [pool_of(model)] and pool_of(model).weight is pool
     assert torch.equal(pool, start) and not pool.requires_grad and pool.grad is None
-    model.save_pretrained(tmp_path)
-    again = peft.PeftModel.from_pretrained(converted_llama(), tmp_path)
+    model.save_pretrained(tmp_path / "adapter")
+    roastify.save(converted_llama(), tmp_path / "base")
+    again = peft.PeftModel.from_pretrained(roastify.load(tmp_path / "base", llama()), tmp_path / "adapter")
     assert torch.equal(outputs(again), outputs(model))
 
 
@@ -274,17 +275,25 @@ def tuned_prompt(model: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("way", ["set by hand", "excluded"])
-def test_prompts_are_tuned_if_peft_knows_the_embedding(way: str) -> None:
+def test_prompts_are_tuned_if_peft_knows_the_embedding(way: str, tmp_path: Path) -> None:
     """PEFT looks for a Parameter with a row for each word; the pool has none."""
-    model = converted_llama(exclude=["model.embed_tokens"] if way == "excluded" else [])
+    peft = pytest.importorskip("peft")
+    settings = {"exclude": ["model.embed_tokens"] if way == "excluded" else []}
+    model = converted_llama(**settings)
     dense = prompted(roastify.densify(model))
     model = prompted(model)
     if way == "set by hand":
         assert model.word_embeddings is None
         model.word_embeddings = model.base_model.get_input_embeddings()
     start = pool_of(model).weight.clone()
-    torch.testing.assert_close(tuned_prompt(model), tuned_prompt(dense), rtol=1e-4, atol=1e-5)
+    tuned = tuned_prompt(model)
+    torch.testing.assert_close(tuned, tuned_prompt(dense), rtol=1e-4, atol=1e-5)
     assert torch.equal(pool_of(model).weight, start) and trainable(model) == trainable(dense)
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(converted_llama(**settings), tmp_path)
+    again.word_embeddings = again.base_model.get_input_embeddings()
+    with torch.no_grad():
+        assert torch.equal(again.eval()(input_ids=X).logits, tuned)
 
 
 def test_a_layer_to_save_trains_as_a_copy_and_loads(tmp_path: Path) -> None:

@@ -88,6 +88,7 @@ CASES = {
     "rotation": Case(40, 50, (16, 16), 6, mapping="cyclic"),
     "unaligned tiles": Case(21, 30, (8, 8), 11, mapping="roast"),
     "element by element": Case(21, 30, (1, 1), 97, mapping="hashednet"),
+    "elements of adapters": Case(8, 30, (1, 1), 90, first_tile=7),
 }
 DTYPES = list(TOLERANCE)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from roastify.conversion.adapters import adapter_tensors
 from roastify.errors import ConversionError, WriteRefused
 from roastify.kernels.torch_internals import is_compiled
 from roastify.layers.base import RoastModule
@@ -16,6 +17,7 @@ from roastify.layers.pooled_weight import PooledWeight
 from roastify.pool.members import POOL_NAME, is_sharded
 from roastify.pool.plan import RoastPlan, TensorPlan
 from roastify.pool.pool import RoastPool
+from roastify.pool.start_values import start_offsets
 
 
 def pools_in(model: nn.Module) -> list[RoastPool]:
@@ -152,6 +154,7 @@ def pooled_weight(pool: RoastPool, tensor: TensorPlan) -> PooledWeight:
         zero_row=tensor.zero_row,
         center=tensor.center,
         diagonal=tensor.diagonal,
+        start_at=next((start for other, start in start_offsets(pool.plan) if other.name == tensor.name), None),
     )
 
 
@@ -190,6 +193,9 @@ def current_plans(model: nn.Module) -> list[RoastPlan]:
     plans: list[RoastPlan] = []
     pools = pools_of(model)
     parameters = _kept_parameters(model)
+    if any(pool.plan.of_adapters for pool in pools):
+        stored = tensors_of_adapters(model, [pool.plan for pool in pools])
+        parameters = [(names, parameter) for names, parameter in parameters if id(parameter) in stored]
     for pool in pools:
         old: RoastPlan = pool.plan
         shared = [
@@ -207,6 +213,24 @@ def current_plans(model: nn.Module) -> list[RoastPlan]:
         owner, root = _owner_and_root(model, pool)
         plans.append(dataclasses.replace(old, tensors=tensors, dtype=dtype, owner=owner, root=root))
     return plans
+
+
+def tensors_of_adapters(model: nn.Module, plans: Iterable[RoastPlan]) -> set[int]:
+    """Return the ids of the Parameters and buffers that a model with plans of adapters stores, the pool's included.
+
+    Raises:
+        ConversionError: a pool is of adapters, and another is not.
+    """
+    plans = list(plans)
+    if not all(plan.of_adapters for plan in plans):
+        raise ConversionError(
+            "the model has a pool of adapters and another pool, so what belongs to the base is not clear; save the "
+            "converted base and the adapters each by themselves"
+        )
+    # A Parameter that was trained beside the adapters may be frozen by now.
+    kept = {alias for plan in plans for tensor in plan.kept for alias in tensor.aliases}
+    named = {id(each) for name, each in model.named_parameters(remove_duplicate=False) if name in kept}
+    return named | adapter_tensors(model).keys() | {id(each) for pool in pools_in(model) for each in pool.parameters()}
 
 
 def _owner_and_root(model: nn.Module, pool: RoastPool) -> tuple[str, str]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from roastify.conversion.adapters import check_at_start
 from roastify.conversion.converted import basis_of, matrix, owners, pooled_weight
 from roastify.conversion.progress_kept import KeptProgress
 from roastify.errors import ConversionError
@@ -30,6 +31,8 @@ _POOL_SEED_OFFSET = 0x5EED
 _CONSTANT_SPREAD = 0.02
 # Elements of a tensor that are copied at once.
 _PART = 1 << 22
+# Bound of a uniform distribution around zero ÷ its standard deviation.
+_UNIFORM = math.sqrt(3)
 # The least λ: Γ sums the squares of λ, and Γ and 1/Γ are numbers of the dtype in which gradients are summed.
 _LEAST_SCALE = {torch.float32: 2.0**-60, torch.float64: 2.0**-500}
 
@@ -52,13 +55,19 @@ def complete_plan(model: nn.Module, plan: RoastPlan, init: str, progress: KeptPr
     If no slot is shared and `init` is "project", λ is 1 and there are no centers. Then the weights come back bit for
     bit, except for tensors with a basis, which are approximated.
 
+    With `init="match"`, the pool of adapters starts at zero; see `start_values`. Then λ is 1, as a step of Adam moves
+    both factors as far as in the dense model, and a tensor starts with the standard deviation that its author gave it.
+
     Raises:
-        ConversionError: a tensor holds NaN or infinite values, or spreads so much less than others that λ² vanishes.
+        ConversionError: a tensor holds NaN or infinite values, or spreads so much less than others that λ² vanishes; or
+            adapters were trained and would start anew.
     """
     for tensor in plan.kept:
         # Scores of what is impossible are infinite by design.
         if not (is_finite(model.get_parameter(tensor.name), or_infinite=True) or tensor.excluded):
             raise ConversionError(f"{tensor.name} holds NaN; repair the weights or exclude the tensor")
+    if plan.has_starts:
+        return _with_starts(model, plan)
     constants: dict[str, float] = {}
     deviations, centers, zero_rows, diagonals = {}, {}, {}, {}
     for tensor in track(plan.shared, "measuring weights", size=lambda tensor: tensor.numel):
@@ -93,6 +102,19 @@ def complete_plan(model: nn.Module, plan: RoastPlan, init: str, progress: KeptPr
     return plan.with_values(scales, centers, zero_rows, spread, diagonals)
 
 
+def _with_starts(model: nn.Module, plan: RoastPlan) -> RoastPlan:
+    check_at_start(model)
+    centers, starts = {}, {}
+    for tensor in plan.shared:
+        mean, deviation = _mean_and_deviation(tensor, model.get_parameter(tensor.name).detach(), None)
+        if deviation == 0 and mean != 0:
+            centers[tensor.name] = mean
+        elif deviation > 0:
+            starts[tensor.name] = _UNIFORM * deviation
+    scales = {tensor.name: 1.0 for tensor in plan.shared}
+    return plan.with_values(scales, centers, {}, 0.0, {}, starts)
+
+
 def fill_pool(
     pool: RoastPool, model: nn.Module, plan: RoastPlan, init: str, progress: KeptProgress | None = None
 ) -> None:
@@ -111,19 +133,24 @@ def fill_pool(
             else:
                 basis.copy_(cosine_basis(tensor.shape[2:], tensor.basis_count))
     if init == "project":
-        left = plan.shared if progress is None else plan.shared[progress.projected :]
-        pool.initialise_projection(
-            (
-                _targets(pool, tensor, model.get_parameter(tensor.name).detach())
-                for tensor in track(left, "projecting weights", size=lambda tensor: tensor.numel)
-            ),
-            begun=None if progress is None else progress.sums,
-            after_each=None if progress is None else progress.add_projected,
-        )
+        project_into(pool, model, plan, progress)
     else:
         assert plan.pool_std is not None, "the plan was not measured"
         pool.initialise_random(plan.pool_std, plan.seed + _POOL_SEED_OFFSET)
     _check_filled(pool, plan)
+
+
+def project_into(pool: RoastPool, model: nn.Module, plan: RoastPlan, progress: KeptProgress | None = None) -> None:
+    """Set the pool to the least-squares fit of a dense model's weights."""
+    left = plan.shared if progress is None else plan.shared[progress.projected :]
+    pool.initialise_projection(
+        (
+            _targets(pool, tensor, model.get_parameter(tensor.name).detach())
+            for tensor in track(left, "projecting weights", size=lambda tensor: tensor.numel)
+        ),
+        begun=None if progress is None else progress.sums,
+        after_each=None if progress is None else progress.add_projected,
+    )
 
 
 def _check_filled(pool: RoastPool, plan: RoastPlan) -> None:
@@ -160,6 +187,8 @@ def _target_matrix(pool: RoastPool, tensor: TensorPlan, dense: torch.Tensor) -> 
     """Return the matrix that the pool should hold for a dense tensor."""
     if tensor.diagonal:
         dense = _off_diagonal(dense)
+    if tensor.start:
+        dense = dense - pooled_weight(pool, tensor).starts(dense.dtype)
     whole = matrix(tensor, dense - tensor.center if tensor.center else dense)
     if tensor.fold is not None:
         # Before any training, when every learned scale is 1.

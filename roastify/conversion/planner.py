@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from roastify.config import RoastConfig, check_ratio
+from roastify.conversion.adapters import WORD, adapter_tensors, has_adapters
 from roastify.conversion.folds import with_folds
 from roastify.conversion.fx_pass import Forest, ParameterInfo, WeightUse, matrix_of
 from roastify.errors import ConfigError, PlanError
@@ -64,6 +65,8 @@ def make_plan(
         PlanError: a pattern matches nothing, no tensor is eligible, or the ratio cannot be reached.
     """
     unshareable = unshareable or {}
+    if config.include == (WORD,) and has_adapters(model):
+        return _plan_adapters(model, forest, config, unshareable)
     if config.share != "auto":
         return _make_plan(model, forest, config, unshareable, everything=config.share == "all")
     try:
@@ -84,6 +87,37 @@ def make_plan(
     # The tensors that stay dense in both plans reduce the budget for vectors and the pool.
     bound = _most_kept(budget - everything.kept_numel, plan.total_numel)
     return everything if plan.kept_numel - everything.kept_numel > bound else plan
+
+
+def _plan_adapters(
+    model: torch.nn.Module, forest: Forest, config: RoastConfig, unshareable: Mapping[str, str]
+) -> RoastPlan:
+    """Decide the conversion of a model's adapters: the base stays as it is, and is not counted."""
+    found = adapter_tensors(model)
+    of_adapters, base_numel = [], 0
+    for info in forest.parameters:
+        if id(info.parameter) in found:
+            of_adapters.append(info)
+        else:
+            base_numel += info.parameter.numel()
+    dense = {info.name: found[id(info.parameter)] for info in of_adapters if found[id(info.parameter)]}
+    if len(dense) == len(of_adapters):
+        raise PlanError(
+            f"include={WORD!r} found no low-rank factors to share, only {_some(dense)}; such adapters are small: save "
+            f"them with PEFT"
+        )
+    # Factors are thin, with 8 rows or columns, and few: elements are shared one by one, each with a sign. A basis or
+    # folds are for large layers.
+    tile = "1x1" if config.tile == "auto" else config.tile
+    sign = ("tile" if tile == "1x1" else "element") if config.sign == "auto" else config.sign
+    settings = dataclasses.replace(config, include=(), tile=tile, sign=sign, kernel_basis="none", fold="none")
+    part = dataclasses.replace(forest, parameters=tuple(of_adapters))
+    plan = _make_plan(model, part, settings, {**dense, **unshareable}, everything=True)
+    return dataclasses.replace(plan, scope=WORD, base_numel=base_numel, share="weights")
+
+
+def _some(reasons: Mapping[str, str]) -> str:
+    return "; ".join(f"{name} ({reason})" for name, reason in list(reasons.items())[:2])
 
 
 def _most_kept(budget: Fraction, total: int) -> Fraction:

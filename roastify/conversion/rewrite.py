@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
 
-from roastify.conversion.converted import owners, pool_of, pooled_weight, pools_of, readers_of
+from roastify.conversion.adapters import base_of
+from roastify.conversion.converted import owners, pool_of, pooled_weight, pools_of, readers_of, tensors_of_adapters
 from roastify.conversion.fx_pass import computed_attributes
+from roastify.conversion.peft_methods import replace_peft_methods, restore_peft_methods
 from roastify.conversion.transformers_ties import forget_ties, remember_ties
 from roastify.errors import ConversionError
 from roastify.layers.base import RoastModule
@@ -20,12 +22,15 @@ from roastify.pool.forward_pass import RootForward, bound_to
 from roastify.pool.members import POOL_NAME
 from roastify.pool.plan import RoastPlan
 from roastify.pool.pool import RoastPool
+from roastify.pool.start_values import start_values
 
 _M = TypeVar("_M", bound=nn.Module)
 
 
-def copy_without(model: _M, left_out: set[int]) -> _M:
+def copy_without(model: _M, left_out: set[int], *, shared: Collection[int] = ()) -> _M:
     """Deep-copy a model. In the copy, tensors whose ids are in `left_out` are meta tensors, without memory.
+
+    The tensors whose ids are in `shared` are the model's own.
 
     Raises:
         ConversionError: the model holds an object that cannot be copied.
@@ -36,6 +41,8 @@ def copy_without(model: _M, left_out: set[int]) -> _M:
             empty = torch.empty_like(tensor, device="meta")
             is_parameter = isinstance(tensor, nn.Parameter)
             memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
+        elif id(tensor) in shared:
+            memo[id(tensor)] = tensor
     for tensor in computed_attributes(model):
         memo[id(tensor)] = tensor.detach().clone()
     try:
@@ -58,12 +65,16 @@ def build_pool(plan: RoastPlan, device: torch.device | str) -> RoastPool:
         unread_rows=unread_rows,
         scales=plan.scale_energies(),
         bases=[(tensor.basis_shape, plan.basis_energy(tensor)) for tensor in plan.with_basis],
+        starts=start_values(plan),
         dtype=getattr(torch, plan.dtype),
         device=device,
         trainable=plan.trainable,
         precondition=plan.precondition,
     )
     pool.plan = plan
+    if plan.of_adapters:
+        # The frozen layers around the adapters are no oversight.
+        pool.meant = plan.trainable
     return pool
 
 
@@ -84,6 +95,7 @@ def apply_plan(model: nn.Module, plan: RoastPlan, pool: RoastPool) -> Callable[[
         owner.__dict__["_modules"] = children
         _set_forward(root, own_forward)
         forget_ties(model)
+        restore_peft_methods(model)
         for restore in reversed(before):
             restore()
 
@@ -102,10 +114,20 @@ def apply_plan(model: nn.Module, plan: RoastPlan, pool: RoastPool) -> Callable[[
                 retained.append(shared)
         pool.retained, pool.weights = tuple(retained), tuple(weights)
         _set_forward(root, RootForward(root, pool, own_forward))
+        if plan.of_adapters:
+            replace_peft_methods(model, _dense_copy)
     except BaseException:
         undo()
         raise
     return undo
+
+
+def _dense_copy(model: _M) -> _M:
+    """Return a dense copy of a model whose adapters lie in a pool, on the same base."""
+    base = base_of(model, tensors_of_adapters(model, [pool.plan for pool in pools_of(model)]))
+    dense = copy_without(model, set(), shared=set(map(id, base.values())))
+    restore_dense(dense)
+    return dense
 
 
 def copy_weights(converted: nn.Module, dense: nn.Module) -> None:
@@ -155,6 +177,7 @@ def restore_dense(model: nn.Module) -> None:
             while (forward := bound_to(each)) is not None:
                 _set_forward(each, forward.inner)
         forget_ties(model)
+        restore_peft_methods(model)
 
     try:
         swap()

@@ -32,6 +32,7 @@ class PooledWeight(WeightView):
         zero_row: a row that is zero and stays zero (an embedding's padding row), or None.
         diagonal: signs of the ones on the diagonal; see `TensorPlan`.
         center: number that is added to every element, such as 1 for a norm's weights, which start from ones.
+        start_at: place of the tensor's first start value in `pool.starts`; None if it has none.
     """
 
     pool: RoastPool = field(kw_only=True)
@@ -39,6 +40,7 @@ class PooledWeight(WeightView):
     zero_row: int | None = field(default=None, kw_only=True)
     center: float = field(default=0.0, kw_only=True)
     diagonal: str = field(default="", kw_only=True)
+    start_at: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -46,7 +48,7 @@ class PooledWeight(WeightView):
         self.numel = self.view.numel
         self.is_small = self.numel < _SMALL_ELEMENTS
         # Whether every element is a sign times λ times an element of the pool.
-        self.is_scaled_pool = not self.center and not self.diagonal
+        self.is_scaled_pool = not self.center and not self.diagonal and self.start_at is None
         self.can_multiply = self.is_scaled_pool and self.zero_row is None
         self.can_be_whole = self.can_multiply and self.fold is None
 
@@ -69,6 +71,8 @@ class PooledWeight(WeightView):
             weight = matrix.t() if self.transposed else matrix
         if self.center:
             weight = weight + self.center
+        if self.start_at is not None:
+            weight = weight + self.starts(dtype)
         if self.diagonal:
             weight = self._with_diagonal(weight)
         if self.zero_row is None:
@@ -77,6 +81,11 @@ class PooledWeight(WeightView):
         # if the gradient is one expanded number (as a sum's is), Inductor of torch 2.13 sets all of it to zero.
         row = torch.arange(weight.shape[0], device=weight.device) == self.zero_row
         return weight.masked_fill(row.view(-1, *(1,) * (weight.dim() - 1)), 0.0)
+
+    def starts(self, dtype: torch.dtype) -> Tensor:
+        """Return what the tensor starts from, and the pool holds the difference from, in a dtype."""
+        assert self.start_at is not None, "the tensor starts from zero"
+        return self.pool.starts[self.start_at : self.start_at + math.prod(self.shape)].view(self.shape).to(dtype)
 
     def _with_diagonal(self, weight: Tensor) -> Tensor:
         rows, cols = (torch.arange(size, device=weight.device) for size in self.shape)
@@ -199,10 +208,12 @@ class PooledWeight(WeightView):
         """Return the matrix's rows from `start` on, in this shape, as a tensor of its own on the same tiles.
 
         None if the part begins inside a row of tiles, or if the tensor is transposed, folded, in strips, or has a
-        diagonal or a basis.
+        diagonal, a basis or start values.
         """
         view = self.view
-        irregular = self.diagonal or self.fold is not None or self.basis_index is not None
+        irregular = bool(self.diagonal) or any(
+            each is not None for each in (self.fold, self.basis_index, self.start_at)
+        )
         if self.transposed or view.strips or irregular or start % view.tile_rows:
             return None
         base = view.base + start // view.tile_rows * view.grid_cols * view.slot_size

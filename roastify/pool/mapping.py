@@ -50,6 +50,7 @@ _STREAM_SIGN = 1
 _STREAM_MULTIPLIER = 2
 _STREAM_OFFSET = 3
 _STREAM_FOLD = 4
+_STREAM_START = 5
 
 # The product a·i must fit into int64: every backend computes it in that type.
 _MAX_SLOTS = 1 << 31
@@ -81,6 +82,15 @@ def fold_key(seed: int, index: int) -> int:
     The word of position `i` in a bucket and span `c` is `mix64(key, i·num_spans + c)`; see `FoldView`.
     """
     return mix64(stream_key(seed, _STREAM_FOLD), index)
+
+
+def start_key(seed: int, region: int, base: int) -> int:
+    r"""Return the key of the start values of the tensor at address `base` of a region.
+
+    Element `i` (row-major) of the dense tensor starts at :math:`((w_i + 1/2) / 2^{23} - 1) \cdot bound`, in float64,
+    where `w_i` are the top 24 bits of `mix64(key, i)`.
+    """
+    return mix64(mix64(stream_key(seed, _STREAM_START), region), base)
 
 
 @functools.lru_cache(maxsize=65536)

@@ -47,6 +47,8 @@ class TensorPlan:
         diagonal: signs (`+` and `-`) of the ones that stand on the matrix's diagonal in place of pool values; empty if
             pool values do. Householder reflectors keep the signs of an orthogonal weight there.
         fold: number of the plan's fold through which the inputs go, or None. The matrix then has `cols / fold` columns.
+        start: the tensor starts from seeded random numbers between `-start` and `start`, and the pool holds the
+            difference from them; see `start_values`.
         basis_count: number of basis kernels that the tensor's kernels are combinations of. If it is not 0, the matrix
             holds the coefficients; if it is 0, the matrix holds the tensor.
     """
@@ -73,6 +75,7 @@ class TensorPlan:
     basis_count: int = 0
     diagonal: str = ""
     fold: int | None = None
+    start: float = 0.0
 
     @property
     def excluded(self) -> bool:
@@ -164,6 +167,9 @@ class RoastPlan:
         pool_std: standard deviation of a random pool; None until the model's values are known.
         share: `weights`, or `all` if vectors, constant and small tensors are shared too.
         folds: how layers' inputs are folded.
+        scope: `model`, or `adapters`: then `tensors` are the adapters' alone, and the frozen base is neither counted
+            nor saved.
+        base_numel: parameters of that base.
     """
 
     model: str
@@ -186,6 +192,8 @@ class RoastPlan:
     root: str = ""
     init: str = "match"
     folds: tuple[FoldPlan, ...] = ()
+    scope: str = "model"
+    base_numel: int = 0
 
     @property
     def slot_size(self) -> int:
@@ -226,6 +234,16 @@ class RoastPlan:
     def pool_numel(self) -> int:
         """Parameters of the pool: the slots of the tiles, and those of the learned scales."""
         return (self.num_slots + self.scale_slots) * self.slot_size
+
+    @property
+    def of_adapters(self) -> bool:
+        """Whether the plan is of a model's adapters alone."""
+        return self.scope == "adapters"
+
+    @property
+    def has_starts(self) -> bool:
+        """Whether the pool starts at zero, and holds the difference of each tensor from where it starts."""
+        return self.of_adapters and self.init == "match"
 
     @property
     def multiplied_numel(self) -> int:
@@ -347,6 +365,7 @@ class RoastPlan:
         zero_rows: dict[str, int],
         pool_std: float,
         diagonals: dict[str, str] | None = None,
+        starts: dict[str, float] | None = None,
     ) -> RoastPlan:
         """Return the plan with the figures that need the model's values.
 
@@ -356,6 +375,7 @@ class RoastPlan:
             zero_rows: zero rows of the shared tensors that have one, by name.
             pool_std: standard deviation of a random pool.
             diagonals: diagonals of the shared tensors that have one, by name; None leaves them as they are.
+            starts: bounds of the start values of the shared tensors that have some, by name.
         """
         tensors = (
             dataclasses.replace(
@@ -364,6 +384,7 @@ class RoastPlan:
                 center=centers.get(tensor.name, 0.0),
                 zero_row=zero_rows.get(tensor.name),
                 diagonal=tensor.diagonal if diagonals is None else diagonals.get(tensor.name, ""),
+                start=(starts or {}).get(tensor.name, 0.0),
             )
             if tensor.shared
             else tensor
@@ -396,8 +417,14 @@ class RoastPlan:
                 del tensor["diagonal"]
             if tensor["fold"] is None:
                 del tensor["fold"]
+            if not tensor["start"]:
+                del tensor["start"]
         if not self.folds:
             del values["folds"]
+        if self.of_adapters:
+            values["tensors"] = [_compact(tensor) for tensor in values["tensors"]]
+        else:
+            del values["scope"], values["base_numel"]
         return {**values, "summary": summary}
 
     @classmethod
@@ -409,4 +436,45 @@ class RoastPlan:
         """
         if not isinstance(values, dict):
             raise ValueError(f"the plan is a {type(values).__name__}; expected an object")
-        return typed(cls, {key: value for key, value in values.items() if key != "summary"}, "plan")
+        values = {key: value for key, value in values.items() if key != "summary"}
+        if values.get("scope", "model") != "model" and isinstance(values.get("tensors"), list):
+            values["tensors"] = [_full(tensor) for tensor in values["tensors"]]
+        return typed(cls, values, "plan")
+
+
+# What most tensors of adapters are, beside the fields' own defaults: a manifest leaves it out.
+_OF_FACTORS = {
+    **{field.name: field.default for field in dataclasses.fields(TensorPlan)},
+    "dtype": "float32",
+    "op": "linear",
+    "shared": True,
+    "reason": "eligible",
+    "through": "layer",
+    "scale": 1.0,
+}
+
+
+def _compact(tensor: dict[str, Any]) -> dict[str, Any]:
+    """Return a tensor's values without what is usual: adapters have many tensors and few values."""
+    values = {key: value for key, value in tensor.items() if value != _OF_FACTORS[key]}
+    if list(values["aliases"]) == [values["name"]]:
+        del values["aliases"]
+    if [values.get("rows"), values.get("cols")] == list(values["shape"]):
+        del values["rows"], values["cols"]
+    return values
+
+
+def _full(tensor: Any) -> Any:
+    """Return what `_compact` was given, or anything else as it is."""
+    if not isinstance(tensor, dict) or not {"name", "shape"} <= tensor.keys():
+        return tensor
+    usual = {key: value for key, value in _OF_FACTORS.items() if value is not dataclasses.MISSING}
+    values = {**usual, "aliases": [tensor["name"]], **tensor}
+    if (
+        values["shared"] is True
+        and "rows" not in tensor
+        and isinstance(values["shape"], list)
+        and len(values["shape"]) == 2
+    ):
+        values["rows"], values["cols"] = values["shape"]
+    return values

@@ -66,6 +66,8 @@ def _facts(plan: RoastPlan) -> _Facts:
     yield sum(tensor.numel for tensor in plan.tensors) <= _MOST_ELEMENTS, "it has more elements than any model"
     yield all(each.num_slots >= 1 for each in plan.regions), "a region has no slots"
     yield sum(each.num_slots for each in plan.regions) == plan.num_slots, "num_slots is not the sum of the regions'"
+    yield plan.scope in ("model", "adapters"), "its scope is neither model nor adapters"
+    yield 0 <= plan.base_numel <= (_MOST_ELEMENTS if plan.of_adapters else 0), "its base_numel is out of range"
     num_regions = len(plan.shared) if plan.sharing == "local" else 1
     yield len(plan.regions) == num_regions, f"it has {len(plan.regions)} regions; expected {num_regions}"
 
@@ -107,7 +109,7 @@ def _facts_of_kept(tensor: TensorPlan) -> _Facts:
     yield from _facts_of_any(tensor)
     yield bool(tensor.aliases), "it has no aliases"
     yield isinstance(getattr(torch, tensor.dtype, None), torch.dtype), "its dtype is unknown"
-    for name in (*_OF_SHARED, "scale", "diagonal", "fold", "basis_count"):
+    for name in (*_OF_SHARED, "scale", "diagonal", "fold", "basis_count", "start"):
         yield getattr(tensor, name) == getattr(_UNSET, name), f"it is not shared and has the value {name}"
 
 
@@ -122,6 +124,8 @@ def _facts_of_shared(plan: RoastPlan, tensor: TensorPlan) -> _Facts:
     yield tensor.fold is None or 0 <= tensor.fold < len(plan.folds), "its fold is not one of the plan's"
     yield tensor.basis_count >= 0, "its basis_count is negative"
     yield (tensor.rows, tensor.cols) in _matrices(plan, tensor), "its rows and cols do not fit its shape"
+    yield 0 <= tensor.start <= largest, "its start does not fit its dtype"
+    yield plan.has_starts or not tensor.start, "it has a start, and its plan has none"
     if tensor.fold is not None:
         fold = plan.folds[tensor.fold]
         yield not tensor.strips and not tensor.basis_count, "it is folded, and in strips or of basis kernels"

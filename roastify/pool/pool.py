@@ -29,6 +29,7 @@ from roastify.pool.members import TiedModule, is_sharded
 from roastify.pool.pass_cache import cache_of, is_watched_by_modes, unseen
 from roastify.pool.plan import RoastPlan
 from roastify.pool.preconditioner import divide_, divided, inverse_gamma
+from roastify.pool.start_values import start_values
 from roastify.pool.state import encode, plan_with
 
 
@@ -61,6 +62,7 @@ class RoastPool(TiedModule):
             row).
         bases: shape of every basis, and the divisor of its gradient.
         scales: the divisor of the gradient of every learned scale, in the order of their places.
+        starts: start values of the tensors that have some; see `start_values`.
         dtype: dtype of the Parameters.
         device: device of the Parameters.
         trainable: whether the Parameters require a gradient.
@@ -71,6 +73,7 @@ class RoastPool(TiedModule):
     per_slot: Tensor
     uneven_slots: Tensor
     uneven: Tensor
+    starts: Tensor
 
     def __init__(
         self,
@@ -82,6 +85,7 @@ class RoastPool(TiedModule):
         unread_rows: Sequence[tuple[TileView, float, int]] = (),
         bases: Sequence[tuple[tuple[int, int], float]] = (),
         scales: Sequence[float] = (),
+        starts: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         trainable: bool = True,
@@ -121,6 +125,7 @@ class RoastPool(TiedModule):
             rows = [row for tile_map in maps for row in tile_map.chunk_table()]
             self._masters = {"table": torch.tensor(rows, dtype=torch.int64).view(-1, 3)}
             self._masters |= inverse_gamma(num_slots, tile, self._masters["table"], shared, unread_rows, scales)
+            self._masters["starts"] = torch.empty(0) if starts is None else starts
         self._place_constants(self.weight.device)
 
     @property
@@ -433,6 +438,7 @@ class RoastPool(TiedModule):
             weight.scale, weight.center, weight.zero_row = tensor.scale, tensor.center, tensor.zero_row
             weight.__post_init__()
         with torch.device("cpu"):
+            self._masters["starts"] = start_values(plan)
             self._masters |= inverse_gamma(
                 self.num_slots, self.tile, self._masters["table"], *plan.readings(), plan.scale_energies()
             )

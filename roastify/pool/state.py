@@ -2,7 +2,8 @@
 
 A pool's values mean something only together with the mapping, the addresses and λ of every tensor. So a state dict
 holds them too, as one tensor of bytes (`torch.uint8`): a header with what differs most often, a SHA-256 of everything
-that decides where a weight lies, then λ, center, zero row and name of every shared tensor. Names are those of today: a
+that decides where a weight lies, then λ, center, zero row and name of every shared tensor, and the bounds of start
+values if the plan has some. Names are those of today: a
 state dict of a model whose layers were exchanged fits only a model whose layers were exchanged alike. A tensor that
 one of two models no longer reads (its layer was replaced) is not compared. Its size depends on the number of
 tensors alone: a distributed checkpoint is loaded into a tensor of the same size.
@@ -25,8 +26,9 @@ from roastify.pool.plan import RoastPlan
 _MAGIC = b"ROAST\x00\x00\x01"
 # Magic, seed modulo 2**64, slots, tile, mapping, its version, sign, tensors; then the digest and the pool's spread.
 _HEADER = struct.Struct("<8sQQIIBBBI32sd")
-# λ, center, zero row (-1: none), hash of the name (0: no longer read).
+# λ, center, zero row (-1: none), hash of the name (0: no longer read); behind them the starts of plans that have some.
 _TENSOR = struct.Struct("<ddqQ")
+_START = struct.Struct("<d")
 _FIELDS = ("seed", "number of slots", "tile", "mapping", "mapping version", "sign", "number of shared tensors")
 
 
@@ -40,6 +42,7 @@ class PoolState:
         pool_std: the pool's initial standard deviation.
         values: `(λ, center, zero row or None)` of every shared tensor, in the plan's order.
         names: hash of the name of every shared tensor; 0 for a tensor that the model no longer reads.
+        starts: the bound of the start values of every shared tensor; empty if the plan has none.
     """
 
     header: tuple[str, ...]
@@ -47,6 +50,7 @@ class PoolState:
     pool_std: float
     values: tuple[tuple[float, float, int | None], ...]
     names: tuple[int, ...]
+    starts: tuple[float, ...] = ()
 
 
 def encode(plan: RoastPlan, names: Sequence[str]) -> Tensor:
@@ -75,7 +79,8 @@ def encode(plan: RoastPlan, names: Sequence[str]) -> Tensor:
         )
         for tensor, name in zip(shared, names, strict=True)
     )
-    return torch.frombuffer(bytearray(head + rest), dtype=torch.uint8).clone()
+    starts = b"".join(_START.pack(tensor.start) for tensor in shared) if plan.has_starts else b""
+    return torch.frombuffer(bytearray(head + rest + starts), dtype=torch.uint8).clone()
 
 
 def decode(state: object) -> PoolState | None:
@@ -92,12 +97,14 @@ def decode(state: object) -> PoolState | None:
     if len(data) < _HEADER.size or not data.startswith(_MAGIC):
         return None
     _, seed, slots, rows, cols, mapping, version, sign, count, digest, spread = _HEADER.unpack_from(data)
-    if len(data) != _HEADER.size + count * _TENSOR.size or mapping >= len(MAPPINGS) or sign >= len(SIGNS):
+    end = _HEADER.size + count * _TENSOR.size
+    if len(data) not in (end, end + count * _START.size) or mapping >= len(MAPPINGS) or sign >= len(SIGNS):
         return None
     header = seed, slots, f"{rows}×{cols}", MAPPINGS[mapping], version, SIGNS[sign], count
-    rows = list(_TENSOR.iter_unpack(data[_HEADER.size :]))
+    rows = list(_TENSOR.iter_unpack(data[_HEADER.size : end]))
+    starts = tuple(start for (start,) in _START.iter_unpack(data[end:]))
     values = tuple((scale, center, None if row < 0 else row) for scale, center, row, _ in rows)
-    return PoolState(tuple(map(str, header)), digest, spread, values, tuple(row[-1] for row in rows))
+    return PoolState(tuple(map(str, header)), digest, spread, values, tuple(row[-1] for row in rows), starts)
 
 
 def difference(expected: PoolState, found: PoolState, names: Sequence[str]) -> str | None:
@@ -150,7 +157,8 @@ def plan_with(plan: RoastPlan, names: Sequence[str], value: object) -> RoastPlan
             f"the state dict was saved by a model of another plan ({reason}), so its pool means other weights here. "
             f"Convert with the same settings, or use roastify.save and roastify.load"
         )
-    return plan if (given.values, given.pool_std) == (own.values, own.pool_std) else with_state(plan, given)
+    numbers = [(state.values, state.pool_std, state.starts) for state in (own, given)]
+    return plan if numbers[0] == numbers[1] else with_state(plan, given)
 
 
 def with_state(plan: RoastPlan, state: PoolState) -> RoastPlan:
@@ -162,13 +170,16 @@ def with_state(plan: RoastPlan, state: PoolState) -> RoastPlan:
         centers,
         {name: row for name, row in zero_rows.items() if row is not None},
         state.pool_std,
+        starts=dict(zip(names, state.starts, strict=False)),
     )
 
 
 def _digest(plan: RoastPlan) -> bytes:
     """Return the SHA-256 of everything that decides where a weight lies and how it is read, but for numbers."""
     folds = [[list(vars(fold).values()) for fold in plan.folds]] if plan.folds else []
-    text = json.dumps([list(_facts(plan)), [list(map(int, vars(region).values())) for region in plan.regions], *folds])
+    starts = ["starts"] if plan.has_starts else []
+    regions = [list(map(int, vars(region).values())) for region in plan.regions]
+    text = json.dumps([list(_facts(plan)), regions, *folds, *starts])
     return hashlib.sha256(text.encode()).digest()
 
 
