@@ -25,6 +25,7 @@ from roastify.errors import (
 )
 from roastify.integrations.on_import import register_with_transformers
 from roastify.pool.plan import RoastPlan
+from roastify.ratio_sweep import SweepReport, sweep
 from roastify.recovery.report import RecoveryReport
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ __all__ = [
     "RoastPlan",
     "SignatureMismatch",
     "SourceError",
+    "SweepReport",
     "VerifyReport",
     "bench",
     "convert",
@@ -56,6 +58,7 @@ __all__ = [
     "plan",
     "recover",
     "save",
+    "sweep",
     "verify",
 ]
 

@@ -127,7 +127,7 @@ def convert(
         OutputMismatch: its outputs differ in structure, shape or dtype.
         CheckpointError: the folder to resume from is of another model or other settings, damaged, or not writable.
     """
-    settings = _settings(config, ratio=ratio, include=include, exclude=exclude, init=init, seed=seed)
+    settings = settings_from(config, ratio=ratio, include=include, exclude=exclude, init=init, seed=seed)
     if resume is not None and settings.init != "project":
         raise ConfigError(f'only a conversion with init="project" can be resumed; found init={settings.init!r}')
     if emit not in get_args(Emit):
@@ -205,7 +205,7 @@ def plan(
 
     Arguments and errors are those of `convert`. If the model is not on the meta device, the plan holds λ as well.
     """
-    settings = _settings(config, ratio=ratio, include=include, exclude=exclude, init=init, seed=seed)
+    settings = settings_from(config, ratio=ratio, include=include, exclude=exclude, init=init, seed=seed)
     check_convertible(model)
     with working("tracing and planning"):
         planned = make_plan(model, trace(model), settings)
@@ -290,7 +290,7 @@ def bench(
         ConversionError: see `convert`.
     """
     arguments = {"ratio": ratio, "include": include, "exclude": exclude, "init": init, "seed": seed}
-    settings = _settings(config, **arguments)
+    settings = settings_from(config, **arguments)
     options = BenchOptions(
         device=parse_device(device),
         dtype=parse_dtype(dtype),
@@ -526,7 +526,8 @@ def densify_artifact(
     return write_dense(artifact.read_artifact(Path(path), digest), Path(output), shard_size)
 
 
-def _settings(config: RoastConfig | str | Path | None, **arguments: Any) -> RoastConfig:
+def settings_from(config: RoastConfig | str | Path | None, **arguments: Any) -> RoastConfig:
+    """Return the settings of a config, or of a TOML file, that arguments override; `init="auto"` is `match` here."""
     if config is None:
         config = RoastConfig()
     elif isinstance(config, str | Path):
