@@ -15,7 +15,7 @@ from torch import nn
 from roastify import api
 from roastify.calls import run_model, split_inputs
 from roastify.config import Init, RoastConfig, check_ratio
-from roastify.conversion.converted import pool_of, pools_in
+from roastify.conversion.converted import pool_of
 from roastify.conversion.supported import check_convertible, check_has_values, device_of
 from roastify.errors import ConfigError, RecoveryError, closest
 from roastify.files import replace_file
@@ -207,8 +207,6 @@ def sweep(
             f"{', '.join(wrong)} cannot be given for a sweep, which has a run for each ratio; leave it out"
         )
     check_convertible(model)
-    if pools_in(model):
-        raise ConfigError("the model is converted already, and a sweep begins with a dense model; pass the dense one")
     check_has_values(model)
     if isinstance(data, Iterator):
         raise ConfigError(
