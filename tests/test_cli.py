@@ -326,7 +326,7 @@ def test_doctor_shows_versions_and_devices() -> None:
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_help_names_every_command(flag: str) -> None:
     output = _run(flag).stdout
-    for name in ("convert", "plan", "check", "bench", "recover", "show", "densify", "settings", "doctor"):
+    for name in ("convert", "plan", "check", "bench", "recover", "sweep", "show", "densify", "settings", "doctor"):
         assert f"\n  {name} " in output
         assert "Usage: " in _run(name, flag).stdout
     assert "--ratio" in _run("convert", flag).stdout

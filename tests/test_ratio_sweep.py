@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import textwrap
 import warnings
 from pathlib import Path
@@ -184,7 +185,6 @@ def test_the_command_shows_names_writes_and_draws(folder: Path) -> None:
     written = json.loads((folder / "r.json").read_text())
     assert [row["ratio"] for row in written["rows"]] == [2, 4] and written["steps"] == 2
     assert (folder / "r.png").read_bytes().startswith(b"\x89PNG")
-    # Without a terminal, every line of a run says at which ratio it is.
     assert max(map(len, lines)) <= 80
 
 
@@ -243,3 +243,24 @@ def test_what_cannot_be_swept_is_refused() -> None:
         roastify.sweep(roastify.convert(model, 2), data)
     with pytest.raises(PlanError, match="unreachable"):
         roastify.sweep(model, data, [2, 1e6])
+
+
+def test_the_pages_example_runs_with_the_table_that_the_page_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "sweep.md").read_text(encoding="utf-8")
+    code, python = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    shown = re.search(r"^\$ roastify (.*)\n((?:.+\n)+)", page, re.MULTILINE)
+    assert shown is not None
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "patterns.py").write_text(code, encoding="utf-8")
+    # Fewer steps than the page's; then no ratio need be near.
+    command = [*shown[1].partition(" --within")[0].split(), "--steps", "2", "--seconds", "0.01", "--device", "cpu"]
+    result = click.testing.CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    ours, pages = result.stdout.splitlines()[:5], shown[2].splitlines()
+    assert ours[0].split() == pages[0].split()
+    assert [line.split()[:6] for line in ours[1:]] == [line.split()[:6] for line in pages[1:]]
+    names = {**vars(_module("patterns")), "roastify": roastify}
+    exec(python.replace("[3, 10, 30]", "[3]").replace("steps=200", "steps=2, seconds=0.01"), names)
+    assert (tmp_path / "sweep.png").is_file()
