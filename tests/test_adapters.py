@@ -240,6 +240,12 @@ def test_a_copy_trains_alone() -> None:
     assert torch.equal(outputs(model), before) and not torch.equal(outputs(twin), before)
 
 
+def test_adapters_in_a_pool_are_exported() -> None:
+    model = trained().eval()
+    program = torch.export.export(model, (X,))
+    torch.testing.assert_close(program.module()(X), outputs(model))
+
+
 # PEFT's own methods.
 
 
