@@ -239,8 +239,7 @@ def builder_of_transformers(model: nn.Module) -> Builder | None:
     """Return what builds a model of transformers, converted or not; None for other models."""
     transformers = sys.modules.get("transformers")
     pretrained = getattr(transformers, "PreTrainedModel", None)
-    # A converted class names the one that it stands for.
-    own = getattr(type(model), "_roast_original", type(model))
+    own = _own_class(model)
     if pretrained is None or not issubclass(own, pretrained):
         return None
     is_known = getattr(transformers, own.__name__, None) is own
@@ -258,6 +257,16 @@ def builder_of_transformers(model: nn.Module) -> Builder | None:
         return None
 
 
+def _own_class(module: nn.Module) -> type:
+    """Return the class that a module had before it was converted, and before its tensors were sharded."""
+    kind = type(module)
+    if kind.__bases__[0].__name__ == "FSDPModule":
+        kind = kind.__bases__[1]
+    # A class on the pool names the one that it stands for.
+    original: type = getattr(kind, "_roast_original", kind)
+    return original
+
+
 def difference_of(model: nn.Module, twin: nn.Module, values: bool) -> str:
     """Return in words how a module of a converted model differs from its namesake in a dense one, or an empty string.
 
@@ -270,9 +279,7 @@ def difference_of(model: nn.Module, twin: nn.Module, values: bool) -> str:
     found = {name: module for name, module in model.named_modules() if not isinstance(module, RoastPool)}
     for name in dict.fromkeys([*found, *twins]):
         module, other = found.get(name), twins.get(name)
-        # A class on the pool names the one that it stands for.
-        kind = getattr(type(module), "_roast_original", type(module))
-        if module is None or kind is not type(other):
+        if module is None or other is None or _own_class(module) is not type(other):
             names = " and ".join("nothing" if each is None else type(each).__name__ for each in (module, other))
             return f"{name or 'the model'} is {names}"
         for key, value in vars(module).items() if values else ():
