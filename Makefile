@@ -3,9 +3,10 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+LOWEST := .venv-lowest/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long test-gpu trust zoo map check bench bench-gpu accuracy clean
+.PHONY: help setup demo test test-long test-gpu test-vision test-lowest trust zoo map check docs wheel bench bench-gpu accuracy clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -32,6 +33,17 @@ test-long: $(READY)  ## Run the tests that repeat others at full size, or run wh
 test-gpu: $(READY)  ## Run the tests that need a CUDA device, in one process (an environment of your own: BIN=... READY=)
 	$(BIN)/pytest -m gpu
 
+test-vision: $(READY)  ## Run the tests with timm and torchvision, which must be of one build with torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[vision]'
+	$(BIN)/python -c 'import timm, torchvision'
+	TRITON_INTERPRET=1 $(BIN)/pytest tests/test_model_libraries.py
+
+test-lowest:  ## Install the oldest versions that are supported in .venv-lowest, and run the tests with them
+	test -x $(LOWEST)/python || $(PYTHON) -m venv $(dir $(LOWEST))
+	$(LOWEST)/pip install --quiet --disable-pip-version-check uv
+	$(LOWEST)/uv pip install --python $(LOWEST)/python --resolution lowest-direct -e '.[dev]'
+	$(MAKE) test BIN=$(LOWEST) READY=
+
 trust: $(READY)  ## Try to lose, mix, forge and break artifacts, checkpoints and models, for about an hour
 	cd tests && $(CURDIR)/$(BIN)/python -m trust
 
@@ -47,6 +59,19 @@ check: $(READY)  ## Lint, formatting, types, and `roastify check` on every examp
 	$(BIN)/mypy
 	for example in examples/*.py; do $(BIN)/roastify check $$example --ratio 50 || exit 1; done
 
+docs: $(READY)  ## Check the pages: their links, and that their tables are those of the committed results
+	$(BIN)/pytest tests/test_packaging.py tests/test_pages.py tests/test_structure.py -m "not long"
+
+wheel: $(READY)  ## Build the package in dist/, and convert with its wheel in a new environment
+	rm -rf build dist
+	$(BIN)/python -m build
+	$(PYTHON) -m venv dist/try
+	dist/try/bin/pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
+	dist/try/bin/roastify settings > dist/settings.toml
+	cd dist && try/bin/roastify ../examples/resnet.py --config settings.toml -o try/resnet
+	cd dist && try/bin/roastify show try/resnet
+	rm -rf dist/try dist/settings.toml
+
 bench: $(READY)  ## Measure against the dense layers on this machine and write benchmarks/results/
 	$(BIN)/python -m benchmarks.cpu
 
@@ -61,4 +86,4 @@ accuracy: $(READY)  ## Train every method on this machine's GPUs, on the data in
 	$(BIN)/python -m benchmarks.accuracy.page
 
 clean:  ## Remove the environment and everything built
-	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-lowest build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

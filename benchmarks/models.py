@@ -129,6 +129,13 @@ class DecodingStep(nn.Module):
             self.register_buffer(f"keys_{index}", layer.keys, persistent=False)
             self.register_buffer(f"values_{index}", layer.values, persistent=False)
 
+    def _apply(self, *args: Any, **kwargs: Any) -> DecodingStep:
+        super()._apply(*args, **kwargs)
+        # A cast makes new tensors of the buffers, and the cache must use these.
+        for index, layer in enumerate(self.cache.layers):
+            layer.keys, layer.values = getattr(self, f"keys_{index}"), getattr(self, f"values_{index}")
+        return self
+
     def forward(self, input_ids: Tensor) -> Tensor:
         return self.model(input_ids=input_ids, past_key_values=self.cache, use_cache=True).logits
 

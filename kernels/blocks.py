@@ -61,7 +61,7 @@ class _BlocksNode(torch.autograd.Function):
         x, matrix = ctx.saved_tensors
         # A graph of the gradient needs operations that autograd records.
         recorded = torch.is_grad_enabled()
-        of_x, of_matrix = (_recorded_t, _recorded_grad) if recorded else (blocks_product_t, blocks_grad)
+        of_x, of_matrix = (recorded_product_t, _recorded_grad) if recorded else (blocks_product_t, blocks_grad)
         return (
             None if matrix is None else of_x(grad, matrix, ctx.groups),
             None if x is None else of_matrix(grad, x, ctx.groups),
@@ -74,19 +74,21 @@ def differentiable_product(x: Tensor, matrix: Tensor, bias: Tensor | None, group
     """Return `x · Wᵀ + bias`, `[..., groups·cols] → [..., rows]`, with derivatives."""
     flat = x.reshape(-1, x.shape[-1])
     if torch.compiler.is_compiling() or in_func_transform() or is_jit_tracing():
-        out = _recorded(flat, matrix, groups)
+        out = recorded_product(flat, matrix, groups)
         out = out if bias is None else out + bias
     else:
         out = _BlocksNode.apply(flat, matrix, bias, groups)
     return out.view(*x.shape[:-1], matrix.shape[0])
 
 
-def _recorded(x: Tensor, matrix: Tensor, groups: int) -> Tensor:
+def recorded_product(x: Tensor, matrix: Tensor, groups: int) -> Tensor:
+    """Return `x · Wᵀ`, for autograd or a program to record."""
     columns = x.reshape(x.shape[0], groups, -1)
     return torch.einsum("mgk,gnk->mgn", columns, matrix.reshape(groups, -1, matrix.shape[1])).flatten(1)
 
 
-def _recorded_t(grad: Tensor, matrix: Tensor, groups: int) -> Tensor:
+def recorded_product_t(grad: Tensor, matrix: Tensor, groups: int) -> Tensor:
+    """Return `grad · W`, for autograd or a program to record."""
     parts = grad.reshape(grad.shape[0], groups, -1)
     return torch.einsum("mgn,gnk->mgk", parts, matrix.reshape(groups, -1, matrix.shape[1])).flatten(1)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from roastify.kernels import reference
+from roastify.kernels import plain, reference
 from roastify.kernels.torch_internals import (
     any_requires_grad,
     current_device_index,
@@ -114,6 +114,8 @@ def call(name: str, *args: Any) -> Any:
     Compilers, tracers, modes, transforms, tensor subclasses and profilers still see the operator.
     """
     if is_watched(*args):
+        if plain.is_recording():
+            return plain.operator(name)(*args)
         return getattr(_ops, name).default(*args)
     if torch.is_grad_enabled() and name in nodes and any_requires_grad(*args):
         return nodes[name].apply(*args)

@@ -547,7 +547,7 @@ def embedding_reduce_(total: Tensor, grad: Tensor, index: Tensor, table: Tensor,
     _add_segments(total.view(-1), table, view, scale, tiles, tile_rows, values)
 
 
-def _fold_signs(view: FoldView, dtype: torch.dtype, device: torch.device) -> Tensor:
+def fold_signs(view: FoldView, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return `b · (-1)^popcount(g & i)`, `[hashes, fold, spans]`."""
     position = torch.arange(view.fold, device=device)
     counter = position[:, None] * view.num_spans + torch.arange(view.num_spans, device=device)
@@ -558,7 +558,7 @@ def _fold_signs(view: FoldView, dtype: torch.dtype, device: torch.device) -> Ten
 
 def fold_factors(pool: Tensor | None, view: FoldView, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return `s`, the factor of every column of an input, `[hashes, fold, width]`."""
-    factors = _fold_signs(view, dtype, device)
+    factors = fold_signs(view, dtype, device)
     if pool is not None and view.num_scales:
         learned = pool.reshape(-1)[view.first_scale : view.first_scale + view.num_scales]
         factors = factors * (learned.to(dtype).view_as(factors) + view.unit)
@@ -622,7 +622,7 @@ def fold_reduce_(total: Tensor, grad: Tensor, x: Tensor, view: FoldView) -> None
     pad = view.num_spans * view.span - view.width
     by_span = F.pad(by_column, (0, pad)).view(view.hashes, view.fold, view.num_spans, view.span).sum(-1)
     learned = total.view(-1)[view.first_scale : view.first_scale + view.num_scales]
-    learned += (by_span * _fold_signs(view, wide, total.device)).view(-1).to(total.dtype)
+    learned += (by_span * fold_signs(view, wide, total.device)).view(-1).to(total.dtype)
 
 
 def combine(coefficients: Tensor, basis: Tensor, grad_scale: float = 1.0) -> Tensor:

@@ -4,10 +4,13 @@ The method is ROAST hashing (Desai, Zhou, Shrivastava, ICML 2023) with the stabi
 Shrivastava, ICLR 2024).
 """
 
+from typing import TYPE_CHECKING, Any
+
 from roastify.api import bench, convert, densify, load, plan, recover, save, verify
 from roastify.checks.interface import VerifyReport
 from roastify.checks.model_bench import BenchReport
 from roastify.config import RoastConfig
+from roastify.deployment import plain_operators
 from roastify.errors import (
     BenchError,
     CheckpointError,
@@ -20,8 +23,12 @@ from roastify.errors import (
     SignatureMismatch,
     SourceError,
 )
+from roastify.integrations.on_import import register_with_transformers
 from roastify.pool.plan import RoastPlan
 from roastify.recovery.report import RecoveryReport
+
+if TYPE_CHECKING:
+    from roastify.integrations.transformers import RoastifyConfig as RoastifyConfig
 
 __version__ = "0.1.0"
 
@@ -45,8 +52,24 @@ __all__ = [
     "convert",
     "densify",
     "load",
+    "plain_operators",
     "plan",
     "recover",
     "save",
     "verify",
 ]
+
+register_with_transformers()
+
+
+def __getattr__(name: str) -> Any:
+    """Return `RoastifyConfig`, which needs transformers."""
+    if name != "RoastifyConfig":
+        raise AttributeError(f"module 'roastify' has no attribute {name!r}")
+    try:
+        from roastify.integrations.transformers import RoastifyConfig
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            "roastify.RoastifyConfig needs transformers; install it with: pip install 'roastify[integrations]'"
+        ) from error
+    return RoastifyConfig

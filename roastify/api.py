@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from roastify import artifact
+from roastify.builders import builder_from
 from roastify.checks.behaviour import check_behaviour
 from roastify.checks.interface import VerifyReport, compare_interfaces, observe
 from roastify.checks.model_bench import BenchOptions, BenchReport, check_inputs, measure, parse_device, parse_dtype
 from roastify.config import Init, RoastConfig
 from roastify.conversion.computed_weights import changed_sources, computed_weights, estimate_norms
-from roastify.conversion.converted import pools_of, refuse_sharded, refused_write, tensors_of_adapters
+from roastify.conversion.converted import pools_in, pools_of, refuse_sharded, refused_write, tensors_of_adapters
 from roastify.conversion.digests import digest_of_model, digest_of_plan
 from roastify.conversion.emitted_graph import emit_graph
 from roastify.conversion.fx_pass import trace
@@ -28,7 +29,9 @@ from roastify.conversion.progress_kept import KeptProgress
 from roastify.conversion.rewrite import apply_plan, build_pool, copy_weights, copy_without, restore_dense
 from roastify.conversion.supported import check_convertible, check_has_values, device_of
 from roastify.errors import ConfigError, OutputMismatch, closest
+from roastify.manifest import builder_in
 from roastify.pool.plan import RoastPlan
+from roastify.progress import working
 from roastify.recovery.options import RecoverOptions
 from roastify.recovery.report import RecoveryReport
 
@@ -132,12 +135,14 @@ def convert(
         raise ConfigError(f"emit must be one of {', '.join(get_args(Emit))}; found {emit!r}{hint}")
     check_convertible(model)
     check_has_values(model)
-    forest = trace(model)
+    with working("tracing the model"):
+        forest = trace(model)
     before, computed = observe(model, example_inputs), computed_weights(model)
     # Tensors that turn out to be unshareable once the model is converted.
     unshareable: dict[str, str] = {}
     while True:
-        planned = make_plan(model, forest, settings, unshareable)
+        with working("planning"):
+            planned = make_plan(model, forest, settings, unshareable)
         # If tensors turn out to be unshareable, the plan is another one, and what was kept is of no use.
         progress = None if resume is None or unshareable else _kept_progress(Path(resume), model, planned)
         planned = complete_plan(model, planned, settings.init, progress)
@@ -202,7 +207,8 @@ def plan(
     """
     settings = _settings(config, ratio=ratio, include=include, exclude=exclude, init=init, seed=seed)
     check_convertible(model)
-    planned = make_plan(model, trace(model), settings)
+    with working("tracing and planning"):
+        planned = make_plan(model, trace(model), settings)
     return planned if device_of(model).type == "meta" else complete_plan(model, planned, settings.init)
 
 
@@ -256,7 +262,8 @@ def bench(
     replayed from CUDA graphs.
 
     Args:
-        model: as in `convert`; it is left unchanged unless `inplace`.
+        model: as in `convert`, or what `convert` or `load` returned: then it is measured beside its dense form, and
+            takes no settings. It is left unchanged unless `inplace`.
         ratio: as in `convert`.
         config: as in `convert`.
         include: as in `convert`.
@@ -282,7 +289,8 @@ def bench(
         PlanError: see `convert`.
         ConversionError: see `convert`.
     """
-    settings = _settings(config, ratio=ratio, include=include, exclude=exclude, init=init, seed=seed)
+    arguments = {"ratio": ratio, "include": include, "exclude": exclude, "init": init, "seed": seed}
+    settings = _settings(config, **arguments)
     options = BenchOptions(
         device=parse_device(device),
         dtype=parse_dtype(dtype),
@@ -293,6 +301,16 @@ def bench(
         seconds=seconds,
     )
     check_inputs(example_inputs, options)
+    if isinstance(model, nn.Module) and pools_in(model):
+        given = [name for name, value in {"config": config, **arguments}.items() if value is not None]
+        if given:
+            raise ConfigError(
+                f"{', '.join(given)} cannot be given for a model that is converted already; leave it out, or pass the "
+                f"dense model"
+            )
+        converted = model if inplace else copy_without(model, set())
+        converted.to(device=options.device, dtype=options.dtype)
+        return measure(densify(converted), converted, example_inputs, options)
     check_convertible(model)
     check_has_values(model)
     dense = model if inplace else copy_without(model, set())
@@ -369,10 +387,13 @@ def save(
     *,
     state_dict: Mapping[str, Tensor] | None = None,
     allow_nonfinite: bool = False,
+    source: str | None = None,
 ) -> None:
     """Write a converted model as an artifact folder: `roast.json` and `model.safetensors`.
 
-    Of a model whose adapters are in a pool, the base is left out, and PEFT's `adapter_config.json` is written too.
+    The artifact names what builds its model if roastify knows it: for models of transformers, those that `load` built
+    by name, and those whose `source` is given. Of a model whose adapters are in a pool, the base is left out, and
+    PEFT's `adapter_config.json` is written too.
 
     If a save is killed, the previous artifact or the new one is complete, and the next save removes its temporary
     files. Of several processes that save to one folder, each leaves a whole artifact, and the last one's stays. New
@@ -386,17 +407,34 @@ def save(
             `torch.distributed.checkpoint.state_dict.get_model_state_dict` gathers its values.
         allow_nonfinite: save NaN and infinite values too. Otherwise a pool that holds them is refused, and so is a kept
             Parameter that holds NaN (it may be infinite by design; buffers are not looked at).
+        source: what built the dense model, as on the command line: `timm:NAME` or `torchvision:NAME`, with the keyword
+            arguments that it was given (`timm:resnet18,num_classes=10`).
 
     Raises:
         ConversionError: the model is not a converted one, or only a part or a wrapper of one.
+        SourceError: `source` is not such a text, or the library is missing or does not know it.
         CheckpointError: the model holds state that is not a tensor or is sharded, or values that are not finite, the
-            state dict is another model's, or the folder cannot be written or holds other weights.
+            state dict is another model's, the source builds another model, or the folder cannot be written or holds
+            other weights.
     """
-    artifact.write_artifact(model, Path(path), state_dict, allow_nonfinite=allow_nonfinite)
+    builder = None if source is None else builder_from(source)
+    artifact.write_artifact(model, Path(path), state_dict, allow_nonfinite=allow_nonfinite, builder=builder)
 
 
-def load(path: str | Path, model: _M, *, digest: str | None = None) -> _M:
+@overload
+def load(path: str | Path, model: _M, *, digest: str | None = None) -> _M: ...
+
+
+@overload
+def load(path: str | Path, model: None = None, *, digest: str | None = None) -> nn.Module: ...
+
+
+def load(path: str | Path, model: nn.Module | None = None, *, digest: str | None = None) -> nn.Module:
     """Return the artifact's model: a copy of `model`'s structure with all values read from the artifact.
+
+    Without a `model`, the structure is built by what the artifact names: a class of transformers with its config, or a
+    model of timm or torchvision. Nothing in the artifact is executed, and no weights are downloaded. The result is on
+    the CPU in eval mode.
 
     Plan and values are of one save, also while another process saves. The values are in memory of their own: the model
     does not depend on the files afterwards.
@@ -404,18 +442,22 @@ def load(path: str | Path, model: _M, *, digest: str | None = None) -> _M:
     Args:
         path: an artifact folder.
         model: the dense architecture on any device; for the meta device, the result is on the CPU. The model is left
-            unchanged, and its weights are not used. For adapters, a PEFT model of their configuration on their base,
-            whose weights the result shares.
+            unchanged, and its weights are not used. None: the artifact names it. For adapters, a PEFT model of their
+            configuration on their base, whose weights the result shares.
         digest: the SHA-256 of the artifact's `roast.json`, as `sha256sum` prints it, from a source that you trust. That
             file names the digest of the weights, so it stands for the whole artifact. None accepts any artifact.
 
     Raises:
         CheckpointError: the artifact is missing, damaged, newer than this version, of another architecture, of adapters
-            of another base, or has another digest.
+            of another base, or has another digest; or no model is given, and the artifact names none that can be built
+            here.
         ConfigError: the digest is not one.
         ConversionError: the model itself cannot be converted (see `convert`).
     """
-    found = artifact.read_artifact(Path(path), digest)
+    with working(f"reading {path}"):
+        found = artifact.read_artifact(Path(path), digest)
+    if model is None:
+        model = artifact.dense_model_of(found).eval()
     check_convertible(model)
     if found.plans[0].of_adapters:
         check_has_values(model)
@@ -427,8 +469,11 @@ def load(path: str | Path, model: _M, *, digest: str | None = None) -> _M:
     device = device_of(model)
     device = torch.device("cpu") if device.type == "meta" else device
     for plan in found.plans:
-        apply_plan(target, plan, build_pool(plan, device))
-    artifact.fill_from(found, target, device)
+        pool = build_pool(plan, device)
+        pool.builder = builder_in(found.manifest)
+        apply_plan(target, plan, pool)
+    with working(f"reading {path}"):
+        artifact.fill_from(found, target, device)
     return target
 
 
@@ -462,7 +507,8 @@ def densify_artifact(
             or no regular file. With `shard_size`, a folder, which must not hold model files yet.
         digest: the SHA-256 that the artifact's `roast.json` must have; see `load`.
         shard_size: write several files (`model-00001-of-00007.safetensors`, …) and the index by which transformers
-            finds their tensors; in each, so many bytes of tensors at most, unless a tensor alone has more.
+            finds their tensors; in each, so many bytes of tensors at most, unless a tensor alone has more. Config and
+            tokenizer files that the artifact has are copied, unless the folder has files of these names.
 
     Returns:
         the number of tensors written; a tied tensor is written under each of its names.

@@ -1,5 +1,8 @@
 """The artifact folder: `roast.json` (versions, plan, digests) and `model.safetensors` (all tensors).
 
+Beside them may lie copies of a model's config and tokenizer, for other programs; what builds the model is in
+`roast.json`.
+
 Nothing is pickled. A save first writes both files in a staging folder of its own, then renames the weights, then the
 manifest, while it holds the folder's lock. If a save is killed between the two renames, the new manifest is complete in
 the staging folder, and `read_artifact` uses it. At every other moment the folder holds either the old artifact or the
@@ -23,11 +26,13 @@ import safetensors
 import torch
 from torch import nn
 
-from roastify.conversion.adapters import PEFT_CONFIG, base_of, has_adapters, peft_settings, save_peft_config
+from roastify.builders import Builder, builder_of_transformers, difference_of
+from roastify.conversion.adapters import base_of, has_adapters, peft_config_file, peft_settings
 from roastify.conversion.converted import current_plans, owners, pools_in, tensors_of_adapters
 from roastify.conversion.digests import digests_of_base
 from roastify.conversion.rewrite import build_pool
-from roastify.errors import CheckpointError, ConfigError, closest
+from roastify.conversion.supported import find_plain_meta
+from roastify.errors import CheckpointError, ConfigError, SourceError, closest
 from roastify.files import (
     Staging,
     abandoned,
@@ -43,9 +48,11 @@ from roastify.files import (
 from roastify.layers.kinds import refusal_of
 from roastify.manifest import (
     FORMAT_VERSION,
+    MANIFEST,
     WEIGHTS,
-    WHOLE_VERSION,
+    builder_in,
     check_manifest,
+    files_in,
     parse_manifest,
     plans_of,
     pool_prefix,
@@ -58,7 +65,6 @@ from roastify.pool.state import plan_with
 from roastify.tensor_file import Stored, TensorFile
 from roastify.tensor_values import is_finite
 
-MANIFEST = "roast.json"
 # The word in the names of an artifact's staging folders.
 _STAGED = "artifact"
 # Weights that transformers would no longer find in a folder with a model.safetensors.
@@ -86,8 +92,22 @@ def write_artifact(
     state_dict: Mapping[str, torch.Tensor] | None = None,
     *,
     allow_nonfinite: bool = False,
-) -> None:
-    """Write a converted model; see `roastify.save`."""
+    builder: Builder | None = None,
+    files: Mapping[str, bytes] | None = None,
+) -> Builder | None:
+    """Write a converted model; see `roastify.save`. Return what builds its model, as far as the artifact names it.
+
+    Args:
+        model: see there.
+        folder: see there.
+        state_dict: see there.
+        allow_nonfinite: see there.
+        builder: what builds the dense model. None: what is known of it, if it builds this model.
+        files: names and contents of other files to write beside the two.
+
+    Raises:
+        CheckpointError: see there; or the builder that is given builds another model.
+    """
     plans = current_plans(model)
     in_state_dict = model.state_dict().keys()
     prefixes = tuple(map(pool_prefix, plans))
@@ -106,6 +126,7 @@ def write_artifact(
     if plans[0].of_adapters:
         digests = digests_of_base(base_of(model, tensors_of_adapters(model, plans)))
         base = {"base": digests, "peft": peft_settings(model)}
+        files = {**(files or {}), **peft_config_file(model)}
     if not allow_nonfinite:
         _check_finite(model, plans, tensors)
     try:
@@ -113,16 +134,11 @@ def write_artifact(
         with locked(folder):
             _finish_interrupted_saves(folder)
         remove_abandoned(folder)
-        check_replaceable(folder)
-        if base and (folder / PEFT_CONFIG).exists() and not (folder / MANIFEST).exists():
-            raise CheckpointError(
-                f"{folder} holds {PEFT_CONFIG}, which roastify did not write, so it is not overwritten; name another "
-                f"folder"
-            )
+        check_replaceable(folder, files)
         with Staging(folder, _STAGED) as stage:
             write_tensors(tensors, stage.path / WEIGHTS)
-            manifest = {
-                "format_version": FORMAT_VERSION if base else WHOLE_VERSION,
+            manifest: dict[str, Any] = {
+                "format_version": FORMAT_VERSION,
                 "mapping_version": max(plan.mapping_version for plan in plans),
                 "weights": {"file": WEIGHTS, "sha256": digest_of_file(stage.path / WEIGHTS)},
                 "ties": ties,
@@ -130,8 +146,14 @@ def write_artifact(
                 "state_dict": [name for name in [*tensors, *ties] if name in in_state_dict],
                 "plan": plans[0].to_dict(),
                 "other_plans": [plan.to_dict() for plan in plans[1:]],
+                "builder": None,
+                "files": _files_after(folder, files or {}),
                 **base,
             }
+            written = Artifact(folder, manifest, tuple(plans), TensorFile(stage.path / WEIGHTS))
+            # Adapters are loaded onto a PEFT model of their base, which no builder makes.
+            found = None if base and builder is None else _checked_builder(written, model, builder)
+            manifest["builder"] = None if found is None else found.to_dict()
             # The same values as `load` will see, so that what is written can be read.
             manifest = parse_manifest(json.dumps(seal(manifest)).encode(), folder / MANIFEST)
             stored = {name: Stored(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
@@ -139,16 +161,17 @@ def write_artifact(
             # Adapters are small, and a manifest with a value a line would be larger than their values.
             text = json.dumps(manifest, indent=None if base else 1, ensure_ascii=False)
             (stage.path / MANIFEST).write_text(text + "\n", encoding="utf-8")
-            if base:
-                save_peft_config(model, stage.path)
-            found = [name for name in (PEFT_CONFIG, WEIGHTS, MANIFEST) if (stage.path / name).exists()]
-            moves = {name: folder / name for name in found}
+            for name, content in (files or {}).items():
+                (stage.path / name).write_bytes(content)
+            # The other files first: readers look at the last two.
+            moves = {name: folder / name for name in (*(files or {}), WEIGHTS, MANIFEST)}
             stage.make_durable(moves)
             with locked(folder):
                 # Another save may have been killed since the first look, or another program may have written.
                 _finish_interrupted_saves(folder)
-                check_replaceable(folder)
+                check_replaceable(folder, files)
                 stage.put_in_place(moves)
+            return found
     except (OSError, ValueError, safetensors.SafetensorError) as error:  # ValueError: NUL in a name
         raise CheckpointError(f"cannot write the artifact {folder}: {reason_of(error)}") from error
 
@@ -166,13 +189,83 @@ def _check_finite(model: nn.Module, plans: Sequence[RoastPlan], tensors: Mapping
             )
 
 
-def check_replaceable(folder: Path) -> None:
+def _files_after(folder: Path, files: Mapping[str, bytes]) -> dict[str, str]:
+    """Return names and digests of the other files that will be roastify's: the new ones, and the old ones that stay."""
+    before = {name: digest for name, digest in _files_before(folder).items() if _digest_there(folder / name) == digest}
+    return before | {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+
+
+def _files_before(folder: Path) -> dict[str, str]:
+    with contextlib.suppress(CheckpointError, ValueError):
+        return files_in(_parse(folder / MANIFEST))
+    return {}
+
+
+def _digest_there(path: Path) -> str | None:
+    return None if regular_or_missing(path) is None else digest_of_file(path)
+
+
+def check_replaceable(folder: Path, files: Mapping[str, bytes] | None = None) -> None:
     """Raise `CheckpointError` if a save to this folder would overwrite or hide what roastify did not write there.
 
-    Weights are roastify's if a manifest beside them has their digest. The command line asks before work that takes
-    long.
+    Weights, and the other files that are to be written, are roastify's if a manifest beside them has their digest. The
+    command line asks before work that takes long.
     """
     read_again_if_replaced([folder / WEIGHTS, folder / MANIFEST], lambda: _check_is_ours(folder))
+    ours = _files_before(folder)
+    for name, content in (files or {}).items():
+        found = _digest_there(folder / name)
+        if found not in (None, ours.get(name), hashlib.sha256(content).hexdigest()):
+            raise CheckpointError(
+                f"{folder / name} was not written by roastify, or was changed since, so it is not overwritten; move "
+                f"it, or name another folder"
+            )
+
+
+def _checked_builder(artifact: Artifact, model: nn.Module, given: Builder | None) -> Builder | None:
+    """Return what builds a model just as this one was before its conversion.
+
+    Raises:
+        CheckpointError: a builder was given, and it builds another model.
+    """
+    builder = given or pools_in(model)[0].builder or builder_of_transformers(model)
+    if builder is None:
+        return None
+    try:
+        twin = dense_model_of(artifact, builder)
+        check_architecture(artifact, twin)
+        # A config of transformers has all that its model depends on, and models of transformers count while they run.
+        difference = difference_of(model, twin, values=builder.kind != "hf")
+        if difference:
+            raise CheckpointError(f"{builder.describe()} is another model than this one: {difference}")
+    except CheckpointError as error:
+        if given is not None:
+            raise CheckpointError(f"the source that was given does not build this model: {error}") from error
+        return None
+    return builder
+
+
+def dense_model_of(artifact: Artifact, builder: Builder | None = None) -> nn.Module:
+    """Return the dense model that an artifact's builder builds, with values of no meaning.
+
+    Args:
+        artifact: the artifact.
+        builder: a builder instead of the artifact's own.
+
+    Raises:
+        CheckpointError: the artifact names none, or it does not build a model here.
+    """
+    builder = builder or builder_in(artifact.manifest)
+    if builder is None:
+        raise CheckpointError(
+            f"{artifact.folder} does not name the code that builds its model; pass the dense model, as in "
+            f"roastify.load(path, model) (artifacts name it for models of transformers, timm and torchvision)"
+        )
+    elements = sum(tensor.numel * len(tensor.aliases) for tensor in artifact.tensors)
+    try:
+        return builder.build(sum(len(tensor.aliases) for tensor in artifact.tensors), elements)
+    except SourceError as error:
+        raise CheckpointError(f"{artifact.folder} names {builder.describe()}, but {error}") from error
 
 
 def _check_is_ours(folder: Path) -> None:
@@ -465,6 +558,17 @@ def fill_from(artifact: Artifact, model: nn.Module, device: torch.device) -> Non
     _check_no_meta_left(model)
 
 
+def companions_in(artifact: Artifact) -> dict[str, bytes]:
+    """Return names and contents of the other files that roastify wrote to an artifact's folder.
+
+    A file that is gone, or was changed since, is left out.
+    """
+    there = {name: artifact.folder / name for name in files_in(artifact.manifest)}
+    contents = {name: read_limited(path) for name, path in there.items() if regular_or_missing(path) is not None}
+    digests = files_in(artifact.manifest)
+    return {name: text for name, text in contents.items() if hashlib.sha256(text).hexdigest() == digests[name]}
+
+
 def check_no_part(path: Path) -> None:
     """Raise `CheckpointError` if a file to be written would replace one of an artifact's own."""
     if path.name.casefold() in (WEIGHTS, MANIFEST) and (path.parent / MANIFEST).exists():
@@ -518,23 +622,12 @@ def _assign(model: nn.Module, name: str, value: torch.Tensor) -> None:
 
 
 def _check_no_meta_left(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        for attribute, value in vars(module).items():
-            if attribute not in ("_parameters", "_buffers", "_modules") and _holds_meta(value):
-                place = f"{name}.{attribute}" if name else attribute
-                raise CheckpointError(
-                    f"{place} is a plain tensor, neither parameter nor buffer, so its value is not in the artifact, "
-                    f"and on the meta device it has none; build the model on a real device, or register the tensor as "
-                    f"a buffer"
-                )
-
-
-def _holds_meta(value: object) -> bool:
-    if isinstance(value, dict):
-        return any(map(_holds_meta, value.values()))
-    if isinstance(value, list | tuple):
-        return any(map(_holds_meta, value))
-    return isinstance(value, torch.Tensor) and value.is_meta
+    place = find_plain_meta(model)
+    if place is not None:
+        raise CheckpointError(
+            f"{place} is a plain tensor, neither parameter nor buffer, so its value is not in the artifact, and on the "
+            f"meta device it has none; build the model on a real device, or register the tensor as a buffer"
+        )
 
 
 def _named_tensors(model: nn.Module, plans: Sequence[RoastPlan]) -> list[tuple[str, torch.Tensor]]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.metadata
+import importlib.resources
 import json
+import os
 import platform
 import re
-import sys
+import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,19 +25,21 @@ from torch import nn
 
 import roastify
 from roastify import api, report
-from roastify.artifact import check_no_part, check_replaceable
+from roastify.artifact import check_no_part, check_replaceable, read_artifact, write_artifact
 from roastify.checks.example_inputs import find_inputs, how_to_give
 from roastify.checks.interface import compare_interfaces, observe
 from roastify.checks.model_bench import DTYPES, parse_device
 from roastify.config import Init, RoastConfig, Share
-from roastify.conversion.converted import pool_of
+from roastify.conversion.converted import pool_of, pools_in
 from roastify.errors import ConfigError, RoastError, SourceError, closest
-from roastify.files import check_writable, write_json
+from roastify.files import check_writable, digest_of_file, write_json
 from roastify.kernels.backend import backend
+from roastify.manifest import MANIFEST
 from roastify.printable import printable
+from roastify.progress import working
 from roastify.recovery.checkpoint import remove_checkpoint
 from roastify.recovery.options import RecoverOptions, Schedule
-from roastify.source import Source, load_data, load_source
+from roastify.source import Source, is_artifact, load_data, load_source
 
 
 class _DefaultCommand(click.Group):
@@ -104,8 +108,10 @@ def main(traceback: bool) -> None:  # click keeps the lines of a paragraph that 
     roastify model.py --ratio 50          convert, verify and report
     roastify model.py --ratio 50 -o out/  the same, and write the artifact
 
-    SOURCE is file.py, file.py:NAME (a module, a class or a function without arguments), or hf:DIRECTORY,
-    hf:CONFIG.json or hf:HUB-NAME.
+    SOURCE is file.py, file.py:NAME (a module, a class or a function without arguments), hf:DIRECTORY,
+    hf:CONFIG.json, hf:HUB-NAME, timm:NAME or torchvision:NAME, with pretrained=true and other keyword
+    arguments after commas (timm:resnet18,num_classes=10). Where a converted model is wanted, it is the
+    folder of an artifact.
     """  # noqa: D301
 
 
@@ -127,7 +133,7 @@ def _settings_options(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--init",
             type=click.Choice(get_args(Init)),
-            help="match: train from scratch; project: keep pretrained weights (default for hf: with weights).",
+            help="match: train from scratch; project: keep pretrained weights (default for pretrained sources).",
         ),
         click.option(
             "--fold", type=str, help="auto, none, or the factor by which folded layers save arithmetic: 2, 4, 8 or 16."
@@ -137,6 +143,21 @@ def _settings_options(command: Callable[..., None]) -> Callable[..., None]:
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def _artifact_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options for a source that is an artifact."""
+    dense = click.option(
+        "--dense", metavar="SOURCE", help="The dense model of an artifact that does not name the code of its model."
+    )
+    return dense(click.option("--digest", help="SHA-256 that the artifact's roast.json must have.")(command))
+
+
+def _refuse_settings(settings: dict[str, Any], source: str) -> None:
+    """Raise `ConfigError` if settings of a conversion are given for what is converted."""
+    given = ", ".join(f"--{name}" for name, value in settings.items() if value not in (None, ()))
+    if given:
+        raise ConfigError(f"{given} cannot be given with {source}, which is converted already; leave out {given}")
 
 
 def _config(
@@ -191,8 +212,11 @@ def convert(
     if output is not None:
         _check_folder(output, source)
     console = _out()
-    found = _load(source)
+    found = _load_dense(source)
     config = _for_source(config, found)
+    files = found.files() if output is not None else {}
+    if output is not None:
+        check_replaceable(Path(output), files)
     # Running both models needs both.
     before = observe(found.model)
     converted = api.convert(found.model, config=config, inplace=signature_only, resume=resume)
@@ -202,12 +226,22 @@ def convert(
     else:
         _verify(found, converted, console)
     if output is not None:
-        api.save(converted, output)
+        _save(converted, output, found, files)
         if resume is not None:
             remove_checkpoint(Path(resume))
-        _say(f"written to {output}")
     else:
         _say("nothing written; give -o FOLDER for the artifact")
+
+
+def _save(converted: nn.Module, output: str, found: Source, files: Mapping[str, bytes]) -> None:
+    """Write the artifact with the source's config and tokenizer, and say how it is loaded."""
+    for pool in pools_in(converted):
+        pool.builder = pool.builder or found.builder
+    builder = write_artifact(converted, Path(output), files=files)
+    copied = f", with {', '.join(files)}" if files else ""
+    _say(f"written to {output}{copied}")
+    model = "" if builder else ", model=…"
+    _say(f'load it with roastify.load("{output}"{model})')
 
 
 @main.command()
@@ -215,9 +249,9 @@ def convert(
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
 @click.option("--all", "full", is_flag=True, help="A row for every tensor.")
 def plan(source: str, as_json: bool, full: bool, **settings: Any) -> None:
-    """Show what would be shared, kept, tied and skipped, and why."""
+    """Show what would be shared, kept, tied and skipped, and why; `show` says what was, in an artifact."""
     config = _config(**settings)
-    found = _load(source)
+    found = _load_dense(source)
     planned = api.plan(found.model, config=_for_source(config, found))
     if as_json:
         click.echo(json.dumps(planned.to_dict(), indent=1))
@@ -226,11 +260,52 @@ def plan(source: str, as_json: bool, full: bool, **settings: Any) -> None:
 
 
 @main.command()
+@click.argument("source")
+@click.option("--digest", help="SHA-256 that the artifact's roast.json must have.")
+@click.option("--json", "as_json", is_flag=True, help="Print the same as JSON.")
+@click.option("--all", "full", is_flag=True, help="A row for every tensor.")
+def show(source: str, digest: str | None, as_json: bool, full: bool) -> None:
+    """Show what is in an artifact: how its model is built, files, versions, digest, and every tensor.
+
+    SOURCE is the folder of an artifact, or the source of a model that is converted. The model's code is not run for an
+    artifact.
+    """
+    values: dict[str, Any] = {}
+    lines = None
+    if is_artifact(source):
+        read = read_artifact(Path(source), digest)
+        plans = list(read.plans)
+        values = {"folder": source, "digest": digest_of_file(Path(source) / MANIFEST)}
+        values |= {key: read.manifest.get(key) for key in ("format_version", "mapping_version", "builder", "files")}
+        lines = report.artifact_lines(read, values["digest"])
+    else:
+        plans = [pool.plan for pool in pools_in(load_source(source, digest=digest).model)]
+        if not plans:
+            raise ConfigError(f"{source} is a dense model; roastify plan shows what a conversion would share and keep")
+    if as_json:
+        click.echo(json.dumps({**values, "plans": [each.to_dict() for each in plans]}, indent=1))
+        return
+    tables = [report.plan_table(each, full) for each in plans]
+    for part in [lines, *tables] if lines else tables:
+        _out().print(part)
+        _out().print()
+
+
+@main.command()
 @_settings_options
-def check(source: str, **settings: Any) -> None:
-    """Convert and compare signature and outputs with the original, for CI: exit code 0 or 1."""
+@_artifact_options
+def check(source: str, dense: str | None, digest: str | None, **settings: Any) -> None:
+    """Convert and compare signature and outputs with the original, for CI: exit code 0 or 1.
+
+    An artifact is loaded, and compared with its dense form.
+    """
     config = _config(**settings)
-    found = _load(source)
+    found = _load(source, dense, digest)
+    if found.converted:
+        _refuse_settings(settings, source)
+        _verify(found, found.model, _out(), original=api.densify(found.model))
+        _say(f"ok: {source}")
+        return
     config = _for_source(config, found)
     converted = api.convert(found.model, config=config)
     _verify(found, converted, _out())
@@ -252,16 +327,20 @@ def _check_folder(output: str, source: str) -> None:
     check_replaceable(folder)
 
 
-def _verify(found: Source, converted: nn.Module, console: Console) -> None:
+def _verify(found: Source, converted: nn.Module, console: Console, original: nn.Module | None = None) -> None:
     """Verify with the source's example inputs or, where it has none, with guessed ones."""
-    inputs = found.example_inputs if found.example_inputs is not None else find_inputs(found.model)
-    console.print(report.verify_lines(api.verify(found.model, converted, inputs)))
+    original = found.model if original is None else original
+    inputs = found.example_inputs if found.example_inputs is not None else find_inputs(original)
+    with working("comparing both models"):
+        verified = api.verify(original, converted, inputs)
+    console.print(report.verify_lines(verified))
     if inputs is None:
         _say(how_to_give(found.name))
 
 
 @main.command()
 @_settings_options
+@_artifact_options
 @click.option("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one).")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Cast the model and floating inputs (default: as they are).")
 @click.option(
@@ -274,6 +353,8 @@ def _verify(found: Source, converted: nn.Module, console: Console) -> None:
 @click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Write the raw result to this file.")
 def bench(
     source: str,
+    dense: str | None,
+    digest: str | None,
     device: str | None,
     dtype: str | None,
     batches: tuple[int, ...],
@@ -284,15 +365,20 @@ def bench(
     json_file: str | None,
     **settings: Any,
 ) -> None:
-    """Measure latency and memory beside the dense model; outputs are compared first."""
+    """Measure latency and memory beside the dense model; outputs are compared first.
+
+    An artifact is measured beside its dense form.
+    """
     config = _config(**settings)
     if json_file is not None:
         _check_file(json_file, source, settings["config"])
-    found = _load(source)
-    with _status(f"measuring {source}"):
+    found = _load(source, dense, digest)
+    if found.converted:
+        _refuse_settings(settings, source)
+    with working(f"measuring {source}"):
         measured = api.bench(
             found.model,
-            config=config,
+            config=None if found.converted else config,
             example_inputs=found.example_inputs,
             device=device,
             dtype=dtype,
@@ -333,6 +419,7 @@ def _recover_options(command: Callable[..., None]) -> Callable[..., None]:
 @_settings_options
 @click.option("--data", required=True, help="Python file with the batches: file.py (the name data) or file.py:NAME.")
 @click.option("--artifact", type=click.Path(file_okay=False), help="Recover this artifact, not a new conversion.")
+@click.option("--dense", metavar="SOURCE", help="The dense pretrained model, if SOURCE is an artifact.")
 @click.option("--digest", help="SHA-256 that the artifact's roast.json must have.")
 @click.option(
     "-o", "--output", required=True, type=click.Path(file_okay=False), help="Folder for the artifact and checkpoints."
@@ -349,6 +436,7 @@ def recover(
     source: str,
     data: str,
     artifact: str | None,
+    dense: str | None,
     digest: str | None,
     output: str,
     logits: tuple[str, ...],
@@ -362,16 +450,21 @@ def recover(
 ) -> None:
     """Bring a converted pretrained model back: align its layers, then train it on the dense model's outputs.
 
-    SOURCE is the dense pretrained model. The data file may also define inputs(batch), loss_fn(outputs, batch) and
-    evaluate(model).
+    SOURCE is the dense pretrained model, or an artifact whose dense model --dense names. The data file may also define
+    inputs(batch), loss_fn(outputs, batch) and evaluate(model).
     """
     settings = {name: options.pop(name) for name in _SETTINGS}
-    place = parse_device(device)
+    source, artifact = _dense_and_artifact(source, dense, artifact)
+    # torchrun gives each process its numbers, and each its own GPU.
+    rank, local = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK")
+    place = parse_device(f"cuda:{local}" if device is None and local and torch.cuda.is_available() else device)
     if json_file is not None:
         _check_file(json_file, source, settings["config"], data)
     _check_folder(output, source)
     batches = load_data(data)
     found = _load(source)
+    files = found.files()
+    check_replaceable(Path(output), files)
     student = _student(found, artifact, digest, settings).to(place)
     recovered = api.recover(
         student,
@@ -388,12 +481,29 @@ def recover(
         align=align if align is not None else RecoverOptions.align if artifact is None else 0,
         **options,
     )
+    if rank != "0":
+        return
     _out().print(report.recovery_lines(recovered))
-    api.save(student, output)
-    _say(f"written to {output}")
+    _save(student, output, found, files)
     if json_file is not None:
         write_json(recovered.to_dict(), json_file)
         _say(f"written to {json_file}")
+
+
+def _dense_and_artifact(source: str, dense: str | None, artifact: str | None) -> tuple[str, str | None]:
+    """Return the source of the teacher, and the student's artifact: `SOURCE` may be the one or the other."""
+    if not is_artifact(source):
+        if dense is not None:
+            raise ConfigError(f"--dense names the dense model of an artifact, and {source} is none; leave it out")
+        return source, artifact
+    if artifact is not None:
+        raise ConfigError(f"{source} is an artifact, and --artifact names another one; give the dense model as SOURCE")
+    if dense is None:
+        raise ConfigError(
+            f"{source} is converted already, and a recovery needs the dense pretrained model as its teacher; name it "
+            f"with --dense, as in: roastify recover {source} --dense hf:DIRECTORY …"
+        )
+    return dense, source
 
 
 def _student(found: Source, artifact: str | None, digest: str | None, settings: dict[str, Any]) -> nn.Module:
@@ -403,27 +513,28 @@ def _student(found: Source, artifact: str | None, digest: str | None, settings: 
             raise ConfigError("--digest is the digest of an artifact; give --artifact too, or leave --digest out")
         config = _config(**{**settings, "init": settings["init"] or "project"})
         return api.convert(found.model, config=config)
-    given = [f"--{name}" for name, value in settings.items() if value not in (None, ())]
-    if given:
-        raise ConfigError(
-            f"{', '.join(given)} cannot be given with --artifact, because the artifact is converted already; leave out "
-            f"{', '.join(given)} or --artifact"
-        )
+    _refuse_settings(settings, artifact)
     return api.load(artifact, model=found.model, digest=digest)
 
 
 @main.command()
-@click.argument("artifact", type=click.Path(file_okay=False))
+@click.argument("source")
 @click.option("-o", "--output", required=True, type=click.Path(), help="A .safetensors file, or a folder for shards.")
 @click.option("--shard-size", help="Write shards of at most this size to a folder, as 5GB.")
 @click.option("--digest", help="SHA-256 that the artifact's roast.json must have.")
-def densify(artifact: str, output: str, shard_size: str | None, digest: str | None) -> None:
+def densify(source: str, output: str, shard_size: str | None, digest: str | None) -> None:
     """Turn an artifact back into a plain state dict.
 
-    Memory holds the pool and one dense tensor at a time.
+    Memory holds the pool and one dense tensor at a time. SOURCE is the folder of an artifact; or the source of a model
+    that is converted, which needs a temporary artifact on the disk.
     """
     size = None if shard_size is None else _number_of_bytes(shard_size)
-    count = api.densify_artifact(artifact, output, digest=digest, shard_size=size)
+    with contextlib.ExitStack() as stack:
+        artifact = source
+        if not is_artifact(source) and (":" in source or source.endswith(".py")):
+            artifact = stack.enter_context(tempfile.TemporaryDirectory())
+            api.save(_load(source, digest=digest).model, artifact)
+        count = api.densify_artifact(artifact, output, digest=digest, shard_size=size)
     _say(f"{count} tensors written to {output}")
 
 
@@ -432,6 +543,12 @@ def _number_of_bytes(text: str) -> int:
     if found is None:
         raise ConfigError(f"--shard-size must be a size as 500MB or 5GB; found {text!r}")
     return int(float(found[1]) * 1000 ** " kmgt".index(found[2].lower() or " "))
+
+
+@main.command()
+def settings() -> None:
+    """Print every setting with its default and meaning, as a TOML file for --config."""
+    click.echo((importlib.resources.files("roastify") / "configs" / "default.toml").read_text("utf-8"), nl=False)
 
 
 @main.command()
@@ -449,7 +566,7 @@ def diagnosis() -> list[tuple[str, str]]:
         ("roastify", roastify.__version__),
         ("python", f"{platform.python_version()} on {platform.platform()}"),
     ]
-    for package in ("torch", "triton", "transformers", "safetensors"):
+    for package in ("torch", "triton", "transformers", "timm", "torchvision", "safetensors"):
         rows.append((package, _version(package)))
     rows.append(("cpu", f"{torch.get_num_threads()} threads; {backend(torch.device('cpu'))}"))
     if torch.cuda.is_available():
@@ -469,13 +586,21 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _load(source: str) -> Source:
-    with _status(f"loading {source}"):
-        return load_source(source)
+def _load(source: str, dense: str | None = None, digest: str | None = None) -> Source:
+    with working(f"loading {source}"):
+        return load_source(source, dense=dense, digest=digest)
 
 
-def _status(text: str) -> contextlib.AbstractContextManager[object]:
-    if not sys.stderr.isatty():
-        return contextlib.nullcontext()
-    # `Text`, because rich reads markup in a plain string.
-    return Console(stderr=True).status(Text(printable(text)))
+def _load_dense(source: str) -> Source:
+    """Load a model that is to be converted.
+
+    Raises:
+        ConfigError: it is converted already.
+    """
+    found = None if is_artifact(source) else _load(source)
+    if found is None or found.converted:
+        raise ConfigError(
+            f"{source} is converted already, and a conversion begins with a dense model; roastify show {source} shows "
+            f"what is in it"
+        )
+    return found

@@ -30,10 +30,12 @@ _LARGEST_FOLD = 16
 class RoastConfig:
     """Settings of a conversion. `configs/default.toml` has the same keys and values, with an explanation of each.
 
+    The command `roastify settings` prints that file.
+
     Args:
         ratio: parameters of the whole model ÷ parameters stored, at least 1.
         init: `match` (training from scratch), `project` (pretrained weights), or `auto`. `auto` is `match`, except on
-            the command line for a `hf:` source with weights, where it is `project`.
+            the command line for a source with pretrained weights, where it is `project`.
         seed: the seed of the mapping and of the pool's initial values; any integer.
         include: patterns of tensors or modules that may be shared; empty: everything eligible. `adapters` alone: the
             adapters of a PEFT model, whose base stays as it is and is not counted.

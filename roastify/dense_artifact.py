@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from roastify.artifact import Artifact, check_no_part, pool_of_values
+from roastify.artifact import Artifact, check_no_part, companions_in, pool_of_values
+from roastify.companions import for_dense
 from roastify.conversion.converted import pooled_weight
 from roastify.errors import CheckpointError
 from roastify.files import Staging, reason_of, regular_or_missing, remove_abandoned, replace_file
@@ -102,13 +103,15 @@ def write_dense(artifact: Artifact, path: Path, shard_size: int | None = None) -
         if shard_size is None:
             replace_file(path, lambda part: _write(tensors, part, tensors, "writing tensors"))
         else:
-            _write_shards(tensors, path, shard_size)
+            _write_shards(tensors, path, shard_size, for_dense(companions_in(artifact)))
     except (OSError, ValueError) as error:  # ValueError: NUL in a name
         raise CheckpointError(f"cannot write {path}: {reason_of(error)}") from error
     return len(tensors)
 
 
-def _write_shards(tensors: Mapping[str, DenseTensor], folder: Path, shard_size: int) -> None:
+def _write_shards(
+    tensors: Mapping[str, DenseTensor], folder: Path, shard_size: int, companions: Mapping[str, bytes]
+) -> None:
     shards = _shards(tensors, shard_size)
     folder.mkdir(parents=True, exist_ok=True)
     remove_abandoned(folder)
@@ -126,6 +129,11 @@ def _write_shards(tensors: Mapping[str, DenseTensor], folder: Path, shard_size: 
             }
             (stage.path / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
             files.append(INDEX)
+        for name, content in companions.items():
+            # What is there already is somebody else's.
+            if not (folder / name).exists():
+                (stage.path / name).write_bytes(content)
+                files.append(name)
         moves = {file: folder / file for file in files}
         stage.make_durable(moves)
         _check_empty(folder)

@@ -6,12 +6,15 @@ the file of weights holds.
 
 from __future__ import annotations
 
+import re
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from roastify.builders import Builder
 from roastify.errors import CheckpointError
 from roastify.plain_json import parse_limited
 from roastify.pool.mapping import MAPPING_VERSION
@@ -21,12 +24,14 @@ from roastify.pool.plan_checks import check_names, check_plan
 from roastify.pool.pool import basis_name
 from roastify.tensor_file import Stored
 
-# Version 6 has artifacts of adapters, whose base is elsewhere; the others are of version 5.
-FORMAT_VERSION, WHOLE_VERSION = 6, 5
+FORMAT_VERSION = 6
+MANIFEST = "roast.json"
 WEIGHTS = "model.safetensors"
 _REQUIRED = ("weights", "ties", "buffers", "state_dict", "plan")
-_KNOWN = {"format_version", "mapping_version", "other_plans", "base", "peft", "sha256", *_REQUIRED}
+_KNOWN = {"format_version", "mapping_version", "other_plans", "builder", "files", "base", "peft", "sha256", *_REQUIRED}
 _OF_BASE = {"names", "dtypes", "values"}
+_FILE_NAME = re.compile(r"[\w-][\w.-]{0,199}", re.ASCII)
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 def parse_manifest(content: bytes, path: Path) -> dict[str, Any]:
@@ -70,6 +75,32 @@ def plans_of(manifest: dict[str, Any], path: Path) -> tuple[RoastPlan, ...]:
         return tuple(map(RoastPlan.from_dict, [manifest["plan"], *others]))
     except ValueError as error:
         raise CheckpointError(f"the plan in {path} is damaged ({error}); restore the file") from error
+
+
+def builder_in(manifest: Mapping[str, Any]) -> Builder | None:
+    """Return what builds the dense model; None if the manifest names nothing, as up to format 5.
+
+    Raises:
+        ValueError: what it names is none.
+    """
+    return None if manifest.get("builder") is None else Builder.from_dict(manifest["builder"])
+
+
+def files_in(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Return the names of the other files that roastify wrote to the artifact's folder, and the digest of each.
+
+    Raises:
+        ValueError: they are no such names and digests.
+    """
+    files = manifest.get("files", {})
+    if not isinstance(files, dict):
+        raise ValueError("files are no object")
+    for name, digest in files.items():
+        if not _FILE_NAME.fullmatch(name) or name.casefold() in (MANIFEST, WEIGHTS):
+            raise ValueError(f"files have the name {reprlib.repr(name)}")
+        if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
+            raise ValueError(f"the file {name!r} has no SHA-256")
+    return files
 
 
 def check_manifest(
@@ -134,6 +165,8 @@ def _check_rest(manifest: dict[str, Any], plans: tuple[RoastPlan, ...]) -> None:
     weights = manifest["weights"]
     if weights.keys() != {"file", "sha256"} or weights["file"] != WEIGHTS:
         raise ValueError(f"weights are not the file {WEIGHTS} and its sha256")
+    builder_in(manifest)
+    files_in(manifest)
     _texts("state_dict", manifest["state_dict"])
     if len(set(manifest["state_dict"])) < len(manifest["state_dict"]):
         raise ValueError("state_dict has a name twice")

@@ -10,9 +10,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from roastify.artifact import Artifact
 from roastify.checks.interface import VerifyReport
 from roastify.checks.model_bench import BenchReport, Side
+from roastify.files import digest_of_file
 from roastify.kernels.backend import backend
+from roastify.manifest import MANIFEST, WEIGHTS, builder_in, files_in
 from roastify.pool.plan import RoastPlan, TensorPlan
 from roastify.printable import printable
 from roastify.recovery.report import Likeness, RecoveryReport
@@ -142,6 +145,35 @@ def summary(plan: RoastPlan) -> RenderableType:
     return _named_lines(lines)
 
 
+def artifact_lines(artifact: Artifact, digest: str) -> RenderableType:
+    """Return what an artifact is, in words: what builds its model, its files, versions and digest.
+
+    Args:
+        artifact: the artifact.
+        digest: the SHA-256 of its manifest.
+    """
+    builder, folder = builder_in(artifact.manifest), artifact.folder
+    how = f'roastify.load("{folder}") needs no model'
+    if builder is None:
+        how = f'code that it does not name: roastify.load("{folder}", model) needs the dense model'
+    companions = files_in(artifact.manifest)
+    sizes = [f"{name} {human_bytes((folder / name).stat().st_size)}" for name in (MANIFEST, WEIGHTS)]
+    for name, expected in companions.items():
+        same = (folder / name).is_file() and digest_of_file(folder / name) == expected
+        sizes.append(name if same else f"{name} (changed or removed since)")
+    lines = [
+        ("artifact", f"{folder}: a converted {artifact.plans[0].model}"),
+        ("built by", (f"{builder.describe()}; " if builder else "") + how),
+        ("files", ", ".join(sizes)),
+        ("buffers", f"{len(artifact.manifest['buffers'])}, stored as they are"),
+        ("format", f"{artifact.manifest['format_version']}, mapping version {artifact.manifest['mapping_version']}"),
+        ("digest", f"{digest} (SHA-256 of {MANIFEST}, which names that of {WEIGHTS})"),
+    ]
+    if len(artifact.plans) > 1:
+        lines.append(("pools", f"{len(artifact.plans)}, a table for each below"))
+    return _named_lines(lines)
+
+
 def _named_lines(lines: Iterable[tuple[str, str]]) -> Table:
     """Return lines beside their names. `Text`, because rich reads markup in plain strings."""
     grid = Table.grid(padding=(0, 2))
@@ -245,6 +277,8 @@ def _agreement(report: BenchReport) -> str:
     error = max(agreement.error for agreement in found)
     equal = f"within {error:.1e} of their largest value" if error else "to the last bit"
     text = f"outputs equal {equal} (allowed {found[0].tolerance:g})"
+    for dense_error, error in (agreement.from_float32 for agreement in found if agreement.from_float32):
+        text += f"; against float32 it errs by {error:.1e}, the dense model by {dense_error:.1e}"
     gradients = [agreement.gradient_error for agreement in found if agreement.gradient_error is not None]
     if gradients:
         text += f", the pool's gradient within {max(gradients):.1e} (allowed {found[0].gradient_tolerance:g})"

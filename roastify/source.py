@@ -1,28 +1,35 @@
 """Loads the model that a `SOURCE` names, and the batches that a `DATA` names.
 
-A source is `file.py`, `file.py:NAME`, or `hf:` with a local directory, a config file or a hub name. Data is `file.py`
-or `file.py:NAME`.
+A source is `file.py`, `file.py:NAME`, `hf:` with a local directory, a config file or a hub name, `timm:NAME` or
+`torchvision:NAME` with keyword arguments, or the folder of an artifact. Data is `file.py` or `file.py:NAME`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import importlib.util
 import inspect
 import os
 import re
 import reprlib
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
-from roastify.errors import SourceError, closest
+from roastify import api
+from roastify.artifact import MANIFEST
+from roastify.builders import Builder, builder_of
+from roastify.companions import companions_of
+from roastify.conversion.converted import pools_in
+from roastify.errors import ConfigError, SourceError, closest
+from roastify.model_libraries import Library, create_model, example_input_of, has_weights, library, parse_model
 
 # A function with such a name and without required arguments counts as the file's model builder.
 _BUILDER = re.compile(r"(build|make|create|get|load)?_?(model|net|network)", re.IGNORECASE)
@@ -36,11 +43,13 @@ class Source:
 
     Args:
         name: what the user typed.
-        model: the dense model.
+        model: the dense model, or a converted one.
         example_inputs: the file's `example_inputs` (a value, or a function without arguments), transformers' dummy
-            inputs, or None.
+            inputs, an image of the size that timm or torchvision names, or None.
         build: builds the model again.
         pretrained: whether the model has weights that were loaded from files.
+        builder: what builds the model in an artifact; None if the model itself says it, or an artifact cannot name it.
+        files: returns names and contents of the files that belong to the model: config, tokenizer.
     """
 
     name: str
@@ -48,6 +57,13 @@ class Source:
     example_inputs: Any
     build: Callable[[], nn.Module]
     pretrained: bool = False
+    builder: Builder | None = None
+    files: Callable[[], Mapping[str, bytes]] = field(default=dict)
+
+    @property
+    def converted(self) -> bool:
+        """Whether the model is converted already."""
+        return bool(pools_in(self.model))
 
 
 @dataclass(frozen=True)
@@ -92,22 +108,67 @@ def load_data(name: str) -> DataSource:
     return DataSource(name, getattr(module, attribute), *others)
 
 
-def load_source(name: str) -> Source:
+def load_source(name: str, *, dense: str | None = None, digest: str | None = None) -> Source:
     """Build the model that a `SOURCE` names.
+
+    Args:
+        name: the source.
+        dense: for an artifact, the source of its dense model, which is needed if the artifact does not name its code.
+        digest: for an artifact, the SHA-256 that its `roast.json` must have.
 
     Raises:
         SourceError: the source does not exist, does not import, or does not hold just one model.
+        ConfigError: `dense` or `digest` is given, and the source is no artifact.
+        CheckpointError: the artifact cannot be loaded.
     """
     _check_name(name)
-    scheme, colon, rest = name.partition(":")
-    if colon and scheme == "hf":
+    if is_artifact(name):
+        return _from_artifact(name, dense, digest)
+    for option, value in (("--dense", dense), ("--digest", digest)):
+        if value is not None:
+            raise ConfigError(f"{option} belongs to an artifact, and {name} is none; leave it out")
+    scheme, _, rest = name.partition(":")
+    if scheme == "hf" and name != scheme:
         return _from_transformers(name, rest)
-    if colon and scheme in ("timm", "torchvision"):
-        raise SourceError(
-            f"{name}: this version reads models from Python files and hf:; wrap the {scheme} call in a file"
-        )
+    if scheme in ("timm", "torchvision") and name != scheme:
+        return _from_library(name, cast(Library, scheme), rest)
     path, attribute = _split_name(name)
     return _from_file(name, path, attribute)
+
+
+def is_artifact(name: str) -> bool:
+    """Return whether a source is the folder of an artifact."""
+    return (Path(name) / MANIFEST).exists()
+
+
+def _from_artifact(name: str, dense: str | None, digest: str | None) -> Source:
+    found = None if dense is None else load_source(dense)
+
+    def build() -> nn.Module:
+        return api.load(name, digest=digest) if found is None else api.load(name, found.model, digest=digest)
+
+    model = build()
+    inputs = _dummy_inputs(model) if found is None else found.example_inputs
+    builder: Builder | None = pools_in(model)[0].builder
+    if inputs is None and builder is not None and builder.kind != "hf":
+        inputs = example_input_of(model, builder.kind, builder.name, builder.arguments)
+    return Source(name, model, inputs, build, pretrained=True)
+
+
+def _from_library(name: str, kind: Library, rest: str) -> Source:
+    title, arguments = parse_model(rest)
+    if not title:
+        raise SourceError(
+            f"{name}: expected {kind}:NAME or {kind}:NAME,key=value, as in {kind}:resnet18,pretrained=true"
+        )
+
+    def build() -> nn.Module:
+        return create_model(kind, title, arguments)
+
+    model = build()
+    inputs = example_input_of(model, kind, title, arguments)
+    builder = builder_of(model, kind, title, arguments)
+    return Source(name, model, inputs, build, pretrained=has_weights(arguments), builder=builder)
 
 
 def _check_name(name: str) -> None:
@@ -130,9 +191,13 @@ def _split_name(name: str) -> tuple[Path, str | None]:
 
 def _from_file(name: str, path: Path, attribute: str | None) -> Source:
     if path.suffix != ".py":
+        found = " (the file exists, but is not a Python file)" if path.is_file() else ""
+        if name and path.is_dir():
+            is_hf = (path / "config.json").is_file()
+            found = f" (the folder has a config.json: hf:{name})" if is_hf else f" (the folder has no {MANIFEST})"
         raise SourceError(
-            f"{name}: expected file.py, file.py:NAME or hf:DIRECTORY"
-            + (" (the file exists, but is not a Python file)" if path.is_file() else "")
+            f"{name}: expected file.py, file.py:NAME, hf:DIRECTORY, timm:NAME, torchvision:NAME or an artifact's folder"
+            + found
         )
     if not path.is_file():
         raise SourceError(f"{name}: there is no file {path}")
@@ -272,26 +337,26 @@ def _example_inputs(path: Path, module: ModuleType) -> Any:
 
 
 def _from_transformers(name: str, rest: str) -> Source:
-    try:
-        import transformers
-    except ImportError:
-        raise SourceError(f"{name} needs transformers; install it with: pip install 'roastify[integrations]'") from None
+    transformers = library("hf", name)
     if not rest:
         raise SourceError(f"{name}: expected hf:DIRECTORY, hf:CONFIG.json or hf:HUB-NAME")
+    if is_artifact(rest):
+        raise SourceError(f"{name} is the folder of an artifact; name it without hf:, as {rest}")
     try:
-        config = transformers.AutoConfig.from_pretrained(rest)
+        # Otherwise transformers asks on the terminal whether to run code from the hub.
+        config = transformers.AutoConfig.from_pretrained(rest, trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError and hub errors alike
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise SourceError(f"{name}: transformers finds no config there: {first}") from error
     model_class = _architecture(name, transformers, config)
-    has_weights = Path(rest).is_dir() and any(
+    with_weights = Path(rest).is_dir() and any(
         any(Path(rest).glob(pattern)) for pattern in ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
     )
     local = Path(rest).exists()
 
     def build() -> nn.Module:
         try:
-            if local and not has_weights:
+            if local and not with_weights:
                 return model_class._from_config(config)
             return model_class.from_pretrained(rest)
         except Exception as error:  # transformers raises OSError, ValueError, RuntimeError and hub errors alike
@@ -299,7 +364,14 @@ def _from_transformers(name: str, rest: str) -> Source:
             raise SourceError(f"{name}: {model_class.__name__} cannot be built: {first}") from error
 
     model = build()
-    return Source(name, model, _dummy_inputs(model), build, pretrained=has_weights or not local)
+    return Source(
+        name,
+        model,
+        _dummy_inputs(model),
+        build,
+        pretrained=with_weights or not local,
+        files=functools.partial(companions_of, rest),
+    )
 
 
 def _architecture(name: str, transformers: ModuleType, config: Any) -> Any:

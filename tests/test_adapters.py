@@ -265,7 +265,7 @@ def test_peft_saves_and_loads_the_factors(tmp_path: Path) -> None:
 def test_a_save_does_not_overwrite_pefts_own_adapter(tmp_path: Path) -> None:
     model = trained()
     model.save_pretrained(tmp_path / "peft")
-    with pytest.raises(CheckpointError, match=r"adapter_config\.json, which roastify did not write"):
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json was not written by roastify"):
         roastify.save(model, tmp_path / "peft")
     for _ in range(2):
         roastify.save(model, tmp_path / "own")

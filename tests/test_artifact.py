@@ -402,7 +402,7 @@ def test_an_artifact_is_two_files_and_holds_exactly_what_the_plan_says(tmp_path:
     assert not {"embed.weight", "head.weight", "conv.weight", "mix.weight"} & stored.keys()
     assert {"roast_pool.weight", "slope", "shift", "norm.running_mean"} <= stored.keys()
     manifest = _manifest(tmp_path / "a")
-    assert manifest["format_version"] == 5 and manifest["mapping_version"] == 1
+    assert manifest["format_version"] == 6 and manifest["mapping_version"] == 1
     assert manifest["weights"]["sha256"] == hashlib.sha256((tmp_path / "a" / WEIGHTS).read_bytes()).hexdigest()
 
 

@@ -326,7 +326,7 @@ def test_doctor_shows_versions_and_devices() -> None:
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_help_names_every_command(flag: str) -> None:
     output = _run(flag).stdout
-    for name in ("convert", "plan", "check", "bench", "densify", "doctor"):
+    for name in ("convert", "plan", "check", "bench", "recover", "show", "densify", "settings", "doctor"):
         assert f"\n  {name} " in output
         assert "Usage: " in _run(name, flag).stdout
     assert "--ratio" in _run("convert", flag).stdout
@@ -410,8 +410,8 @@ def test_include_and_exclude_may_be_given_more_than_once(folder: Path) -> None:
         (["good.py", "-o", "good.py"], "'good.py' is a file"),
         (["gone.py"], "error: gone.py: there is no file gone.py"),
         (["good.py:modle"], "error: good.py has no name 'modle'; closest: 'model'"),
-        (["resnet50"], "error: resnet50: expected file.py, file.py:NAME or hf:DIRECTORY"),
-        (["timm:resnet50"], "wrap the timm call in a file"),
+        (["resnet50"], "error: resnet50: expected file.py, file.py:NAME, hf:DIRECTORY, timm:NAME, torchvision:NAME or"),
+        (["timm:resnet50,10"], "'10' is not key=value; expected NAME,key=value,key=value"),
         (["plam", "good.py"], "no command 'plam'; closest: 'plan'; a model is named as file.py, file.py:NAME or hf:"),
         (["chek", "good.py"], "no command 'chek'; closest: 'check'"),
         (["plan"], "Missing argument 'SOURCE'"),
@@ -570,6 +570,7 @@ MORE = """
 """
 
 
+@pytest.mark.filterwarnings("ignore:the teacher's batch norm", "ignore:recovery has made the student worse")
 def test_recover_converts_trains_and_writes(folder: Path) -> None:
     _write(folder, "data.py", DATA)
     common = ("good.py", "--ratio", 4, "--data", "data.py", "--steps", 6, "--save-every", 3, "--device", "cpu")
@@ -585,6 +586,7 @@ def test_recover_converts_trains_and_writes(folder: Path) -> None:
     assert "holds a checkpoint of a recovery; resume it" in _refusal("recover", *common, "-o", "out", exit_code=2)
 
 
+@pytest.mark.filterwarnings("ignore:the teacher's batch norm", "ignore:recovery has made the student worse")
 def test_recover_continues_from_an_artifact(folder: Path) -> None:
     _write(folder, "data.py", DATA + MORE)
     _run("good.py", "--ratio", 4, "--init", "project", "-o", "first")
@@ -594,7 +596,9 @@ def test_recover_continues_from_an_artifact(folder: Path) -> None:
     assert "aligned" not in output, "alignment would undo what was trained"
     assert "aligned" in _run(*arguments, "-o", "third", "--steps", 1, "--align", 2).stdout
     assert RoastPlan.from_dict(json.loads((folder / "second" / "roast.json").read_text())["plan"]).ratio == 4
-    assert "--ratio cannot be given with --artifact" in _refusal(*arguments, "-o", "x", "--ratio", 4, exit_code=2)
+    assert "--ratio cannot be given with first, which is converted already" in _refusal(
+        *arguments, "-o", "x", "--ratio", 4, exit_code=2
+    )
 
 
 @pytest.mark.parametrize(

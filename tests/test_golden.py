@@ -1,6 +1,7 @@
 """Files that earlier versions wrote still load, and give what they gave: an artifact, and a recovery's checkpoint.
 
-tests/golden/ was written by version 0.1.0 of 2026-11-29, before modules moved into sub-packages, with the models below.
+tests/golden/ was written by version 0.1.0 with the models below: on 2026-11-29, before modules moved into sub-packages;
+`artifact_5` and `artifact_6`, of these formats, on 2026-11-30.
 The models' weights follow from arithmetic, not from a random generator, so that every version of torch makes the same.
 """
 
@@ -58,14 +59,23 @@ class Teacher(nn.Module):
         return self.second(torch.relu(self.first(x)))
 
 
-def test_an_artifact_gives_the_outputs_that_it_gave() -> None:
+@pytest.mark.parametrize("artifact", ["artifact", "artifact_5"])
+def test_an_artifact_gives_the_outputs_that_it_gave(artifact: str) -> None:
     words = torch.arange(12).view(2, 6) * 7 % 96
     image = torch.cos(torch.arange(2 * 8 * 25, dtype=torch.float32)).view(2, 8, 5, 5)
     expected = load_file(GOLDEN / "artifact_output.safetensors")["output"]
-    model = roastify.load(GOLDEN / "artifact", Mixed()).eval()
+    model = roastify.load(GOLDEN / artifact, Mixed()).eval()
     with torch.no_grad():
         torch.testing.assert_close(model(words, image), expected, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(roastify.densify(model)(words, image), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_an_artifact_that_names_its_code_gives_the_outputs_that_it_gave() -> None:
+    pytest.importorskip("transformers")
+    expected = load_file(GOLDEN / "artifact_6_output.safetensors")["output"]
+    with torch.no_grad():
+        found = roastify.load(GOLDEN / "artifact_6")(torch.arange(12).view(2, 6) * 7 % 40).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_conversion_gives_the_pool_that_it_gave() -> None:

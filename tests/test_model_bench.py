@@ -371,6 +371,32 @@ def test_outputs_that_cannot_be_compared_are_refused(
         bench(Returning(structure), inputs, ratio=2)
 
 
+class Amplifying(nn.Module):
+    """Turns a last bit of bfloat16 into another output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (300 * self.linear(x)).sin()
+
+
+def test_a_model_that_amplifies_rounding_is_held_to_float32(inputs: Tensor) -> None:
+    # A folded input is rounded once more than a dense one.
+    config = roastify.RoastConfig(ratio=4, fold=4, tile="8x8", min_numel=0)
+    (case,) = bench(Amplifying(), inputs, dtype="bfloat16", config=config).cases
+    dense_error, error = case.agreement.from_float32
+    assert case.agreement.error > case.agreement.tolerance and 0 < error <= 2 * dense_error
+    exact = torch.linspace(-1, 1, 9)
+    dense, model = (exact + 0.1).bfloat16(), nn.Linear(2, 2).bfloat16().eval()
+    found = check_agreement(model, model, dense, (exact - 0.15).bfloat16(), lambda: exact)
+    assert found.from_float32 == pytest.approx((0.1, 0.15), abs=0.01)
+    for wrong, precise in ((exact - 0.3, exact), (exact - 0.15, None)):
+        with pytest.raises(OutputMismatch, match="differs from the dense model's"):
+            check_agreement(model, model, dense, wrong.bfloat16(), lambda precise=precise: precise)
+
+
 def test_agreement_is_that_of_the_worst_output() -> None:
     model = nn.Linear(2, 2).eval()
     expected = (torch.tensor([1.0, 2.0]), torch.tensor([10.0, -100.0]), torch.zeros(3), torch.empty(0))
@@ -414,7 +440,7 @@ def test_options_that_do_not_fit_are_refused(
 def test_a_model_that_cannot_be_converted_is_refused_before_it_is_copied(net: Net, inputs: Tensor) -> None:
     with pytest.raises(PlanError, match="is unreachable"):
         bench(net, inputs, ratio=5000)
-    with pytest.raises(ConversionError, match="already converted"):
+    with pytest.raises(ConfigError, match="ratio cannot be given for a model that is converted already"):
         bench(roastify.convert(net, 4), inputs)
     with pytest.raises(ConversionError, match="on the meta device"):
         bench(copy.deepcopy(net).to("meta"), inputs)

@@ -288,22 +288,17 @@ def test_a_builder_that_gives_no_model_is_reported(
 def test_a_source_that_is_no_python_file_is_reported(tmp_path: Path, write: Callable[..., Path]) -> None:
     assert _refusal(tmp_path / "gone.py") == f"{tmp_path}/gone.py: there is no file {tmp_path}/gone.py"
     assert _refusal(f"{tmp_path}/gone.py:Net") == f"{tmp_path}/gone.py:Net: there is no file {tmp_path}/gone.py"
-    expected = "expected file.py, file.py:NAME or hf:DIRECTORY"
+    expected = "expected file.py, file.py:NAME, hf:DIRECTORY, timm:NAME, torchvision:NAME or an artifact's folder"
     assert _refusal(write("x", "weights.pt")) == (
         f"{tmp_path}/weights.pt: {expected} (the file exists, but is not a Python file)"
     )
-    for name in (tmp_path, "resnet50", "", "huggingface:bert"):
+    for name in ("resnet50", "", "huggingface:bert"):
         assert _refusal(name) == f"{name}: {expected}"
+    assert _refusal(tmp_path) == f"{tmp_path}: {expected} (the folder has no roast.json)"
+    (tmp_path / "config.json").write_text("{}")
+    assert _refusal(tmp_path) == f"{tmp_path}: {expected} (the folder has a config.json: hf:{tmp_path})"
     (tmp_path / "folder.py").mkdir()
     assert "there is no file" in _refusal(tmp_path / "folder.py")
-
-
-@pytest.mark.parametrize("scheme", ["timm", "torchvision"])
-def test_a_scheme_of_another_library_says_what_to_do_instead(scheme: str) -> None:
-    name = f"{scheme}:resnet18"
-    assert _refusal(name) == (
-        f"{name}: this version reads models from Python files and hf:; wrap the {scheme} call in a file"
-    )
 
 
 @pytest.fixture

@@ -25,15 +25,28 @@ PACKAGE, KERNELS = ROOT / "roastify", ROOT / "kernels"
 LEVELS = [
     {"cli"},
     {"report", "source"},
+    {"integrations"},
     {"api"},
     {"recovery"},
     {"checks"},
-    {"artifact", "dense_artifact", "manifest"},
+    {"artifact", "builders", "dense_artifact", "deployment", "manifest"},
     {"conversion"},
     {"config"},
     {"layers"},
     {"pool"},
-    {"calls", "files", "isolation", "names", "plain_json", "progress", "tensor_file", "tensor_values", "typed_values"},
+    {
+        "calls",
+        "companions",
+        "files",
+        "isolation",
+        "model_libraries",
+        "names",
+        "plain_json",
+        "progress",
+        "tensor_file",
+        "tensor_values",
+        "typed_values",
+    },
     {"errors", "printable"},
     {"kernels"},
 ]
@@ -113,7 +126,7 @@ def test_only_the_gpu_folder_imports_triton() -> None:
 
 # These modules share names on purpose: an operator has one name in its reference, its launcher and the function that
 # calls it; a command has the name of its Python function; the mapping on the GPU has the mapping's names.
-TWINS = {"cli", "api", "kernels.ops", "kernels.reference", "pool.mapping"}
+TWINS = {"cli", "api", "kernels.ops", "kernels.plain", "kernels.reference", "pool.mapping"}
 
 
 def test_no_two_modules_define_the_same_name() -> None:
@@ -217,7 +230,10 @@ def test_installed_wheel_works(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         archive.extractall(site)
-    expected = {f"{name.replace('.', '/')}.py" for name in MODULES} | {"roastify/py.typed"}
+    expected = {f"{name.replace('.', '/')}.py" for name in MODULES} | {
+        "roastify/py.typed",
+        "roastify/configs/default.toml",
+    }
     expected |= {f"{name.replace('.', '/')}/__init__.py" for name in FILES.keys() - MODULES.keys()}
     assert {name for name in names if ".dist-info/" not in name} == expected
     code = (

@@ -432,7 +432,8 @@ def test_transformers_writes_the_pool_once(tied: bool, tmp_path: Path) -> None:
     expected = outputs(model)
     model.save_pretrained(tmp_path)
     found = safetensors.load_file(tmp_path / "model.safetensors")
-    assert found.keys() == model.state_dict().keys()
+    # The placeholder stands where transformers, without roastify, would put random numbers.
+    assert found.keys() == model.state_dict().keys() | {"model.embed_tokens.weight"}
     assert [name for name in found if "roast_pool" in name] == [POOL, "roast_pool._extra_state"]
     other = converted_llama(tied)
     missing, unexpected = other.load_state_dict(found)

@@ -100,6 +100,7 @@ def check(view: FoldView, dtype: torch.dtype, num_rows: int) -> None:
 def test_folds_of_strided_inputs_and_many_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     view = FOLDS["shorter last span"]
     monkeypatch.setattr(tuning, "FOLD_ELEMENTS", 64)
+    monkeypatch.setattr(tuning, "SCALES_ELEMENTS", 64)
     fold._scales_launch.cache_clear()
     pool, x = randn(*SHAPE, dtype=torch.float32), randn(view.cols, 40, dtype=torch.float32).t()
     z = randn(view.folded_cols, 40, dtype=torch.float32).t()

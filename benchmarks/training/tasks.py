@@ -180,6 +180,13 @@ TASKS = {
     "bert-base": Task(
         _transformer("BertForMaskedLM"), _masked_words(30522, 32, 128), 32, "32 sequences of 128 words", time_aim=0.85
     ),
+    "bert-base, no folds": Task(
+        _transformer("BertForMaskedLM"),
+        _masked_words(30522, 32, 128),
+        32,
+        "32 sequences of 128 words",
+        settings=RoastConfig(fold="none"),
+    ),
     "deep-stack": Task(
         lambda: DeepStack(96, 2048), _vectors(4096, 2048), 4096, "4,096 rows of 2,048", (4,), time_aim=1.15
     ),

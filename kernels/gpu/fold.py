@@ -20,6 +20,9 @@ from roastify.kernels.gpu.mapping import mix64, supported
 from roastify.kernels.gpu.tuning import cdiv, power_of_2
 from roastify.kernels.view import FoldView
 
+# Of a matrix that the matrix unit multiplies.
+_SMALLEST_SIDE = 16
+
 
 @triton.jit
 def _signs(key, g, i, span, num_spans):
@@ -104,29 +107,36 @@ def _unfold_kernel(
 @triton.jit(do_not_specialize=PLAIN_ARGUMENTS)
 def _scales_kernel(
     p_grad, p_x, p_parts, key, num_rows, width, span_cols, num_spans, steps, FOLD: tl.constexpr, HASHES: tl.constexpr,
-    BLOCKS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, DEPENDENT: tl.constexpr,
+    BLOCKS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, SIDE: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    i = tl.program_id(1)
-    part = tl.program_id(2)
-    span = tl.program_id(0)
-    g = tl.arange(0, HASHES)
+    # The sums of products over rows and columns of a span are one small matrix product, which the matrix unit computes
+    # while memory is read; sums within a program would take three times as long.
+    span = tl.program_id(0) // BLOCKS
+    k = tl.arange(0, BM * BC)
+    inner = tl.program_id(0) % BLOCKS * BC + k % BC
+    col = span * span_cols + inner
+    exists = (inner < span_cols) & (col < width)
+    g = tl.arange(0, SIDE)
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    total = tl.zeros([HASHES, BM, BC], dtype=tl.float32)
-    for block in tl.static_range(BLOCKS):
-        inner = block * BC + tl.arange(0, BC)
-        col = span * span_cols + inner
-        exists = (inner < span_cols) & (col < width)
-        for step in range(0, steps):
-            row = (part * steps + step).to(tl.int64) * BM + tl.arange(0, BM)
-            inside = (row < num_rows)[:, None] & exists[None, :]
-            x = tl.load(p_x + (row * (FOLD * width))[:, None] + (i * width + col)[None, :], mask=inside, other=0.0)
-            place = (row * (HASHES * width))[None, :, None] + (g * width)[:, None, None] + col[None, None, :]
-            grad = tl.load(p_grad + place, mask=inside[None, :, :], other=0.0)
-            total += grad.to(tl.float32) * x.to(tl.float32)[None, :, :]
-    out = tl.sum(tl.sum(total, 2), 1) * _signs(key, g, i, span, num_spans)
-    tl.store(p_parts + part * (HASHES * FOLD * num_spans) + (g * FOLD + i) * num_spans + span, out)
+    total = tl.zeros([SIDE, SIDE], dtype=tl.float32)
+    for step in range(0, steps):
+        row = (tl.program_id(1) * steps + step).to(tl.int64) * BM + k // BC
+        inside = exists & (row < num_rows)
+        p_z = p_grad + (row * (HASHES * width) + col)[None, :] + (g * width)[:, None]
+        p_row = p_x + (row * (FOLD * width) + col)[None, :] + (g * width)[:, None]
+        grad = tl.load(p_z, mask=inside[None, :] & (g < HASHES)[:, None], other=0.0)
+        x = tl.load(p_row, mask=inside[None, :] & (g < FOLD)[:, None], other=0.0)
+        if x.dtype == grad.dtype and x.dtype != tl.float32:
+            total = tl.dot(grad, tl.trans(x), total)
+        else:
+            total = tl.dot(grad.to(tl.float32), tl.trans(x.to(tl.float32)), total, input_precision="tf32x3")
+    out = total * _signs(key, g[:, None], g[None, :], span, num_spans)
+    place = (g[:, None] * FOLD + g[None, :]) * num_spans + span
+    part = tl.program_id(1) * BLOCKS + tl.program_id(0) % BLOCKS
+    there = (g < HASHES)[:, None] & (g < FOLD)[None, :]
+    tl.store(p_parts + part * (HASHES * FOLD * num_spans) + place, out, mask=there)
 
 
 def fold(x: Tensor, pool: Tensor | None, view: FoldView, dtype: torch.dtype) -> Tensor:
@@ -207,25 +217,27 @@ def _launch(kernel: triton.JITFunction, view: FoldView, num_rows: int, device: t
 @functools.lru_cache(maxsize=1 << 12)
 def _scales_launch(view: FoldView, num_rows: int, device: torch.device) -> tuple[Launch, int]:
     block_cols = min(power_of_2(view.span), tuning.FOLD_COLS)
-    block_rows = max(1, tuning.FOLD_ELEMENTS // (block_cols * view.hashes))
+    blocks = cdiv(view.span, block_cols)
+    block_rows = max(1, tuning.SCALES_ELEMENTS // block_cols)
     num_blocks = cdiv(num_rows, block_rows)
-    num_parts = max(1, min(num_blocks, tuning.FOLD_PROGRAMS // (view.num_spans * view.fold)))
+    num_parts = max(1, min(num_blocks, tuning.SCALES_PROGRAMS // (view.num_spans * blocks)))
     steps = cdiv(num_blocks, num_parts)
     num_parts = cdiv(num_blocks, steps)
     launch = Launch(
         _scales_kernel,
-        (view.num_spans, view.fold, num_parts),
+        (view.num_spans * blocks, num_parts),
         key=view.key,
         num_rows=num_rows,
         steps=steps,
-        BLOCKS=cdiv(view.span, block_cols),
+        BLOCKS=blocks,
         BM=block_rows,
         BC=block_cols,
+        SIDE=max(_SMALLEST_SIDE, view.fold),
         num_warps=tuning.FOLD_WARPS,
         **_sizes(view),
         **dependent_launch(device),
     )
-    return launch, num_parts
+    return launch, num_parts * blocks
 
 
 def _sizes(view: FoldView) -> dict[str, int]:

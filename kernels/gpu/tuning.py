@@ -24,8 +24,10 @@ RUN_ELEMENTS, RUN_WARPS, RUN_STEPS = 1024, 4, 16
 # `combine`: elements along the wider side and warps of a program, the most parts in which the basis's gradient is
 # summed, and the largest side of a basis.
 COMBINE_ELEMENTS, COMBINE_WARPS, COMBINE_PARTS, COMBINE_SIZE = 2048, 4, 256, 64
-# `fold` and its adjoints: columns and elements of a program, its warps, and about how many programs sum scales.
-FOLD_COLS, FOLD_ELEMENTS, FOLD_WARPS, FOLD_PROGRAMS = 64, 1024, 4, 528
+# `fold` and its adjoints: columns and elements of a program, and its warps; for the scales' gradient, buckets of a
+# program at a time, and about how many programs.
+FOLD_COLS, FOLD_ELEMENTS, FOLD_WARPS = 64, 1024, 4
+SCALES_ELEMENTS, SCALES_PROGRAMS = 256, 528
 # Partial sums: elements that a program holds at a time, the most parts among them, and warps.
 SUM_ELEMENTS, SUM_PARTS, SUM_WARPS = 2048, 64, 4
 

@@ -7,6 +7,7 @@ that are timed are also the calls that are compared.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
@@ -409,4 +410,25 @@ def _check(dense: Subject, converted: Subject, options: BenchOptions) -> Agreeme
         with _stated(f"the {subject.name} model fails on the example inputs"):
             with random_states_kept(seed=0, devices=[options.device]):
                 outputs.append(subject.check())
-    return check_agreement(dense.model, converted.model, outputs[0], outputs[1])
+    is_narrow = any(parameter.dtype in (torch.bfloat16, torch.float16) for parameter in dense.model.parameters())
+    precise = (lambda: _in_float32(dense)) if is_narrow and not options.train else None
+    return check_agreement(dense.model, converted.model, outputs[0], outputs[1], precise)
+
+
+def _in_float32(subject: Subject) -> Any:
+    """Return what a model of a narrow dtype computes from the same weights and inputs in float32; None if it cannot."""
+    try:
+        return _called_in_float32(subject)
+    except Exception:
+        # Too little memory, or a model with a dtype in its code: then the narrow dtype's tolerance decides.
+        return None
+
+
+def _called_in_float32(subject: Subject) -> Any:
+    model = copy.deepcopy(subject.model).float()
+    inputs = pytree.tree_map(
+        lambda leaf: leaf.float() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf, subject.inputs
+    )
+    args, kwargs = split_inputs(inputs)
+    with torch.no_grad():
+        return model(*args, **kwargs)

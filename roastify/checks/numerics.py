@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,9 @@ _TOLERANCE_TF32 = 1e-2
 # ReLUs on or off and so changes a share ε of the gradient's terms. The norm of the difference then grows with √ε.
 _GRADIENT_TOLERANCE = {torch.float64: 1e-4, torch.float32: 2e-2, torch.float16: 1e-1, torch.bfloat16: 2e-1}
 _GRADIENT_TOLERANCE_TF32 = 1e-1
+# A deep model amplifies rounding. Where its outputs differ by more than the above, the converted model may be as far
+# from the dense model in float32 as this many times the dense model itself is.
+_AS_ROUNDED = 2.0
 
 
 @dataclass(frozen=True)
@@ -36,15 +40,24 @@ class Agreement:
             summed over the readers of each element, relative to the norm of the latter; None in inference and if the
             pool is frozen.
         gradient_tolerance: the largest gradient error allowed.
+        from_float32: the dense and the converted model's errors against the dense model in float32, of the worst
+            output; None unless `error` is above what rounding explains in most models.
     """
 
     error: float
     tolerance: float
     gradient_error: float | None
     gradient_tolerance: float
+    from_float32: tuple[float, float] | None = None
 
 
-def check_agreement(dense: nn.Module, converted: nn.Module, expected: Any, found: Any) -> Agreement:
+def check_agreement(
+    dense: nn.Module,
+    converted: nn.Module,
+    expected: Any,
+    found: Any,
+    precise: Callable[[], Any] | None = None,
+) -> Agreement:
     """Compare two models' outputs and, in train mode after a backward pass of both, the pool's gradient.
 
     Args:
@@ -52,6 +65,8 @@ def check_agreement(dense: nn.Module, converted: nn.Module, expected: Any, found
         converted: the converted model.
         expected: the dense model's outputs.
         found: the converted model's outputs for the same inputs and random numbers.
+        precise: returns the dense model's outputs in float32, or None if it cannot run so; called only if the two
+            differ by more than rounding explains in most models.
 
     Raises:
         OutputMismatch: the models differ in structure, or by more than rounding explains.
@@ -76,12 +91,28 @@ def check_agreement(dense: nn.Module, converted: nn.Module, expected: Any, found
     dtypes |= {leaf.dtype for _, leaf, _ in pairs}
     tolerance, gradient_tolerance = (max(column) for column in zip(*map(_tolerances, dtypes), strict=True))
     errors = {path if path == "output" else f"output {path}": _error(path, leaf, twin) for path, leaf, twin in pairs}
-    for what, error in errors.items():
-        _refuse_beyond(tolerance, error, f"in {mode} mode {what}", "the largest value")
+    from_float32 = None
+    if precise is not None and tolerance < max(errors.values()) < math.inf:
+        outputs = precise()
+        from_float32 = None if outputs is None else _errors_of_rounding(pairs, outputs)
+    if from_float32 is None or from_float32[1] > _AS_ROUNDED * from_float32[0]:
+        for what, error in errors.items():
+            _refuse_beyond(tolerance, error, f"in {mode} mode {what}", "the largest value")
     gradient_error = _gradient_error(dense, converted) if dense.training else None
     if gradient_error is not None:
         _refuse_beyond(gradient_tolerance, gradient_error, "the pool's gradient", "its norm")
-    return Agreement(max(errors.values()), tolerance, gradient_error, gradient_tolerance)
+    return Agreement(max(errors.values()), tolerance, gradient_error, gradient_tolerance, from_float32)
+
+
+def _errors_of_rounding(pairs: list[tuple[str, Tensor, Tensor]], precise: Any) -> tuple[float, float]:
+    """Return the two models' errors against outputs in float32: of the output in which the second is the worst."""
+    by_path = dict(leaves(precise))
+    errors = [
+        (_error(path, by_path[path], leaf), _error(path, by_path[path], twin))
+        for path, leaf, twin in pairs
+        if isinstance(by_path.get(path), Tensor)
+    ]
+    return max(errors, key=lambda pair: pair[1] / pair[0] if pair[0] else math.inf)
 
 
 def _refuse_beyond(tolerance: float, error: float, what: str, measure: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,6 @@ from roastify.errors import ConversionError, PlanError
 
 # The word for `include` that means a PEFT model's adapters.
 WORD = "adapters"
-# The file of PEFT's configuration.
-PEFT_CONFIG = "adapter_config.json"
 # What of a configuration does not change how trained adapters compute.
 _NO_MATTER = re.compile(
     r"base_model_name_or_path|revision|inference_mode|peft_version|task_type|auto_mapping|runtime_config|init_.*|.*dropout"
@@ -143,11 +142,9 @@ def peft_settings(model: nn.Module) -> dict[str, Any]:
     return {key: value for key, value in plain.items() if not _NO_MATTER.fullmatch(key)}
 
 
-def _plain(value: Any) -> Any:
-    return sorted(value) if isinstance(value, set) else str(value)
-
-
-def save_peft_config(model: nn.Module, folder: Path) -> None:
-    """Write the configuration by which PEFT builds the model again, as PEFT does."""
-    for config in _all_configs(model).values():
-        config.save_pretrained(str(folder))
+def peft_config_file(model: nn.Module) -> dict[str, bytes]:
+    """Return name and content of the file by which PEFT builds the model again, as PEFT writes it; empty: none."""
+    with tempfile.TemporaryDirectory() as folder:
+        for config in _all_configs(model).values():
+            config.save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}

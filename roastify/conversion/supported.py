@@ -85,3 +85,20 @@ def check_has_values(model: nn.Module) -> None:
             "the model is on the meta device and has no values to start a pool from; build it on a real device, or use "
             "roastify.plan (shapes are enough) or roastify.load (values come from an artifact)"
         )
+
+
+def find_plain_meta(model: nn.Module) -> str | None:
+    """Return the name of a meta tensor that is neither parameter nor buffer, so that no file of weights fills it."""
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if attribute not in ("_parameters", "_buffers", "_modules") and _holds_meta(value):
+                return f"{name}.{attribute}" if name else attribute
+    return None
+
+
+def _holds_meta(value: object) -> bool:
+    if isinstance(value, dict):
+        return any(map(_holds_meta, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_holds_meta, value))
+    return isinstance(value, torch.Tensor) and value.is_meta

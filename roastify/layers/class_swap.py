@@ -20,7 +20,7 @@ from roastify.layers.modules import RoastRNN, RoastTransformersConv1D
 from roastify.layers.pooled_weight import PooledWeight
 from roastify.layers.reading import dense_property, lazy_property
 from roastify.layers.source_scan import uses_in_source
-from roastify.pool.members import MEMBER, POOL_NAME
+from roastify.pool.members import MEMBER, POOL_NAME, is_placeholder
 
 
 class _Swapped:
@@ -74,6 +74,9 @@ class _Swapped:
         self, state_dict: Any, prefix: str, metadata: Any, strict: bool, *lists: list[str]
     ) -> None:
         module = cast(RoastModule, self)
+        for name in self._roast:
+            if is_placeholder(state_dict.get(prefix + name)):
+                del state_dict[prefix + name]
         pools = [pool for pool in module._pools() if module._modules.get(POOL_NAME) is not pool]
         if not pools:
             return super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)  # type: ignore[misc]

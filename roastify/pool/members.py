@@ -20,6 +20,8 @@ from torch import Tensor, nn
 POOL_NAME = "roast_pool"
 # What the names of the pool's Parameters begin with in a module that reads them.
 MEMBER = POOL_NAME + "."
+# What a folder of transformers has in the place of a tensor that is in the pool; see `integrations.pretrained_folder`.
+_PLACEHOLDER = b"needs roastify"
 # Attributes that belong to the modules around a pool, and not to its copies.
 _OF_MODULES = {"_sharded_reader", "_readers", "_root", "_owner", "_given", "_saved", "_loading"}
 
@@ -247,3 +249,15 @@ class _Places(dict[str, Any]):
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is sharded over processes (a `DTensor`), so that this process holds a part of its values."""
     return type(tensor) is not nn.Parameter and hasattr(tensor, "placements")
+
+
+def placeholder() -> Tensor:
+    """Return bytes that stand in a file under the name of a tensor that is in the pool, and that no weight can be."""
+    return torch.tensor(list(_PLACEHOLDER), dtype=torch.uint8)
+
+
+def is_placeholder(value: object) -> bool:
+    """Whether this is what `placeholder` returns."""
+    if not isinstance(value, Tensor) or value.dtype != torch.uint8 or value.shape != (len(_PLACEHOLDER),):
+        return False
+    return not value.is_meta and bytes(value.tolist()) == _PLACEHOLDER

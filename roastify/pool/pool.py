@@ -97,6 +97,8 @@ class RoastPool(TiedModule):
         self.precondition = precondition
         # The plan that the pool was built from. Saving and densifying need it; `rewrite` sets it.
         self.plan: Any = None
+        # What builds the dense model, if that is known; saving writes it.
+        self.builder: Any = None
         # The shared tensors as their layers hold them, in the plan's order, and those that their layers may keep during
         # a training pass; `rewrite` sets both.
         self.weights: tuple[Any, ...] = ()

@@ -74,6 +74,12 @@ class RecoverOptions:
         None,
         "a function of the student in eval mode, whose result is reported: numbers and strings, in dicts and lists",
     )
+    on_log: Callable[[dict[str, Any]], None] | None = _setting(
+        None,
+        "a function that gets the numbers of each point of the loss curve, and of each evaluation, as a dict: `step`, "
+        "`loss` and its parts, `lr`, `seconds`, `evaluation`. Without it, and without a terminal, they are lines of "
+        "JSON on standard error",
+    )
     evaluate_every: int = _setting(0, "steps between evaluations; 0: only at the end", "--evaluate-every")
     folder: str | Path | None = _setting(None, "folder of the checkpoint")
     save_every: int = _setting(100, "steps between checkpoints", "--save-every")
@@ -100,6 +106,8 @@ class RecoverOptions:
                 raise ConfigError(f"{name} must be an integer of at least {smallest}; found {value!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ConfigError(f"seed must be an integer; found {self.seed!r}")
+        if self.on_log is not None and not callable(self.on_log):
+            raise ConfigError(f"on_log must be a function of a dict of numbers; found a {type(self.on_log).__name__}")
         for name in ("lr", "temperature"):
             self._check_number(name, above=True)
         for name in ("output_weight", "feature_weight", "task_weight"):

@@ -9,6 +9,7 @@ import functools
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from roastify.conversion.digests import digest_of_model, digest_of_plan
 from roastify.errors import CheckpointError, ConfigError, RecoveryError
 from roastify.isolation import RandomStream, modes_kept
 from roastify.kernels.torch_internals import pytree
-from roastify.progress import track
+from roastify.progress import JsonLines, track, working
 from roastify.recovery.align import align_layers
 from roastify.recovery.batches import Feed, digest_of, mask_of, on_device, passing
 from roastify.recovery.checkpoint import holds_checkpoint, read_checkpoint, write_checkpoint
@@ -41,6 +42,7 @@ from roastify.recovery.losses import (
     relative_error,
 )
 from roastify.recovery.options import RecoverOptions
+from roastify.recovery.processes import Processes, joined
 from roastify.recovery.report import Likeness, LossPoint, RecoveryReport
 from roastify.recovery.resume_checks import check_state
 
@@ -55,12 +57,13 @@ class _NotFinite(RecoveryError):
 def run_recovery(student: nn.Module, teacher: nn.Module, data: Any, options: RecoverOptions) -> RecoveryReport:
     """Recover a student in place; see `roastify.recover`."""
     _check_models(student, teacher)
-    with modes_kept(student, teacher), _gradients_cleared(student):
+    device = pool_of(student).weight.device
+    with modes_kept(student, teacher), _gradients_cleared(student), joined(device) as processes:
         given = copy.deepcopy(student.state_dict())
         theirs = options.optimizer if isinstance(options.optimizer, torch.optim.Optimizer) else None
         optimizer_given = copy.deepcopy(theirs.state_dict()) if theirs is not None else None
         try:
-            run = _Run(student, teacher, data, options)
+            run = _Run(student, teacher, data, options, processes)
             with run.rates_put_back():
                 run.start()
                 run.train()
@@ -120,12 +123,15 @@ class _Run:
     `seed` alone, so a run can be resumed.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, data: Any, options: RecoverOptions) -> None:
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module, data: Any, options: RecoverOptions, processes: Processes
+    ) -> None:
         self.student = student
         self.teacher = teacher
         self.options = options
+        self.processes = processes
         self.folder = None if options.folder is None else Path(options.folder)
-        self.device = pool_of(student).weight.device
+        self.device = processes.device
         self.split = passing(teacher, options.inputs)
         self.optimizer = _optimizer(student, options, self.device)
         self.rates = [float(group["lr"]) for group in self.optimizer.param_groups]
@@ -149,8 +155,10 @@ class _Run:
                 f"the checkpoint {self.folder} was made with other data: its first batches differ; resume with the "
                 f"same data, or give another folder"
             )
+        processes.check_equal({"data": digest, "teacher": made_by["teacher"], "conversion": made_by["conversion"]})
         self.made_by = made_by
         self.data = digest
+        self.lines = JsonLines("recover")
         self.step = self.resumed_at = 0
         self.seconds = self.align_seconds = 0.0
         self.align_error: tuple[float, float] | None = None
@@ -165,6 +173,8 @@ class _Run:
 
     def start(self) -> None:
         """Compare the two models and align the student's layers; a resumed run has done both."""
+        _warn_of_untrained_statistics(self.teacher)
+        self.processes.copy_first(self.student)
         if self.before is not None:
             return
         self.before = self._likeness()
@@ -176,6 +186,7 @@ class _Run:
         with self.stream.active():
             forwards = [functools.partial(self._call_cast, self.teacher, batch) for batch in batches]
             self.align_error = align_layers(self.student, self.teacher, forwards, self.options.align)
+        self.processes.copy_first(self.student)
         self.align_seconds = self.seconds = self._now() - begun
         self.aligned = self._likeness()
         self._save()
@@ -191,12 +202,13 @@ class _Run:
             if self.resumed_at and self._evaluates():
                 self._save_and_evaluate(recorders, saving=True)
                 begun = self._now()
-            for _ in track(range(self.step, options.steps), "recovering"):
+            steps = range(self.step, options.steps)
+            for _ in track(steps, "recovering", note=self._last_loss) if self.processes.is_first else steps:
                 with self.stream.active():
                     self._take_step(*recorders)
                 self.step += 1
                 if self.step % options.every() == 0 or self.step == options.steps:
-                    self._log()
+                    self._log(self.seconds + self._now() - begun)
                 saving = self.step == options.steps or self.step % options.save_every == 0
                 if saving or self._evaluates():
                     self.seconds += self._now() - begun
@@ -226,8 +238,12 @@ class _Run:
                 _set_rate(group, rate)
 
     def finish(self) -> RecoveryReport:
-        """Return the report."""
+        """Return the report, and warn if the student is worse than before."""
         assert self.before is not None
+        self.processes.copy_first(self.student)
+        after = self._likeness()
+        if self.processes.is_first:
+            self._warn_if_worse(after)
         return RecoveryReport(
             steps=self.step,
             seconds=self.seconds,
@@ -235,7 +251,7 @@ class _Run:
             align_error=self.align_error,
             before=self.before,
             aligned=self.aligned,
-            after=self._likeness(),
+            after=after,
             losses=tuple(self.losses),
             evaluations=tuple(self.evaluations),
             features=self.features,
@@ -250,7 +266,8 @@ class _Run:
             _set_rate(group, rate * factor)
         self.optimizer.zero_grad(set_to_none=True)
         for _ in range(options.accumulate):
-            batch = on_device(self.feed.next(), self.device)
+            batches = [self.feed.next() for _ in range(self.processes.count)]
+            batch = on_device(batches[self.processes.rank], self.device)
             args, kwargs = self.split(batch)
             mask = mask_of(kwargs)
             parts: dict[str, Tensor] = {}
@@ -277,18 +294,54 @@ class _Run:
                 value = value.detach().double()
                 self.sums[name] = self.sums[name] + value if name in self.sums else value
             self.summed += 1
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        self.processes.share_gradients(parameters)
         if options.clip is not None:
-            parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
             torch.nn.utils.clip_grad_norm_(parameters, options.clip)
         self.optimizer.step()
 
-    def _log(self) -> None:
-        """Add a point to the loss curve."""
+    def _log(self, seconds: float) -> None:
+        """Add a point to the loss curve, and tell whoever wants to know."""
+        self.sums = self.processes.mean(self.sums)
         self._check_finite()
         means = self._means()
         rate = self.rates[0] * self.options.rate(self.step - 1)
         self.losses.append(LossPoint(self.step, means.pop("loss"), means, rate))
         self.sums, self.summed = {}, 0
+        self._tell({"loss": self.losses[-1].loss, **means, "lr": rate, "seconds": seconds})
+
+    def _tell(self, numbers: dict[str, Any]) -> None:
+        """Give the numbers of a step to `on_log`, or else write them as a line of JSON if nobody sees the bar."""
+        numbers = {"step": self.step, **numbers}
+        if not self.processes.is_first:
+            return
+        if self.options.on_log is not None:
+            self.options.on_log(numbers)
+        else:
+            self.lines.write({**numbers, "steps": self.options.steps})
+
+    def _last_loss(self) -> str:
+        return f"loss {self.losses[-1].loss:.4g}" if self.losses else ""
+
+    def _warn_if_worse(self, after: Likeness) -> None:
+        """Warn if training has taken the student away from the teacher."""
+        assert self.before is not None
+        began = self.aligned or self.before
+        # Rounding alone may change an error that training did not.
+        if self.step == self.resumed_at or after.error <= 1.01 * began.error:
+            return
+        untrained = _untrained_statistics(self.teacher)
+        cause = (
+            f"the batch norm {untrained} has never been trained, so the student normalises otherwise in training than "
+            f"the teacher does; run the teacher over data in train mode first, or pass a trained one"
+            if untrained
+            else "try a lower learning rate, more steps, or batches like those that the teacher was trained on"
+        )
+        warnings.warn(
+            f"recovery has made the student worse: its outputs' error was {began.error:.3g} and is {after.error:.3g} "
+            f"(in eval mode, on the first batches); {cause}",
+            stacklevel=5,
+        )
 
     def _means(self) -> dict[str, float]:
         """Return the mean losses since the last point of the curve."""
@@ -323,10 +376,15 @@ class _Run:
     def _evaluate(self) -> None:
         assert self.options.evaluate is not None
         self.student.eval()
-        # Every evaluation draws the same random numbers, and none from the run's streams.
-        with RandomStream(self.options.seed, self.device).active(), torch.no_grad():
-            found = self.options.evaluate(self.student)
-        self.evaluations.append((self.step, pytree.tree_map(_plain_number, found)))
+        self.processes.copy_first(self.student)
+        found = None
+        if self.processes.is_first:
+            # Every evaluation draws the same random numbers, and none from the run's streams.
+            with RandomStream(self.options.seed, self.device).active(), torch.no_grad():
+                found = pytree.tree_map(_plain_number, self.options.evaluate(self.student))
+        found = self.processes.of_first(found)
+        self.evaluations.append((self.step, found))
+        self._tell(_evaluation_numbers(found))
 
     def _likeness(self) -> Likeness:
         """Compare the two models in eval mode on the first batches."""
@@ -334,7 +392,8 @@ class _Run:
         self.teacher.eval()
         errors: list[float] = []
         same = count = 0
-        with RandomStream(self.options.seed, self.device).active(), torch.no_grad(), self._autocast():
+        said = working("comparing student and teacher") if self.processes.is_first else contextlib.nullcontext()
+        with said, RandomStream(self.options.seed, self.device).active(), torch.no_grad(), self._autocast():
             for batch in self.held[:_LIKENESS_BATCHES]:
                 expected, found = floats_of(self._call(self.teacher, batch)), floats_of(self._call(self.student, batch))
                 _check_teacher(expected)
@@ -382,9 +441,11 @@ class _Run:
 
     def _made_by(self) -> dict[str, Any]:
         """Return what a checkpoint's run must have in common with one that resumes it."""
-        options = dataclasses.asdict(self.options)
-        for name in ("folder", "save_every", "resume", "inputs", "evaluate", "optimizer"):
+        options: dict[str, Any] = dataclasses.asdict(self.options)
+        for name in ("folder", "save_every", "resume", "inputs", "evaluate", "optimizer", "on_log"):
             del options[name]
+        if self.processes.count > 1:
+            options["processes"] = self.processes.count
         task = self.options.loss_fn
         return {
             "student": type(self.student).__name__,
@@ -404,7 +465,7 @@ class _Run:
             raise ConfigError(f"{folder} holds a checkpoint of a recovery; resume it, or give another folder")
         stored: dict[str, Any] = read_checkpoint(folder, made_by)
         options = self.options
-        most = options.steps * options.accumulate + max(_LIKENESS_BATCHES, options.align_batches)
+        most = options.steps * options.accumulate * self.processes.count + max(_LIKENESS_BATCHES, options.align_batches)
         try:
             check_state(stored, self.student, self.optimizer, self.stream, most)
         except ValueError as error:
@@ -417,7 +478,10 @@ class _Run:
         folder = self.folder
         if folder is None:
             return
+        self.sums = self.processes.mean(self.sums)
         self._check_finite()
+        if not self.processes.is_first:
+            return
         state = {
             "step": self.step,
             "seconds": self.seconds,
@@ -454,6 +518,34 @@ class _Run:
             raise CheckpointError(f"the checkpoint {self.folder} does not fit this run: {error}") from error
         self.stream.state = stored["stream"]
         self.feed.resume(stored["feed"])
+
+
+def _untrained_statistics(model: nn.Module) -> str | None:
+    """Return the name of a batch norm whose statistics are those that it was made with, or None."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
+            assert module.running_var is not None
+            if not bool(module.running_mean.any()) and bool((module.running_var == 1).all()):
+                return name
+    return None
+
+
+def _warn_of_untrained_statistics(teacher: nn.Module) -> None:
+    name = _untrained_statistics(teacher)
+    if name is not None:
+        warnings.warn(
+            f"the teacher's batch norm {name} has never been trained (its running mean is 0 and its variance 1): the "
+            f"student, which normalises by its batches in training, cannot learn what the teacher computes; run the "
+            f"teacher over data in train mode first, or pass a trained one",
+            stacklevel=5,
+        )
+
+
+def _evaluation_numbers(found: Any) -> dict[str, Any]:
+    """Return what `evaluate` found as numbers with flat names."""
+    if isinstance(found, dict):
+        return {f"evaluation/{name}": value for name, value in found.items() if isinstance(value, int | float)}
+    return {"evaluation": found} if isinstance(found, int | float) else {}
 
 
 def _optimizer(student: nn.Module, options: RecoverOptions, device: torch.device) -> torch.optim.Optimizer:

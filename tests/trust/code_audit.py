@@ -62,6 +62,15 @@ class Audit:
         return self.events
 
 
+def small_bert() -> torch.nn.Module:
+    """Return a small model of transformers."""
+    # Here, because it takes seconds, and most parts of the package of tests do without it.
+    import transformers
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    return transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=40, **sizes)).eval()
+
+
 def works(folder: Path) -> dict[str, Callable[[], object]]:
     """Return, by name, everything that reads files of others; artifacts of all kinds are made in the folder."""
     found: dict[str, Callable[[], object]] = {}
@@ -71,6 +80,8 @@ def works(folder: Path) -> dict[str, Callable[[], object]]:
         roastify.save(converted(), path)
         found[f"load, {kind}"] = lambda path=path, dense=dense: roastify.load(path, dense())
         found[f"densify, {kind}"] = lambda path=path: api.densify_artifact(path, folder / "dense.safetensors")
+    roastify.save(roastify.convert(small_bert(), 3), folder / "bert")
+    found["load alone, bert"] = lambda: roastify.load(folder / "bert")
     plan = json.dumps(roastify.plan(torch.nn.Linear(64, 64), 2).to_dict())
     found["plan from JSON"] = lambda: RoastPlan.from_dict(json.loads(plan))
     checkpoint.write_checkpoint(folder / "checkpoint", {}, {"values": torch.ones(3), "step": 4})

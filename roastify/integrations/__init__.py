@@ -1,0 +1,1 @@
+"""What roastify adds to other libraries when they are imported."""

@@ -1,0 +1,118 @@
+"""The package as others get it: its page on the index, links, dependencies, citation and workflows."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import click.testing
+import pytest
+import setuptools
+from packaging.requirements import Requirement
+
+import roastify
+from roastify.cli import main
+from roastify.config import RoastConfig
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def _yaml(path: Path) -> Any:
+    # A dependency of huggingface_hub, and so of transformers.
+    return pytest.importorskip("yaml").safe_load(path.read_text())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_of_pages_lead_to_files(page: Path) -> None:
+    for link in LINK.findall(page.read_text()):
+        if not link.startswith(("http://", "https://", "#")):
+            assert (page.parent / link.partition("#")[0]).exists(), f"{page.name} links to {link}"
+
+
+def test_links_of_the_page_on_the_index_lead_to_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The index shows README.md alone, so that a link to a file beside it would lead nowhere."""
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(setuptools, "setup", given.update)
+    runpy.run_path(str(ROOT / "setup.py"))
+    links = LINK.findall(given["long_description"])
+    assert len(links) > 10 and all(link.startswith(("https://", "#")) for link in links)
+    blob = f"{PROJECT['urls']['Repository']}/blob/main/"
+    relative = [link.removeprefix(blob) for link in links if link.startswith(blob)]
+    assert "docs/recovery.md" in relative
+    assert given["long_description"].replace(blob, "") == (ROOT / "README.md").read_text()
+
+
+def test_addresses_of_the_project_are_one_repository() -> None:
+    repository = PROJECT["urls"]["Repository"]
+    assert {"Repository", "Documentation", "Issues", "Changelog"} <= PROJECT["urls"].keys()
+    assert all(address.startswith(repository) for address in PROJECT["urls"].values())
+    assert _yaml(ROOT / "CITATION.cff")["repository-code"] == repository
+
+
+def test_the_citation_is_of_this_version() -> None:
+    citation = _yaml(ROOT / "CITATION.cff")
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+    assert citation["version"] == roastify.__version__ and citation["license"] == PROJECT["license"]
+    assert [each["year"] for each in citation["references"]] == [2023, 2024]
+
+
+def test_every_dependency_is_used() -> None:
+    texts = [path.read_text() for folder in ("roastify", "kernels") for path in (ROOT / folder).rglob("*.py")]
+    extras = PROJECT["optional-dependencies"]
+    for line in [*PROJECT["dependencies"], *extras["integrations"], *extras["vision"]]:
+        name = Requirement(line).name
+        used = re.compile(rf'^\s*(import|from) {name}\b|"{name}"', re.MULTILINE)
+        assert any(used.search(text) for text in texts), f"{name} is required, and no file uses it"
+
+
+def test_pinned_versions_are_supported_ones() -> None:
+    pins = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            name, _, version = line.partition("==")
+            pins[name.lower()] = version
+    ranges = [
+        *PROJECT["dependencies"],
+        *(line for extra in PROJECT["optional-dependencies"].values() for line in extra),
+    ]
+    for requirement in map(Requirement, ranges):
+        if requirement.name != "roastify":
+            assert requirement.specifier.contains(pins[requirement.name]), requirement
+
+
+def test_settings_prints_the_defaults_as_a_config_file(tmp_path: Path) -> None:
+    result = click.testing.CliRunner().invoke(main, ["settings"])
+    assert result.exit_code == 0
+    assert result.output == (ROOT / "configs" / "default.toml").read_text()
+    (tmp_path / "settings.toml").write_text(result.output)
+    assert RoastConfig.from_toml(tmp_path / "settings.toml") == RoastConfig()
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_workflows_run_commands_of_the_makefile(path: Path) -> None:
+    workflow = _yaml(path)
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    # YAML reads the key `on` as true.
+    assert {"name", True, "permissions", "jobs"} <= workflow.keys()
+    for name, job in workflow["jobs"].items():
+        assert job["runs-on"] and job["timeout-minutes"] <= 60, name
+        for step in job["steps"]:
+            assert ("uses" in step) != ("run" in step), step
+            if "run" in step:
+                program, *words = step["run"].split()
+                assert program == "make" and {word for word in words if "=" not in word} <= targets, step["run"]
+            else:
+                assert re.fullmatch(r"actions/[a-z-]+@v\d+", step["uses"]), step["uses"]
+
+
+def test_the_workflows_run_every_python_that_is_promised() -> None:
+    versions = _yaml(ROOT / ".github" / "workflows" / "tests.yml")["jobs"]["tests"]["strategy"]["matrix"]["python"]
+    promised = [line.rpartition(" ")[2] for line in PROJECT["classifiers"] if re.search(r"Python :: 3\.\d+$", line)]
+    assert versions == promised and f">={versions[0]}" == PROJECT["requires-python"]
