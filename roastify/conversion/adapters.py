@@ -70,7 +70,17 @@ def base_of(model: nn.Module, of_adapters: Collection[int]) -> dict[str, torch.T
 
 
 def check_at_start(model: nn.Module) -> None:
-    """Raise `ConversionError` if an adapter already changes its layer: its values would be lost."""
+    """Raise `ConversionError` if an adapter already changes its layer, or begins from values that were chosen for it.
+
+    These values would be lost.
+    """
+    for config in _all_configs(model).values():
+        chosen = getattr(config, "init_lora_weights", True)
+        if isinstance(chosen, str) and chosen != "gaussian":
+            raise ConversionError(
+                f"init_lora_weights={chosen!r} chooses the factors' first values, and a pool starts from random ones; "
+                f'leave it at its default, or train the adapters first and convert them with init="project"'
+            )
     for path, layer in model.named_modules():
         if not _is_tuner(layer):
             continue
@@ -128,9 +138,7 @@ def _attributes(layer: nn.Module) -> Iterator[Any]:
 def peft_settings(model: nn.Module) -> dict[str, Any]:
     """Return what a PEFT model's configuration says of how its adapters compute, as values that JSON can hold."""
     config = next(iter(configs.values())).to_dict() if (configs := _all_configs(model)) else {}
-    plain = json.loads(
-        json.dumps(config, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
-    )
+    plain = json.loads(json.dumps(config, default=_plain))
     return {key: value for key, value in plain.items() if not _NO_MATTER.fullmatch(key)}
 
 
