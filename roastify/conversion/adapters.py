@@ -138,7 +138,9 @@ def _attributes(layer: nn.Module) -> Iterator[Any]:
 def peft_settings(model: nn.Module) -> dict[str, Any]:
     """Return what a PEFT model's configuration says of how its adapters compute, as values that JSON can hold."""
     config = next(iter(configs.values())).to_dict() if (configs := _all_configs(model)) else {}
-    plain = json.loads(json.dumps(config, default=_plain))
+    plain = json.loads(
+        json.dumps(config, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
+    )
     return {key: value for key, value in plain.items() if not _NO_MATTER.fullmatch(key)}
 
 
