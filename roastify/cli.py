@@ -541,6 +541,7 @@ def _student(found: Source, artifact: str | None, digest: str | None, settings: 
 @click.option("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one).")
 @click.option("--bfloat16", is_flag=True, help="Recover or train under autocast.")
 @click.option("--seconds", type=float, default=1.0, show_default=True, help="How long each ratio is timed.")
+@click.option("--no-graph", is_flag=True, help="On a GPU, time calls from Python, without CUDA graphs.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Write the report to this file.")
 @click.option("--plot", "plot_file", type=click.Path(dir_okay=False), help="Draw the report, as to sweep.png.")
 def sweep(
@@ -556,6 +557,7 @@ def sweep(
     device: str | None,
     bfloat16: bool,
     seconds: float,
+    no_graph: bool,
     json_file: str | None,
     plot_file: str | None,
     **options: Any,
@@ -593,6 +595,7 @@ def sweep(
         metric=metric,
         lower_is_better=lower_is_better,
         seconds=seconds,
+        graph=not no_graph,
         logits=logits or None,
         features=features or None,
         loss_fn=loss_fn,

@@ -169,6 +169,7 @@ def sweep(
     metric: str | None = None,
     lower_is_better: bool = False,
     seconds: float = 1.0,
+    graph: bool = True,
     steps: int = STEPS,
     **recovery: Any,
 ) -> SweepReport:
@@ -191,6 +192,7 @@ def sweep(
         lower_is_better: whether `evaluate` returns something like a loss. Without `evaluate`, ratios are compared by
             the error of outputs.
         seconds: the time for the measurement at each ratio.
+        graph: as in `bench`: False times calls on a GPU from Python, for models that a CUDA graph cannot capture.
         steps: the steps of the optimizer at each ratio.
         recovery: other settings of `recover`: `evaluate`, `lr`, `loss_fn`, `inputs`, …
 
@@ -224,7 +226,7 @@ def sweep(
         raise ConfigError("models that are trained from scratch are compared by what evaluate returns; give evaluate")
     for each in configs:
         api.plan(model, config=each)
-    return _Sweep(model, data, options, example_inputs, metric, lower_is_better, seconds).run(configs, trained)
+    return _Sweep(model, data, options, example_inputs, metric, lower_is_better, seconds, graph).run(configs, trained)
 
 
 def _in_order(ratios: Sequence[float]) -> list[float]:
@@ -247,6 +249,7 @@ class _Sweep:
         metric: str | None,
         lower_is_better: bool,
         seconds: float,
+        graph: bool,
     ) -> None:
         from roastify.recovery.batches import generators_of, on_device
 
@@ -256,6 +259,7 @@ class _Sweep:
         self.metric = metric
         self.lower_is_better = lower_is_better or options.evaluate is None
         self.seconds = seconds
+        self.graph = graph
         self.device = device_of(model)
         self.generators = [(each, each.get_state()) for each in generators_of(data)]
         self.inputs = on_device(self._first_batch() if example_inputs is None else example_inputs, self.device)
@@ -264,30 +268,28 @@ class _Sweep:
     def run(self, configs: Sequence[RoastConfig], trained: bool) -> SweepReport:
         evaluation = self._evaluation_of_dense()
         quality = self._quality(evaluation) if self.options.evaluate else 0.0
-        seconds = 0.0
-        if trained:
-            unshared = dataclasses.replace(
-                configs[0], ratio=1.0, init="project", fold="none", kernel_basis="none", sharing="global"
-            )
-            student, report = self._trained(unshared)
-            del student
-            evaluation, seconds = report.evaluations[-1][1], report.seconds
-            quality = self._quality(evaluation)
         rows: list[SweepRow] = []
         dense_ms, machine = math.nan, dict[str, Any]()
         for config in configs:
-            student, report = self._trained(config)
+            student = api.convert(self.model, config=config)
             plan = pool_of(student).plan
-            found = report.evaluations[-1][1] if report.evaluations else None
             multiply_adds = self._multiply_adds(student)
+            # Measured before the training, because it may fail, and the time does not depend on the weights.
             with working(f"measuring ratio {config.ratio:g}"):
                 measured = api.bench(
-                    student, example_inputs=self.inputs, device=self.device, seconds=self.seconds, inplace=True
+                    student,
+                    example_inputs=self.inputs,
+                    device=self.device,
+                    graph=self.graph,
+                    seconds=self.seconds,
+                    inplace=True,
                 )
             case = measured.cases[0]
             # The dense model has the same code each time; the first measurement is as good as any.
             dense_ms = case.dense.time.median_ms if not rows else dense_ms
             machine = {"device": measured.device, **measured.machine}
+            report = self._train(student, config.ratio)
+            found = report.evaluations[-1][1] if report.evaluations else None
             row = SweepRow(
                 ratio=config.ratio,
                 parameters=plan.stored_numel,
@@ -300,6 +302,14 @@ class _Sweep:
                 seconds=report.seconds,
             )
             rows.append(row)
+        seconds = 0.0
+        if trained:
+            unshared = dataclasses.replace(
+                configs[0], ratio=1.0, init="project", fold="none", kernel_basis="none", sharing="global"
+            )
+            report = self._train(api.convert(self.model, config=unshared), 1.0)
+            evaluation, seconds = report.evaluations[-1][1], report.seconds
+            quality = self._quality(evaluation)
         return SweepReport(
             model=type(self.model).__name__,
             how="trained" if trained else "recovered",
@@ -321,14 +331,13 @@ class _Sweep:
             machine=machine,
         )
 
-    def _trained(self, config: RoastConfig) -> tuple[nn.Module, RecoveryReport]:
-        """Return the model at a ratio, recovered or trained, and how that went."""
-        student = api.convert(self.model, config=config)
+    def _train(self, student: nn.Module, ratio: float) -> RecoveryReport:
+        """Recover or train a converted model, and return how that went."""
         on_log = self.options.on_log or self.lines.write
         own = {field.name: getattr(self.options, field.name) for field in dataclasses.fields(self.options)}
-        own["on_log"] = lambda numbers: on_log({"ratio": config.ratio, **numbers})
+        own["on_log"] = lambda numbers: on_log({"ratio": ratio, **numbers})
         self._rewind()
-        return student, api.recover(student, self.model, self.data, **own)
+        return api.recover(student, self.model, self.data, **own)
 
     def _rewind(self) -> None:
         """Let a DataLoader with a generator shuffle in the same way at every ratio."""

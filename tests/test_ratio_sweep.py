@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import roastify
 from roastify.cli import main
-from roastify.errors import ConfigError, ConversionError, PlanError
+from roastify.errors import ConfigError, ConversionError, OutputMismatch, PlanError
 from roastify.ratio_sweep import SweepReport, SweepRow
 
 MODEL = """
@@ -245,6 +245,21 @@ def test_what_cannot_be_swept_is_refused() -> None:
         roastify.sweep(model, data, [2, 1e6])
 
 
+def test_a_model_that_cannot_be_timed_fails_before_it_is_trained() -> None:
+    class Minding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) + (0.0 if type(self.layer) is nn.Linear else 1.0)
+
+    steps: list[Any] = []
+    with pytest.raises(OutputMismatch, match="so nothing was timed"):
+        roastify.sweep(Minding(), [torch.randn(4, 64)], [2], on_log=steps.append, **QUICK)
+    assert not steps
+
+
 def test_the_pages_example_runs_with_the_table_that_the_page_shows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -255,7 +270,7 @@ def test_the_pages_example_runs_with_the_table_that_the_page_shows(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "patterns.py").write_text(code, encoding="utf-8")
     # Fewer steps than the page's; then no ratio need be near.
-    command = [*shown[1].partition(" --within")[0].split(), "--steps", "2", "--seconds", "0.01", "--device", "cpu"]
+    command = [*shown[1].partition(" --within")[0].split(), "--device", "cpu", "--steps", "2", "--seconds", "0.01"]
     result = click.testing.CliRunner().invoke(main, command)
     assert result.exit_code == 0, result.output
     ours, pages = result.stdout.splitlines()[:5], shown[2].splitlines()
