@@ -752,6 +752,7 @@ def test_a_finished_run_is_resumed_at_its_end(teacher: nn.Module, tmp_path: Path
     assert torch.equal(pool_of(first).weight, pool_of(second).weight)
 
 
+@WORSE
 def test_a_one_shot_iterator_is_resumed_from_its_beginning(teacher: nn.Module, tmp_path: Path) -> None:
     def endless() -> Iterator[Tensor]:
         generator = torch.Generator().manual_seed(0)
