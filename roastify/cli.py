@@ -89,10 +89,6 @@ def _printable_messages() -> Iterator[None]:
         warnings.formatwarning = own
 
 
-def _out() -> Console:
-    return Console(highlight=False, markup=False, emoji=False)
-
-
 def _say(line: str) -> None:
     """Print one line: rich would read markup in a file's name and wrap the line."""
     click.echo(printable(line))
@@ -211,7 +207,6 @@ def convert(
     config = _config(**settings)
     if output is not None:
         _check_folder(output, source)
-    console = _out()
     found = _load_dense(source)
     config = _for_source(config, found)
     files = found.files() if output is not None else {}
@@ -220,11 +215,11 @@ def convert(
     # Running both models needs both.
     before = observe(found.model)
     converted = api.convert(found.model, config=config, inplace=signature_only, resume=resume)
-    console.print(report.plan_table(pool_of(converted).plan, full))
+    report.print_result(report.plan_table(pool_of(converted).plan, full))
     if signature_only:
-        console.print(report.verify_lines(compare_interfaces(before, observe(converted, who="converted"))))
+        report.print_result(report.verify_lines(compare_interfaces(before, observe(converted, who="converted"))))
     else:
-        _verify(found, converted, console)
+        _verify(found, converted)
     if output is not None:
         _save(converted, output, found, files)
         if resume is not None:
@@ -256,7 +251,7 @@ def plan(source: str, as_json: bool, full: bool, **settings: Any) -> None:
     if as_json:
         click.echo(json.dumps(planned.to_dict(), indent=1))
     else:
-        _out().print(report.plan_table(planned, full))
+        report.print_result(report.plan_table(planned, full))
 
 
 @main.command()
@@ -287,8 +282,8 @@ def show(source: str, digest: str | None, as_json: bool, full: bool) -> None:
         return
     tables = [report.plan_table(each, full) for each in plans]
     for part in [lines, *tables] if lines else tables:
-        _out().print(part)
-        _out().print()
+        report.print_result(part)
+        _say("")
 
 
 @main.command()
@@ -303,12 +298,12 @@ def check(source: str, dense: str | None, digest: str | None, **settings: Any) -
     found = _load(source, dense, digest)
     if found.converted:
         _refuse_settings(settings, source)
-        _verify(found, found.model, _out(), original=api.densify(found.model))
+        _verify(found, found.model, original=api.densify(found.model))
         _say(f"ok: {source}")
         return
     config = _for_source(config, found)
     converted = api.convert(found.model, config=config)
-    _verify(found, converted, _out())
+    _verify(found, converted)
     _say(f"ok: {source} at ratio {config.ratio:g}")
 
 
@@ -327,13 +322,13 @@ def _check_folder(output: str, source: str) -> None:
     check_replaceable(folder)
 
 
-def _verify(found: Source, converted: nn.Module, console: Console, original: nn.Module | None = None) -> None:
+def _verify(found: Source, converted: nn.Module, original: nn.Module | None = None) -> None:
     """Verify with the source's example inputs or, where it has none, with guessed ones."""
     original = found.model if original is None else original
     inputs = found.example_inputs if found.example_inputs is not None else find_inputs(original)
     with working("comparing both models"):
         verified = api.verify(original, converted, inputs)
-    console.print(report.verify_lines(verified))
+    report.print_result(report.verify_lines(verified))
     if inputs is None:
         _say(how_to_give(found.name))
 
@@ -389,7 +384,7 @@ def bench(
             seconds=seconds,
             inplace=True,
         )
-    _out().print(report.bench_table(measured))
+    report.print_result(report.bench_table(measured))
     if json_file is not None:
         write_json(measured.to_dict(), json_file)
         _say(f"written to {json_file}")
@@ -483,7 +478,7 @@ def recover(
     )
     if rank != "0":
         return
-    _out().print(report.recovery_lines(recovered))
+    report.print_result(report.recovery_lines(recovered))
     _save(student, output, found, files)
     if json_file is not None:
         write_json(recovered.to_dict(), json_file)
@@ -557,7 +552,7 @@ def doctor() -> None:
     table = Table.grid(padding=(0, 2))
     for name, value in diagnosis():
         table.add_row(Text(name, style="dim"), Text(printable(value)))
-    _out().print(table)
+    report.print_result(table)
 
 
 def diagnosis() -> list[tuple[str, str]]:
