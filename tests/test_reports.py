@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import html
+import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click.testing
 import pytest
@@ -25,7 +28,8 @@ from torch import nn
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
-        self.self_attention = nn.ModuleDict({"query_projection": nn.Linear(64, 64), "key_projection": nn.Linear(64, 64)})
+        layers = {"query_projection": nn.Linear(64, 64), "key_projection": nn.Linear(64, 64)}
+        self.self_attention = nn.ModuleDict(layers)
         self.norm = nn.LayerNorm(64)
 
     def forward(self, x):
@@ -61,10 +65,10 @@ def net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
     return values["model"]
 
 
-def _run(*arguments: str) -> str:
+def _run(*arguments: str, exit_code: int = 0) -> str:
     result = click.testing.CliRunner().invoke(main, arguments, catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.stdout
+    assert result.exit_code == exit_code, result.output
+    return result.stdout if exit_code == 0 else result.stderr
 
 
 def test_a_plan_prints_as_the_command_line_shows_it(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,3 +146,117 @@ def test_a_shortened_name_fits_and_keeps_its_ends(name: str, width: int) -> None
     last = name.rpartition(".")[2]
     if cell_len(last) + 2 <= width and last != name:
         assert end.endswith("." + last)
+
+
+def test_every_command_writes_what_it_shows_as_json(net: nn.Module) -> None:
+    Path("data.py").write_text("import torch\ndata = [torch.linspace(-1, 1, 128).view(2, 64)] * 2\n")
+    convert = ("convert", "net.py", "--ratio", "3", "-o", "out")
+    plan = json.loads(json.dumps(roastify.plan(net, 3).to_dict()))
+    calls: dict[tuple[str, ...], dict[str, Any]] = {
+        convert: {"artifact": "out", "plan": plan},
+        ("plan", "net.py", "--ratio", "3"): plan,
+        ("check", "net.py", "--ratio", "3"): {"source": "net.py", "ratio": 3.0},
+        ("show", "out"): {"folder": "out", "plans": [plan]},
+        ("densify", "out", "-o", "dense.safetensors"): {"output": "dense.safetensors", "tensors": 14},
+        ("bench", "net.py", "--ratio", "3", "--seconds", "0.01", "--device", "cpu"): {"ratio": 3.0, "train": False},
+        ("recover", "net.py", "--data", "data.py", "-o", "again", "--steps", "1", "--align", "0"): {"steps": 1},
+        ("settings",): roastify.RoastConfig().to_dict(),
+        ("doctor",): {"roastify": roastify.__version__},
+    }
+    assert {call[0] for call in calls} == set(main.commands)
+    # Alone on standard output, or in a file and beside the tables.
+    forms: list[tuple[str, ...]] = [("result.json",), (), ("-",)]
+    for number, (call, expected) in enumerate(calls.items()):
+        form = forms[number % 3]
+        text = _run(*call, "--json", *form)
+        if form == ("result.json",):
+            assert text.splitlines()[-1] == "written to result.json"
+            text = Path("result.json").read_text()
+        values = json.loads(text)
+        assert {key: values[key] for key in expected} == expected, call
+        if call == convert:
+            assert values["verification"]["modes"] == ["eval", "train"]
+    # The file that is read is not written.
+    assert "it belongs to net.py, which is read" in _run("plan", "net.py", "--json", "net.py", exit_code=2)
+    assert Path("net.py").read_text() == MODEL
+
+
+def test_every_setting_is_a_keyword(net: nn.Module) -> None:
+    values: dict[str, Any] = {
+        "ratio": 2,
+        "init": "project",
+        "seed": 3,
+        "include": ["encoder_layers"],
+        "exclude": ["classification_head"],
+        "min_numel": 5000,
+        "share": "all",
+        "tile": "8x8",
+        "sign": "tile",
+        "mapping": "roast",
+        "sharing": "local",
+        "precondition": False,
+        "kernel_basis": "none",
+        "fold": 2,
+        "fold_hashes": 1,
+        "learned_scales": True,
+    }
+    default = roastify.RoastConfig(ratio=2.5)
+    assert values.keys() == default.to_dict().keys()
+    for name, value in values.items():
+        # Settings of folds show in a plan with folds.
+        folded = default.replace(fold=2) if name.startswith(("fold_", "learned")) else default
+        expected = roastify.plan(net, config=folded.replace(**{name: value}))
+        assert roastify.plan(net, config=folded, **{name: value}) == expected, name
+        if name not in ("init", "kernel_basis"):
+            assert expected != roastify.plan(net, config=folded), name
+    x = torch.linspace(-1, 1, 128).view(2, 64)
+    converted = roastify.convert(net, 2, fold=2, tile="8x8", share=None)
+    assert converted.roast_pool.plan == roastify.plan(net, 2, fold=2, tile="8x8")
+    assert roastify.bench(net, 2, fold=2, example_inputs=x, device="cpu", seconds=0.01).ratio == 2
+    with pytest.raises(roastify.ConfigError, match="fold cannot be given for a model that is converted already"):
+        roastify.bench(converted, fold=2, example_inputs=x, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda net: roastify.convert(net, 2, fodl=2), "convert has no argument or setting 'fodl'; closest: 'fold'"),
+        (lambda net: roastify.convert(net, 2, inplce=True), "no argument or setting 'inplce'; closest: 'inplace'"),
+        (lambda net: roastify.plan(net, 2, tiles="8x8"), "plan has no argument or setting 'tiles'; closest: 'tile'"),
+        (lambda net: roastify.bench(net, 2, example_inputs=1, sgn="row"), "bench has no .*'sgn'; closest: 'sign'"),
+        (lambda net: roastify.save("out", net), r'found Net. The call is roastify.save\(model, "out/"\)'),
+        (lambda net: roastify.load(net, "out"), r'found Net. The call is roastify.load\("out/", model\)'),
+        (lambda net: roastify.densify("out"), "expected a torch.nn.Module; found str"),
+        (lambda net: roastify.verify("a", "b"), "expected a torch.nn.Module; found str"),
+        (lambda net: roastify.verify(net, torch.ones(2)), "expected a torch.nn.Module; found Tensor"),
+        (lambda net: roastify.convert(2, net), "ratio must be a finite number of at least 1; found Net"),
+        (lambda net: roastify.convert(net, "50x"), "ratio must be a finite number of at least 1; found '50x'"),
+    ],
+)
+def test_what_was_meant_is_said_in_one_line(net: nn.Module, call: Callable[[nn.Module], Any], message: str) -> None:
+    with pytest.raises(roastify.RoastError, match=message) as caught:
+        call(net)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_ratio_may_be_written_with_an_x(net: nn.Module) -> None:
+    expected = _run("plan", "net.py", "--ratio", "3")
+    assert _run("plan", "net.py", "--ratio", "3x") == _run("plan", "net.py", "--ratio", "3×") == expected
+    said = _run("plan", "net.py", "--ratio", "1/3", exit_code=2)
+    assert "'1/3' is not a number; expected one as 50, which stores a fiftieth of the parameters" in said
+
+
+def test_shells_complete_commands_options_and_files(net: nn.Module) -> None:
+    def complete(*words: str) -> list[str]:
+        settings = {"_ROASTIFY_COMPLETE": "bash_complete", "COMP_CWORD": str(len(words))}
+        settings["COMP_WORDS"] = " ".join(["roastify", *words])
+        result = click.testing.CliRunner().invoke(main, prog_name="roastify", env=settings)
+        assert result.exit_code == 0 and not result.stderr, result.output
+        return result.stdout.splitlines()
+
+    assert complete("pl") == ["plain,plan"]
+    assert complete("plan", "--rat") == ["plain,--ratio"]
+    # Without a command, it is `convert`.
+    assert complete("net.py", "--sig") == ["plain,--signature-only"]
+    assert complete("plan", "ne") == complete("show", "ne") == complete("ne") == ["file,ne"]
+    assert complete("plann", "") == [""], "a misspelling is no error while a shell asks"
