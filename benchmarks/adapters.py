@@ -30,7 +30,7 @@ from benchmarks import data as data_sets
 from benchmarks.accuracy.inputs import Examples
 from benchmarks.accuracy.step import CapturedStep
 from benchmarks.accuracy.training import MACHINE, autocast_on, schedule
-from benchmarks.rows import FOLDER, Row, Rows, machine
+from benchmarks.rows import FOLDER, Row, Rows, dump, load, machine
 from roastify.conversion.converted import pool_of
 from roastify.pool.pool import RoastPool
 
@@ -402,6 +402,21 @@ def run(
             f"{row['stored']:,} stored, {row['bytes']:,} bytes, {row['seconds']:.0f} s"
         )
     click.echo(f"written to {output}" + (f"; more is left after {minutes:g} minutes" if left else "; all is done"))
+
+
+@main.command()
+@click.option("--packed", type=click.Path(exists=True, file_okay=False, path_type=Path), default=PACKED)
+@click.option("--output", type=click.Path(exists=True, path_type=Path), default=RESULTS, show_default=True)
+def sizes(packed: Path, output: Path) -> None:
+    """Measure the files of saved adapters again: their sizes do not depend on training, only on how they are saved."""
+    result = load(output)
+    for method in METHODS:
+        if rows := of_method(result["rows"], method):
+            count = saved_bytes(build(method, packed, SEEDS[0]), method)
+            for row in rows:
+                row["bytes"] = count
+            click.echo(f"{method.name}: {count:,} bytes")
+    dump(output, result)
 
 
 @functools.cache

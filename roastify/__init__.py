@@ -25,6 +25,7 @@ from roastify.errors import (
 )
 from roastify.integrations.on_import import register_with_transformers
 from roastify.pool.plan import RoastPlan
+from roastify.ratio_sweep import SweepReport, sweep
 from roastify.recovery.report import RecoveryReport
 from roastify.shown import show_results_with
 
@@ -48,6 +49,7 @@ __all__ = [
     "RoastPlan",
     "SignatureMismatch",
     "SourceError",
+    "SweepReport",
     "VerifyReport",
     "bench",
     "convert",
@@ -57,6 +59,7 @@ __all__ = [
     "plan",
     "recover",
     "save",
+    "sweep",
     "verify",
 ]
 

@@ -559,14 +559,19 @@ def _settings(
             known = {*names, *inspect.signature(function).parameters} - {"settings"}
             hint = closest(name, sorted(known))
             raise ConfigError(f"{function.__name__} has no argument or setting {name!r}{hint}; all: {', '.join(names)}")
+    return settings_from(config, **own, **more)
+
+
+def settings_from(config: RoastConfig | str | Path | None, **arguments: Any) -> RoastConfig:
+    """Return the settings of a config, or of a TOML file, that arguments override; `init="auto"` is `match` here."""
     if config is None:
         config = RoastConfig()
     elif isinstance(config, str | Path):
         config = RoastConfig.from_toml(config)
     elif not isinstance(config, RoastConfig):
         raise ConfigError(f"config must be a RoastConfig or the path of a TOML file; found {type(config).__name__}")
-    chosen = config.replace(**own, **more)
-    return chosen.replace(init="match") if chosen.init == "auto" else chosen
+    settings = config.replace(**arguments)
+    return settings.replace(init="match") if settings.init == "auto" else settings
 
 
 def _check_path(path: object, call: str) -> None:

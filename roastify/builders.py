@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import reprlib
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -86,9 +87,9 @@ class Builder:
             raise ValueError("its builder is not an object with kind, name and arguments")
         kind, name, arguments = values["kind"], values["name"], values["arguments"]
         if kind not in get_args(Library):
-            raise ValueError(f"its builder is of the unknown kind {kind!r}")
+            raise ValueError(f"its builder is of the unknown kind {reprlib.repr(kind)}")
         if not isinstance(name, str) or not _NAME.get(kind, _MODEL_NAME).fullmatch(name):
-            raise ValueError(f"its builder has the name {name!r}, which is none of a model")
+            raise ValueError(f"its builder has the name {reprlib.repr(name)}, which is none of a model")
         if not isinstance(arguments, dict):
             raise ValueError("the arguments of its builder are no object")
         (_check_config if kind == "hf" else _check_arguments)(arguments)
@@ -127,10 +128,12 @@ class Builder:
 def _check_arguments(arguments: Mapping[str, Any]) -> None:
     for key, value in arguments.items():
         if not key.isidentifier() or key in _REFUSED:
-            raise ValueError(f"its builder has the argument {key!r}, which an artifact cannot have")
+            raise ValueError(f"its builder has the argument {reprlib.repr(key)}, which an artifact cannot have")
         for each in value if isinstance(value, list) else [value]:
             if not (each is None or type(each) in (bool, int, float) or (type(each) is str and _TEXT.fullmatch(each))):
-                raise ValueError(f"the argument {key!r} of its builder is not a number, a word, or a list of these")
+                raise ValueError(
+                    f"the argument {reprlib.repr(key)} of its builder is not a number, a word, or a list of these"
+                )
 
 
 def _check_config(arguments: Mapping[str, Any]) -> None:
@@ -236,8 +239,7 @@ def builder_of_transformers(model: nn.Module) -> Builder | None:
     """Return what builds a model of transformers, converted or not; None for other models."""
     transformers = sys.modules.get("transformers")
     pretrained = getattr(transformers, "PreTrainedModel", None)
-    # A converted class names the one that it stands for.
-    own = getattr(type(model), "_roast_original", type(model))
+    own = _own_class(model)
     if pretrained is None or not issubclass(own, pretrained):
         return None
     is_known = getattr(transformers, own.__name__, None) is own
@@ -255,6 +257,16 @@ def builder_of_transformers(model: nn.Module) -> Builder | None:
         return None
 
 
+def _own_class(module: nn.Module) -> type:
+    """Return the class that a module had before it was converted, and before its tensors were sharded."""
+    kind = type(module)
+    if kind.__bases__[0].__name__ == "FSDPModule":
+        kind = kind.__bases__[1]
+    # A class on the pool names the one that it stands for.
+    original: type = getattr(kind, "_roast_original", kind)
+    return original
+
+
 def difference_of(model: nn.Module, twin: nn.Module, values: bool) -> str:
     """Return in words how a module of a converted model differs from its namesake in a dense one, or an empty string.
 
@@ -267,9 +279,7 @@ def difference_of(model: nn.Module, twin: nn.Module, values: bool) -> str:
     found = {name: module for name, module in model.named_modules() if not isinstance(module, RoastPool)}
     for name in dict.fromkeys([*found, *twins]):
         module, other = found.get(name), twins.get(name)
-        # A class on the pool names the one that it stands for.
-        kind = getattr(type(module), "_roast_original", type(module))
-        if module is None or kind is not type(other):
+        if module is None or other is None or _own_class(module) is not type(other):
             names = " and ".join("nothing" if each is None else type(each).__name__ for each in (module, other))
             return f"{name or 'the model'} is {names}"
         for key, value in vars(module).items() if values else ():
@@ -304,7 +314,7 @@ def _from_config(name: str, arguments: Mapping[str, Any]) -> nn.Module:
     values, config_class = json.loads(json.dumps(arguments)), found.config_class
     if values["config"].get("model_type") != config_class.model_type:
         raise SourceError(
-            f"{who} has a config of the type {values['config'].get('model_type')!r}; expected "
+            f"{who} has a config of the type {reprlib.repr(values['config'].get('model_type'))}; expected "
             f"{config_class.model_type!r}"
         )
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import importlib.resources
 import json
@@ -12,7 +13,7 @@ import platform
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -38,6 +39,7 @@ from roastify.kernels.backend import backend
 from roastify.manifest import MANIFEST
 from roastify.printable import printable
 from roastify.progress import working
+from roastify.ratio_sweep import RATIOS, STEPS, check_plot
 from roastify.recovery.checkpoint import remove_checkpoint
 from roastify.recovery.options import RecoverOptions, Schedule
 from roastify.source import Source, is_artifact, load_data, load_source
@@ -164,11 +166,12 @@ def main(traceback: bool) -> None:  # click keeps the lines of a paragraph that 
 _SETTINGS = ("ratio", "config", "include", "exclude", "share", "init", "fold", "seed")
 
 
-def _settings_options(command: Callable[..., None]) -> Callable[..., None]:
+def _settings_options(command: Callable[..., None], *, with_ratio: bool = True) -> Callable[..., None]:
     """Add the options that every command with a model has."""
+    ratio = click.option("--ratio", type=str, help="Whole-model parameters ÷ parameters stored (default 10).")
     options = [
         click.argument("source", shell_complete=_complete_source),
-        click.option("--ratio", type=str, help="Whole-model parameters ÷ parameters stored (default 10)."),
+        *([ratio] if with_ratio else []),
         click.option("--config", type=click.Path(dir_okay=False), help="TOML file of settings."),
         click.option("--include", multiple=True, metavar="PATTERN", help="Share only these tensors or modules."),
         click.option("--exclude", multiple=True, metavar="PATTERN", help="Keep these tensors or modules dense."),
@@ -448,13 +451,15 @@ def bench(
     out.finish(measured.to_dict())
 
 
-def _recover_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add an option for every setting of a recovery that has a flag."""
+def _recover_options(
+    command: Callable[..., None], *, leave_out: Sequence[str] = (), steps: int = RecoverOptions.steps
+) -> Callable[..., None]:
+    """Add an option for every setting of a recovery that has a flag, without those that a command does not have."""
     types = {"int": int, "float": float, "float | None": float}
     for setting in reversed(dataclasses.fields(RecoverOptions)):
         flag, meaning = setting.metadata["flag"], setting.metadata["meaning"]
         options: dict[str, Any] = {"help": meaning[0].upper() + meaning[1:].replace("`", "") + "."}
-        if not flag:
+        if not flag or setting.name in leave_out:
             continue
         if setting.type == "bool":
             options |= {"is_flag": True}
@@ -463,7 +468,8 @@ def _recover_options(command: Callable[..., None]) -> Callable[..., None]:
         elif setting.default is None:
             options |= {"multiple": True, "metavar": "PATTERN"}
         else:
-            options |= {"type": types[str(setting.type)], "default": setting.default, "show_default": True}
+            default = steps if setting.name == "steps" else setting.default
+            options |= {"type": types[str(setting.type)], "default": default, "show_default": True}
         command = click.option(flag, setting.name, **options)(command)
     return command
 
@@ -565,6 +571,123 @@ def _student(found: Source, artifact: str | None, digest: str | None, settings: 
         return api.convert(found.model, config=config)
     _refuse_settings(settings, artifact)
     return api.load(artifact, model=found.model, digest=digest)
+
+
+@main.command()
+@functools.partial(_settings_options, with_ratio=False)
+@click.option("--data", required=True, help="Python file with the batches: file.py (the name data) or file.py:NAME.")
+@click.option(
+    "--ratios",
+    default=",".join(f"{ratio:g}" for ratio in RATIOS),
+    show_default=True,
+    help="The ratios to try, with commas between them.",
+)
+@click.option("--within", metavar="PERCENT", help="Name the highest ratio this near to the dense model, as 1%.")
+@click.option("--metric", help="The number to compare, if evaluate returns a dict of several.")
+@click.option("--lower-is-better", is_flag=True, help="What evaluate returns is like a loss.")
+@functools.partial(_recover_options, leave_out=("folder", "resume", "save_every", "evaluate_every"), steps=STEPS)
+@click.option("--align", type=int, default=RecoverOptions.align, show_default=True, help="Steps of alignment first.")
+@click.option("--loss", "loss_name", help="Name of the output that is the task's loss, for example loss.")
+@click.option("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one).")
+@click.option("--bfloat16", is_flag=True, help="Recover or train under autocast.")
+@click.option("--seconds", type=float, default=1.0, show_default=True, help="How long each ratio is timed.")
+@click.option("--no-graph", is_flag=True, help="On a GPU, time calls from Python, without CUDA graphs.")
+@_json_option
+@click.option("--plot", "plot_file", type=click.Path(dir_okay=False), help="Draw the report, as to sweep.png.")
+def sweep(
+    source: str,
+    data: str,
+    ratios: str,
+    within: str | None,
+    metric: str | None,
+    lower_is_better: bool,
+    logits: tuple[str, ...],
+    features: tuple[str, ...],
+    loss_name: str | None,
+    device: str | None,
+    bfloat16: bool,
+    seconds: float,
+    no_graph: bool,
+    json_file: str | None,
+    plot_file: str | None,
+    **options: Any,
+) -> None:
+    """Recover or train briefly at several ratios, and show quality, size, arithmetic and latency of each.
+
+    A source with pretrained weights is recovered (with --init project, any source). Others are trained from scratch,
+    and so is the dense model; then the data file must define loss_fn(outputs, batch) and evaluate(model). With --within
+    the exit code is 1 if no ratio is as good.
+    """
+    settings = {name: options.pop(name) for name in _SETTINGS if name != "ratio"}
+    asked, part = _parse_ratios(ratios), None if within is None else _parse_part(within)
+    config = _config(ratio=str(max(asked)), **settings)
+    out = _Output(json_file, source, settings["config"], data)
+    if plot_file is not None:
+        _check_file(plot_file, source, settings["config"], data)
+        check_plot(plot_file)
+    place = parse_device(device)
+    batches = load_data(data)
+    found = _load_dense(source)
+    pretrained = _for_source(config, found).init == "project"
+    loss_fn = loss_name or batches.loss_fn
+    if not pretrained and (loss_fn is None or batches.evaluate is None):
+        raise ConfigError(
+            f"{source} has no pretrained weights, so it is trained from scratch, and {data} must define "
+            f"loss_fn(outputs, batch) and evaluate(model) for that; with --init project its weights count as pretrained"
+        )
+    swept = roastify.sweep(
+        found.model.to(place),
+        batches.data,
+        asked,
+        config=config,
+        init="project" if pretrained else "match",
+        example_inputs=found.example_inputs,
+        metric=metric,
+        lower_is_better=lower_is_better,
+        seconds=seconds,
+        graph=not no_graph,
+        logits=logits or None,
+        features=features or None,
+        loss_fn=loss_fn,
+        inputs=batches.inputs,
+        evaluate=batches.evaluate,
+        autocast=torch.bfloat16 if bfloat16 else None,
+        **options,
+    )
+    out.show(swept)
+    out.finish(swept.to_dict())
+    if plot_file is not None:
+        swept.plot(plot_file)
+        out.say(f"drawn in {plot_file}")
+    if part is None:
+        return
+    best = swept.within(part)
+    bound = f"within {within} of the dense model's {swept.quality}, {swept.dense.quality:.4g}"
+    if batches.evaluate is None:
+        bound = f"with an {swept.quality} of at most {within}"
+    if best is None:
+        near = swept.nearest()
+        raise RoastError(
+            f"no ratio of {ratios} is {bound}; the nearest, ratio {near.ratio:g}, has {near.quality:.4g}; try lower "
+            f"ratios, more --steps or another --lr"
+        )
+    out.say(f"ratio {best.ratio:g} is the highest {bound}: it has {best.quality:.4g}")
+
+
+def _parse_ratios(text: str) -> list[float]:
+    try:
+        return [float(ratio) for ratio in text.split(",")]
+    except ValueError:
+        raise click.BadParameter(
+            f"{text!r} is not a list of numbers such as 3,10,30", param_hint="'--ratios'"
+        ) from None
+
+
+def _parse_part(text: str) -> float:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?%", text)
+    if found is None:
+        raise click.BadParameter(f"{text!r} is not a percentage such as 1%", param_hint="'--within'")
+    return float(found[1]) / 100
 
 
 @main.command()

@@ -7,6 +7,7 @@ the file of weights holds.
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ def files_in(manifest: Mapping[str, Any]) -> dict[str, str]:
         raise ValueError("files are no object")
     for name, digest in files.items():
         if not _FILE_NAME.fullmatch(name) or name.casefold() in (MANIFEST, WEIGHTS):
-            raise ValueError(f"files have the name {name!r}")
+            raise ValueError(f"files have the name {reprlib.repr(name)}")
         if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
             raise ValueError(f"the file {name!r} has no SHA-256")
     return files

@@ -23,6 +23,7 @@ from roastify.kernels.backend import backend
 from roastify.manifest import MANIFEST, WEIGHTS, builder_in, files_in
 from roastify.pool.plan import RoastPlan, TensorPlan
 from roastify.printable import printable
+from roastify.ratio_sweep import SweepReport
 from roastify.recovery.report import Likeness, RecoveryReport
 
 # Where nothing limits a line, it is as long as it needs to be.
@@ -76,6 +77,8 @@ def _renderable(result: object) -> RenderableType:
             return bench_table(result)
         case RecoveryReport():
             return recovery_lines(result)
+        case SweepReport():
+            return sweep_table(result)
     return cast("RenderableType", result)
 
 
@@ -446,6 +449,36 @@ def recovery_lines(report: RecoveryReport) -> RenderableType:
     if with_top:
         meaning += "; same top class: predictions whose first choice is the teacher's"
     return Group(table, Text(meaning, style="dim"), Text(), _named_lines(lines))
+
+
+def sweep_table(report: SweepReport) -> RenderableType:
+    """Return a sweep as a table of the dense model and every ratio, and how it was made."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("ratio", "parameters", "bytes", "multiply-adds", "quality", "time", "dense ÷"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in (report.dense, *report.rows):
+        speed = Text(f"{row.dense_over_converted:.2f}", style="green" if row.dense_over_converted >= 1 else "yellow")
+        table.add_row(
+            "dense" if row is report.dense else f"{row.ratio:g}",
+            f"{row.parameters:,}",
+            human_bytes(row.bytes),
+            human_bytes(row.multiply_adds).removesuffix("B").rstrip(),
+            f"{row.quality:.4g}",
+            f"{row.ms:.3f} ms",
+            speed,
+        )
+    better = "lower is better" if report.lower_is_better else "higher is better"
+    seconds = [row.seconds for row in report.rows]
+    machine = report.machine
+    device = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
+    lines = [
+        ("quality", f"{report.quality}, {better}"),
+        ("how", f"{report.how} for {report.steps:,} steps at each ratio, {max(seconds):.1f} s at most"),
+        ("time", "of one forward pass; dense ÷ is above 1 where the converted model is faster"),
+        ("multiply-adds", "of that forward pass, those of folds and kernel bases included"),
+        ("on", f"{machine['device']}: {device}"),
+    ]
+    return Group(table, Text(), _named_lines(lines))
 
 
 def _count(number: int, what: str) -> str:

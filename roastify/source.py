@@ -340,6 +340,8 @@ def _from_transformers(name: str, rest: str) -> Source:
     transformers = library("hf", name)
     if not rest:
         raise SourceError(f"{name}: expected hf:DIRECTORY, hf:CONFIG.json or hf:HUB-NAME")
+    if is_artifact(rest):
+        raise SourceError(f"{name} is the folder of an artifact; name it without hf:, as {rest}")
     try:
         # Otherwise transformers asks on the terminal whether to run code from the hub.
         config = transformers.AutoConfig.from_pretrained(rest, trust_remote_code=False)

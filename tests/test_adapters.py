@@ -240,6 +240,12 @@ def test_a_copy_trains_alone() -> None:
     assert torch.equal(outputs(model), before) and not torch.equal(outputs(twin), before)
 
 
+def test_adapters_in_a_pool_are_exported() -> None:
+    model = trained().eval()
+    program = torch.export.export(model, (X,))
+    torch.testing.assert_close(program.module()(X), outputs(model))
+
+
 # PEFT's own methods.
 
 
@@ -367,6 +373,7 @@ def test_one_pool_is_of_one_adapter(tmp_path: Path) -> None:
 REFUSED = {
     "unreachable": (lambda: adapted(), 1000, "largest reachable ratio is .*head.modules_to_save.default.weight 48"),
     "no factors": (lambda: adapted(peft.VeraConfig(target_modules=["up"])), 2, r"no low-rank factors to share.*vera_"),
+    "chosen values": (lambda: adapted(lora(init_lora_weights="orthogonal")), 2, "'orthogonal' chooses the factors'"),
     "adalora": (lambda: adapted(peft.AdaLoraConfig(target_modules=["up"], total_step=4)), 2, "AdaLoRA drops ranks"),
     "no adapters": (base, 2, r"pattern 'adapters' matched no"),
     "converted base": (lambda: peft.get_peft_model(roastify.convert(base(), 2), lora()), 2, "already converted"),

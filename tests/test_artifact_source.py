@@ -200,6 +200,11 @@ def test_a_conversion_does_not_begin_with_an_artifact(made: Path) -> None:
         assert f"{made / 'net'} is converted already" in refusal and "roastify show" in refusal
 
 
+def test_an_artifact_is_no_folder_of_transformers(made: Path) -> None:
+    refusal = _run("plan", f"hf:{made / 'bert'}", code=2)
+    assert f"hf:{made / 'bert'} is the folder of an artifact; name it without hf:, as {made / 'bert'}" in refusal
+
+
 def test_an_artifact_is_recovered(made: Path, tmp_path: Path) -> None:
     options = ("--data", made / "net.py", "--steps", 2, "--device", "cpu")
     net = made / "net"

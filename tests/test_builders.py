@@ -106,6 +106,25 @@ def test_a_model_that_its_config_no_longer_describes_is_not_named(tmp_path: Path
             roastify.load(tmp_path / name)
 
 
+def test_a_sharded_model_is_named_too(tmp_path: Path) -> None:
+    """FSDP2 changes the classes of modules."""
+    from torch import distributed
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = distributed.init_device_mesh("cpu", (1,))
+        model = roastify.convert(small_bert(), 3)
+        fully_shard(model.bert.encoder.layer[0], mesh=mesh)  # type: ignore[union-attr, index]
+        fully_shard(model, mesh=mesh)
+        values = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        roastify.save(model, tmp_path / "a", state_dict=values)
+    finally:
+        distributed.destroy_process_group()
+    assert type(roastify.load(tmp_path / "a")).__name__ == "BertForMaskedLM"
+
+
 def test_other_models_are_not_named_and_load_as_before(tmp_path: Path) -> None:
     roastify.save(roastify.convert(mutations.Linears(), 4), tmp_path / "a")
     with pytest.raises(CheckpointError, match="does not name the code"):

@@ -326,7 +326,7 @@ def test_doctor_shows_versions_and_devices() -> None:
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_help_names_every_command(flag: str) -> None:
     output = _run(flag).stdout
-    for name in ("convert", "plan", "check", "bench", "recover", "show", "densify", "settings", "doctor"):
+    for name in ("convert", "plan", "check", "bench", "recover", "sweep", "show", "densify", "settings", "doctor"):
         assert f"\n  {name} " in output
         assert "Usage: " in _run(name, flag).stdout
     assert "--ratio" in _run("convert", flag).stdout
@@ -570,6 +570,7 @@ MORE = """
 """
 
 
+@pytest.mark.filterwarnings("ignore:the teacher's batch norm", "ignore:recovery has made the student worse")
 def test_recover_converts_trains_and_writes(folder: Path) -> None:
     _write(folder, "data.py", DATA)
     common = ("good.py", "--ratio", 4, "--data", "data.py", "--steps", 6, "--save-every", 3, "--device", "cpu")
@@ -585,6 +586,7 @@ def test_recover_converts_trains_and_writes(folder: Path) -> None:
     assert "holds a checkpoint of a recovery; resume it" in _refusal("recover", *common, "-o", "out", exit_code=2)
 
 
+@pytest.mark.filterwarnings("ignore:the teacher's batch norm", "ignore:recovery has made the student worse")
 def test_recover_continues_from_an_artifact(folder: Path) -> None:
     _write(folder, "data.py", DATA + MORE)
     _run("good.py", "--ratio", 4, "--init", "project", "-o", "first")

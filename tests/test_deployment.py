@@ -258,6 +258,7 @@ def compiler() -> str | None:
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.skipif(compiler() is None, reason="AOTInductor needs a C++ compiler: found neither g++ nor $CXX")
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(("name", "setting"), [("tokens", "element"), ("llama", "folded"), ("pictures", "row")])
 def test_aot_inductor_compiles_a_program(name: str, setting: str, tmp_path: Path) -> None:
     model, inputs = converted(name, **SETTINGS[setting]), MODELS[name][1]

@@ -9,7 +9,7 @@ from typing import Any
 import click
 import pytest
 
-from benchmarks import documents, recovery_page, rows, signs_page, stats
+from benchmarks import adapters, adapters_page, documents, recovery_page, rows, signs_page, stats
 
 
 def test_statistics_are_the_textbooks() -> None:
@@ -131,3 +131,17 @@ def test_the_page_of_recovery_is_the_committed_results() -> None:
     text = recovery_page.DOCUMENT.read_text()
     results = recovery_page.markdown(rows.load(recovery_page.RESULTS))
     assert documents.insert(text, recovery_page.BEGIN, results) == text
+
+
+def test_page_of_adapters_is_the_committed_results() -> None:
+    assert adapters_page.markdown(rows.load(adapters.RESULTS)) in adapters_page.DOCUMENT.read_text()
+
+
+def test_rates_of_adapters_grow_while_the_best_is_at_an_end() -> None:
+    method = adapters.Method("some", "pool", rates=(10**-3.5, 1e-3, 10**-2.5))
+    found: list[dict[str, Any]] = []
+    for _, rate, seed in adapters.missing([method], found):
+        found.append({"name": "some", "rate": rate, "seed": seed, "held_out": -abs(math.log10(rate) + 2)})
+    logs = [(round(math.log10(row["rate"]), 3), row["seed"]) for row in found]
+    assert logs == [(-3.5, 0), (-3, 0), (-2.5, 0), (-2, 0), (-1.5, 0), (-2, 1), (-2, 2)]
+    assert not list(adapters.missing([method], found))

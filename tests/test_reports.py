@@ -151,6 +151,8 @@ def test_a_shortened_name_fits_and_keeps_its_ends(name: str, width: int) -> None
 def test_every_command_writes_what_it_shows_as_json(net: nn.Module) -> None:
     Path("data.py").write_text("import torch\ndata = [torch.linspace(-1, 1, 128).view(2, 64)] * 2\n")
     convert = ("convert", "net.py", "--ratio", "3", "-o", "out")
+    sweep = ("sweep", "net.py", "--init", "project", "--data", "data.py", "--ratios", "3", "--steps", "1")
+    sweep += ("--align", "0", "--seconds", "0.01")
     plan = json.loads(json.dumps(roastify.plan(net, 3).to_dict()))
     calls: dict[tuple[str, ...], dict[str, Any]] = {
         convert: {"artifact": "out", "plan": plan},
@@ -160,6 +162,7 @@ def test_every_command_writes_what_it_shows_as_json(net: nn.Module) -> None:
         ("densify", "out", "-o", "dense.safetensors"): {"output": "dense.safetensors", "tensors": 14},
         ("bench", "net.py", "--ratio", "3", "--seconds", "0.01", "--device", "cpu"): {"ratio": 3.0, "train": False},
         ("recover", "net.py", "--data", "data.py", "-o", "again", "--steps", "1", "--align", "0"): {"steps": 1},
+        sweep: {"steps": 1},
         ("settings",): roastify.RoastConfig().to_dict(),
         ("doctor",): {"roastify": roastify.__version__},
     }

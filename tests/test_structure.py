@@ -25,7 +25,7 @@ PACKAGE, KERNELS = ROOT / "roastify", ROOT / "kernels"
 LEVELS = [
     {"cli"},
     {"report", "source"},
-    {"integrations"},
+    {"integrations", "ratio_sweep"},
     {"api"},
     {"recovery"},
     {"checks"},
@@ -127,7 +127,7 @@ def test_only_the_gpu_folder_imports_triton() -> None:
 
 # These modules share names on purpose: an operator has one name in its reference, its launcher and the function that
 # calls it; a command has the name of its Python function; the mapping on the GPU has the mapping's names.
-TWINS = {"cli", "api", "kernels.ops", "kernels.plain", "kernels.reference", "pool.mapping"}
+TWINS = {"cli", "api", "ratio_sweep", "kernels.ops", "kernels.plain", "kernels.reference", "pool.mapping"}
 
 
 def test_no_two_modules_define_the_same_name() -> None:

@@ -21,12 +21,12 @@ from roastify.errors import CheckpointError, ConfigError
 transformers = pytest.importorskip("transformers")
 
 WORDS = 128
-X = torch.arange(24).view(2, 12)
+X = torch.arange(12).view(2, 6)
 SIZES: dict[str, Any] = {
     "vocab_size": WORDS,
     "hidden_size": 64,
     "intermediate_size": 64,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 2,
 }
 
@@ -41,7 +41,7 @@ def bert() -> Any:
 
 
 def gpt2() -> Any:
-    config = transformers.GPT2Config(vocab_size=WORDS, n_embd=64, n_layer=2, n_head=2, n_positions=32)
+    config = transformers.GPT2Config(vocab_size=WORDS, n_embd=64, n_layer=1, n_head=2, n_positions=32)
     return transformers.GPT2LMHeadModel(config)
 
 
@@ -87,6 +87,16 @@ def assert_same_state(found: Any, expected: Any) -> None:
     assert one.keys() == other.keys()
     for name, value in one.items():
         assert value.dtype == other[name].dtype and torch.equal(value, other[name]), name
+
+
+def file_of(tensor: Tensor) -> str:
+    """Return the file that a tensor's memory is mapped to, or an empty string."""
+    with open("/proc/self/maps") as maps:
+        for line in maps:
+            begin, _, end = line.split()[0].partition("-")
+            if int(begin, 16) <= tensor.data_ptr() < int(end, 16):
+                return " ".join(line.split()[5:])
+    return ""
 
 
 def refusal(call: Callable[[], Any], kind: type[Exception] = CheckpointError) -> str:
@@ -163,6 +173,17 @@ def test_parts_of_a_model_are_saved_too(tmp_path: Path) -> None:
     assert torch.equal(outputs(loaded(tmp_path / "other", type(other))), outputs(other))
 
 
+def test_a_model_of_two_converted_models_is_saved(tmp_path: Path) -> None:
+    settings = {**SIZES, "max_position_embeddings": 32}
+    config = transformers.BertConfig(**settings, is_decoder=True, add_cross_attention=True)
+    parts = transformers.BertModel(transformers.BertConfig(**settings)), transformers.BertLMHeadModel(config)
+    model = transformers.EncoderDecoderModel(encoder=parts[0], decoder=parts[1]).eval()
+    for part in (model.encoder, model.decoder):
+        roastify.convert(part, 4, inplace=True)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(outputs(loaded(tmp_path, type(model))), outputs(model))
+
+
 def test_the_backbone_and_another_head_are_loaded(tmp_path: Path) -> None:
     model = converted("bert")
     model.save_pretrained(tmp_path / "whole")
@@ -202,9 +223,9 @@ def test_a_folder_with_something_missing_or_mixed_is_refused(tmp_path: Path) -> 
 def test_another_architecture_is_refused(tmp_path: Path) -> None:
     converted().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
     message = refusal(lambda: transformers.LlamaForCausalLM.from_pretrained(tmp_path))
-    assert "another architecture" in message and "model.layers.2" in message
+    assert "another architecture" in message and "model.layers.1" in message
     (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 32}))
     assert "expected (64, 64)" in refusal(lambda: transformers.LlamaForCausalLM.from_pretrained(tmp_path))
 
@@ -220,8 +241,15 @@ def dense_folder(folder: Path, family: str = "llama", **settings: Any) -> Any:
     return model
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", ["llama", "llama, tied", "bert"])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        ("llama", "bfloat16"),
+        ("llama, tied", "float32"),
+        # Some of its weights stay in float32.
+        pytest.param("t5", "float16", marks=pytest.mark.long),
+    ],
+)
 def test_loading_converts_to_the_bits_of_a_conversion_in_memory(family: str, dtype: str, tmp_path: Path) -> None:
     kind = type(dense_folder(tmp_path, family, max_shard_size="50KB"))
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
@@ -229,10 +257,9 @@ def test_loading_converts_to_the_bits_of_a_conversion_in_memory(family: str, dty
     expected = roastify.convert(loaded(tmp_path, kind, dtype=dtype), 5, init="project", seed=1)
     assert_same_state(found, expected)
     assert torch.equal(outputs(found), outputs(expected))
-    # A save may replace the files that the model was loaded from.
-    assert not any(tensor.untyped_storage().filename for tensor in found.state_dict().values())
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
 def test_what_is_cast_waits_in_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from roastify.integrations import mapped_tensor
     from roastify.integrations import transformers as ours
@@ -240,21 +267,25 @@ def test_what_is_cast_waits_in_files(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr(mapped_tensor, "_LEAST_BYTES", 1)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
-    dense_folder(tmp_path / "dense")
-    seen: list[bool] = []
+    kind = type(dense_folder(tmp_path / "dense"))
+    seen: list[str] = []
     convert = ours.api.convert
 
     def watched(model: Any, **arguments: Any) -> Any:
-        seen.extend(bool(each.untyped_storage().filename) for each in model.parameters())
+        seen.extend(file_of(each) for each in model.parameters())
         return convert(model, **arguments)
 
     monkeypatch.setattr(ours.api, "convert", watched)
-    for dtype in ("float32", "bfloat16"):
+    for dtype, place in (("float32", "/dense/model.safetensors"), ("bfloat16", "/temporary/roastify-")):
         config = roastify.RoastifyConfig(ratio=5)
-        found = loaded(tmp_path / "dense", transformers.LlamaForCausalLM, quantization_config=config, dtype=dtype)
-        assert seen and all(seen) and not list((tmp_path / "temporary").iterdir())
+        found = loaded(tmp_path / "dense", kind, quantization_config=config, dtype=dtype)
+        assert seen and all(place in each for each in seen), seen
+        assert not list((tmp_path / "temporary").iterdir())
         seen.clear()
-        assert not any(tensor.untyped_storage().filename for tensor in found.state_dict().values())
+        found.save_pretrained(tmp_path / "out")
+        # Nothing stays mapped: a save may replace the files that a model was loaded from.
+        for model in (found, loaded(tmp_path / "out", kind)):
+            assert not any(str(tmp_path) in file_of(tensor) for tensor in model.state_dict().values())
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
     with pytest.raises(RuntimeError, match="conver"):
         transformers.LlamaForCausalLM.from_pretrained(
@@ -284,7 +315,7 @@ def test_shards_dtypes_and_devices(tmp_path: Path) -> None:
 
 
 def test_a_model_of_several_dtypes_keeps_them(tmp_path: Path) -> None:
-    model = converted("llama", exclude=["lm_head"]).half()
+    model = converted("llama", 3, exclude=["lm_head"]).half()
     model.lm_head.float()
     model.model.norm.float()
     model.save_pretrained(tmp_path)
@@ -395,6 +426,7 @@ class Rows(torch.utils.data.Dataset):
         return {"input_ids": row, "labels": row}
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 def test_checkpoints_of_trainer_are_such_folders(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
@@ -447,5 +479,5 @@ def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(blocks) == 3
     namespace: dict[str, Any] = {}
     for block in blocks:
-        exec(block.replace("HuggingFaceTB/SmolLM2-135M", "model"), namespace)
+        exec(block.replace("HuggingFaceTB/SmolLM2-135M", "model").replace("range(10)", "range(1)"), namespace)
     assert torch.equal(outputs(loaded(tmp_path / "dense", type(namespace["dense"]))), outputs(namespace["dense"]))

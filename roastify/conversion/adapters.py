@@ -70,7 +70,17 @@ def base_of(model: nn.Module, of_adapters: Collection[int]) -> dict[str, torch.T
 
 
 def check_at_start(model: nn.Module) -> None:
-    """Raise `ConversionError` if an adapter already changes its layer: its values would be lost."""
+    """Raise `ConversionError` if an adapter already changes its layer, or begins from values that were chosen for it.
+
+    These values would be lost.
+    """
+    for config in _all_configs(model).values():
+        chosen = getattr(config, "init_lora_weights", True)
+        if isinstance(chosen, str) and chosen != "gaussian":
+            raise ConversionError(
+                f"init_lora_weights={chosen!r} chooses the factors' first values, and a pool starts from random ones; "
+                f'leave it at its default, or train the adapters first and convert them with init="project"'
+            )
     for path, layer in model.named_modules():
         if not _is_tuner(layer):
             continue

@@ -1,4 +1,4 @@
-"""Tensors whose values lie in files, so that the system can take their memory back."""
+"""Tensors whose values lie in temporary files, so that the system can take their memory back."""
 
 from __future__ import annotations
 
@@ -16,18 +16,13 @@ from roastify.files import reason_of
 _LEAST_BYTES = 1 << 20
 
 
-def is_in_file(tensor: Tensor) -> bool:
-    """Whether a tensor's memory is mapped to a file, as that of a tensor of a safetensors file is."""
-    return bool(tensor.untyped_storage().filename)
-
-
 def in_file(tensor: Tensor) -> Tensor:
     """Return a tensor with the same values in a temporary file, which vanishes with it; small tensors as they are.
 
     Raises:
         ConversionError: there is no room for the file.
     """
-    if os.name == "nt" or tensor.nbytes < _LEAST_BYTES or tensor.device.type != "cpu" or is_in_file(tensor):
+    if os.name == "nt" or tensor.nbytes < _LEAST_BYTES or tensor.device.type != "cpu":
         return tensor
     tensor = tensor.detach().contiguous()
     try:

@@ -12,7 +12,7 @@ import functools
 import inspect
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from roastify.conversion.converted import current_plans, pools_in, refuse_sharde
 from roastify.conversion.rewrite import apply_plan, build_pool
 from roastify.errors import CheckpointError, ConfigError
 from roastify.files import replace_file
-from roastify.integrations.mapped_tensor import in_file, is_in_file
+from roastify.integrations.mapped_tensor import in_file
 from roastify.integrations.model_card import write_card
 from roastify.integrations.pretrained_folder import (
     PLAN_FILE,
@@ -46,6 +46,7 @@ from roastify.integrations.pretrained_folder import (
 from roastify.layers.base import RoastModule
 from roastify.manifest import pool_prefix
 from roastify.pool.plan import RoastPlan
+from roastify.tensor_file import TensorFile
 
 METHOD = "roastify"
 # The name of a file that does not exist. transformers takes the file of weights from config.json, where this name is;
@@ -105,7 +106,8 @@ class RoastifyQuantizer(HfQuantizer):
         self._as_saved = False
         self._device: Any = None
         self._ties: dict[str, str] = {}
-        # Tensors that have been loaded and lie in files.
+        # The dtypes in the files of a model that is to be converted, and the tensors that have been loaded.
+        self._stored: dict[str, torch.dtype | None] = {}
         self._loaded: set[str] = set()
 
     # What transformers asks.
@@ -182,12 +184,14 @@ class RoastifyQuantizer(HfQuantizer):
 
     def get_quantize_ops(self) -> Any:
         """Return the operation that transformers applies to every tensor that it has cast and merged."""
-        return _ToFile(self._loaded)
+        return _ToFile(self._stored, self._loaded)
 
     # Before and after the weights.
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
         if not self.pre_quantized:
+            files = [Path(file) for file in checkpoint_files or () if str(file).endswith(".safetensors")]
+            self._stored = {name: each.dtype for file in files for name, each in TensorFile(file).stored().items()}
             return
         # transformers builds models on the meta device, in the default dtype that was asked for.
         with torch.device("cpu"), _default_dtype(torch.float32):
@@ -230,7 +234,7 @@ class RoastifyQuantizer(HfQuantizer):
             model._weight_conversions = None
         else:
             api.convert(model, config=self.quantization_config.settings(), inplace=True)
-        _leave_files(model)
+        _leave_files(model, but=() if self.pre_quantized else pools_in(model))
         if not self.pre_quantized and self._device is not None:
             model.to(self._device)
         return model
@@ -241,13 +245,19 @@ class RoastifyQuantizer(HfQuantizer):
 
 
 class _ToFile(ConversionOps):
-    def __init__(self, loaded: set[str]) -> None:
+    def __init__(self, stored: Mapping[str, torch.dtype | None], loaded: set[str]) -> None:
+        self.stored = stored
         self.loaded = loaded
 
-    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
         """Return the tensors, in files."""
         self.loaded |= input_dict.keys()
-        return {name: in_file(value[0] if isinstance(value, list) else value) for name, value in input_dict.items()}
+        values = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
+        # A tensor that was only renamed and not cast is still in its own file.
+        own = self.stored.get(source_patterns[0]) if len(source_patterns) == 1 else None
+        return {name: value if value.dtype == own else in_file(value) for name, value in values.items()}
 
 
 def _best_device() -> torch.device:
@@ -305,11 +315,12 @@ def _expect(model: nn.Module, stored: Mapping[str, torch.dtype]) -> None:
             tensor.data = tensor.data.to(stored[name])
 
 
-def _leave_files(model: nn.Module) -> None:
-    """Copy what lies in memory that is mapped to files, which a later save may overwrite."""
+def _leave_files(model: nn.Module, but: Sequence[nn.Module]) -> None:
+    """Copy what transformers has loaded: it is mapped to files, which a later save may overwrite."""
+    others = {id(parameter) for module in but for parameter in module.parameters()}
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:
-            if is_in_file(tensor):
+            if tensor.device.type == "cpu" and id(tensor) not in others:
                 tensor.data = tensor.data.clone()
 
 

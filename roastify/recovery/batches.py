@@ -164,7 +164,7 @@ class Feed:
 
     def _begin(self, states: dict[str, Any] | None = None) -> None:
         """Begin the epoch, with the random states of an earlier run if they are given."""
-        generators = _generators(self.data)
+        generators = generators_of(self.data)
         if states is not None:
             self.stream.state = states["stream"]
             for generator, own in zip(generators, states["generators"], strict=True):
@@ -193,7 +193,7 @@ def _batches_of_epoch(function: Callable[..., Any], epoch: int) -> Iterable[Any]
     return batches
 
 
-def _generators(data: Any) -> list[torch.Generator]:
+def generators_of(data: Any) -> list[torch.Generator]:
     """Return the random generators of a DataLoader and of its samplers."""
     holders = [data, getattr(data, "sampler", None), getattr(data, "batch_sampler", None)]
     holders.append(getattr(holders[-1], "sampler", None))

@@ -75,6 +75,19 @@ def run_recovery(student: nn.Module, teacher: nn.Module, data: Any, options: Rec
             raise
 
 
+def evaluated(model: nn.Module, evaluate: Callable[[nn.Module], Any], seed: int, device: torch.device) -> Any:
+    """Return what the user's function finds for a model in eval mode, with numbers that JSON can hold.
+
+    Args:
+        model: the model.
+        evaluate: the function.
+        seed: the seed of the random numbers that it draws, which are the same at each evaluation.
+        device: the model's device.
+    """
+    with RandomStream(seed, device).active(), torch.no_grad():
+        return pytree.tree_map(_plain_number, evaluate(model.eval()))
+
+
 def _check_models(student: nn.Module, teacher: nn.Module) -> None:
     pool = pool_of(student)
     if not isinstance(teacher, nn.Module):
@@ -173,7 +186,8 @@ class _Run:
 
     def start(self) -> None:
         """Compare the two models and align the student's layers; a resumed run has done both."""
-        _warn_of_untrained_statistics(self.teacher)
+        if self._is_taught():
+            _warn_of_untrained_statistics(self.teacher)
         self.processes.copy_first(self.student)
         if self.before is not None:
             return
@@ -272,8 +286,7 @@ class _Run:
             mask = mask_of(kwargs)
             parts: dict[str, Tensor] = {}
             with self._autocast():
-                taught = options.output_weight or options.feature_weight
-                if taught:
+                if self._is_taught():
                     with torch.no_grad():
                         expected = self.teacher(*args, **kwargs)
                 found = self.student(*args, **kwargs)
@@ -299,6 +312,10 @@ class _Run:
         if options.clip is not None:
             torch.nn.utils.clip_grad_norm_(parameters, options.clip)
         self.optimizer.step()
+
+    def _is_taught(self) -> bool:
+        """Whether the student learns from the teacher, and not from the task's loss alone."""
+        return bool(self.options.output_weight or self.options.feature_weight)
 
     def _log(self, seconds: float) -> None:
         """Add a point to the loss curve, and tell whoever wants to know."""
@@ -328,7 +345,7 @@ class _Run:
         assert self.before is not None
         began = self.aligned or self.before
         # Rounding alone may change an error that training did not.
-        if self.step == self.resumed_at or after.error <= 1.01 * began.error:
+        if not self._is_taught() or self.step == self.resumed_at or after.error <= 1.01 * began.error:
             return
         untrained = _untrained_statistics(self.teacher)
         cause = (
@@ -379,9 +396,7 @@ class _Run:
         self.processes.copy_first(self.student)
         found = None
         if self.processes.is_first:
-            # Every evaluation draws the same random numbers, and none from the run's streams.
-            with RandomStream(self.options.seed, self.device).active(), torch.no_grad():
-                found = pytree.tree_map(_plain_number, self.options.evaluate(self.student))
+            found = evaluated(self.student, self.options.evaluate, self.options.seed, self.device)
         found = self.processes.of_first(found)
         self.evaluations.append((self.step, found))
         self._tell(_evaluation_numbers(found))

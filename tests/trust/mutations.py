@@ -88,6 +88,15 @@ def _both_converted() -> nn.Module:
     return model
 
 
+def _adapted() -> nn.Module:
+    """Return a PEFT model, on the base that its adapters know again."""
+    import peft
+
+    torch.manual_seed(0)
+    settings = peft.LoraConfig(r=4, target_modules=["0", "1", "2"], bias="lora_only", init_lora_weights="gaussian")
+    return peft.get_peft_model(Linears(), settings)
+
+
 def _many() -> tuple[Tensor, Tensor]:
     return torch.arange(6), torch.linspace(-1, 1, 6 * 4 * 25).view(6, 4, 5, 5)
 
@@ -117,6 +126,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], tuple[T
     ),
     "two pools": (Both, _both_converted, _row(32)),
     "vectors too": (Many, lambda: roastify.convert(Many(), 8, config=_config(share="all", tile="8x8")), _many()),
+    "adapters": (_adapted, lambda: roastify.convert(_adapted(), 2, include="adapters"), _row(64)),
     "unaligned": (Linears, lambda: roastify.convert(Linears(), 4, config=_config(mapping="roast")), _row(64)),
 }
 
