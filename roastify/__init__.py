@@ -27,6 +27,7 @@ from roastify.integrations.on_import import register_with_transformers
 from roastify.pool.plan import RoastPlan
 from roastify.ratio_sweep import SweepReport, sweep
 from roastify.recovery.report import RecoveryReport
+from roastify.shown import show_results_with
 
 if TYPE_CHECKING:
     from roastify.integrations.transformers import RoastifyConfig as RoastifyConfig
@@ -63,6 +64,16 @@ __all__ = [
 ]
 
 register_with_transformers()
+
+
+def _written(result: object, html: bool) -> str:
+    # Here, because `import roastify` does not import rich.
+    from roastify.report import as_html, as_text
+
+    return as_html(result) if html else as_text(result)
+
+
+show_results_with(_written)
 
 
 def __getattr__(name: str) -> Any:

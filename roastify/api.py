@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, get_args, overload
@@ -27,7 +28,7 @@ from roastify.conversion.initial_values import complete_plan, fill_pool
 from roastify.conversion.planner import make_plan
 from roastify.conversion.progress_kept import KeptProgress
 from roastify.conversion.rewrite import apply_plan, build_pool, copy_weights, copy_without, restore_dense
-from roastify.conversion.supported import check_convertible, check_has_values, device_of
+from roastify.conversion.supported import check_convertible, check_has_values, checked_module, device_of
 from roastify.errors import ConfigError, OutputMismatch, closest
 from roastify.manifest import builder_in
 from roastify.pool.plan import RoastPlan
@@ -56,6 +57,7 @@ def convert(
     inplace: bool = False,
     resume: str | Path | None = None,
     emit: Literal["model"] = "model",
+    **settings: Any,
 ) -> _M: ...
 
 
@@ -73,6 +75,7 @@ def convert(
     inplace: bool = False,
     resume: str | Path | None = None,
     emit: Literal["graph"],
+    **settings: Any,
 ) -> fx.GraphModule: ...
 
 
@@ -89,6 +92,7 @@ def convert(
     inplace: bool = False,
     resume: str | Path | None = None,
     emit: Emit = "model",
+    **settings: Any,
 ) -> nn.Module:
     r"""Return the model with its large weights replaced by views into one small trainable pool.
 
@@ -115,6 +119,7 @@ def convert(
             which a conversion goes on that was interrupted, if model and settings are the same. The result has the same
             bits. Delete the folder when the result is saved.
         emit: `model`, or `graph` for one GraphModule if a graph can represent all that the model's code does.
+        settings: every other setting of `RoastConfig` by its name: `fold`, `share`, `tile`, …; None: the config's.
 
     Returns:
         the converted model; its pool is the child `roast_pool`.
@@ -127,9 +132,10 @@ def convert(
         OutputMismatch: its outputs differ in structure, shape or dtype.
         CheckpointError: the folder to resume from is of another model or other settings, damaged, or not writable.
     """
-    settings = settings_from(config, ratio=ratio, include=include, exclude=exclude, init=init, seed=seed)
-    if resume is not None and settings.init != "project":
-        raise ConfigError(f'only a conversion with init="project" can be resumed; found init={settings.init!r}')
+    own = {"ratio": ratio, "include": include, "exclude": exclude, "init": init, "seed": seed}
+    chosen = _settings(convert, config, own, settings)
+    if resume is not None and chosen.init != "project":
+        raise ConfigError(f'only a conversion with init="project" can be resumed; found init={chosen.init!r}')
     if emit not in get_args(Emit):
         hint = closest(str(emit), get_args(Emit))
         raise ConfigError(f"emit must be one of {', '.join(get_args(Emit))}; found {emit!r}{hint}")
@@ -142,16 +148,16 @@ def convert(
     unshareable: dict[str, str] = {}
     while True:
         with working("planning"):
-            planned = make_plan(model, forest, settings, unshareable)
+            planned = make_plan(model, forest, chosen, unshareable)
         # If tensors turn out to be unshareable, the plan is another one, and what was kept is of no use.
         progress = None if resume is None or unshareable else _kept_progress(Path(resume), model, planned)
-        planned = complete_plan(model, planned, settings.init, progress)
+        planned = complete_plan(model, planned, chosen.init, progress)
         pool = build_pool(planned, device_of(model))
-        fill_pool(pool, model, planned, settings.init, progress)
+        fill_pool(pool, model, planned, chosen.init, progress)
         shared = {id(model.get_parameter(tensor.name)) for tensor in planned.shared}
         target = model if inplace else copy_without(model, shared)
         restore_dense_layers = apply_plan(target, planned, pool)
-        exact = settings.init == "project" and planned.no_sharing
+        exact = chosen.init == "project" and planned.no_sharing
         restore_norms = (lambda: None) if exact else estimate_norms(target)
 
         def undo(steps: tuple[Callable[[], None], ...] = (restore_norms, restore_dense_layers)) -> None:
@@ -159,7 +165,7 @@ def convert(
                 step()
 
         try:
-            changed = changed_sources(computed, target, settings.init)
+            changed = changed_sources(computed, target, chosen.init)
             if changed.keys() - unshareable.keys():
                 unshareable |= changed
                 undo()
@@ -200,16 +206,18 @@ def plan(
     exclude: str | Sequence[str] | None = None,
     init: Init | None = None,
     seed: int | None = None,
+    **settings: Any,
 ) -> RoastPlan:
     """Return what `convert` would do, without doing it; the model may be on the meta device.
 
     Arguments and errors are those of `convert`. If the model is not on the meta device, the plan holds λ as well.
     """
-    settings = settings_from(config, ratio=ratio, include=include, exclude=exclude, init=init, seed=seed)
+    own = {"ratio": ratio, "include": include, "exclude": exclude, "init": init, "seed": seed}
+    chosen = _settings(plan, config, own, settings)
     check_convertible(model)
     with working("tracing and planning"):
-        planned = make_plan(model, trace(model), settings)
-    return planned if device_of(model).type == "meta" else complete_plan(model, planned, settings.init)
+        planned = make_plan(model, trace(model), chosen)
+    return planned if device_of(model).type == "meta" else complete_plan(model, planned, chosen.init)
 
 
 def verify(original: nn.Module, converted: nn.Module, example_inputs: Any = None) -> VerifyReport:
@@ -227,8 +235,11 @@ def verify(original: nn.Module, converted: nn.Module, example_inputs: Any = None
     Raises:
         SignatureMismatch: the forward signatures differ.
         OutputMismatch: the outputs differ, or the converted model fails.
+        ConversionError: one of them is no model.
         RoastError: the original fails on the example inputs.
     """
+    for model in (original, converted):
+        checked_module(model)
     report = compare_interfaces(
         observe(original, example_inputs),
         observe(converted, example_inputs, who="converted"),
@@ -254,6 +265,7 @@ def bench(
     train: bool = False,
     seconds: float = 2.0,
     inplace: bool = False,
+    **settings: Any,
 ) -> BenchReport:
     """Measure latency and memory of a model beside its converted twin, in the same run and in turn.
 
@@ -281,6 +293,7 @@ def bench(
         seconds: the time for each case, both models together.
         inplace: use the model itself instead of a copy; it is then moved to the device and gets the converted model's
             weights.
+        settings: as in `convert`.
 
     Raises:
         ConfigError: an option does not fit, or there are no example inputs.
@@ -289,8 +302,8 @@ def bench(
         PlanError: see `convert`.
         ConversionError: see `convert`.
     """
-    arguments = {"ratio": ratio, "include": include, "exclude": exclude, "init": init, "seed": seed}
-    settings = settings_from(config, **arguments)
+    own = {"ratio": ratio, "include": include, "exclude": exclude, "init": init, "seed": seed}
+    chosen = _settings(bench, config, own, settings)
     options = BenchOptions(
         device=parse_device(device),
         dtype=parse_dtype(dtype),
@@ -302,7 +315,7 @@ def bench(
     )
     check_inputs(example_inputs, options)
     if isinstance(model, nn.Module) and pools_in(model):
-        given = [name for name, value in {"config": config, **arguments}.items() if value is not None]
+        given = [name for name, value in {"config": config, **own, **settings}.items() if value is not None]
         if given:
             raise ConfigError(
                 f"{', '.join(given)} cannot be given for a model that is converted already; leave it out, or pass the "
@@ -315,7 +328,7 @@ def bench(
     check_has_values(model)
     dense = model if inplace else copy_without(model, set())
     dense.to(device=options.device, dtype=options.dtype)
-    converted = convert(dense, config=settings)
+    converted = convert(dense, config=chosen)
     copy_weights(converted, dense)
     return measure(dense, converted, example_inputs, options)
 
@@ -411,12 +424,14 @@ def save(
             arguments that it was given (`timm:resnet18,num_classes=10`).
 
     Raises:
+        ConfigError: `path` is no path.
         ConversionError: the model is not a converted one, or only a part or a wrapper of one.
         SourceError: `source` is not such a text, or the library is missing or does not know it.
         CheckpointError: the model holds state that is not a tensor or is sharded, or values that are not finite, the
             state dict is another model's, the source builds another model, or the folder cannot be written or holds
             other weights.
     """
+    _check_path(path, 'roastify.save(model, "out/")')
     builder = None if source is None else builder_from(source)
     artifact.write_artifact(model, Path(path), state_dict, allow_nonfinite=allow_nonfinite, builder=builder)
 
@@ -451,9 +466,10 @@ def load(path: str | Path, model: nn.Module | None = None, *, digest: str | None
         CheckpointError: the artifact is missing, damaged, newer than this version, of another architecture, of adapters
             of another base, or has another digest; or no model is given, and the artifact names none that can be built
             here.
-        ConfigError: the digest is not one.
+        ConfigError: the digest is not one, or `path` is no path.
         ConversionError: the model itself cannot be converted (see `convert`).
     """
+    _check_path(path, 'roastify.load("out/", model)')
     with working(f"reading {path}"):
         found = artifact.read_artifact(Path(path), digest)
     if model is None:
@@ -526,6 +542,26 @@ def densify_artifact(
     return write_dense(artifact.read_artifact(Path(path), digest), Path(output), shard_size)
 
 
+def _settings(
+    function: Callable[..., Any], config: RoastConfig | str | Path | None, own: dict[str, Any], more: dict[str, Any]
+) -> RoastConfig:
+    """Return the settings of a call: the config's, and those that its arguments name.
+
+    Args:
+        function: the function that was called.
+        config: its argument of this name.
+        own: its own arguments that are settings.
+        more: what was given beside the function's own arguments.
+    """
+    names = [field.name for field in dataclasses.fields(RoastConfig)]
+    for name in more:
+        if name not in names:
+            known = {*names, *inspect.signature(function).parameters} - {"settings"}
+            hint = closest(name, sorted(known))
+            raise ConfigError(f"{function.__name__} has no argument or setting {name!r}{hint}; all: {', '.join(names)}")
+    return settings_from(config, **own, **more)
+
+
 def settings_from(config: RoastConfig | str | Path | None, **arguments: Any) -> RoastConfig:
     """Return the settings of a config, or of a TOML file, that arguments override; `init="auto"` is `match` here."""
     if config is None:
@@ -536,3 +572,9 @@ def settings_from(config: RoastConfig | str | Path | None, **arguments: Any) -> 
         raise ConfigError(f"config must be a RoastConfig or the path of a TOML file; found {type(config).__name__}")
     settings = config.replace(**arguments)
     return settings.replace(init="match") if settings.init == "auto" else settings
+
+
+def _check_path(path: object, call: str) -> None:
+    """Refuse anything else than a path, such as a model that was given in its place."""
+    if not isinstance(path, str | os.PathLike):
+        raise ConfigError(f"expected the path of an artifact folder; found {type(path).__name__}. The call is {call}")

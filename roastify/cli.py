@@ -19,6 +19,7 @@ from typing import Any, get_args
 
 import click
 import torch
+from click.shell_completion import CompletionItem
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -44,6 +45,11 @@ from roastify.recovery.options import RecoverOptions, Schedule
 from roastify.source import Source, is_artifact, load_data, load_source
 
 
+def _complete_source(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Let the shell complete a source as a file."""
+    return [CompletionItem(incomplete, type="file")]
+
+
 class _DefaultCommand(click.Group):
     """A group whose first argument may be a source: `roastify model.py` is `roastify convert model.py`."""
 
@@ -56,9 +62,15 @@ class _DefaultCommand(click.Group):
         with _printable_messages():
             return super().parse_args(ctx, [*front, *rest])
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Complete a command, or what may be a source."""
+        found = super().shell_complete(ctx, incomplete)
+        return found or [CompletionItem(incomplete, type="file")]
+
     def _refuse_misspelling(self, ctx: click.Context, args: list[str]) -> None:
         hint = closest(args[0], self.commands)
-        if hint and args[0].isalpha():
+        # A shell that completes a line wants no error.
+        if hint and args[0].isalpha() and not ctx.resilient_parsing:
             ctx.fail(f"no command {args[0]!r}{hint}; a model is named as file.py, file.py:NAME or hf:DIRECTORY")
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -91,13 +103,46 @@ def _printable_messages() -> Iterator[None]:
         warnings.formatwarning = own
 
 
-def _out() -> Console:
-    return Console(highlight=False, markup=False, emoji=False)
+class _Output:
+    """What a command shows: tables and lines for people, and with --json the same as JSON for programs.
+
+    With `--json -`, standard output has the JSON alone, and what the command says goes to standard error.
+
+    Args:
+        file: what --json names.
+        inputs: what the command reads, which the file must not replace.
+    """
+
+    def __init__(self, file: str | None, *inputs: str | None) -> None:
+        self.file = file
+        if file not in (None, "-"):
+            _check_file(str(file), *inputs)
+
+    def show(self, result: object) -> None:
+        """Print a table."""
+        if self.file != "-":
+            report.print_result(result)
+
+    def say(self, line: str) -> None:
+        """Print one line: rich would read markup in a file's name."""
+        click.echo(printable(line), err=self.file == "-")
+
+    def finish(self, values: dict[str, Any]) -> None:
+        """Write the JSON."""
+        if self.file == "-":
+            click.echo(json.dumps(values, indent=1))
+        elif self.file is not None:
+            write_json(values, self.file)
+            self.say(f"written to {self.file}")
 
 
-def _say(line: str) -> None:
-    """Print one line: rich would read markup in a file's name and wrap the line."""
-    click.echo(printable(line))
+def _json_option(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the option that every command has for programs."""
+    kind = click.Path(dir_okay=False, allow_dash=True)
+    text = "Write what is shown to this file, as JSON; without a file, or with -, to standard output instead of tables."
+    return click.option("--json", "json_file", metavar="FILE", is_flag=False, flag_value="-", type=kind, help=text)(
+        command
+    )
 
 
 @click.group(cls=_DefaultCommand, context_settings={"help_option_names": ["-h", "--help"]})
@@ -125,7 +170,7 @@ def _settings_options(command: Callable[..., None], *, with_ratio: bool = True) 
     """Add the options that every command with a model has."""
     ratio = click.option("--ratio", type=str, help="Whole-model parameters ÷ parameters stored (default 10).")
     options = [
-        click.argument("source"),
+        click.argument("source", shell_complete=_complete_source),
         *([ratio] if with_ratio else []),
         click.option("--config", type=click.Path(dir_okay=False), help="TOML file of settings."),
         click.option("--include", multiple=True, metavar="PATTERN", help="Share only these tensors or modules."),
@@ -187,10 +232,12 @@ def _for_source(config: RoastConfig, found: Source) -> RoastConfig:
 
 
 def _parse_ratio(text: str) -> float:
+    """Return a ratio that is written as `50`, or as `50x`."""
     try:
-        return float(text)
+        return float(text.removesuffix("x").removesuffix("×"))
     except ValueError:
-        raise click.BadParameter(f"{text!r} is not a number", param_hint="'--ratio'") from None
+        wanted = "expected one as 50, which stores a fiftieth of the parameters"
+        raise click.BadParameter(f"{text!r} is not a number; {wanted}", param_hint="'--ratio'") from None
 
 
 @main.command()
@@ -202,19 +249,25 @@ def _parse_ratio(text: str) -> float:
     is_flag=True,
     help="Verify the forward signature, and run neither model: for models as large as the memory, or larger.",
 )
+@_json_option
 @click.option(
     "--resume",
     type=click.Path(file_okay=False),
     help="Keep progress in this folder, and go on from it after an interrupt; it is removed when -o is written.",
 )
 def convert(
-    source: str, output: str | None, full: bool, signature_only: bool, resume: str | None, **settings: Any
+    source: str,
+    output: str | None,
+    full: bool,
+    signature_only: bool,
+    resume: str | None,
+    json_file: str | None,
+    **settings: Any,
 ) -> None:
     """Convert, verify, report, and write the artifact (the default command)."""
-    config = _config(**settings)
+    config, out = _config(**settings), _Output(json_file, source, settings["config"])
     if output is not None:
         _check_folder(output, source)
-    console = _out()
     found = _load_dense(source)
     config = _for_source(config, found)
     files = found.files() if output is not None else {}
@@ -223,56 +276,58 @@ def convert(
     # Running both models needs both.
     before = observe(found.model)
     converted = api.convert(found.model, config=config, inplace=signature_only, resume=resume)
-    console.print(report.plan_table(pool_of(converted).plan, full))
+    planned = pool_of(converted).plan
+    out.show(report.plan_table(planned, full))
     if signature_only:
-        console.print(report.verify_lines(compare_interfaces(before, observe(converted, who="converted"))))
+        verified = compare_interfaces(before, observe(converted, who="converted"))
+        out.show(verified)
     else:
-        _verify(found, converted, console)
+        verified = _verify(found, converted, out)
     if output is not None:
-        _save(converted, output, found, files)
+        _save(converted, output, found, files, out)
         if resume is not None:
             remove_checkpoint(Path(resume))
     else:
-        _say("nothing written; give -o FOLDER for the artifact")
+        out.say("nothing written; give -o FOLDER for the artifact")
+    out.finish({"artifact": output, "plan": planned.to_dict(), "verification": verified.to_dict()})
 
 
-def _save(converted: nn.Module, output: str, found: Source, files: Mapping[str, bytes]) -> None:
+def _save(converted: nn.Module, output: str, found: Source, files: Mapping[str, bytes], out: _Output) -> None:
     """Write the artifact with the source's config and tokenizer, and say how it is loaded."""
     for pool in pools_in(converted):
         pool.builder = pool.builder or found.builder
     builder = write_artifact(converted, Path(output), files=files)
     copied = f", with {', '.join(files)}" if files else ""
-    _say(f"written to {output}{copied}")
+    out.say(f"written to {output}{copied}")
     model = "" if builder else ", model=…"
-    _say(f'load it with roastify.load("{output}"{model})')
+    out.say(f'load it with roastify.load("{output}"{model})')
 
 
 @main.command()
 @_settings_options
-@click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON.")
+@_json_option
 @click.option("--all", "full", is_flag=True, help="A row for every tensor.")
-def plan(source: str, as_json: bool, full: bool, **settings: Any) -> None:
+def plan(source: str, json_file: str | None, full: bool, **settings: Any) -> None:
     """Show what would be shared, kept, tied and skipped, and why; `show` says what was, in an artifact."""
-    config = _config(**settings)
+    config, out = _config(**settings), _Output(json_file, source, settings["config"])
     found = _load_dense(source)
     planned = api.plan(found.model, config=_for_source(config, found))
-    if as_json:
-        click.echo(json.dumps(planned.to_dict(), indent=1))
-    else:
-        _out().print(report.plan_table(planned, full))
+    out.show(report.plan_table(planned, full))
+    out.finish(planned.to_dict())
 
 
 @main.command()
-@click.argument("source")
+@click.argument("source", shell_complete=_complete_source)
 @click.option("--digest", help="SHA-256 that the artifact's roast.json must have.")
-@click.option("--json", "as_json", is_flag=True, help="Print the same as JSON.")
+@_json_option
 @click.option("--all", "full", is_flag=True, help="A row for every tensor.")
-def show(source: str, digest: str | None, as_json: bool, full: bool) -> None:
+def show(source: str, digest: str | None, json_file: str | None, full: bool) -> None:
     """Show what is in an artifact: how its model is built, files, versions, digest, and every tensor.
 
     SOURCE is the folder of an artifact, or the source of a model that is converted. The model's code is not run for an
     artifact.
     """
+    out = _Output(json_file, source)
     values: dict[str, Any] = {}
     lines = None
     if is_artifact(source):
@@ -285,34 +340,33 @@ def show(source: str, digest: str | None, as_json: bool, full: bool) -> None:
         plans = [pool.plan for pool in pools_in(load_source(source, digest=digest).model)]
         if not plans:
             raise ConfigError(f"{source} is a dense model; roastify plan shows what a conversion would share and keep")
-    if as_json:
-        click.echo(json.dumps({**values, "plans": [each.to_dict() for each in plans]}, indent=1))
-        return
     tables = [report.plan_table(each, full) for each in plans]
     for part in [lines, *tables] if lines else tables:
-        _out().print(part)
-        _out().print()
+        out.show(part)
+        out.show("")
+    out.finish({**values, "plans": [each.to_dict() for each in plans]})
 
 
 @main.command()
 @_settings_options
 @_artifact_options
-def check(source: str, dense: str | None, digest: str | None, **settings: Any) -> None:
+@_json_option
+def check(source: str, dense: str | None, digest: str | None, json_file: str | None, **settings: Any) -> None:
     """Convert and compare signature and outputs with the original, for CI: exit code 0 or 1.
 
     An artifact is loaded, and compared with its dense form.
     """
-    config = _config(**settings)
+    config, out = _config(**settings), _Output(json_file, source, settings["config"])
     found = _load(source, dense, digest)
     if found.converted:
         _refuse_settings(settings, source)
-        _verify(found, found.model, _out(), original=api.densify(found.model))
-        _say(f"ok: {source}")
-        return
-    config = _for_source(config, found)
-    converted = api.convert(found.model, config=config)
-    _verify(found, converted, _out())
-    _say(f"ok: {source} at ratio {config.ratio:g}")
+        planned, original, converted = pool_of(found.model).plan, api.densify(found.model), found.model
+    else:
+        converted, original = api.convert(found.model, config=_for_source(config, found)), found.model
+        planned = pool_of(converted).plan
+    verified = _verify(found, converted, out, original)
+    out.say(f"ok: {source}" + ("" if found.converted else f" at ratio {planned.ratio:g}"))
+    out.finish({"source": source, "ratio": planned.ratio, "verification": verified.to_dict()})
 
 
 def _check_file(output: str, *inputs: str | None) -> None:
@@ -330,15 +384,18 @@ def _check_folder(output: str, source: str) -> None:
     check_replaceable(folder)
 
 
-def _verify(found: Source, converted: nn.Module, console: Console, original: nn.Module | None = None) -> None:
-    """Verify with the source's example inputs or, where it has none, with guessed ones."""
+def _verify(
+    found: Source, converted: nn.Module, out: _Output, original: nn.Module | None = None
+) -> roastify.VerifyReport:
+    """Verify with the source's example inputs or, where it has none, with guessed ones; show and return the report."""
     original = found.model if original is None else original
     inputs = found.example_inputs if found.example_inputs is not None else find_inputs(original)
     with working("comparing both models"):
         verified = api.verify(original, converted, inputs)
-    console.print(report.verify_lines(verified))
+    out.show(verified)
     if inputs is None:
-        _say(how_to_give(found.name))
+        out.say(how_to_give(found.name))
+    return verified
 
 
 @main.command()
@@ -353,7 +410,7 @@ def _verify(found: Source, converted: nn.Module, console: Console, original: nn.
 @click.option("--no-graph", is_flag=True, help="On a GPU, call the models from Python, without CUDA graphs.")
 @click.option("--train", is_flag=True, help="Time a forward and a backward pass instead of inference.")
 @click.option("--seconds", type=float, default=2.0, show_default=True, help="How long each case is timed.")
-@click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Write the raw result to this file.")
+@_json_option
 def bench(
     source: str,
     dense: str | None,
@@ -372,9 +429,7 @@ def bench(
 
     An artifact is measured beside its dense form.
     """
-    config = _config(**settings)
-    if json_file is not None:
-        _check_file(json_file, source, settings["config"])
+    config, out = _config(**settings), _Output(json_file, source, settings["config"])
     found = _load(source, dense, digest)
     if found.converted:
         _refuse_settings(settings, source)
@@ -392,10 +447,8 @@ def bench(
             seconds=seconds,
             inplace=True,
         )
-    _out().print(report.bench_table(measured))
-    if json_file is not None:
-        write_json(measured.to_dict(), json_file)
-        _say(f"written to {json_file}")
+    out.show(measured)
+    out.finish(measured.to_dict())
 
 
 def _recover_options(
@@ -437,7 +490,7 @@ def _recover_options(
 @click.option("--loss", "loss_name", help="Name of the output that is the task's loss, for example loss.")
 @click.option("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one).")
 @click.option("--bfloat16", is_flag=True, help="Run both models under autocast.")
-@click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Write the report to this file.")
+@_json_option
 def recover(
     source: str,
     data: str,
@@ -464,8 +517,7 @@ def recover(
     # torchrun gives each process its numbers, and each its own GPU.
     rank, local = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK")
     place = parse_device(f"cuda:{local}" if device is None and local and torch.cuda.is_available() else device)
-    if json_file is not None:
-        _check_file(json_file, source, settings["config"], data)
+    out = _Output(json_file, source, settings["config"], data)
     _check_folder(output, source)
     batches = load_data(data)
     found = _load(source)
@@ -489,11 +541,9 @@ def recover(
     )
     if rank != "0":
         return
-    _out().print(report.recovery_lines(recovered))
-    _save(student, output, found, files)
-    if json_file is not None:
-        write_json(recovered.to_dict(), json_file)
-        _say(f"written to {json_file}")
+    out.show(recovered)
+    _save(student, output, found, files, out)
+    out.finish(recovered.to_dict())
 
 
 def _dense_and_artifact(source: str, dense: str | None, artifact: str | None) -> tuple[str, str | None]:
@@ -542,7 +592,7 @@ def _student(found: Source, artifact: str | None, digest: str | None, settings: 
 @click.option("--bfloat16", is_flag=True, help="Recover or train under autocast.")
 @click.option("--seconds", type=float, default=1.0, show_default=True, help="How long each ratio is timed.")
 @click.option("--no-graph", is_flag=True, help="On a GPU, time calls from Python, without CUDA graphs.")
-@click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Write the report to this file.")
+@_json_option
 @click.option("--plot", "plot_file", type=click.Path(dir_okay=False), help="Draw the report, as to sweep.png.")
 def sweep(
     source: str,
@@ -571,9 +621,9 @@ def sweep(
     settings = {name: options.pop(name) for name in _SETTINGS if name != "ratio"}
     asked, part = _parse_ratios(ratios), None if within is None else _parse_part(within)
     config = _config(ratio=str(max(asked)), **settings)
-    for file in filter(None, (json_file, plot_file)):
-        _check_file(file, source, settings["config"], data)
+    out = _Output(json_file, source, settings["config"], data)
     if plot_file is not None:
+        _check_file(plot_file, source, settings["config"], data)
         check_plot(plot_file)
     place = parse_device(device)
     batches = load_data(data)
@@ -604,13 +654,11 @@ def sweep(
         autocast=torch.bfloat16 if bfloat16 else None,
         **options,
     )
-    _out().print(report.sweep_table(swept))
-    if json_file is not None:
-        write_json(swept.to_dict(), json_file)
-        _say(f"written to {json_file}")
+    out.show(swept)
+    out.finish(swept.to_dict())
     if plot_file is not None:
         swept.plot(plot_file)
-        _say(f"drawn in {plot_file}")
+        out.say(f"drawn in {plot_file}")
     if part is None:
         return
     best = swept.within(part)
@@ -623,7 +671,7 @@ def sweep(
             f"no ratio of {ratios} is {bound}; the nearest, ratio {near.ratio:g}, has {near.quality:.4g}; try lower "
             f"ratios, more --steps or another --lr"
         )
-    _say(f"ratio {best.ratio:g} is the highest {bound}: it has {best.quality:.4g}")
+    out.say(f"ratio {best.ratio:g} is the highest {bound}: it has {best.quality:.4g}")
 
 
 def _parse_ratios(text: str) -> list[float]:
@@ -643,24 +691,26 @@ def _parse_part(text: str) -> float:
 
 
 @main.command()
-@click.argument("source")
+@click.argument("source", shell_complete=_complete_source)
 @click.option("-o", "--output", required=True, type=click.Path(), help="A .safetensors file, or a folder for shards.")
 @click.option("--shard-size", help="Write shards of at most this size to a folder, as 5GB.")
 @click.option("--digest", help="SHA-256 that the artifact's roast.json must have.")
-def densify(source: str, output: str, shard_size: str | None, digest: str | None) -> None:
+@_json_option
+def densify(source: str, output: str, shard_size: str | None, digest: str | None, json_file: str | None) -> None:
     """Turn an artifact back into a plain state dict.
 
     Memory holds the pool and one dense tensor at a time. SOURCE is the folder of an artifact; or the source of a model
     that is converted, which needs a temporary artifact on the disk.
     """
-    size = None if shard_size is None else _number_of_bytes(shard_size)
+    size, out = None if shard_size is None else _number_of_bytes(shard_size), _Output(json_file, source, output)
     with contextlib.ExitStack() as stack:
         artifact = source
         if not is_artifact(source) and (":" in source or source.endswith(".py")):
             artifact = stack.enter_context(tempfile.TemporaryDirectory())
             api.save(_load(source, digest=digest).model, artifact)
         count = api.densify_artifact(artifact, output, digest=digest, shard_size=size)
-    _say(f"{count} tensors written to {output}")
+    out.say(f"{count} tensors written to {output}")
+    out.finish({"output": output, "tensors": count})
 
 
 def _number_of_bytes(text: str) -> int:
@@ -671,18 +721,25 @@ def _number_of_bytes(text: str) -> int:
 
 
 @main.command()
-def settings() -> None:
+@_json_option
+def settings(json_file: str | None) -> None:
     """Print every setting with its default and meaning, as a TOML file for --config."""
-    click.echo((importlib.resources.files("roastify") / "configs" / "default.toml").read_text("utf-8"), nl=False)
+    out = _Output(json_file)
+    if json_file != "-":
+        click.echo((importlib.resources.files("roastify") / "configs" / "default.toml").read_text("utf-8"), nl=False)
+    out.finish(RoastConfig().to_dict())
 
 
 @main.command()
-def doctor() -> None:
+@_json_option
+def doctor(json_file: str | None) -> None:
     """Show versions, devices and the backend in use."""
+    out = _Output(json_file)
     table = Table.grid(padding=(0, 2))
     for name, value in diagnosis():
         table.add_row(Text(name, style="dim"), Text(printable(value)))
-    _out().print(table)
+    out.show(table)
+    out.finish(dict(diagnosis()))
 
 
 def diagnosis() -> list[tuple[str, str]]:

@@ -21,6 +21,7 @@ from roastify.errors import ConfigError, RecoveryError, closest
 from roastify.files import replace_file
 from roastify.isolation import RandomStream, modes_kept
 from roastify.progress import JsonLines, working
+from roastify.shown import ShownAsTable
 
 if TYPE_CHECKING:
     from roastify.recovery.options import RecoverOptions
@@ -62,8 +63,8 @@ class SweepRow:
 
 
 @dataclass(frozen=True)
-class SweepReport:
-    """A sweep over ratios.
+class SweepReport(ShownAsTable):
+    """A sweep over ratios. It prints as the table of `roastify sweep`.
 
     Args:
         model: the name of the model's class.

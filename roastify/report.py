@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Iterable
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, cast
 
 import torch
-from rich.console import Group, RenderableType
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -20,6 +25,61 @@ from roastify.pool.plan import RoastPlan, TensorPlan
 from roastify.printable import printable
 from roastify.ratio_sweep import SweepReport
 from roastify.recovery.report import Likeness, RecoveryReport
+
+# Where nothing limits a line, it is as long as it needs to be.
+_NO_LIMIT = 100_000
+
+
+def as_text(result: object) -> str:
+    """Return what the command line shows of a result, without colours.
+
+    Lines are as long as a terminal, or COLUMNS, allows. In a file or a pipe, they are as long as they need to be.
+
+    Args:
+        result: a plan, a report, or what a function of this module returned.
+    """
+    limited = os.environ.get("COLUMNS") or (sys.stdout is not None and sys.stdout.isatty())
+    width = Console().width if limited else _NO_LIMIT
+    out = Console(file=io.StringIO(), width=width, color_system=None, force_jupyter=False, **_PLAIN)
+    out.print(_renderable(result))
+    return "\n".join(line.rstrip() for line in out.file.getvalue().splitlines())  # type: ignore[attr-defined]
+
+
+def as_html(result: object) -> str:
+    """Return the same as HTML."""
+    options: dict[str, Any] = {"record": True, "color_system": "truecolor", "force_jupyter": False, **_PLAIN}
+    out = Console(file=io.StringIO(), width=_NO_LIMIT, **options)
+    out.print(_renderable(result))
+    style = "white-space:pre;overflow-x:auto;line-height:normal"
+    return out.export_html(inline_styles=True, code_format=f'<pre style="{style}">{{code}}</pre>')
+
+
+def print_result(result: object) -> None:
+    """Print a result on standard output, with colours on a terminal."""
+    out = Console(**_PLAIN)
+    if out.is_terminal:
+        out.print(_renderable(result))
+    else:
+        out.file.write(as_text(result) + "\n")
+
+
+# Names and reasons are no markup, whatever they hold.
+_PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
+
+
+def _renderable(result: object) -> RenderableType:
+    match result:
+        case RoastPlan():
+            return plan_table(result)
+        case VerifyReport():
+            return verify_lines(result)
+        case BenchReport():
+            return bench_table(result)
+        case RecoveryReport():
+            return recovery_lines(result)
+        case SweepReport():
+            return sweep_table(result)
+    return cast("RenderableType", result)
 
 
 def human_bytes(count: float) -> str:
@@ -39,18 +99,89 @@ def plan_table(plan: RoastPlan, full: bool = False) -> RenderableType:
         full: whether every tensor has a row. If not, shared tensors that differ only in a layer's number are one row,
             and so are kept tensors with the same reason.
     """
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("tensor", overflow="fold", ratio=5)
-    table.add_column("shape", justify="right", no_wrap=True)
-    table.add_column("op", ratio=2)
-    table.add_column("verdict", no_wrap=True)
-    table.add_column("λ", justify="right", no_wrap=True)
-    table.add_column("tiles", justify="right", no_wrap=True)
-    table.add_column("budget", justify="right", no_wrap=True)
-    table.add_column("reason", overflow="fold", ratio=3)
-    for group in _groups(plan.tensors, full):
-        table.add_row(*_row(plan, group))
-    return Group(table, Text(), summary(plan))
+    rows, cols = plan.tile
+    units = (
+        f"λ: a tensor's scale, as its weights are λ · sign · pool; tiles: of {rows}×{cols} weights; "
+        f"budget: its part of what is stored; 1 kB: 1000 bytes"
+    )
+    table = _PlanTable([_row(plan, group) for group in _groups(plan.tensors, full)])
+    return Group(table, Text(units, style="dim"), Text(), summary(plan))
+
+
+class _Words:
+    """Text that is wrapped at spaces; a word that is too long for its column is shortened in its middle.
+
+    The ends of names tell tensors apart. rich would break names in the middle of a word.
+    """
+
+    def __init__(self, text: str) -> None:
+        self.text = printable(text)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text(" ".join(shortened(word, options.max_width) for word in self.text.split(" ")))
+
+
+def shortened(name: str, width: int) -> str:
+    """Return a name in at most so many cells of a terminal; what is left out of its middle is an ellipsis.
+
+    As many of the last parts between dots stay as fit, and the beginning of the name gets what they leave.
+    """
+    if cell_len(name) <= width:
+        return name
+    parts = name.split(".")
+    for first in range(1, len(parts)):
+        end = "." + ".".join(parts[first:])
+        if cell_len(end) < width:
+            break
+    else:
+        end = _last_cells(name, width // 2)
+    return _last_cells(name[::-1], width - 1 - cell_len(end))[::-1] + "…" + end
+
+
+def _last_cells(text: str, width: int) -> str:
+    while cell_len(text) > width:
+        text = text[1:]
+    return text
+
+
+class _PlanTable:
+    """A table of tensors, whose wide columns share what the others leave of the line."""
+
+    HEADINGS = ("tensor", "shape", "op", "verdict", "λ", "tiles", "budget", "reason")
+    # The columns of words, and how much of the room each gets if there is not enough for all.
+    WEIGHTS: ClassVar = {0: 5, 2: 2, 7: 2}
+    NUMBERS = (1, 4, 5, 6)
+
+    def __init__(self, rows: Sequence[Sequence[str | Text]]) -> None:
+        self.rows = rows
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        columns = zip(self.HEADINGS, *self.rows, strict=True)
+        needs = [max(cell_len(str(cell)) for cell in column) for column in columns]
+        # Two spaces between columns, or one where the line is short.
+        gap = 2 if sum(needs) + 2 * (len(needs) - 1) <= options.max_width else 1
+        room = options.max_width - gap * (len(needs) - 1)
+        room -= sum(need for column, need in enumerate(needs) if column not in self.WEIGHTS)
+        widths = _shares({column: needs[column] for column in self.WEIGHTS}, self.WEIGHTS, room)
+        table = Table(box=None, pad_edge=False, header_style="bold", collapse_padding=gap == 1)
+        for column, heading in enumerate(self.HEADINGS):
+            justify: Any = "right" if column in self.NUMBERS else "left"
+            table.add_column(heading, justify=justify, width=widths.get(column, needs[column]))
+        for row in self.rows:
+            table.add_row(*(_Words(str(cell)) if column in self.WEIGHTS else cell for column, cell in enumerate(row)))
+        yield table
+
+
+def _shares(needs: dict[int, int], weights: dict[int, int], room: int) -> dict[int, int]:
+    """Return widths for columns: what each needs, or where the room is too small, a part of it by weight."""
+    widths: dict[int, int] = {}
+    while left := needs.keys() - widths.keys():
+        total = sum(weights[column] for column in left)
+        parts = {column: max(8, room * weights[column] // total) for column in left}
+        content = {column: needs[column] for column in left if needs[column] <= parts[column]}
+        widths |= content or parts
+        room -= sum(content.values())
+    return widths
 
 
 def _groups(tensors: Iterable[TensorPlan], full: bool) -> list[list[TensorPlan]]:
@@ -77,14 +208,14 @@ def _row(plan: RoastPlan, group: list[TensorPlan]) -> list[str | Text]:
         part = sum(tensor.matrix_numel for tensor in group) / sum(tensor.matrix_numel for tensor in plan.shared)
         stored = plan.pool_numel * part + sum(math.prod(tensor.basis_shape) for tensor in group if tensor.basis_count)
     return [
-        Text(printable(_label(group))),
+        _label(group),
         "×".join(map(str, first.shape)) or "1" if len(shapes) == 1 else "various",
-        Text(printable(", ".join(dict.fromkeys(tensor.op for tensor in group)))),
+        ", ".join(dict.fromkeys(tensor.op for tensor in group)),
         Text("shared", style="green") if first.shared else Text("kept", style="yellow"),
         scales[0] + (f"…{scales[-1]}" if len(scales) > 1 else "") if scales else "",
         f"{sum(tensor.num_tiles for tensor in group):,}" if first.shared else "",
         f"{stored / plan.stored_numel:.1%}",
-        Text(printable(_reason(first))),
+        _reason(first),
     ]
 
 
@@ -260,7 +391,8 @@ def _bench_lines(report: BenchReport) -> RenderableType:
     for name in ("cpu", "threads"):
         machine.pop(name, None)
     lines = [
-        ("time", "of one call; above 1 the converted model is faster, below 1 slower"),
+        ("time", "of one call in milliseconds; above 1 the converted model is faster, below 1 slower"),
+        ("bytes", "1 kB is 1000 bytes; weights are what is stored of them"),
         ("parameters", f"{first.dense.parameters:,} → {first.converted.parameters:,} stored"),
         ("ratio", f"{report.achieved_ratio:.2f} (asked {report.ratio:g})"),
         ("how", ", ".join(how)),
@@ -313,7 +445,10 @@ def recovery_lines(report: RecoveryReport) -> RenderableType:
     lines.append(("matched", f"{_count(len(report.features), 'module')}; logits: {', '.join(report.logits) or 'none'}"))
     resumed = f", resumed at step {report.resumed_at:,}" if report.resumed_at else ""
     lines.append(("time", f"{report.seconds:.1f} s{resumed}"))
-    return Group(table, Text(), _named_lines(lines))
+    meaning = "error of outputs: the squared difference from the teacher's, relative to their variance"
+    if with_top:
+        meaning += "; same top class: predictions whose first choice is the teacher's"
+    return Group(table, Text(meaning, style="dim"), Text(), _named_lines(lines))
 
 
 def sweep_table(report: SweepReport) -> RenderableType:

@@ -43,6 +43,7 @@ LEVELS = [
         "names",
         "plain_json",
         "progress",
+        "shown",
         "tensor_file",
         "tensor_values",
         "typed_values",

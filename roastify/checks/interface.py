@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +11,12 @@ from torch import nn
 
 from roastify.calls import describe, leaves, run_model, signature_of, split_inputs
 from roastify.errors import OutputMismatch, RoastError, SignatureMismatch
+from roastify.shown import ShownAsTable
 
 
 @dataclass(frozen=True)
-class VerifyReport:
-    """What was compared and found equal.
+class VerifyReport(ShownAsTable):
+    """What was compared and found equal. It prints as `roastify check` shows it.
 
     Args:
         signature: the forward signature.
@@ -27,6 +29,10 @@ class VerifyReport:
     modes: tuple[str, ...]
     outputs: tuple[tuple[str, str], ...]
     behaviour: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON-ready values."""
+        return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from roastify.conversion.converted import pool_of
 from roastify.errors import BenchError, ConfigError, RoastError, closest
 from roastify.isolation import random_states_kept
 from roastify.kernels.torch_internals import compile_settings, pytree
+from roastify.shown import ShownAsTable
 
 DTYPES = ("float32", "bfloat16", "float16")
 # After 8 compilations of a function, `torch.compile` silently runs it uncompiled. The layers of a converted model need
@@ -152,8 +153,8 @@ class BenchCase:
 
 
 @dataclass(frozen=True)
-class BenchReport:
-    """A benchmark of one model.
+class BenchReport(ShownAsTable):
+    """A benchmark of one model. It prints as the table of `roastify bench`.
 
     Args:
         model: the name of the model's class.

@@ -18,11 +18,17 @@ def device_of(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
-def check_convertible(model: object) -> None:
-    """Raise `ConversionError` unless this is a dense, initialised, eager model on one device."""
+def checked_module(model: object) -> nn.Module:
+    """Return a model; raise `ConversionError` for anything else."""
     if not isinstance(model, nn.Module):
         hint = f" {model.__name__}; call it to build a model" if isinstance(model, type) else ""
         raise ConversionError(f"expected a torch.nn.Module; found {type(model).__name__}{hint}")
+    return model
+
+
+def check_convertible(model: object) -> None:
+    """Raise `ConversionError` unless this is a dense, initialised, eager model on one device."""
+    model = checked_module(model)
     _check_depth(model)
     refuse_wrapped(model)
     if find_pool(model) is not None:

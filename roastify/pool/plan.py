@@ -11,6 +11,7 @@ import torch
 
 from roastify.kernels.view import FoldView, TileView, to_signed64
 from roastify.pool.mapping import TileMap, fold_key
+from roastify.shown import ShownAsTable
 from roastify.typed_values import typed
 
 # What the reason of a tensor begins with that a pattern of the user keeps dense.
@@ -143,8 +144,8 @@ class FoldPlan:
 
 
 @dataclass(frozen=True)
-class RoastPlan:
-    """Every decision of a conversion.
+class RoastPlan(ShownAsTable):
+    """Every decision of a conversion. It prints as the table of `roastify plan`.
 
     Args:
         model: name of the model's class.

@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from roastify.shown import ShownAsTable
+
 
 @dataclass(frozen=True)
 class Likeness:
@@ -38,8 +40,8 @@ class LossPoint:
 
 
 @dataclass(frozen=True)
-class RecoveryReport:
-    """What a recovery did.
+class RecoveryReport(ShownAsTable):
+    """What a recovery did. It prints as the table of `roastify recover`.
 
     Args:
         steps: the steps of the optimizer.

@@ -1,0 +1,31 @@
+"""Results that print as the tables of the command line, and that a notebook shows as HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+_writers: list[Callable[[object, bool], str]] = []
+
+
+def show_results_with(writer: Callable[[object, bool], str]) -> None:
+    """Set the function that writes results, as text or as HTML. It stands above the results that it knows.
+
+    Args:
+        writer: takes a result, and whether HTML is wanted.
+    """
+    _writers[:] = [writer]
+
+
+class ShownAsTable:
+    """A result that prints as a table. Its `repr` is still that of its dataclass, with every value."""
+
+    def __str__(self) -> str:
+        return _writers[0](self, False)
+
+    def _repr_html_(self) -> str:
+        return _writers[0](self, True)
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """Show the table in IPython, which asks this method."""
+        printer.text(str(self))
