@@ -7,6 +7,7 @@ import math
 import re
 import reprlib
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -20,10 +21,14 @@ Sharing = Literal["global", "local"]
 Init = Literal["auto", "match", "project"]
 Share = Literal["auto", "weights", "all"]
 SignSetting = Literal["auto", SignName]
+# Pairs of a pattern and its settings, which are pairs of name and value: a config can be hashed.
+ModuleSettings = tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]
 
 # More than any model has parameters.
 _LARGEST_RATIO = 10**18
 _LARGEST_FOLD = 16
+# What a module may have for itself; everything else is of the one pool.
+_OF_MODULES = ("fold", "fold_hashes", "kernel_basis")
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,8 @@ class RoastConfig:
         fold_hashes: how many combinations of the features a folded layer reads, each by as many of its outputs: a power
             of 2; at most the fold.
         learned_scales: whether folded layers learn a scale for each group of features of each hash.
+        modules: `fold`, `fold_hashes` and `kernel_basis` for the tensors and modules that a pattern names:
+            `{"*.mlp.*": {"fold": 4}}`. Of several patterns that name a tensor, the first counts.
 
     Raises:
         ConfigError: a value is of the wrong type or out of range.
@@ -78,6 +85,7 @@ class RoastConfig:
     fold: str | int = "auto"
     fold_hashes: int = 2
     learned_scales: bool = False
+    modules: ModuleSettings | Mapping[str, Mapping[str, Any]] = ()
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
@@ -97,6 +105,10 @@ class RoastConfig:
                 raise ConfigError(f"{name} must be true or false; found {getattr(self, name)!r}")
         self._check_fold()
         self.tile_shape()
+        self._check_basis()
+        object.__setattr__(self, "modules", self._module_settings())
+
+    def _check_basis(self) -> None:
         count = self.kernel_basis
         if count not in ("auto", "none") and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
             raise ConfigError(
@@ -111,6 +123,32 @@ class RoastConfig:
             raise ConfigError(f"fold must not exceed the ratio, {self.ratio:g}; found {fold}. Choose a smaller fold")
         if not _is_power_of_2(self.fold_hashes, _LARGEST_FOLD):
             raise ConfigError(f"fold_hashes must be a power of 2 up to {_LARGEST_FOLD}; found {self.fold_hashes!r}")
+
+    def _module_settings(self) -> ModuleSettings:
+        pairs = self.modules.items() if isinstance(self.modules, Mapping) else self.modules
+        try:
+            found = {pattern: dict(settings) for pattern, settings in pairs}
+        except (TypeError, ValueError):
+            raise ConfigError(
+                f"modules must be patterns with settings, such as {{'*.mlp.*': {{'fold': 4}}}}; found {self.modules!r}"
+            ) from None
+        _patterns("modules", list(found))
+        for pattern, settings in found.items():
+            for name in settings:
+                if name not in _OF_MODULES:
+                    raise ConfigError(
+                        f"modules, {pattern!r}: {name!r} cannot be set for a module{closest(str(name), _OF_MODULES)}; "
+                        f"{', '.join(_OF_MODULES)} can, exclude keeps tensors dense, and all else is of the one pool"
+                    )
+            try:
+                dataclasses.replace(self, modules=(), **settings)
+            except ConfigError as error:
+                raise ConfigError(f"modules, {pattern!r}: {error}") from None
+        return tuple((pattern, tuple(settings.items())) for pattern, settings in found.items())
+
+    def of_modules(self) -> dict[str, RoastConfig]:
+        """Return, for each pattern in `modules`, all settings of what it names."""
+        return {pattern: dataclasses.replace(self, modules=(), **dict(settings)) for pattern, settings in self.modules}
 
     def tile_shape(self) -> tuple[int, int] | None:
         """Return the tile asked for as `(rows, cols)`, or None for `auto`."""
@@ -134,7 +172,7 @@ class RoastConfig:
         """Return the settings as JSON-ready values."""
         return {
             name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
-        }
+        } | {"modules": {pattern: dict(settings) for pattern, settings in self.modules}}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "config") -> RoastConfig:

@@ -37,27 +37,33 @@ _SPAN = 64
 
 
 def with_folds(
-    eligible: Sequence[ParameterInfo], shared: Mapping[str, TensorPlan], config: RoastConfig
+    eligible: Sequence[ParameterInfo],
+    shared: Mapping[str, TensorPlan],
+    config: RoastConfig,
+    settings: Mapping[str, RoastConfig],
 ) -> tuple[dict[str, TensorPlan], tuple[FoldPlan, ...]]:
     """Return the verdicts on the shared tensors with their folds, and the folds.
 
     Args:
         eligible: the tensors that will be shared, with the uses that the torch.fx pass saw.
         shared: the verdict on each of them, by name.
-        config: the settings.
+        config: the settings of the whole conversion.
+        settings: those of each tensor, by name.
 
     Raises:
         PlanError: the settings ask for a fold that no tensor can have.
     """
     multiplied = [info for info in eligible if _only_multiplies(info, shared[info.name])]
-    sizes = _sizes([shared[info.name] for info in multiplied], config)
-    if not sizes and isinstance(config.fold, int) and config.fold > 1:
-        raise PlanError(
-            f"fold = {config.fold} fits no weight: it needs a linear layer whose inputs have a multiple of "
-            f"{config.fold} features and whose outputs are a multiple of "
-            f"{config.fold_hashes * _tile_rows(config)[-1]}. "
-            f"Choose a smaller fold, or fold='none'"
-        )
+    sizes = _sizes([shared[info.name] for info in multiplied], config, settings)
+    for own in dict.fromkeys(settings.values()):
+        folds_any = any(settings[name] == own for name in sizes)
+        if isinstance(own.fold, int) and own.fold > 1 and not folds_any:
+            raise PlanError(
+                f"fold = {own.fold} fits no weight: it needs a linear layer whose inputs have a multiple of "
+                f"{own.fold} features and whose outputs are a multiple of "
+                f"{own.fold_hashes * _tile_rows(own)[-1]}. "
+                f"Choose a smaller fold, or fold='none'"
+            )
     together: dict[tuple[str, int, int, int], list[TensorPlan]] = {}
     for name, reader in _readers([info for info in eligible if info.name in sizes]).items():
         fold, hashes = sizes[name]
@@ -66,7 +72,8 @@ def with_folds(
     folds: list[FoldPlan] = []
     num_scales = 0
     for (_, cols, fold, hashes), tensors in together.items():
-        if config.fold == "auto" and max(tensor.numel for tensor in tensors) < _LEAST_ELEMENTS:
+        is_auto = all(settings[tensor.name].fold == "auto" for tensor in tensors)
+        if is_auto and max(tensor.numel for tensor in tensors) < _LEAST_ELEMENTS:
             continue
         plan = FoldPlan(cols, fold, hashes, _SPAN, num_scales if config.learned_scales else None)
         num_scales += plan.view(0, 0).num_scales
@@ -82,17 +89,21 @@ def _tile_rows(config: RoastConfig) -> tuple[int, ...]:
     return _TILE_ROWS if asked is None else (asked[0],)
 
 
-def _sizes(tensors: Sequence[TensorPlan], config: RoastConfig) -> dict[str, tuple[int, int]]:
+def _sizes(
+    tensors: Sequence[TensorPlan], config: RoastConfig, settings: Mapping[str, RoastConfig]
+) -> dict[str, tuple[int, int]]:
     """Return the fold and the number of hashes of every tensor that is folded, by name."""
-    if config.fold == "none" or check_ratio(config.ratio) == 1:
+    if check_ratio(config.ratio) == 1:
         return {}
     choices = _tile_rows(config)
-    if config.fold == "auto":
+    if all(settings[tensor.name].fold in ("auto", "none") for tensor in tensors):
         choices = choices[:1]
     sizes: dict[str, tuple[int, int]] = {}
     numel: float = 0
     for tile_rows in choices:
-        fitting = {tensor.name: size for tensor in tensors if (size := _fold_of(tensor, config, tile_rows))}
+        fitting = {
+            tensor.name: size for tensor in tensors if (size := _fold_of(tensor, settings[tensor.name], tile_rows))
+        }
         more = sum(tensor.numel for tensor in tensors if tensor.name in fitting)
         if more > numel * (1 + _MORE):
             sizes, numel = fitting, more
@@ -101,7 +112,7 @@ def _sizes(tensors: Sequence[TensorPlan], config: RoastConfig) -> dict[str, tupl
 
 def _fold_of(tensor: TensorPlan, config: RoastConfig, tile_rows: int) -> tuple[int, int] | None:
     """Return a tensor's fold and its number of hashes, or None if it is not folded."""
-    if tensor.strips:
+    if tensor.strips or config.fold == "none":
         return None
     if config.fold != "auto":
         fold = int(config.fold)

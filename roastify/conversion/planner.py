@@ -128,14 +128,17 @@ def _most_kept(budget: Fraction, total: int) -> Fraction:
 def _make_plan(
     model: torch.nn.Module, forest: Forest, config: RoastConfig, unshareable: Mapping[str, str], everything: bool
 ) -> RoastPlan:
-    verdicts, trainable = _verdicts(model, forest, config, unshareable, everything)
+    named = _match("modules", tuple(config.of_modules()), model, forest)
+    by_pattern = config.of_modules()
+    settings = {info.name: by_pattern.get(named.get(info.name, ""), config) for info in forest.parameters}
+    verdicts, trainable = _verdicts(model, forest, config, settings, unshareable, everything)
     eligible = [info for info in forest.parameters if verdicts[info.name].shared]
     ratio = check_ratio(config.ratio)
     if not eligible:
         raise PlanError(_nothing_eligible(verdicts.values()))
     total = sum(tensor.numel for tensor in verdicts.values())
     kept = sum(tensor.numel for tensor in verdicts.values() if not tensor.shared)
-    verdicts, folds = with_folds(eligible, verdicts, config)
+    verdicts, folds = with_folds(eligible, verdicts, config, settings)
     shared = [verdicts[info.name] for info in eligible]
     least_slots = len(shared) if config.sharing == "local" else 1
     bases = sum(math.prod(tensor.basis_shape) for tensor in shared if tensor.basis_count)
@@ -177,9 +180,14 @@ def _make_plan(
 
 
 def _verdicts(
-    model: torch.nn.Module, forest: Forest, config: RoastConfig, unshareable: Mapping[str, str], everything: bool
+    model: torch.nn.Module,
+    forest: Forest,
+    config: RoastConfig,
+    settings: Mapping[str, RoastConfig],
+    unshareable: Mapping[str, str],
+    everything: bool,
 ) -> tuple[dict[str, TensorPlan], bool]:
-    """Return the verdict on every tensor, and whether the pool is trained."""
+    """Return the verdict on every tensor, and whether the pool is trained; `settings` are those of each tensor."""
     included = _match("include", config.include, model, forest)
     excluded = _match("exclude", config.exclude, model, forest)
     reasons: dict[str, str | None] = {}
@@ -207,7 +215,7 @@ def _verdicts(
             op=_op(info.uses),
             shared=reason is None,
             reason=reason or _why_shared(info),
-            **(_matrix(info, config) if reason is None else {}),
+            **(_matrix(info, settings[info.name]) if reason is None else {}),
         )
     return verdicts, trainable
 
