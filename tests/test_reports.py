@@ -202,6 +202,7 @@ def test_every_setting_is_a_keyword(net: nn.Module) -> None:
         "fold": 2,
         "fold_hashes": 1,
         "learned_scales": True,
+        "modules": {"encoder_layers": {"fold": 2}},
     }
     default = roastify.RoastConfig(ratio=2.5)
     assert values.keys() == default.to_dict().keys()
