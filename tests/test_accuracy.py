@@ -505,6 +505,7 @@ def smoke(data: Path, cache: Path, out: Path, *arguments: str) -> Result:
     return CliRunner().invoke(command.main, [*fixed, "--workers", "0", *arguments])
 
 
+@pytest.mark.long
 def test_smoke_run_chooses_trains_records_and_resumes(data: Path, cache: Path, tmp_path: Path) -> None:
     out = tmp_path / "rows.json"
     cells = ["--task", "resnet9", "--task", "imdb", "--ratio", "10"]

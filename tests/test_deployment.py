@@ -197,7 +197,7 @@ def marked(*quick: tuple[str, str]) -> list[Any]:
     return [pytest.param(*case, id="-".join(case), marks=() if case in quick else pytest.mark.long) for case in CASES]
 
 
-@pytest.mark.parametrize(("name", "setting"), marked(("tokens", "element"), ("pictures", "row")))
+@pytest.mark.parametrize(("name", "setting"), marked(("tokens", "element")))
 def test_a_program_calls_torchs_operators_alone_and_stores_the_pool_once(
     name: str, setting: str, tmp_path: Path
 ) -> None:

@@ -70,6 +70,7 @@ print(json.dumps([converting, densifying]))
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's count of resident memory")
 @pytest.mark.parametrize(("dtype", "center", "init"), [("bfloat16", 0, "match"), ("float32", 3, "project")])
+@pytest.mark.long
 def test_a_huge_table_is_converted_and_densified_without_a_copy(
     tmp_path: Path, dtype: str, center: float, init: str
 ) -> None:

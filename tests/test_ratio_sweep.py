@@ -260,6 +260,7 @@ def test_a_model_that_cannot_be_timed_fails_before_it_is_trained() -> None:
     assert not steps
 
 
+@pytest.mark.long
 def test_the_pages_example_runs_with_the_table_that_the_page_shows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -116,6 +116,7 @@ def options(**changes: Any) -> RecoverOptions:
 # What recovery improves
 
 
+@pytest.mark.long
 def test_recovery_brings_the_student_near_the_teachers_accuracy(teacher: nn.Module) -> None:
     student = converted(teacher, 12)
     before = accuracy(student)
@@ -494,6 +495,7 @@ def test_frozen_parameters_stay(teacher: nn.Module) -> None:
     assert all(bool((block.norm.weight == 2).all()) for block in student.blocks)
 
 
+@pytest.mark.long
 def test_bfloat16(teacher: nn.Module) -> None:
     student = converted(teacher)
     report = roastify.recover(student, teacher, batches(), 60, lr=5e-3, autocast=torch.bfloat16)
@@ -664,6 +666,7 @@ def test_models_and_random_numbers_are_left_as_found(teacher: nn.Module, failing
     assert np.array_equal(np.random.get_state()[1], generators[2])  # type: ignore[index]
 
 
+@pytest.mark.long
 def test_the_result_depends_on_the_seed_alone(teacher: nn.Module) -> None:
     pools = []
     for outside, seed in ((1, 0), (2, 0), (1, 1)):

@@ -801,6 +801,7 @@ def test_lightning_keeps_a_moving_average_that_is_saved(tmp_path: Path) -> None:
 # Two processes.
 
 
+@pytest.mark.long
 def test_an_optimizer_whose_state_is_split_gives_the_weights_of_one_process(two: Processes) -> None:
     for alone, together in two.run(cases.zero_redundancy):
         assert_same(together, alone)

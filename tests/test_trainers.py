@@ -99,6 +99,7 @@ def test_trainer_resumes_from_a_checkpoint(tmp_path: Path) -> None:
     assert_same(values(resumed.model), values(whole.model))
 
 
+@pytest.mark.long
 def test_trainer_loads_the_best_model_at_the_end(tmp_path: Path) -> None:
     # After the first evaluation the learning rate rises sharply, so that the best model is not the last.
     trainer = trainer_of(

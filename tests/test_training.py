@@ -284,7 +284,9 @@ def test_a_scaler_skips_the_step_that_overflows(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if name == "transformer" else ()) for name in MODELS]
+)
 def test_pure_bfloat16(name: str, device: str) -> None:
     """Readers' gradients are summed in float32 and rounded once."""
     model, dense = pair(name, torch.float32, device)

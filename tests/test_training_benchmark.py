@@ -106,6 +106,7 @@ def test_rows_of_two_processes(tmp_path: Path) -> None:
     assert (tmp_path / "images" / "training-scaling.png").is_file()
 
 
+@pytest.mark.long
 def test_a_pattern_that_matches_no_case_starts_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = ["--smoke", "--device", "cpu", "--output", str(tmp_path / "rows.json")]
     done = CliRunner().invoke(main, [*settings, "--only", "nothing"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from trust import code_audit, recoveries
 
 
@@ -17,6 +18,7 @@ def test_the_audit_sees_what_it_looks_for() -> None:
     assert events["compile"] and events["exec"]
 
 
+@pytest.mark.long
 def test_a_recovery_that_is_killed_again_and_again_loses_no_step(tmp_path: Path) -> None:
     seen = recoveries.killed_recoveries(tmp_path, 3)
     assert seen.keys() <= recoveries.FINE and seen["further on"] >= 2

@@ -16,7 +16,7 @@ from torch import Tensor
 from roastify.kernels import reference
 from roastify.kernels.gpu import tuning
 from roastify.kernels.gpu.launch import PLAIN_ARGUMENTS, Launch, dependent_launch
-from roastify.kernels.gpu.mapping import mix64, supported
+from roastify.kernels.gpu.mapping import interpreted, mix64, supported
 from roastify.kernels.gpu.tuning import cdiv, power_of_2
 from roastify.kernels.view import FoldView
 
@@ -107,7 +107,8 @@ def _unfold_kernel(
 @triton.jit(do_not_specialize=PLAIN_ARGUMENTS)
 def _scales_kernel(
     p_grad, p_x, p_parts, key, num_rows, width, span_cols, num_spans, steps, FOLD: tl.constexpr, HASHES: tl.constexpr,
-    BLOCKS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, SIDE: tl.constexpr, DEPENDENT: tl.constexpr,
+    BLOCKS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, SIDE: tl.constexpr, WIDEN: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     # The sums of products over rows and columns of a span are one small matrix product, which the matrix unit computes
     # while memory is read; sums within a program would take three times as long.
@@ -128,7 +129,7 @@ def _scales_kernel(
         p_row = p_x + (row * (FOLD * width) + col)[None, :] + (g * width)[:, None]
         grad = tl.load(p_z, mask=inside[None, :] & (g < HASHES)[:, None], other=0.0)
         x = tl.load(p_row, mask=inside[None, :] & (g < FOLD)[:, None], other=0.0)
-        if x.dtype == grad.dtype and x.dtype != tl.float32:
+        if x.dtype == grad.dtype and x.dtype != tl.float32 and not WIDEN:
             total = tl.dot(grad, tl.trans(x), total)
         else:
             total = tl.dot(grad.to(tl.float32), tl.trans(x.to(tl.float32)), total, input_precision="tf32x3")
@@ -233,6 +234,8 @@ def _scales_launch(view: FoldView, num_rows: int, device: torch.device) -> tuple
         BM=block_rows,
         BC=block_cols,
         SIDE=max(_SMALLEST_SIDE, view.fold),
+        # Triton's interpreter would multiply the integers that hold bfloat16 numbers.
+        WIDEN=interpreted(),
         num_warps=tuning.FOLD_WARPS,
         **_sizes(view),
         **dependent_launch(device),

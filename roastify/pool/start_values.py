@@ -29,10 +29,10 @@ def start_offsets(plan: RoastPlan) -> Iterator[tuple[TensorPlan, int]]:
 def start_values(plan: RoastPlan) -> Tensor:
     """Return the start values of all tensors that have some, one after the other, in float32 on the CPU."""
     parts = [_values(plan, tensor) for tensor, _ in start_offsets(plan)]
-    return torch.cat(parts) if parts else torch.empty(0)
+    return torch.cat(parts) if parts else torch.empty(0, device="cpu")
 
 
 def _values(plan: RoastPlan, tensor: TensorPlan) -> Tensor:
     key = start_key(plan.seed, tensor.region, tensor.base)
-    words = shift_right(hash64(key, torch.arange(tensor.numel)), 64 - _BITS)
+    words = shift_right(hash64(key, torch.arange(tensor.numel, device="cpu")), 64 - _BITS)
     return (((words.double() + 0.5) / (1 << (_BITS - 1)) - 1.0) * tensor.start).float()
