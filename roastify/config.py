@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from roastify import names
 from roastify.errors import ConfigError, closest
@@ -125,7 +125,7 @@ class RoastConfig:
             raise ConfigError(f"fold_hashes must be a power of 2 up to {_LARGEST_FOLD}; found {self.fold_hashes!r}")
 
     def _module_settings(self) -> ModuleSettings:
-        pairs = self.modules.items() if isinstance(self.modules, Mapping) else self.modules
+        pairs: Any = self.modules.items() if isinstance(self.modules, Mapping) else self.modules
         try:
             found = {pattern: dict(settings) for pattern, settings in pairs}
         except (TypeError, ValueError):
@@ -148,7 +148,8 @@ class RoastConfig:
 
     def of_modules(self) -> dict[str, RoastConfig]:
         """Return, for each pattern in `modules`, all settings of what it names."""
-        return {pattern: dataclasses.replace(self, modules=(), **dict(settings)) for pattern, settings in self.modules}
+        pairs = cast(ModuleSettings, self.modules)
+        return {pattern: dataclasses.replace(self, modules=(), **dict(settings)) for pattern, settings in pairs}
 
     def tile_shape(self) -> tuple[int, int] | None:
         """Return the tile asked for as `(rows, cols)`, or None for `auto`."""
@@ -172,7 +173,7 @@ class RoastConfig:
         """Return the settings as JSON-ready values."""
         return {
             name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(self).items()
-        } | {"modules": {pattern: dict(settings) for pattern, settings in self.modules}}
+        } | {"modules": {pattern: dict(settings) for pattern, settings in cast(ModuleSettings, self.modules)}}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str = "config") -> RoastConfig:
