@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-import runpy
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import click.testing
 import pytest
-import setuptools
 from packaging.requirements import Requirement
 
 import roastify
@@ -34,19 +32,6 @@ def test_links_of_pages_lead_to_files(page: Path) -> None:
     for link in LINK.findall(page.read_text()):
         if not link.startswith(("http://", "https://", "#")):
             assert (page.parent / link.partition("#")[0]).exists(), f"{page.name} links to {link}"
-
-
-def test_links_of_the_page_on_the_index_lead_to_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The index shows README.md alone, so that a link to a file beside it would lead nowhere."""
-    given: dict[str, Any] = {}
-    monkeypatch.setattr(setuptools, "setup", given.update)
-    runpy.run_path(str(ROOT / "setup.py"))
-    links = LINK.findall(given["long_description"])
-    assert len(links) > 10 and all(link.startswith(("https://", "#")) for link in links)
-    blob = f"{PROJECT['urls']['Repository']}/blob/main/"
-    relative = [link.removeprefix(blob) for link in links if link.startswith(blob)]
-    assert "docs/recovery.md" in relative
-    assert given["long_description"].replace(blob, "") == (ROOT / "README.md").read_text()
 
 
 def test_addresses_of_the_project_are_one_repository() -> None:
