@@ -11,6 +11,7 @@ from typing import Any
 
 import distributed_cases as cases
 import pytest
+import sharded_cases
 import torch
 from processes import Processes, assert_same
 from torch import Tensor
@@ -174,6 +175,13 @@ def test_values_of_another_model_are_refused(tmp_path: Path, change: Any, messag
     with pytest.raises(CheckpointError, match=message):
         roastify.save(model, tmp_path / "a", state_dict=values)
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adagrad"])
+@pytest.mark.parametrize("unique", [True, False], ids=["unique", "all"])
+def test_the_benchmarks_sharded_table_trains_as_a_whole_one(two: Processes, unique: bool, optimizer: str) -> None:
+    for found, expected in two.run(sharded_cases.trained, unique, optimizer):
+        torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-5)
 
 
 @pytest.mark.long

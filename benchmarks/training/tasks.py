@@ -250,6 +250,13 @@ DISTRIBUTED_TASKS = {
         "4 sequences of 1,024 words",
         blocks="model.layers",
     ),
+    "llama-4096": Task(
+        _transformer("LlamaForCausalLM", use_cache=False, **llama(4096, 11008, 8, 32, 32)),
+        _next_words(32000, 4, 2048),
+        4,
+        "4 sequences of 2,048 words",
+        blocks="model.layers",
+    ),
 }
 # The same code in seconds, on a CPU as well.
 _SMALL_BERT = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
