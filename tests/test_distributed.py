@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import checkpoint_cases
 import distributed_cases as cases
 import pytest
 import sharded_cases
@@ -121,6 +122,56 @@ def test_checkpoints_resume_and_load_into_one_process(two: Processes, tmp_path: 
     without_break, resumed, expected, found = two.run(cases.resume, str(tmp_path / "checkpoint"), wrapped)[0]
     assert_same(resumed, without_break, atol=0.0)
     torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-6)
+
+
+def same_as_without_break(found: tuple[list[float], dict[str, Tensor]]) -> None:
+    (losses, weights), (expected, expected_weights) = found, checkpoint_cases.without_break()
+    assert losses == pytest.approx(expected[-len(losses) :], abs=1e-6)
+    assert_same(weights, expected_weights)
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [
+        (("ddp", 2), ("ddp", 1)),
+        (("fsdp", 2), ("fsdp", 1)),
+        (("ddp", 1), ("ddp", 2)),
+        (("fsdp", 1), ("fsdp", 2)),
+        (("ddp", 2), ("fsdp", 2)),
+    ],
+    ids=lambda side: "-".join(map(str, side)),
+)
+def test_checkpoints_resume_on_another_number_of_processes(
+    two: Processes, tmp_path: Path, saved: tuple[str, int], loaded: tuple[str, int]
+) -> None:
+    same_as_without_break(two.run(checkpoint_cases.resumed_elsewhere, str(tmp_path / "c"), saved, loaded)[0])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("wrapped", ["ddp", "fsdp"])
+def test_checkpoints_of_two_processes_resume_on_four(tmp_path: Path, wrapped: str) -> None:
+    four = Processes(tmp_path, 4)
+    found = four.run(checkpoint_cases.resumed_elsewhere, str(tmp_path / "c"), (wrapped, 2), (wrapped, 4))
+    four.end()
+    same_as_without_break(found[0])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("wrapped", ["ddp", "fsdp"])
+def test_a_run_that_is_killed_while_it_saves_resumes_from_the_save_before(
+    two: Processes, tmp_path: Path, wrapped: str
+) -> None:
+    folder, meeting = tmp_path / "checkpoints", tmp_path / "meeting"
+    folder.mkdir()
+    meeting.mkdir()
+    others = Processes(meeting)
+    others.killed(checkpoint_cases.trained_until_killed, str(folder), wrapped)
+    others.end()
+    # The values of the third step are there, what makes a checkpoint of them is not.
+    assert list((folder / "3").glob("*.distcp")) and not (folder / "3" / ".metadata").exists()
+    name, losses, weights = two.run(checkpoint_cases.resumed_after_the_kill, str(folder), wrapped)[0]
+    assert name == "2" and len(losses) == STEPS - 2
+    same_as_without_break((losses, weights))
 
 
 @pytest.mark.parametrize(
