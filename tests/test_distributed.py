@@ -11,6 +11,7 @@ from typing import Any
 
 import checkpoint_cases
 import distributed_cases as cases
+import parallel_cases
 import pytest
 import sharded_cases
 import torch
@@ -226,6 +227,53 @@ def test_values_of_another_model_are_refused(tmp_path: Path, change: Any, messag
     with pytest.raises(CheckpointError, match=message):
         roastify.save(model, tmp_path / "a", state_dict=values)
     assert not (tmp_path / "a").exists()
+
+
+def test_zero1(two: Processes) -> None:
+    found = two.run(parallel_cases.zero1)
+    for alone, together, _ in found:
+        assert_same(together, alone)
+        assert moved(together)
+    # The pool is one Parameter, so one process has its whole state.
+    small, large = sorted(size for *_, size in found)
+    assert 0 < small < large / 4
+
+
+@pytest.mark.parametrize("schedule", ["ScheduleGPipe", "Schedule1F1B"])
+def test_a_pipeline_of_stages_that_are_converted_each(two: Processes, schedule: str) -> None:
+    for alone, together in two.run(parallel_cases.pipeline_of_converted_stages, schedule):
+        assert_same(together, alone)
+
+
+def test_a_converted_model_is_not_cut_into_stages(two: Processes) -> None:
+    for message in two.run(parallel_cases.pipeline_of_a_converted_model):
+        assert "pipeline() was given a converted model" in message and "convert each stage by itself" in message
+
+
+def test_tensor_parallel_of_layers_that_stay_dense(two: Processes) -> None:
+    for alone, together in two.run(parallel_cases.tensor_parallel_of_dense_layers):
+        # Products are summed in parts, and AdamW's steps of 1e-2 make more of the difference than elsewhere.
+        assert_same(together, alone, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("tensor parallel", "cannot be replaced or split for this layer alone, as tensor parallelism does"),
+        ("a table by rows", "cannot be replaced or split for this layer alone, as tensor parallelism does"),
+        ("sequence parallel", "got a DTensor of placements .* it takes plain tensors"),
+        ("distributed input", "got a DTensor of placements .* it takes plain tensors"),
+        ("replicated", "wrap the model in DistributedDataParallel instead"),
+    ],
+)
+def test_what_splits_a_layer_on_the_pool_is_refused(two: Processes, name: str, message: str) -> None:
+    for found in two.run(parallel_cases.refusal, name):
+        assert re.search(message, found), found
+
+
+def test_context_parallel(two: Processes) -> None:
+    for alone, together in two.run(parallel_cases.context_parallel):
+        assert_same(together, alone)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adagrad"])
