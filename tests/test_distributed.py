@@ -24,6 +24,7 @@ from roastify.source import load_source
 
 STEPS = cases.STEPS
 EXAMPLE = Path(__file__).parents[1] / "examples" / "distributed.py"
+PAGE = Path(__file__).parents[1] / "docs" / "distributed.md"
 
 
 def moved(values: dict[str, Tensor], name: str = "net") -> bool:
@@ -281,6 +282,12 @@ def test_context_parallel(two: Processes) -> None:
 def test_the_benchmarks_sharded_table_trains_as_a_whole_one(two: Processes, unique: bool, optimizer: str) -> None:
     for found, expected in two.run(sharded_cases.trained, unique, optimizer):
         torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-5)
+
+
+def test_the_tests_that_the_page_names_exist() -> None:
+    lines = [line for line in PAGE.read_text().splitlines() if line.startswith("| ") and "`test_" in line]
+    named = [name for line in lines for name in re.findall(r"`(test_\w+)`", line)]
+    assert len(named) == len(lines) > 15 and not [name for name in named if name not in globals()]
 
 
 @pytest.mark.long
