@@ -44,52 +44,63 @@ def zero1() -> tuple[Values, Values, int]:
 
 
 class Stage(nn.Module):
-    """Half of a model of words."""
+    """A part of a model of words; the first one has the table, and the last one the head."""
 
-    def __init__(self, first: bool) -> None:
+    def __init__(self, first: bool, last: bool) -> None:
         super().__init__()
-        self.first = first
         self.words = nn.Embedding(cases.WORDS, cases.WIDTH) if first else None
         self.block = cases.Block()
-        self.head = None if first else nn.Linear(cases.WIDTH, cases.WORDS, bias=False)
+        self.head = nn.Linear(cases.WIDTH, cases.WORDS, bias=False) if last else None
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.block(self.words(x) if self.words is not None else x)
         return x if self.head is None else self.head(x)
 
 
-def _stages() -> list[nn.Module]:
+def _stages(count: int) -> list[nn.Module]:
     torch.manual_seed(0)
-    return [roastify.convert(Stage(first), 2, inplace=True) for first in (True, False)]
+    return [roastify.convert(Stage(index == 0, index == count - 1), 2, inplace=True) for index in range(count)]
 
 
 def _loss(logits: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), target.flatten())
 
 
-def pipeline_of_converted_stages(schedule: str) -> tuple[Values, Values]:
-    """Return this process's stage after training in one process, and after training in a pipeline of two."""
-    stages = _stages()
-    optimizer = torch.optim.AdamW([each for stage in stages for each in stage.parameters()], lr=1e-2)
+def pipeline_of_converted_stages(schedule: str, count: int) -> tuple[Values, Values]:
+    """Return this process's stages after training in one process, and after training in a pipeline.
+
+    Args:
+        schedule: the name of one in torch.distributed.pipelining.
+        count: how many stages; if there are more than processes, each process has several.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    mine = list(range(rank, count, world))
+    alone, split = _stages(count), _stages(count)
+    optimizers = [
+        torch.optim.AdamW([each for stage in stages for each in stage.parameters()], lr=1e-2)
+        for stages in (alone, [split[index] for index in mine])
+    ]
+    device = torch.device("cpu")
+    stages = [pipelining.PipelineStage(split[index], index, count, device) for index in mine]
+    runner = getattr(pipelining, schedule)(stages if count > world else stages[0], 4, loss_fn=_loss)
     for step in range(cases.STEPS):
         words = torch.cat(cases.batches(step))
-        optimizer.zero_grad()
-        _loss(stages[1](stages[0](words)), words.roll(1, 1)).backward()
-        optimizer.step()
-    rank = dist.get_rank()
-    own = _stages()[rank]
-    stage = pipelining.PipelineStage(own, rank, 2, torch.device("cpu"))
-    runner = getattr(pipelining, schedule)(stage, 4, loss_fn=_loss)
-    optimizer = torch.optim.AdamW(own.parameters(), lr=1e-2)
-    for step in range(cases.STEPS):
-        words = torch.cat(cases.batches(step))
-        optimizer.zero_grad()
-        if rank == 0:
-            runner.step(words)
-        else:
-            runner.step(target=words.roll(1, 1))
-        optimizer.step()
-    return stages[rank].state_dict(), own.state_dict()
+        target = words.roll(1, 1)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        x = words
+        for stage in alone:
+            x = stage(x)
+        _loss(x, target).backward()
+        runner.step(*([words] if rank == 0 else []), **({"target": target} if count - 1 in mine else {}))
+        for optimizer in optimizers:
+            optimizer.step()
+
+    def values(stages: list[nn.Module]) -> Values:
+        named = {index: stages[index].state_dict() for index in mine}
+        return {f"{index}.{name}": value for index in mine for name, value in named[index].items()}
+
+    return values(alone), values(split)
 
 
 def pipeline_of_a_converted_model() -> str:

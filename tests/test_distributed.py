@@ -135,11 +135,11 @@ def same_as_without_break(found: tuple[list[float], dict[str, Tensor]]) -> None:
 @pytest.mark.parametrize(
     ("saved", "loaded"),
     [
-        (("ddp", 2), ("ddp", 1)),
         (("fsdp", 2), ("fsdp", 1)),
         (("ddp", 1), ("ddp", 2)),
-        (("fsdp", 1), ("fsdp", 2)),
-        (("ddp", 2), ("fsdp", 2)),
+        pytest.param(("ddp", 2), ("ddp", 1), marks=pytest.mark.long),
+        pytest.param(("fsdp", 1), ("fsdp", 2), marks=pytest.mark.long),
+        pytest.param(("ddp", 2), ("fsdp", 2), marks=pytest.mark.long),
     ],
     ids=lambda side: "-".join(map(str, side)),
 )
@@ -240,9 +240,16 @@ def test_zero1(two: Processes) -> None:
     assert 0 < small < large / 4
 
 
-@pytest.mark.parametrize("schedule", ["ScheduleGPipe", "Schedule1F1B"])
-def test_a_pipeline_of_stages_that_are_converted_each(two: Processes, schedule: str) -> None:
-    for alone, together in two.run(parallel_cases.pipeline_of_converted_stages, schedule):
+@pytest.mark.parametrize(
+    ("schedule", "stages"),
+    [
+        ("Schedule1F1B", 2),
+        pytest.param("ScheduleGPipe", 2, marks=pytest.mark.long),
+        pytest.param("ScheduleInterleavedZeroBubble", 4, marks=pytest.mark.long),
+    ],
+)
+def test_a_pipeline_of_stages_that_are_converted_each(two: Processes, schedule: str, stages: int) -> None:
+    for alone, together in two.run(parallel_cases.pipeline_of_converted_stages, schedule, stages):
         assert_same(together, alone)
 
 
