@@ -270,7 +270,13 @@ class _Measurement:
             return
         row: Row = {"case": case, "gpus": self.several.world, "batch": count, "tables": side.tables}
         row |= {"optimizer": side.optimizer, "mode": side.mode, "unique": side.unique}
-        row |= {"rows": self.sizes.rows, "width": self.sizes.width, "fields": FIELDS, "power": self.sizes.power}
+        row |= {
+            "ratio": self.sizes.ratio,
+            "rows": self.sizes.rows,
+            "width": self.sizes.width,
+            "fields": FIELDS,
+            "power": self.sizes.power,
+        }
         made = {"machine": clocks.machine(device)}
         failed = [other for other in everyone if "failure" in other]
         if failed:
