@@ -75,11 +75,11 @@ wheel: $(READY)  ## Build the package in dist/, and convert with its wheel in a 
 bench: $(READY)  ## Measure against the dense layers on this machine and write benchmarks/results/
 	$(BIN)/python -m benchmarks.cpu
 
-bench-gpu: $(READY)  ## Measure the operators on this machine's GPU and write docs/performance.md
+bench-gpu: $(READY)  ## Measure the operators on this machine's GPU and write docs/performance.md and its tables
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.page
 
-accuracy: $(READY)  ## Train every method on this machine's GPUs, on the data in DATA=folder, and write docs/accuracy.md
+accuracy: $(READY)  ## Train every method on this machine's GPUs, on the data in DATA=folder, and write docs/accuracy.md and its tables
 	$(BIN)/python -m benchmarks.accuracy --data $(DATA) --group main --group grid --group text
 	$(BIN)/python -m benchmarks.accuracy.language.tokens --data $(DATA)
 	$(BIN)/python -m benchmarks.accuracy.language

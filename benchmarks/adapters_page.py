@@ -15,8 +15,6 @@ DOCUMENT = Path(__file__).parents[1] / "docs" / "adapters.md"
 BEGIN = "<!-- results: written by `python -m benchmarks.adapters_page` -->"
 # What the others are compared with.
 WHOLE = METHODS[0]
-# A difference of a larger p is none.
-_UNCLEAR = 0.05
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -43,9 +41,7 @@ def markdown(result: dict[str, Any]) -> str:
             ]
         )
         if difference is not None and not math.isnan(difference.p):
-            unclear = difference.p > _UNCLEAR
-            what = "not to be told apart from" if unclear else "above" if difference.mean > 0 else "below"
-            verdicts.append(f"- {name} is {what} LoRA of rank {WHOLE.rank}.")
+            verdicts.append(f"- {name} is {difference.place} LoRA of rank {WHOLE.rank}.")
     first = rows[0]
     about = (
         f"Test accuracy in %, mean ± standard error over {len(SEEDS)} seeds, from [the raw rows](../benchmarks/results/"

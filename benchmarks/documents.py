@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,25 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Return the lines of a table."""
     lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
     return [lines[0], "|" + "---|" * len(head), *lines[1:]]
+
+
+def named_once(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Return a table's rows with the first cell left empty where it is the last row's."""
+    firsts = ["", *(row[0] for row in rows)]
+    return [["" if row[0] == last else row[0], *row[1:]] for row, last in zip(rows, firsts, strict=False)]
+
+
+def paragraph(text: str, bullet: str = "") -> str:
+    """Return a paragraph, or a list's item with its bullet, in lines as long as the pages' others."""
+    later = " " * len(bullet)
+    return textwrap.fill(
+        bullet + " ".join(text.split()), 120, subsequent_indent=later, break_long_words=False, break_on_hyphens=False
+    )
+
+
+def listed(items: Sequence[str], last: str = "and") -> str:
+    """Return items as a sentence has them: a, b and c."""
+    return f" {last} ".join([", ".join(items[:-1]), items[-1]] if len(items) > 1 else items)
 
 
 def measured_on(machine: Mapping[str, Any]) -> str:

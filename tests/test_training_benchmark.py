@@ -78,7 +78,7 @@ def test_rows_of_one_device_and_their_page(tmp_path: Path) -> None:
     assert "| 123.000 |" in text and "≥ 3.8 met" in text and "Several GPUs" not in text
     assert "≤ 1.15" in text
     # Memory is not measured on a CPU, so there is no plot of it.
-    assert [path.name for path in (tmp_path / "images").iterdir()] == ["training-time.png"]
+    assert [path.name for path in (tmp_path / "images").iterdir()] == ["training-time.svg"]
 
 
 @pytest.mark.long
@@ -103,7 +103,7 @@ def test_rows_of_two_processes(tmp_path: Path) -> None:
     assert converted["calls"] == {"all-gather": 1, "reduce-scatter": 1}
     text = write_page(output, tmp_path / "page.md")
     assert "÷ 4.0" in text and "One GPU" not in text
-    assert (tmp_path / "images" / "training-scaling.png").is_file()
+    assert (tmp_path / "images" / "training-scaling.svg").is_file()
 
 
 @pytest.mark.long

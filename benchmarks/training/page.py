@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from benchmarks.documents import measured_on
-from benchmarks.page import Column, number, table
+from benchmarks.performance_tables_page import Column, number, table
 from benchmarks.rows import FOLDER, Row, load, write
 from benchmarks.training import plots
 from benchmarks.training.distributed import DENSE, KINDS, TOLERANCE
@@ -177,7 +177,7 @@ def markdown(rows: Sequence[Row]) -> str:
     single, several = single_rows(rows), several_rows(rows)
     drawn = [name for name in ("memory", "time", "scaling") if has_plot(name, single, several)]
     pictures = {
-        name: [f"![{title}]({IMAGES}/training-{name}.png)", ""] if name in drawn else []
+        name: [f"![{title}]({IMAGES}/training-{name}.svg)", ""] if name in drawn else []
         for name, title in TITLES.items()
     }
     lines = ["# What training costs", ""]

@@ -10,15 +10,15 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.plots import COLOURS, bars, line_at_one, save
+from benchmarks.plots import BLACK, BLUE, GREEN, ORANGE, SKY, WIDTH, YELLOW, bars, line_at_one, save
 from benchmarks.rows import Row
 
 # From the axis outwards; their sum is the peak.
 PARTS = {
-    "parameters": COLOURS[0],
-    "buffers": COLOURS[5],
-    "gradients": COLOURS[2],
-    "optimizer": COLOURS[4],
+    "parameters": BLUE,
+    "buffers": SKY,
+    "gradients": GREEN,
+    "optimizer": YELLOW,
     "rest": "#bbbbbb",
 }
 NAMES = {"optimizer": "optimizer state", "rest": "activations and the rest"}
@@ -48,7 +48,7 @@ def memory(rows: Sequence[Row]) -> Figure | None:
     }
     heights = [len(found) for found in bars.values()]
     figure, grid = plt.subplots(
-        len(tasks), 1, figsize=(9, 0.5 * sum(heights) + 1.8), squeeze=False, height_ratios=heights
+        len(tasks), 1, figsize=(WIDTH, 0.5 * sum(heights) + 1.8), squeeze=False, height_ratios=heights
     )
     for axes, (task, found) in zip(grid[:, 0], bars.items(), strict=True):
         _stack(axes, [name for name, _ in found], [held for _, held in found])
@@ -72,7 +72,7 @@ def time(rows: Sequence[Row]) -> Figure | None:
     """Converted step time over dense step time, with the aims."""
     if not rows:
         return None
-    figure, axes = plt.subplots(figsize=(9, 0.34 * len(rows) + 1.6))
+    figure, axes = plt.subplots(figsize=(WIDTH, 0.34 * len(rows) + 1.6))
     values = [row["step_ratio"] for row in rows]
     names = [f"{row['task']}, {row['mode']}, ratio {row['ratio']}" for row in rows]
     bars(axes, names, values, [value <= 1 for value in values])
@@ -94,9 +94,9 @@ def scaling(rows: Sequence[Row]) -> Figure | None:
     rows = [row for row in rows if row["gpus"] == most]
     groups = list(dict.fromkeys((row["task"], row["kind"]) for row in rows))
     sides = list(dict.fromkeys(row["side"] for row in rows))
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4))
+    figure, panels = plt.subplots(1, 2, figsize=(WIDTH, 3.6))
     width = 0.8 / len(sides)
-    for index, (side, colour) in enumerate(zip(sides, ["#000000", *COLOURS], strict=False)):
+    for index, (side, colour) in enumerate(zip(sides, [BLACK, BLUE, ORANGE], strict=False)):
         for axes, value in zip(panels, ("efficiency", "gradient_mb"), strict=True):
             found = {
                 groups.index((row["task"], row["kind"])): row[value]
@@ -118,4 +118,4 @@ def scaling(rows: Sequence[Row]) -> Figure | None:
 def draw(single: Sequence[Row], several: Sequence[Row], folder: Path) -> list[Path]:
     """Draw what there are rows for; return the files written."""
     figures = {"memory": partial(memory, single), "time": partial(time, single), "scaling": partial(scaling, several)}
-    return list(save({f"training-{name}": figure for name, figure in figures.items()}, folder).values())
+    return save({f"training-{name}": figure for name, figure in figures.items()}, folder)
