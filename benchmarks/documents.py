@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,9 +26,10 @@ def named_once(rows: Sequence[Sequence[str]]) -> list[list[str]]:
 def paragraph(text: str, bullet: str = "") -> str:
     """Return a paragraph, or a list's item with its bullet, in lines as long as the pages' others."""
     later = " " * len(bullet)
-    return textwrap.fill(
-        bullet + " ".join(text.split()), 120, subsequent_indent=later, break_long_words=False, break_on_hyphens=False
-    )
+    # Code and the words of a link stay on one line.
+    kept = re.sub(r"`[^`]+`|\[[^]]+\]", lambda found: found[0].replace(" ", "\0"), " ".join(text.split()))
+    lines = textwrap.fill(bullet + kept, 120, subsequent_indent=later, break_long_words=False, break_on_hyphens=False)
+    return lines.replace("\0", " ")
 
 
 def listed(items: Sequence[str], last: str = "and") -> str:
