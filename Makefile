@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 LOWEST := .venv-lowest/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long test-gpu test-vision test-lowest trust zoo map check docs wheel bench bench-gpu accuracy clean
+.PHONY: help setup demo test test-long test-gpu test-vision test-lowest trust zoo map check docs wheel bench bench-gpu accuracy pages clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -84,6 +84,10 @@ accuracy: $(READY)  ## Train every method on this machine's GPUs, on the data in
 	$(BIN)/python -m benchmarks.accuracy.language.tokens --data $(DATA)
 	$(BIN)/python -m benchmarks.accuracy.language
 	$(BIN)/python -m benchmarks.accuracy.page
+
+pages: $(READY)  ## Write every page of results, its tables and plots from the committed rows
+	for page in accuracy.page page training.page folding_page adapters_page recovery_page signs_page; do \
+		$(BIN)/python -m benchmarks.$$page || exit 1; done
 
 clean:  ## Remove the environment and everything built
 	rm -rf $(VENV) .venv-lowest build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -10,7 +10,7 @@ from typing import Any
 import click
 import pytest
 
-from benchmarks import adapters, adapters_page, documents, plots, recovery_page, rows, signs_page, stats
+from benchmarks import adapters, adapters_page, documents, folding_page, plots, recovery_page, rows, signs_page, stats
 
 
 def test_statistics_are_the_textbooks() -> None:
@@ -177,6 +177,18 @@ def test_the_page_of_recovery_is_the_committed_results() -> None:
     text = recovery_page.DOCUMENT.read_text()
     results = recovery_page.markdown(rows.load(recovery_page.RESULTS))
     assert documents.insert(text, recovery_page.BEGIN, results) == text
+
+
+def test_the_page_of_folds_is_the_committed_results() -> None:
+    text = folding_page.DOCUMENT.read_text()
+    assert folding_page.markdown(text, *folding_page.results()) == text
+
+
+def test_the_page_of_folds_leaves_out_what_is_not_measured() -> None:
+    assert folding_page.accuracy([]) == "" and "training step" not in folding_page.speed([], [], [])
+    step = {"mode": "graphed", "task": "a", "ratio": 10, "step_ratio": 0.5, "machine": {"date": "2026-12-01"}}
+    before = step | {"step_ratio": 0.9, "machine": {"date": "2026-11-01"}}
+    assert "as a CUDA graph, ÷ the dense one's: a 0.50." in folding_page.speed([], [step, before], [])
 
 
 def test_page_of_adapters_is_the_committed_results() -> None:

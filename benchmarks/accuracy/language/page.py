@@ -24,6 +24,7 @@ DIFFERENCES = """
 Nats a token by which the best of roastify has a lower loss than the others (below 0: a higher one, so the other
 wins):
 """
+FOLDS = "[folding.md](folding.md#what-it-does-to-accuracy) compares numbers of hashes, learned scales and no folds."
 
 
 def is_ours(method: str) -> bool:
@@ -77,7 +78,7 @@ def markdown(rows: Sequence[Row]) -> list[str]:
     best = [_best(table, ratio) for table, ratio in columns]
     cells = [[METHODS[name].title, *(_cell(*column, name) for column in columns)] for name in methods]
     lines += [paragraph(DIFFERENCES), "", *table_lines(["", *head], [["**best of roastify**", *best], *cells]), ""]
-    return [*lines, *conclusions(found), ""]
+    return [*lines, *costs(found), FOLDS.strip(), ""]
 
 
 def _best(table: Table, ratio: float) -> str:
@@ -94,24 +95,16 @@ def _cell(table: Table, ratio: float, method: str) -> str:
     return "the best" if best is not None and best[0] == method else cell(ahead(table, ratio, method))
 
 
-def conclusions(found: Sequence[Table]) -> Iterator[str]:
-    """Yield what the rows say, a line for each conclusion: of folds, of learned scales, of cost."""
-    usual = found[0]
-    for method, other, what in (
-        ("folded", "global", "Folds lower the loss of the same pool without by"),
-        ("scaled", "folded", "Learned scales lower the loss of plain folds by"),
-    ):
-        differences = {ratio: usual.difference(ratio, other, method) for ratio in usual.ratios()}
-        parts = [f"{cell(each)} at ratio {ratio:g}" for ratio, each in differences.items() if each]
-        if parts:
-            yield paragraph(f"{what} {listed(parts)} nats.", "- ")
+def costs(found: Sequence[Table]) -> Iterator[str]:
+    """Yield what the best of ours and of the rivals cost, a line for each width."""
     for table in found:
-        costs = [_cost(table, "dense", 1.0)]
+        told = [_cost(table, "dense", 1.0)]
         for ratio in table.ratios():
             best = [table.best(ratio, wanted) for wanted in (is_ours, is_rival)]
-            costs += [f"at ratio {ratio:g} {listed([_cost(table, each[0], ratio) for each in best if each])}"]
-        width = "" if table is usual else f", {table.width} wide"
-        yield paragraph(f"Multiply-adds a token and time of a step{width}: {'; '.join(costs)}.", "- ")
+            told += [f"at ratio {ratio:g} {listed([_cost(table, each[0], ratio) for each in best if each])}"]
+        width = "" if table is found[0] else f", {table.width} wide"
+        yield paragraph(f"Multiply-adds a token and time of a step{width}: {'; '.join(told)}.")
+        yield ""
 
 
 def _cost(table: Table, method: str, ratio: float) -> str:
