@@ -192,7 +192,9 @@ def test_the_page_of_folds_leaves_out_what_is_not_measured() -> None:
 
 
 def test_page_of_adapters_is_the_committed_results() -> None:
-    assert adapters_page.markdown(rows.load(adapters.RESULTS)) in adapters_page.DOCUMENT.read_text()
+    result, text = rows.load(adapters.RESULTS), adapters_page.DOCUMENT.read_text()
+    assert documents.insert(text, adapters_page.BEGIN, adapters_page.conclusions(result)) == text
+    assert adapters_page.markdown(result) == (adapters_page.DOCUMENT.parent / adapters_page.TABLES).read_text()
 
 
 def test_rates_of_adapters_grow_while_the_best_is_at_an_end() -> None:
