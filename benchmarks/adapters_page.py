@@ -62,8 +62,8 @@ def conclusions(result: dict[str, Any]) -> str:
     about = (
         f"Trained with {len(SEEDS)} seeds on {rows[0]['train']:,} reviews; the learning rate of each method is the "
         f"best of a grid on held-out reviews. LoRA of rank {WHOLE.rank} trains {whole[0]['stored']:,} parameters, the "
-        f"head's among them, and reaches {mean_text(tests(whole).values())} %. [The table]({TABLES}) has all means, sizes and "
-        f"rates."
+        f"head's among them, and reaches {mean_text(tests(whole).values())} %. [The table]({TABLES}) has all means, "
+        f"sizes and rates."
     )
     lines = [f"![Test accuracy against trained parameters](images/{PICTURE}.svg)", "", paragraph(about), ""]
     for name, (method, side) in sides.items():

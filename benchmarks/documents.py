@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 END = "<!-- end -->"
@@ -35,6 +35,12 @@ def paragraph(text: str, bullet: str = "") -> str:
 def listed(items: Sequence[str], last: str = "and") -> str:
     """Return items as a sentence has them: a, b and c."""
     return f" {last} ".join([", ".join(items[:-1]), items[-1]] if len(items) > 1 else items)
+
+
+def span(values: Iterable[float], digits: int = 2) -> str:
+    """Return the lowest and the highest of some numbers."""
+    found = sorted(values)
+    return "–".join(dict.fromkeys(f"{value:.{digits}f}" for value in (found[0], found[-1])))
 
 
 def measured_on(machine: Mapping[str, Any]) -> str:

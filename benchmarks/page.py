@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from benchmarks import cpu, documents, performance_plots
-from benchmarks.documents import listed, paragraph
+from benchmarks.documents import listed, paragraph, span
 from benchmarks.performance_plots import is_usual
 from benchmarks.performance_tables_page import (
     KERNELS,
@@ -61,12 +61,6 @@ also write the weight out and reduce its gradient into the pool. Where a pool is
 beside HashedNet are, the product saves no arithmetic. What was tried without gain is in
 [the tables]({tables}#method).
 """
-
-
-def span(values: Iterable[float], digits: int = 2) -> str:
-    """Return the lowest and the highest of some numbers."""
-    found = sorted(values)
-    return "–".join(dict.fromkeys(f"{value:.{digits}f}" for value in (found[0], found[-1])))
 
 
 def groups(rows: Iterable[Row]) -> dict[str, list[Row]]:

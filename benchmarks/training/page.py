@@ -41,7 +41,7 @@ eager, so efficiencies move with the host by a fifth from run to run.{before}
 """
 
 
-def span(rows: Sequence[Row]) -> str:
+def extremes(rows: Sequence[Row]) -> str:
     """Return the fastest and the slowest of some cases, with their names."""
     ends = sorted(rows, key=lambda row: row["step_ratio"])
     named = [f"{row['step_ratio']:.2f} ({row['task']}, ratio {row['ratio']:g})" for row in (ends[0], ends[-1])]
@@ -56,7 +56,8 @@ def times(rows: Sequence[Row]) -> Iterator[str]:
             if found:
                 faster = sum(row["step_ratio"] < 1 for row in found)
                 yield paragraph(
-                    f"{title[0].upper()}{title[1:]}{when}: {span(found)}; {faster} of {len(found)} faster than dense.",
+                    f"{title[0].upper()}{title[1:]}{when}: {extremes(found)}; {faster} of {len(found)} faster than "
+                    f"dense.",
                     "- ",
                 )
 

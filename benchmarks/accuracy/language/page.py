@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 from benchmarks.accuracy.language.methods import METHODS
 from benchmarks.accuracy.language.picture import NAME
 from benchmarks.accuracy.language.runs import DENSE, RECIPE
 from benchmarks.accuracy.language.table import Row, Table
-from benchmarks.documents import listed, paragraph
+from benchmarks.documents import listed, paragraph, span
 from benchmarks.documents import table as table_lines
-from benchmarks.stats import Difference, p_text
+from benchmarks.stats import Difference
 
 TITLE = "Language model"
 ABOUT = """
@@ -24,6 +23,7 @@ DIFFERENCES = """
 Nats a token by which the best of roastify has a lower loss than the others (below 0: a higher one, so the other
 wins):
 """
+COSTS = "Multiply-adds a token, and time of a training step:"
 FOLDS = "[folding.md](folding.md#what-it-does-to-accuracy) compares numbers of hashes, learned scales and no folds."
 
 
@@ -78,7 +78,13 @@ def markdown(rows: Sequence[Row]) -> list[str]:
     best = [_best(table, ratio) for table, ratio in columns]
     cells = [[METHODS[name].title, *(_cell(*column, name) for column in columns)] for name in methods]
     lines += [paragraph(DIFFERENCES), "", *table_lines(["", *head], [["**best of roastify**", *best], *cells]), ""]
-    return [*lines, *costs(found), FOLDS.strip(), ""]
+    lines += [COSTS.strip(), ""]
+    sides = {"dense": "dense".__eq__, "best of roastify": is_ours, "best rival": is_rival}
+    cells = [
+        [name, *(_cost(table, 1.0 if name == "dense" else ratio, wanted) for table, ratio in columns)]
+        for name, wanted in sides.items()
+    ]
+    return [*lines, *table_lines(["", *head], cells), "", FOLDS, ""]
 
 
 def _best(table: Table, ratio: float) -> str:
@@ -95,37 +101,34 @@ def _cell(table: Table, ratio: float, method: str) -> str:
     return "the best" if best is not None and best[0] == method else cell(ahead(table, ratio, method))
 
 
-def costs(found: Sequence[Table]) -> Iterator[str]:
-    """Yield what the best of ours and of the rivals cost, a line for each width."""
-    for table in found:
-        told = [_cost(table, "dense", 1.0)]
-        for ratio in table.ratios():
-            best = [table.best(ratio, wanted) for wanted in (is_ours, is_rival)]
-            told += [f"at ratio {ratio:g} {listed([_cost(table, each[0], ratio) for each in best if each])}"]
-        width = "" if table is found[0] else f", {table.width} wide"
-        yield paragraph(f"Multiply-adds a token and time of a step{width}: {'; '.join(told)}.")
-        yield ""
-
-
-def _cost(table: Table, method: str, ratio: float) -> str:
-    row, step = table.first(method, ratio), table.step(method, ratio)
-    cost = "not measured" if row is None else f"{row['multiply_adds'] / 1e6:.1f} M, {step:.1f} ms"
-    return f"{METHODS[method].title} ({cost})"
+def _cost(table: Table, ratio: float, wanted: Callable[[str], bool]) -> str:
+    """Return the multiply-adds and the time of the best of some methods."""
+    best = table.best(ratio, wanted)
+    row, step = (None, None) if best is None else (table.first(best[0], ratio), table.step(best[0], ratio))
+    return "–" if row is None or step is None else f"{row['multiply_adds'] / 1e6:.1f} M, {step:.1f} ms"
 
 
 def outcome(table: Table) -> str:
-    """Return in words who has the lowest loss at each ratio."""
-    found = []
+    """Return in words who has the lowest loss at which ratios, and by how much."""
+    found: dict[str, list[tuple[float, float, Difference | None]]] = {}
     for ratio in table.ratios():
         ours, rival = table.best(ratio, is_ours), table.best(ratio, is_rival)
-        if ours is None or rival is None:
-            continue
-        difference = table.difference(ratio, ours[0], rival[0])
-        won, lost = (ours, rival) if ours[1] < rival[1] else (rival, ours)
-        p = "" if difference is None or math.isnan(difference.p) else f" ({p_text(difference.p)})"
-        text = f"at ratio {ratio:g} {METHODS[won[0]].title} has the lowest loss, {lost[1] - won[1]:.3f} nats below "
-        text += METHODS[lost[0]].title + p
-        if lost is ours and ours[0] != "folded" and (plain := table.mean("folded", ratio)) is not None:
-            text += f" and {plain - won[1]:.3f} below plain folds"
-        found.append(text)
-    return "; ".join(found)
+        if ours is not None and rival is not None:
+            won = "roastify" if ours[1] < rival[1] else METHODS[rival[0]].title
+            amount = abs(ours[1] - rival[1])
+            found.setdefault(won, []).append((ratio, amount, table.difference(ratio, ours[0], rival[0])))
+    told = []
+    for won, cells in found.items():
+        ratios = listed([f"{ratio:g}" for ratio, _, _ in cells])
+        beside = "the best rival" if won == "roastify" else "the best of roastify"
+        text = f"{won} has the lowest loss at {'ratio' if len(cells) == 1 else 'ratios'} {ratios}, "
+        text += f"{span([amount for _, amount, _ in cells], 3)} nats below {beside}"
+        clear = [f"{ratio:g}" for ratio, _, difference in cells if difference is not None and difference.is_clear]
+        text += f" (clear at {listed(clear)})" if clear else " (not clear)"
+        plain = [table.mean("folded", ratio) for ratio, _, _ in cells]
+        best = [table.best(ratio, is_rival) for ratio, _, _ in cells]
+        below = [mean - rival[1] for mean, rival in zip(plain, best, strict=True) if mean is not None and rival]
+        if won != "roastify" and below:
+            text += f", {span(below, 3)} below folds without learned scales"
+        told.append(text)
+    return "; ".join(told)
