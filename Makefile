@@ -72,8 +72,9 @@ wheel: $(READY)  ## Build the package in dist/, and convert with its wheel in a 
 	cd dist && try/bin/roastify show try/resnet
 	rm -rf dist/try dist/settings.toml
 
-bench: $(READY)  ## Measure against the dense layers on this machine and write benchmarks/results/
+bench: $(READY)  ## Measure against the dense layers on this machine; write benchmarks/results/ and docs/performance.md
 	$(BIN)/python -m benchmarks.cpu
+	$(BIN)/python -m benchmarks.page
 
 bench-gpu: $(READY)  ## Measure the operators on this machine's GPU and write docs/performance.md and its tables
 	$(BIN)/python -m benchmarks.kernels

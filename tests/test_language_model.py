@@ -486,7 +486,7 @@ def test_the_page_shows_losses_costs_and_what_is_better_than_ours(tmp_path: Path
     assert "| smaller dense model | **-0.070** | **+0.100** |" in text
     (told,) = (page.outcome(each) for each in page.tables(rows))
     assert told == (
-        "smaller dense model has the lowest loss at ratio 10, 0.070 nats below the best of roastify (clear at 10); "
+        "the smaller dense model has the lowest loss at ratio 10, 0.070 nats below the best of roastify (clear at 10); "
         "roastify has the lowest loss at ratio 100, 0.100 nats below the best rival (clear at 100)"
     )
     # Other widths are columns of their own.

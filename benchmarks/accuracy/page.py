@@ -38,9 +38,9 @@ setting and trial. Both pages are written by `python -m benchmarks.accuracy.page
 FAIR = """
 All models are trained from scratch, unless a line says otherwise. All methods of a task train by one recipe, on the
 same batches in the same order. Each chooses its step size, and on text its number of epochs, from the same candidates,
-by trials that are judged on training examples held out of them; a rival's sizes are chosen in the same way or follow
-from the number of parameters. The test set chooses nothing. *Stored* counts every parameter. The mask of a pruned model
-is not counted, in its favour. Rivals that hash get roastify's λ and its preconditioner, which their papers do not have.
+by trials that are judged on held-out examples; a rival's sizes are chosen in the same way or follow from the number of
+parameters. The test set chooses nothing. *Stored* counts every parameter. The mask of a pruned model is not counted, in
+its favour. Rivals that hash get roastify's λ and its preconditioner, which their papers do not have.
 """
 WINS = """
 Points of test accuracy (of the language model: nats a token) by which roastify is better (+) or worse (−) than the
@@ -136,11 +136,11 @@ def outcome(table: Table, task: str) -> str:
         best = to_best(table, task, ratio, is_rival) if ratio > 1 else None
         if best is not None:
             name, difference = best
-            clear = f"behind {name}" if difference.mean < 0 else "ahead of every rival measured"
-            what = clear if difference.is_clear else "not to be told apart from the best rival"
+            clear = f"is behind {name}" if difference.mean < 0 else "is ahead of every rival measured"
+            what = clear if difference.is_clear else "cannot be told apart from the best rival"
             found.setdefault(what, []).append(f"{ratio:g}")
     told = [f"{what} at {'ratio' if len(at) == 1 else 'ratios'} {listed(at)}" for what, at in found.items()]
-    return f"roastify is {listed(told)}." if told else ""
+    return f"roastify {listed(told)}." if told else ""
 
 
 def outcomes(table: Table, language_tables: Sequence[LanguageTable]) -> Iterator[str]:

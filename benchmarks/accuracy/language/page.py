@@ -121,7 +121,8 @@ def outcome(table: Table) -> str:
     for won, cells in found.items():
         ratios = listed([f"{ratio:g}" for ratio, _, _ in cells])
         beside = "the best rival" if won == "roastify" else "the best of roastify"
-        text = f"{won} has the lowest loss at {'ratio' if len(cells) == 1 else 'ratios'} {ratios}, "
+        article = "the " if won == METHODS["smaller"].title else ""
+        text = f"{article}{won} has the lowest loss at {'ratio' if len(cells) == 1 else 'ratios'} {ratios}, "
         text += f"{span([amount for _, amount, _ in cells], 3)} nats below {beside}"
         clear = [f"{ratio:g}" for ratio, _, difference in cells if difference is not None and difference.is_clear]
         text += f" (clear at {listed(clear)})" if clear else " (not clear)"
