@@ -962,7 +962,7 @@ def test_the_page_command_writes_the_readme_beside_the_page_in_docs_alone(
     before = f"Mine.\n{readme.BEGIN}\n<!-- end -->\n"
     front.write_text(before)
     monkeypatch.setattr(readme, "README", front)
-    arguments = ["--rows", str(path), "--document", str(document)]
+    arguments = ["--rows", str(path), "--document", str(document), "--language-rows", str(tmp_path / "none.json")]
     assert CliRunner().invoke(page.main, arguments).exit_code == 0
     assert document.exists() and front.read_text() == before
     monkeypatch.setattr(page, "DOCUMENT", document)
