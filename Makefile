@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 LOWEST := .venv-lowest/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long test-gpu test-vision test-lowest trust zoo map check docs wheel bench bench-gpu accuracy clean
+.PHONY: help setup demo test test-long test-gpu test-vision test-lowest trust zoo map check docs wheel bench bench-gpu accuracy pages clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -72,18 +72,23 @@ wheel: $(READY)  ## Build the package in dist/, and convert with its wheel in a 
 	cd dist && try/bin/roastify show try/resnet
 	rm -rf dist/try dist/settings.toml
 
-bench: $(READY)  ## Measure against the dense layers on this machine and write benchmarks/results/
+bench: $(READY)  ## Measure against the dense layers on this machine; write benchmarks/results/ and docs/performance.md
 	$(BIN)/python -m benchmarks.cpu
+	$(BIN)/python -m benchmarks.page
 
-bench-gpu: $(READY)  ## Measure the operators on this machine's GPU and write docs/performance.md
+bench-gpu: $(READY)  ## Measure the operators on this machine's GPU and write docs/performance.md and its tables
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.page
 
-accuracy: $(READY)  ## Train every method on this machine's GPUs, on the data in DATA=folder, and write docs/accuracy.md
+accuracy: $(READY)  ## Train every method on this machine's GPUs, on the data in DATA=folder, and write docs/accuracy.md and its tables
 	$(BIN)/python -m benchmarks.accuracy --data $(DATA) --group main --group grid --group text
 	$(BIN)/python -m benchmarks.accuracy.language.tokens --data $(DATA)
 	$(BIN)/python -m benchmarks.accuracy.language
 	$(BIN)/python -m benchmarks.accuracy.page
+
+pages: $(READY)  ## Write every page of results, its tables and plots from the committed rows
+	for page in accuracy.page page training.page folding_page adapters_page recovery_page signs_page; do \
+		$(BIN)/python -m benchmarks.$$page || exit 1; done
 
 clean:  ## Remove the environment and everything built
 	rm -rf $(VENV) .venv-lowest build dist out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

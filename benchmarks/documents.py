@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 END = "<!-- end -->"
@@ -13,6 +15,32 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Return the lines of a table."""
     lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
     return [lines[0], "|" + "---|" * len(head), *lines[1:]]
+
+
+def named_once(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Return a table's rows with the first cell left empty where it is the last row's."""
+    firsts = ["", *(row[0] for row in rows)]
+    return [["" if row[0] == last else row[0], *row[1:]] for row, last in zip(rows, firsts, strict=False)]
+
+
+def paragraph(text: str, bullet: str = "") -> str:
+    """Return a paragraph, or a list's item with its bullet, in lines as long as the pages' others."""
+    later = " " * len(bullet)
+    # Code and the words of a link stay on one line.
+    kept = re.sub(r"`[^`]+`|\[[^]]+\]", lambda found: found[0].replace(" ", "\0"), " ".join(text.split()))
+    lines = textwrap.fill(bullet + kept, 120, subsequent_indent=later, break_long_words=False, break_on_hyphens=False)
+    return lines.replace("\0", " ")
+
+
+def listed(items: Sequence[str], last: str = "and") -> str:
+    """Return items as a sentence has them: a, b and c."""
+    return f" {last} ".join([", ".join(items[:-1]), items[-1]] if len(items) > 1 else items)
+
+
+def span(values: Iterable[float], digits: int = 2) -> str:
+    """Return the lowest and the highest of some numbers."""
+    found = sorted(values)
+    return "–".join(dict.fromkeys(f"{value:.{digits}f}" for value in (found[0], found[-1])))
 
 
 def measured_on(machine: Mapping[str, Any]) -> str:

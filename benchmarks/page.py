@@ -1,345 +1,230 @@
-"""docs/performance.md and its plots, from the raw rows of the GPU benchmarks."""
+"""docs/performance.md, the tables behind it and their plots, from the raw rows of the GPU and CPU benchmarks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import click
 
-from benchmarks import documents, plots
-from benchmarks.rows import FOLDER, Row, load, write
+from benchmarks import cpu, documents, performance_plots
+from benchmarks.documents import listed, paragraph, span
+from benchmarks.performance_plots import is_usual
+from benchmarks.performance_tables_page import (
+    KERNELS,
+    MODELS,
+    SECTIONS,
+    Results,
+    layer,
+    missed,
+    verdicts,
+    with_ours,
+)
+from benchmarks.performance_tables_page import markdown as tables_markdown
+from benchmarks.rows import Row, load, may_fold, write
 
-Results = dict[str, Any]
-
-KERNELS, MODELS = FOLDER / "kernels.json", FOLDER / "models.json"
 DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"
-IMAGES = DOCUMENT.parent / "images"
+TABLES = "results/performance-tables.md"
+# Rows of a batch by which layers are summed up.
+BATCHES = (1, 16, 64, 512, 2048, 8192)
+# A ratio of times that is closer to 1 says nothing.
+EVEN = 0.005
 
-WHAT_RUNS = """
-By shape, and without anything to set:
-
-- Up to 4 rows, where a layer reads every slot of the pool at least twice: each slot is read once and multiplied with
-  all its tiles; a second kernel adds what its tiles gave, in a fixed order.
-- One row and a weight under 8 M elements: no matrix unit; every program owns whole rows of the weight.
-- Up to 32 rows (128 on a GPU without the copy engine, or with a sign for each tile or element): a kernel that
-  multiplies tiles as it reads them from the pool; `k` is shared among programs where that pays, and their parts are
-  added in a fixed order: no atomics, the same bits on every run.
-- Up to 4,096 rows on a Hopper GPU, with a sign for each row of tiles or none: the tensor-copy engine brings whole slots
-  to the matrix unit; no weight is gathered.
-- More rows, and the backward pass: the weight is gathered into a scratch tensor and multiplied by cuBLAS; its gradient
-  is reduced into the pool slot by slot, in a fixed order.
-- float64, and the comparison mappings in `reduce`: plain torch.
-
-A sign for each element is hashed for every weight that is read, which a matrix unit waits for; only pools of few slots
-use it, for accuracy.
+ABOUT = """
+Is a converted model faster than the dense one? Folded layers save arithmetic ([folding.md](folding.md)) and mostly are.
+Layers that are not folded save memory alone: they are faster where a product waits for its weights, and slower where
+it waits for arithmetic. Times are those of dense layers in cuBLAS ÷ ours, so above 1 ours are faster. Both sides are
+measured in one run: {machine}; bfloat16 and CUDA graphs, unless a line says otherwise.
+[The tables]({tables}) have every case, the method and the raw rows. Both pages are written by
+`python -m benchmarks.page`.
 """
-METHOD = """
-Each case is checked against float64 before it is timed; the largest error over the largest value is in the raw rows.
-Then calls on different layers of one shape run in a row in a CUDA graph, so that launches cost what they cost in a
-model and a dense weight comes from memory as it does there; how many layers, and how many megabytes of dense weights,
-each raw row says. The graphs of the sides of a comparison are replayed in turn. Times are medians; quartiles and the
-number of replays are in the raw rows. An aim is what this project set itself before measuring, and aims that are missed
-stay in the tables.
+SPANS = """
+Slowest to fastest of the layers measured. Weights of at least a million elements are folded by default, from ratio 2
+on, 8 times from ratio 8 on; of those below folded 4 times, the ones of 768×768 are smaller than that.
 """
-FLOOR = """
-The floor is the time below which no product can go that reads every weight: all of them once from the cache (from
-memory, for the part of a pool that is larger than the cache), or the arithmetic, at the rates measured in the same run.
-A layer that reads each slot once for all its tiles does not read every weight, and may go below it. For dense weights
-the floor is one read from memory, or the arithmetic.
-
-Between the floor and the small-batch kernels lie the start and the end of a kernel (programmatic launch hides only the
-arithmetic before the first load), the second kernel that adds partial sums, and activations, which every program reads
-for itself: at 16 rows of 4096×4096 a quarter as many bytes as the weight, at 64 rows half as many. Tried without gain:
-more tiles side by side along `k`, the copy engine at 16 rows and fewer, whole rows of the weight for each program at 16
-rows of a pool that is in the cache, and adding partial sums in the program that comes last.
+SIGNS = """
+Pools with fewer than 64 slots have a sign for each element, unless most of the pool holds convolution kernels. Their
+layers, not folded, are {span} times as fast as dense ones."""
+LIMITS = """
+An aim is what this project set itself before measuring. {met} of {all} are met.
 """
-HASHEDNET = """
-HashedNet hashes every weight by itself; its fused kernel in this comparison is tuned: a 32-bit hash of two
-multiplications, blocks up to the whole batch, and the best of the block settings tried at each size, which the raw rows
-name. "Materialised" is HashedNet whose weight is written out element by element for cuBLAS. "Gather + cuBLAS" is the
-pool of this project without its fused kernels. "Folded pool" is a pool of the same size, folded 8 times with two
-hashes, where it is at most an eighth of the weight. A training step is forward, both gradients and SGD's update, of one
-layer and its pool. Budgets are in float32; bfloat16 pools have as many elements. The aims are about the fused kernel,
-which is how HashedNet is run elsewhere; where the materialised weight is faster, that is the rival to look at.
+MODELS_ABOUT = """
+Both sides under `torch.compile`. A decoding step has one new token for each sequence. "Folds" marks models that were
+converted since layers can be folded; the others were not measured with folds. Peak memory is a side's weights and what
+one call allocates.
 """
-REPEAT = """
-Whether a second call gave the same bits, with other work in between. HashedNet adds with atomics, in whatever order
-they come.
-"""
-MEMORY = """
-GB/s are of the bytes that must be moved at the least: the weight or its gradient, or the tokens, and what is read or
-written of the pool. The dense side is a copy of the dense weight (for gather and reduce), `F.embedding`, and its
-backward; both backward passes of the embedding run without a graph.
+WHY = """
+Why the others are missed: between the least time (every weight read once, from the cache) and a small layer's time lie
+the start and the end of a kernel, a second kernel that adds partial sums, and activations, which every program reads
+for itself. A folded layer launches one kernel more, which layers of 768×768 do not repay. Forward and backward together
+also write the weight out and reduce its gradient into the pool. Where a pool is too large for a fold, as the largest
+beside HashedNet are, the product saves no arithmetic. What was tried without gain is in
+[the tables]({tables}#method).
 """
 
 
-class Column(NamedTuple):
-    """A column of a table: its title, and a row's cell."""
-
-    title: str
-    cell: Callable[[Row], str]
-
-
-def time_of(side: str) -> Callable[[Row], str]:
-    """Return the cell with a side's median time."""
-    return lambda row: f"{row[side]['median_us']:.2f}" if side in row else ""
-
-
-def number(name: str, digits: int = 2) -> Callable[[Row], str]:
-    """Return the cell with a number."""
-    return lambda row: f"{row[name]:.{digits}f}" if row.get(name) is not None else ""
-
-
-def missed(row: Row, value: str) -> bool | None:
-    """Return whether the row missed its aim; None without an aim."""
-    if row.get("aim") is None:
-        return None
-    return not row.get(value, 0.0) >= row["aim"]
-
-
-def aim_of(value: str) -> Callable[[Row], str]:
-    """Return the cell with the aim for a ratio, and whether it is met."""
-
-    def cell(row: Row) -> str:
-        verdict = missed(row, value)
-        return "" if verdict is None else f"{row['aim']:g} {'missed' if verdict else 'met'}"
-
-    return cell
-
-
-def layer(row: Row) -> str:
-    return f"{row['shape'][0]}×{row['shape'][1]}"
-
-
-def precision(row: Row) -> str:
-    return "float32, tf32" if row.get("tf32") and row["dtype"] == "float32" else row["dtype"]
-
-
-def floor(row: Row) -> str:
-    return f"{row['floor']['pool_us']:.2f} {row['floor']['bound']}" if "floor" in row else ""
-
-
-def said(name: str) -> Callable[[Row], str]:
-    """Return the cell with a truth as yes or no."""
-    return lambda row: {True: "yes", False: "no"}.get(row.get(name), "")  # type: ignore[call-overload]
-
-
-LAYER = [Column("layer", layer), Column("pool, MB", lambda row: f"{row['pool_mb']:g}")]
-ROWS, DTYPE = Column("rows", lambda row: str(row["rows"])), Column("dtype", precision)
-SIGN = Column("sign", lambda row: row["sign"])
-WHAT = Column("what", lambda row: row["what"])
-TIMES = [Column("dense, µs", time_of("dense")), Column("pool, µs", time_of("pool"))]
-OVER_DENSE = Column("dense ÷ pool", number("dense_over_pool"))
-AIM = Column("aim", aim_of("dense_over_pool"))
-FLOORS = [
-    Column("floor, µs", floor),
-    Column("dense floor", lambda row: f"{row['floor']['dense_us']:.2f}" if "floor" in row else ""),
-]
-
-
-class Section(NamedTuple):
-    """A regime's part of the page.
-
-    Args:
-        title: of the section.
-        note: a paragraph.
-        columns: of its table.
-        value: the ratio that its aims are about.
-        plot: what its plot shows, if it has one.
-    """
-
-    title: str
-    note: str
-    columns: list[Column]
-    value: str = "dense_over_pool"
-    plot: str = ""
-
-
-FOLDED = """
-Layers whose inputs are folded, with two hashes, as the planner has them from a ratio of the fold on: the product takes
-as many times less arithmetic. Every call folds its own input; in a model, layers that read the same input fold it once.
-"Forward and backward" is forward, the input's gradient, and the gradient of the weight or of the pool.
-"""
-SECTIONS = {
-    "linear": Section(
-        "Linear layers",
-        "",
-        [*LAYER, ROWS, SIGN, DTYPE, *TIMES, OVER_DENSE, AIM, *FLOORS],
-        plot="Dense time over pool time by rows, for each layer",
-    ),
-    "float32": Section("Linear layers in float32", "", [*LAYER, ROWS, DTYPE, *TIMES, OVER_DENSE, *FLOORS]),
-    "training": Section(
-        "Forward and backward",
-        "Forward, the input's gradient, and the gradient of the weight or of the pool that all layers share.",
-        [*LAYER, ROWS, DTYPE, *TIMES, OVER_DENSE, AIM],
-    ),
-    "folded": Section(
-        "Folded layers",
-        FOLDED,
-        [
-            Column("layer", layer),
-            Column("fold", lambda row: str(row["fold"])),
-            Column("what", lambda row: "forward and backward" if row["backward"] else "forward"),
-            ROWS,
-            *TIMES,
-            OVER_DENSE,
-            AIM,
-            *FLOORS,
-        ],
-    ),
-    "hashednet": Section(
-        "Beside HashedNet",
-        HASHEDNET,
-        [
-            Column("layer", layer),
-            Column("budget, MB", lambda row: f"{row['budget_mb']:g}"),
-            ROWS,
-            DTYPE,
-            WHAT,
-            *TIMES,
-            Column("folded pool", time_of("folded")),
-            Column("gather + cuBLAS", time_of("gathered")),
-            Column("HashedNet", time_of("hashednet")),
-            Column("materialised", time_of("hashednet_gathered")),
-            OVER_DENSE,
-            Column("HashedNet ÷ pool", number("hashednet_over_pool", 1)),
-            Column("materialised ÷ pool", number("hashednet_gathered_over_pool", 1)),
-            Column("HashedNet ÷ faster of ours", number("hashednet_over_ours", 1)),
-            Column("aim", aim_of("hashednet_over_ours")),
-        ],
-        "hashednet_over_ours",
-        "Times of dense, HashedNet and gather + cuBLAS over the pool's",
-    ),
-    "memory": Section(
-        "Moving data",
-        MEMORY,
-        [*LAYER, WHAT, DTYPE, *TIMES, OVER_DENSE, Column("GB/s", number("gb_s", 0))],
-    ),
-    "repeat": Section(
-        "The same bits again",
-        REPEAT,
-        [
-            WHAT,
-            Column("layer", layer),
-            ROWS,
-            DTYPE,
-            Column("forward", said("forward_equal")),
-            Column("input's gradient", said("grad_x_equal")),
-            Column("pool's gradient", said("grad_pool_equal")),
-        ],
-    ),
-}
-
-
-def of_side(side: str, cell: Callable[[Row], str]) -> Callable[[Row], str]:
-    """Return the cell with what a whole model's row says about one of its sides."""
-    return lambda row: cell(row[side]) if side in row else ""
-
-
-MODEL_COLUMNS = [
-    Column("model", lambda row: row["model"]),
-    Column("what", lambda row: row["kind"]),
-    Column("batch", lambda row: str(row["batch"])),
-    Column("ratio", lambda row: f"{row['ratio']:g}"),
-    Column("pool, MB", lambda row: f"{row['pool_bytes'] / 1e6:.1f}" if "pool_bytes" in row else ""),
-    Column("dense, ms", of_side("dense", lambda side: f"{side['time']['median_ms']:.3f}")),
-    Column("converted, ms", of_side("converted", lambda side: f"{side['time']['median_ms']:.3f}")),
-    Column("dense ÷ converted", number("dense_over_converted")),
-    Column("aim", lambda row: aim_of("dense_over_converted")(row | {"aim": MODEL_AIMS.get(row["case"])})),
-    Column("dense peak, MB", of_side("dense", lambda side: f"{side['peak_bytes'] / 1e6:.0f}")),
-    Column("converted peak, MB", of_side("converted", lambda side: f"{side['peak_bytes'] / 1e6:.0f}")),
-]
-# The whole models that were aimed at.
-MODEL_AIMS = {"llama-1.1b/ratio=50/batch=1": 1.5}
-MODEL_NOTE = """
-Llama of 1.1 B with one sequence and BERT-base with 32 are measured with large layers folded
-([folding.md](folding.md)); the models of the other rows were converted before that.
-
-Both sides under `torch.compile` and CUDA graphs, in bfloat16; a decoding step has one new token and a static key-value
-cache. Peak memory is a side's own weights and buffers and what one call allocates.
-"""
-
-
-def table(columns: Sequence[Column], rows: Iterable[Row]) -> list[str]:
-    """Return the lines of a table; a row that failed says so where its times would stand."""
-    rows = list(rows)
-    # A column that has nothing to say for any row is left out.
-    columns = [column for column in columns if any(column.cell(row) for row in rows)]
-    lines = []
+def groups(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Return the rows of layers by what they are of."""
+    found: dict[str, list[Row]] = {}
     for row in rows:
-        cells = [column.cell(row) for column in columns]
-        if "failed" in row:
-            cells[-1] = "failed: " + " ".join(row["failed"].replace("|", "/").split())
-        lines.append(cells)
-    return documents.table([column.title for column in columns], lines)
+        if row["regime"] in ("linear", "training", "folded") and is_usual(row):
+            folded = f"folded {row['fold']} times" if row["regime"] == "folded" else "not folded"
+            both = row["regime"] == "training" or row.get("backward")
+            found.setdefault(f"{folded}, {'forward and backward' if both else 'forward'}", []).append(row)
+    return dict(sorted(found.items(), key=lambda item: ("backward" in item[0], "not" not in item[0], item[0][::-1])))
 
 
-def tally(rows: Iterable[Row]) -> list[str]:
-    """Return how many aims are met."""
-    verdicts = [missed(row, SECTIONS[row["regime"]].value) for row in rows]
-    aimed = [verdict for verdict in verdicts if verdict is not None]
+def spans(rows: Sequence[Row]) -> list[str]:
+    """Return the table of layers by rows of the batch."""
+    lines = []
+    for what, found in groups(rows).items():
+        by_batch = [[row["dense_over_pool"] for row in found if row["rows"] == batch] for batch in BATCHES]
+        lines.append([what, *(span(values) if values else "–" for values in by_batch)])
+    return documents.table(["rows of the batch", *(f"{batch:,}" for batch in BATCHES)], lines)
+
+
+def slower(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield a line for each kind of layer that has cases slower than dense."""
+    for what, found in groups(rows).items():
+        texts: dict[str, list[str]] = {}
+        lost = [row for row in found if row["dense_over_pool"] < 1 - EVEN]
+        for row in lost:
+            texts.setdefault(layer(row), []).append(f"{row['dense_over_pool']:.2f} at {row['rows']:,}")
+        if texts:
+            told = "; ".join(f"{name} {', '.join(cases)}" for name, cases in texts.items())
+            yield paragraph(f"{what[0].upper()}{what[1:]}, {len(lost)} of {len(found)} cases: {told} rows.", "- ")
+    elements = [row["dense_over_pool"] for row in rows if row["regime"] == "linear" and row["sign"] == "element"]
+    if elements:
+        yield paragraph(SIGNS.format(span=span(elements)), "- ")
+    for what, title in (("embedding", "Embeddings"), ("embedding backward", "The backward pass of embeddings")):
+        values = [row["dense_over_pool"] for row in rows if row["regime"] == "memory" and row["what"] == what]
+        if values:
+            yield f"- {title}: {span(values)}."
+
+
+def whole_models(found: Results) -> Iterator[str]:
+    """Yield the section of whole models."""
+    rows = [row for row in found["rows"] if row.get("dense_over_converted")]
+    if not rows:
+        return
+    yield from ["## Whole models", ""]
+    yield from ["![Dense time over converted time, by model](images/models.svg)", ""]
+    told = [paragraph(MODELS_ABOUT)]
+    for model, kind in dict.fromkeys((row["model"], row["kind"]) for row in rows):
+        cases = [row for row in rows if (row["model"], row["kind"]) == (model, kind)]
+        low, high = (choose(cases, key=lambda row: row["dense_over_converted"]) for choose in (min, max))
+        least = min(cases, key=lambda row: row["converted"]["peak_bytes"])
+        times = list(dict.fromkeys(f"{row['dense_over_converted']:.2f} at {_case(row)}" for row in (high, low)))
+        memory = [f"{least[side]['peak_bytes'] / 1e6:,.0f}" for side in ("dense", "converted")]
+        text = f"{model}, {kind}: {' to '.join(times)}; peak memory at best {' → '.join(memory)} MB."
+        told.append(paragraph(text, "- "))
+    yield from [told[0], "", *told[1:], ""]
+
+
+def _case(row: Row) -> str:
+    return f"batch {row['batch']}, ratio {row['ratio']:g}{', with folds' if may_fold(row) else ''}"
+
+
+def batch_text(count: int) -> str:
+    """Return a number of rows in words."""
+    return f"{count:,} {'row' if count == 1 else 'rows'}"
+
+
+def beside_hashednet(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield the section about HashedNet, of the largest layer and batch."""
+    measured = [row for row in rows if row["regime"] == "hashednet" and "pool" in row]
+    if not measured:
+        return
+    largest = max((row["shape"], row["rows"]) for row in measured)
+    measured = [row for row in measured if (row["shape"], row["rows"]) == largest]
+    yield from ["## Beside HashedNet", "", "![Times over the faster of ours](images/hashednet.svg)", ""]
+    yield from [
+        paragraph("HashedNet hashes each weight by itself. Its fused kernel here is tuned for each size."),
+        "",
+    ]
+    for what in dict.fromkeys(row["what"] for row in measured):
+        for title, wanted in (("pools small enough for a fold", True), ("larger pools", False)):
+            cases = [row for row in measured if row["what"] == what and ("folded" in row) == wanted]
+            if cases:
+                fused = span((row["hashednet_over_ours"] for row in cases), 1)
+                ours = [min(row[side]["median_us"] for side in ("pool", "folded") if side in row) for row in cases]
+                out, dense = (
+                    span((row[side]["median_us"] / best for row, best in zip(cases, ours, strict=True)), 1)
+                    for side in ("hashednet_gathered", "dense")
+                )
+                yield paragraph(
+                    f"{what.capitalize()}, {title}: ours are {fused} times as fast as HashedNet's fused kernel, "
+                    f"{out} times as fast as HashedNet written out for cuBLAS, {dense} times as fast as dense.",
+                    "- ",
+                )
+    yield ""
+
+
+def on_a_cpu(found: Results) -> Iterator[str]:
+    """Yield the section about CPUs, its ratios as the other sections have them."""
+    rows = [row for row in found["rows"] if row["case"] == "linear"]
+    if not rows:
+        return
+    made = found["machine"]
+    yield from ["## On a CPU", "", f"{made['cpu']}, {made['threads']} threads, torch {made['torch']}, float32.", ""]
+    kinds: dict[str, Callable[[Row], bool]] = {
+        "Folded": lambda row: row["fold"] > 1,
+        "Not folded": lambda row: row["fold"] == 1,
+    }
+    for kind, wanted in kinds.items():
+        cases = [row for row in rows if wanted(row)]
+        texts = [
+            f"{1 / row['pool_over_dense']:.2f} ({layer(row)}, ratio {row['ratio']:g}, {batch_text(row['rows'])}"
+            + (f", {row['layers']} layers)" if row["layers"] > 1 else ")")
+            for row in sorted(cases, key=lambda row: row["pool_over_dense"])
+        ]
+        if texts:
+            ends = listed([texts[0], *texts[1:][-1:]], "down to")
+            yield paragraph(f"{kind}: {ends} times as fast as dense.", "- ")
+    yield ""
+
+
+def limits(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield the section about aims."""
+    aimed = verdicts(rows)
     if not aimed:
-        return []
-    return [f"{aimed.count(False)} of {len(aimed)} aims are met; the tables mark the others as missed.", ""]
-
-
-def described(machine: Row, layers: set[int]) -> str:
-    """Return the machine and the method in a paragraph."""
-    found = machine.get("ceilings", {})
-    in_a_row = " to ".join(str(count) for count in sorted({min(layers), max(layers)}))
-    rates = ""
-    if found:
-        rates = (
-            f" Measured ceilings: {found['memory_copy_gb_s']:.0f} GB/s copying in memory, "
-            f"{found['memory_read_gb_s']:.0f} reading it, {found['l2_read_gb_s']:.0f} reading the cache; "
-            f"{found['bfloat16_tflop_s']:.0f} TFLOP/s in bfloat16, {found['tf32_tflop_s']:.0f} in tf32, "
-            f"{found['float32_tflop_s']:.0f} in float32."
-        )
-    return (
-        f"Written by `python -m benchmarks.page` from [the raw rows](../benchmarks/results/{KERNELS.name}): "
-        f"{documents.measured_on(machine)}. Tiles of "
-        f"{machine['tile'][0]}×{machine['tile'][1]}; {in_a_row} different layers in a row. "
-        f"Above 1 the pool is faster than the dense layer, below 1 slower.{rates}"
-    )
-
-
-def markdown(kernels: Results, models: Results | None = None) -> str:
-    """Return the page of the raw results."""
-    # Rows that were measured before layers could be folded have one side of ours.
-    rows = [{"hashednet_over_ours": row.get("hashednet_over_pool"), **row} for row in kernels["rows"]]
-    layers = {row["layers"] for row in rows if "layers" in row}
-    lines = ["# Performance on a GPU", "", described(kernels["machine"], layers), "", *tally(rows)]
-    for note in kernels.get("notes", ()):
-        lines += [note, ""]
+        return
+    yield from ["## Limits reached and missed", ""]
+    yield from [paragraph(LIMITS.format(met=aimed.count(False), all=len(aimed))), ""]
+    lines = []
     for regime, section in SECTIONS.items():
-        chosen = [row for row in rows if row["regime"] == regime]
-        if not chosen:
-            continue
-        lines += [f"## {section.title}", ""]
-        if section.note:
-            lines += [section.note.strip(), ""]
-        if section.plot:
-            lines += [f"![{section.plot}]({IMAGES.name}/{regime}.png)", ""]
-        lines += [*table(section.columns, chosen), ""]
-    if models is not None:
-        source = f"[The raw rows](../benchmarks/results/{MODELS.name})"
-        lines += ["## Whole models", "", f"{source}, {models['machine']['gpu']}.", ""]
-        lines += [f"![Dense time over pool time, by model]({IMAGES.name}/models.png)", ""]
-        lines += [*MODEL_NOTE.strip().splitlines(), ""]
-        lines += [*table(MODEL_COLUMNS, models["rows"]), ""]
-    lines += ["## What runs", "", WHAT_RUNS.strip(), "", "## Method", "", METHOD.strip(), "", FLOOR.strip(), ""]
+        found = [row for row in rows if row["regime"] == regime and missed(row, section.value) is not None]
+        if found:
+            worst = min(found, key=lambda row: row.get(section.value, 0.0) / row["aim"])
+            farthest = (
+                f"{layer(worst)}, {batch_text(worst['rows'])}: {worst.get(section.value, 0.0):.2f} of {worst['aim']:g}"
+            )
+            met = sum(not missed(row, section.value) for row in found)
+            lines.append([section.title, f"{met} of {len(found)}", farthest if met < len(found) else "–"])
+    yield from [*documents.table(["", "aims met", "farthest from its aim"], lines), ""]
+    yield from [paragraph(WHY.format(tables=TABLES)), ""]
+
+
+def markdown(kernels: Results, models: Results, of_cpu: Results) -> str:
+    """Return docs/performance.md of the raw results."""
+    rows = with_ours(kernels["rows"])
+    about = ABOUT.format(machine=documents.measured_on(kernels["machine"]), tables=TABLES)
+    lines = ["# Performance", "", paragraph(about), "", "## Layers", ""]
+    lines += ["![Dense time over ours by rows, for each layer](images/layers.svg)", "", SPANS.strip(), ""]
+    lines += [*spans(rows), "", "Slower than dense are:", "", *slower(rows), ""]
+    lines += [*whole_models(models), *beside_hashednet(rows), *on_a_cpu(of_cpu), *limits(rows)]
     return "\n".join(lines)
 
 
 @click.command()
 def main() -> None:
-    """Write the page and its plots from the committed raw rows."""
-    kernels, models = load(KERNELS), load(MODELS)
-    write(DOCUMENT, markdown(kernels, models))
-    drawn = plots.draw(kernels["rows"], models["rows"], IMAGES)
-    print(f"written to {', '.join(str(path) for path in (DOCUMENT, *drawn))}")
+    """Write the page, its tables and plots from the committed raw rows."""
+    kernels, models, of_cpu = load(KERNELS), load(MODELS), load(cpu.RESULTS)
+    tables = DOCUMENT.parent / TABLES
+    write(DOCUMENT, markdown(kernels, models, of_cpu))
+    write(tables, tables_markdown(kernels, models, of_cpu))
+    drawn = performance_plots.draw(kernels["rows"], models["rows"], DOCUMENT.parent / "images")
+    print(f"written to {', '.join(str(path) for path in (DOCUMENT, tables, *drawn))}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,6 @@ RESULTS = FOLDER / "recovery.json"
 DOCUMENT = Path(__file__).parents[1] / "docs" / "recovery.md"
 BEGIN = "<!-- results: written by `python -m benchmarks.recovery_page` -->"
 DENSE, RECOVERED, SCRATCH = "dense", "recovered", "scratch"
-# A difference of a larger p is none.
-_UNCLEAR = 0.05
 
 
 class Side:
@@ -51,9 +48,7 @@ def markdown(result: dict[str, Any]) -> str:
         difference = paired(ours.percent(), theirs.percent())
         named = [tasks[task], f"{ratio:g}", f"{mean_text(dense.percent().values())} ({dense.seconds()})"]
         lines.append([*named, mean_text(ours.percent("projected").values()), str(ours), str(theirs), str(difference)])
-        unclear = math.isnan(difference.p) or difference.p > _UNCLEAR
-        what = "not to be told apart from" if unclear else "above" if difference.mean > 0 else "below"
-        verdicts.append(f"- {tasks[task]}, ratio {ratio:g}: recovered is {what} trained from scratch.")
+        verdicts.append(f"- {tasks[task]}, ratio {ratio:g}: recovered is {difference.place} trained from scratch.")
     about = (
         f"Test accuracy in %, mean ± standard error over seeds, from [the raw rows](../benchmarks/results/"
         f"{RESULTS.name}): {measured_on(made)}. The measurement is finished. The code that trained the models was that "

@@ -17,6 +17,8 @@ from roastify.checks import clocks
 
 Row = dict[str, Any]
 FOLDER = Path(__file__).parent / "results"
+# Models whose rows are older were converted before layers could be folded; since then large ones are by default.
+_FOLDS_SINCE = "2026-11-30"
 
 
 def machine(device: str | torch.device, *names: str) -> Row:
@@ -28,6 +30,11 @@ def machine(device: str | torch.device, *names: str) -> Row:
     found = clocks.machine(torch.device(device))
     more = {"device": found.get("gpu", found["cpu"]), "numpy": np.__version__, **found}
     return {name: more.get(name) for name in names} if names else found
+
+
+def may_fold(row: Row) -> bool:
+    """Whether a row is of a model that was converted since layers can be folded."""
+    return (row.get("date") or row["machine"]["date"]) >= _FOLDS_SINCE
 
 
 def write(path: Path, text: str) -> None:

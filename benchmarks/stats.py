@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -51,8 +52,12 @@ def half_width(error: float, degrees: int) -> float:
     return high * error
 
 
+# A difference of a larger p is called none.
+UNCLEAR = 0.05
+
+
 class Difference(NamedTuple):
-    """A paired difference in percentage points: its mean, standard error, degrees of freedom and p."""
+    """A paired difference: its mean, standard error, degrees of freedom and p."""
 
     mean: float
     error: float
@@ -65,6 +70,16 @@ class Difference(NamedTuple):
         if self.error == 0:
             return 1.0 if self.mean == 0 else 0.0
         return two_sided_p(self.mean / self.error, self.degrees)
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether it can be told from zero; never with one pair."""
+        return self.p <= UNCLEAR
+
+    @property
+    def place(self) -> str:
+        """How the pages say it in words: where the first side is, of two accuracies."""
+        return ("above" if self.mean > 0 else "below") if self.is_clear else "not to be told apart from"
 
     def __str__(self) -> str:
         if math.isnan(self.p):
@@ -89,6 +104,12 @@ def sign_flip_p(differences: Sequence[float]) -> float:
     Exact for up to 20 differences. Above, the flips are 2^20 drawn ones, the same on every call, and the sum itself
     counts as one more, so that p is never 0 (Phipson and Smyth, 2010).
     """
+    return _sign_flip_p(tuple(differences))
+
+
+# The pages ask the same of the same differences more than once, and a million flips take a second.
+@functools.cache
+def _sign_flip_p(differences: tuple[float, ...]) -> float:
     values = np.abs(np.array(differences, dtype=np.float64))
     count = len(values)
     if count == 0:

@@ -44,6 +44,7 @@ from benchmarks.accuracy import (
     runs,
     step,
     table,
+    tables_page,
     tasks,
     teacher,
     training,
@@ -135,7 +136,7 @@ def test_hashed_models_stay_below_the_target_by_less_than_a_slot(name: str) -> N
     with torch.device("meta"):
         model = nets.dense_net(task)
     for ratio, method in itertools.product(RATIOS, methods.METHODS):
-        if methods.METHODS[method].kind not in ("ours", "hash"):
+        if not methods.METHODS[method].converts:
             continue
         plan = roastify.plan(model, ratio, config=methods.conversion(Run(name, method, ratio)))
         missing = methods.target(task, ratio) - plan.stored_numel
@@ -538,11 +539,12 @@ def test_smoke_run_chooses_trains_records_and_resumes(data: Path, cache: Path, t
     document.parent.mkdir()
     written = CliRunner().invoke(page.main, ["--rows", str(out), "--document", str(document)])
     assert written.exit_code == 0, written.output
+    tables = (document.parent / "results" / "accuracy-tables.md").read_text()
+    assert "SNIP" in tables and "not measured" in tables and "(1)" in tables
     text = document.read_text()
-    assert "SNIP" in text and "not measured" in text and "(1)" in text
     for task in ("resnet9", "imdb"):
-        assert f"images/accuracy-{task}.png" in text
-        assert (document.parent / "images" / f"accuracy-{task}.png").stat().st_size > 10_000
+        assert f"images/accuracy-{task}.svg" in text
+        assert (document.parent / "images" / f"accuracy-{task}.svg").stat().st_size > 10_000
     refused = CliRunner().invoke(page.main, ["--rows", str(out)])
     assert refused.exit_code == 1 and "smoke test, which say nothing" in refused.output
 
@@ -943,7 +945,7 @@ def test_the_page_shows_losses_experiments_and_unreachable_ratios() -> None:
     changed = {**rows[3], "changes": {"sign": "none"}, "accuracy": [0.80]}
     trial = {**rows[3], "trial": True, "epochs": 8, "accuracy": [0.70]}
     slower = {**rows[3], "scale": 0.5, "epochs": 12, "accuracy": [0.10]}
-    text = page.markdown([*rows, unreachable, changed, trial, slower])
+    text = tables_page.markdown([*rows, unreachable, changed, trial, slower])
     assert "pruned by SNIP is 12.00 points above roastify, p < 0.001." in text
     assert "| roastify | 100 | sign none | 0.4 | 24 | 1 | 80.00 (1) | -2.80 |" in text
     assert "| low rank | not reachable |" in text and "**95.00 ± 0.4" in text
@@ -960,7 +962,7 @@ def test_the_page_command_writes_the_readme_beside_the_page_in_docs_alone(
     before = f"Mine.\n{readme.BEGIN}\n<!-- end -->\n"
     front.write_text(before)
     monkeypatch.setattr(readme, "README", front)
-    arguments = ["--rows", str(path), "--document", str(document)]
+    arguments = ["--rows", str(path), "--document", str(document), "--language-rows", str(tmp_path / "none.json")]
     assert CliRunner().invoke(page.main, arguments).exit_code == 0
     assert document.exists() and front.read_text() == before
     monkeypatch.setattr(page, "DOCUMENT", document)
@@ -988,7 +990,7 @@ def test_an_experiment_of_several_seeds_is_one_line_and_shows_a_difference_only_
     rows = comparison_rows({("resnet9", "ours", 100.0): 3})
     changed = [{**row, "changes": {"sign": "none"}, "accuracy": [row["accuracy"][0] - 0.02]} for row in rows]
     alone = [{**row, "changes": {"decay": 0.1}, "trial": True, "rate": 7.0, "accuracy": [0.6]} for row in rows]
-    text = page.markdown([*rows, *changed, *alone])
+    text = tables_page.markdown([*rows, *changed, *alone])
     assert "| roastify | 100 | sign none | 0.4 | 24 | 1 | 81.00 ± 0.12 | -2.00 ± 0.00 (p < 0.001) |" in text
     assert "| roastify | 100 | decay 0.1 | 7 | 24 | 1 | 60.00 ± 0.00 | – |" in text
     assert text.count("sign none") == text.count("decay 0.1") == 1
@@ -997,7 +999,7 @@ def test_an_experiment_of_several_seeds_is_one_line_and_shows_a_difference_only_
 def test_the_page_compares_basis_kernels_with_whole_ones() -> None:
     at_one = {("resnet9", "ours", 1.0): 9, ("resnet9", "whole", 1.0): 6.75}
     rows = comparison_rows({("resnet9", "ours", 100.0): 4, ("resnet9", "whole", 100.0): 2.5, **at_one})
-    text = page.markdown(rows)
+    text = tables_page.markdown(rows)
     assert "| task | ratio | seeds | roastify − roastify, kernels without a basis |" in text and "| +1.50 " in text
     # At ratio 1 both are the same model, trained twice.
     assert "+2.25" not in text
@@ -1013,14 +1015,14 @@ def test_the_page_says_where_longer_trials_choose_another_rate() -> None:
         for epochs, value in zip((8, 24), values, strict=True):
             row = a_row(Run("resnet9", method, 100.0, 0, rate, epochs, True), value)
             rows.append({**row, "tuned": False, "epochs_asked": False, "scale": 1.0, "smoke": False})
-    text = page.markdown(rows)
+    text = tables_page.markdown(rows)
     assert "- ResNet-9 on CIFAR-10, roastify, ratio 100: 0.4, 2.00 points above 1." in text
     assert text.count("- ResNet-9 on CIFAR-10, ") == 1
     # A row with a change belongs to another model.
     changed = [{**row, "changes": {"sign": "none"}} if row["trial"] and row["epochs"] == 24 else row for row in rows]
-    assert "Longer runs, of one seed" not in page.markdown(changed)
+    assert "Longer runs, of one seed" not in tables_page.markdown(changed)
     # A single rate at full length allows no comparison.
-    assert "Longer runs, of one seed" not in page.markdown(
+    assert "Longer runs, of one seed" not in tables_page.markdown(
         [row for row in rows if (row["rate"], row["epochs"]) != (1.0, 24)]
     )
 
@@ -1037,7 +1039,7 @@ def test_a_method_that_learned_nothing_does_not_stretch_a_plots_axis() -> None:
 def test_the_page_compares_distilled_runs_with_the_same_runs_on_labels_alone() -> None:
     rows = comparison_rows({("resnet9", "dense", 1.0): 10, ("resnet9", "ours", 100.0): 3})
     ours = [row for row in rows if row["method"] == "ours"]
-    plain = page.markdown(rows)
+    plain = tables_page.markdown(rows)
     assert "istill" not in plain
     learned = [{**row, "changes": {"distill": 0.9}, "epochs_asked": True, "accuracy": [row["accuracy"][0] + 0.02],
                 "teacher_accuracy": 0.91} for row in ours]  # fmt: skip
@@ -1047,7 +1049,7 @@ def test_the_page_compares_distilled_runs_with_the_same_runs_on_labels_alone() -
     tried = {"trial": True, "epochs": 12, "epochs_asked": False}
     trial = {**ours[0], **tried, "accuracy": [0.70]}
     softer = {**learned[0], **tried, "changes": {"distill": 0.5, "temperature": 2.0}, "accuracy": [0.71]}
-    text = page.markdown([*rows, *learned, *longer, alone, trial, softer])
+    text = tables_page.markdown([*rows, *learned, *longer, alone, trial, softer])
     name = "| ResNet-9 on CIFAR-10 | roastify | 100 | distilled 0.9 at temperature 4 | 0.4 |"
     assert f"{name} 24 | 85.00 ± 0.12 | 83.00 ± 0.12 | 91.00 ± 0.00 | +2.00 ± 0.00 (p < 0.001) |" in text
     assert f"{name} 96 | 90.00 ± 0.00 (2) | 88.00 (1) | 91.00 ± 0.00 (2) | +2.00 |" in text
@@ -1055,10 +1057,10 @@ def test_the_page_compares_distilled_runs_with_the_same_runs_on_labels_alone() -
     assert text.count("distilled 0.9") == 2
     rival = [{**row, "method": "snip", "accuracy": [row["accuracy"][0] + 0.01]} for row in learned]
     above = "- ResNet-9 on CIFAR-10, 24 epochs, distilled, ratio 100, no hashing: pruned by SNIP is 1.00 points above"
-    assert above in page.markdown([*rows, *learned, *rival]) and above not in text
+    assert above in tables_page.markdown([*rows, *learned, *rival]) and above not in text
     # Distilled runs do not change the comparison of methods.
-    start = plain.index("## ResNet-9")
-    assert plain[start : plain.index("## When not")] == text[text.index("## ResNet-9") : text.index("## When not")]
+    of_task = [each.partition("## ResNet-9")[2].partition("\n## ")[0] for each in (plain, text)]
+    assert of_task[0] == of_task[1] and "| roastify |" in of_task[0]
 
 
 CAPTURED = ("dense", "ours", "plain", "local", "elementwise", "roast", "cyclic", "snip", "lowrank")
@@ -1084,11 +1086,36 @@ def test_a_captured_run_gives_the_losses_of_the_run_without_a_graph(
     assert found[0]["stored"] == found[1]["stored"]
 
 
-def test_the_page_is_the_committed_results() -> None:
+def test_the_page_says_who_is_ahead_behind_and_neither() -> None:
+    cells = {
+        ("resnet9", "dense", 1.0): 10, ("resnet9", "ours", 3.0): 9, ("resnet9", "ours", 10.0): 8,
+        ("resnet9", "ours", 100.0): 4, ("resnet9", "snip", 3.0): 8.99, ("resnet9", "smaller", 10.0): 6,
+        ("resnet9", "roast", 100.0): 9, ("resnet9", "local", 10.0): 7, ("resnet9", "plain", 10.0): 10,
+    }  # fmt: skip
+    rows = comparison_rows(cells)
+    text = " ".join(page.markdown(rows).split())
+    assert (
+        "- ResNet-9 on CIFAR-10: roastify cannot be told apart from the best rival at ratio 3, is ahead of every rival "
+        "measured at ratio 10 and is behind ROAST's unaligned tiles at ratio 100."
+    ) in text
+    assert "| ResNet-9 on CIFAR-10 | dense | **-1.00** | **-2.00** | **-6.00** |" in text
+    assert "| | best without hashing | +0.01 pruned by SNIP | **+2.00** smaller dense model | – |" in text
+    assert "| one pool for all tensors, not one for each | +1.00 (p = 0.25, 3 pairs) | – |" in text
+    assert "| the preconditioner | -2.00 (p = 0.25, 3 pairs) | ResNet-9 10 |" in text
+    assert "Language model" not in text and "from a trained model" not in text
+    begun = [{**row, "changes": {"warm": True}} for row in rows if row["method"] != "dense" and row["ratio"] == 10]
+    begun = [{**row, "accuracy": [row["accuracy"][0] + 0.01], "epochs_asked": True} for row in begun]
+    begun += [{**row, "method": "magnitude"} for row in begun if row["method"] == "smaller"]
+    text = page.markdown([*rows, *begun])
+    assert "| ResNet-9, 24 epochs, from the trained dense model | 10 | 89.00 | **-1.00** | **+2.00** " in text
+    # What is measured from the dense model's weights does not change the comparison from random ones.
+    assert page.wins(table.Table([*rows, *begun]), []) == page.wins(table.Table(rows), [])
+
+
+def test_the_pages_are_the_committed_results() -> None:
     rows = files.load(table.RESULTS)["rows"]
     language_rows = files.load(page.LANGUAGE_RESULTS)["rows"]
     assert page.markdown(rows, language_rows) == page.DOCUMENT.read_text()
+    assert tables_page.markdown(rows, language_rows) == (page.DOCUMENT.parent / page.TABLES).read_text()
     text = readme.README.read_text()
     assert documents.insert(text, readme.BEGIN, readme.markdown(rows)) == text
-    for task in table.Table(rows).tasks():
-        assert (page.IMAGES / f"accuracy-{task}.png").is_file()

@@ -24,7 +24,19 @@ from benchmarks.accuracy import page as whole_page
 from benchmarks.accuracy.budget import UnreachableError
 from benchmarks.accuracy.campaign import Failure
 from benchmarks.accuracy.language import __main__ as command
-from benchmarks.accuracy.language import campaign, factors, methods, page, sizes, table, tokens, training, trials
+from benchmarks.accuracy.language import (
+    campaign,
+    factors,
+    methods,
+    page,
+    picture,
+    sizes,
+    table,
+    tables_page,
+    tokens,
+    training,
+    trials,
+)
 from benchmarks.accuracy.language.decoder import Decoder, FactoredTable, Shape
 from benchmarks.accuracy.language.runs import RECIPE, SMOKE, Run, as_row, of_row
 
@@ -441,7 +453,7 @@ def test_the_page_shows_losses_costs_and_what_is_better_than_ours(tmp_path: Path
     cells = {("dense", 1.0): 3.5, ("global", 10.0): 3.92, ("scaled", 10.0): 3.88, ("smaller", 10.0): 3.81,
              ("scaled", 100.0): 4.5, ("smaller", 100.0): 4.6}  # fmt: skip
     rows = comparison(cells)
-    text = "\n".join(page.markdown(rows))
+    text = "\n".join(tables_page.markdown(rows))
     assert "3.500 ± 0.001 nats a token" in text
     assert "| smaller dense model | **3.810 ± 0.003** | 4.600 ± 0.003 |" in text
     assert "- ratio 10: smaller dense model is 0.070 nats below roastify, folded with learned scales, p" in text
@@ -452,21 +464,34 @@ def test_the_page_shows_losses_costs_and_what_is_better_than_ours(tmp_path: Path
     unreachable = {**{name: value for name, value in rows[3].items() if name != "loss"}, "method": "lowrank"}
     tried = [{**rows[3], "trial": True, "rate": rate, "loss": loss} for rate, loss in ((8e-3, 4.2), (4e-3, 4.1))]
     more = [*changed, *given, diverged, {**unreachable, "unreachable": "why"}, *tried]
-    text = "\n".join(page.markdown([*rows, *more]))
+    text = "\n".join(tables_page.markdown([*rows, *more]))
     assert "| 512 | fold 4 | 0.004 | 2,500 | 3.870 ± 0.001 | -0.010 |" in text
     assert "| tied layers | diverged | – |" in text and "| low rank | not reachable | – |" in text
     # A row whose rate was named is no part of a cell whose rate trials chose.
     assert "1.000" not in text and "| 10 | 0.004: 4.100; 0.008: 4.200 |" in text
     wide = [{**row, "width": 1024, "loss": row["loss"] - 0.1} for row in rows[3:6]]
     wider = [*wide, *({**row, "changes": {"fold": 4}, "loss": row["loss"] + 0.02} for row in wide)]
-    text = "\n".join(page.markdown([*rows, *wider]))
+    text = "\n".join(tables_page.markdown([*rows, *wider]))
     assert "| 1024 | – | 0.004 | 2,500 | 3.820 ± 0.002 | – |" in text and "3.920 ± 0.002" in text
     assert "| 1024 | fold 4 | 0.004 | 2,500 | 3.840 ± 0.002 | +0.020 |" in text
-    assert page.markdown([]) == [] and page.draw([], tmp_path) == []
-    (drawn,) = page.draw(rows, tmp_path)
+    assert tables_page.markdown([]) == [] and picture.draw(table.Table([]), tmp_path) == []
+    (drawn,) = picture.draw(table.Table(rows), tmp_path)
     assert drawn.stat().st_size > 10_000
     others = files.load(whole_page.RESULTS)["rows"][:20]
     assert page.TITLE not in whole_page.markdown(others) and f"## {page.TITLE}" in whole_page.markdown(others, rows)
+    assert page.markdown([]) == []
+    assert "| **best of roastify** | 3.880, folded with learned scales | 4.500, folded with learned scales |" in (
+        text := "\n".join(page.markdown(rows))
+    )
+    assert "| smaller dense model | **-0.070** | **+0.100** |" in text
+    (told,) = (page.outcome(each) for each in page.tables(rows))
+    assert told == (
+        "the smaller dense model has the lowest loss at ratio 10, 0.070 nats below the best of roastify (clear at 10); "
+        "roastify has the lowest loss at ratio 100, 0.100 nats below the best rival (clear at 100)"
+    )
+    # Other widths are columns of their own.
+    text = "\n".join(page.markdown([*rows, *wide]))
+    assert "| 512 wide, ratio 100 | 1024 wide, ratio 10 |" in text and "| 3.820, not folded |" in text
     assert table.Table(rows).best(10.0, lambda name: name != "dense") == ("smaller", pytest.approx(3.81))
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
 
-from benchmarks import adapters, adapters_page, documents, recovery_page, rows, signs_page, stats
+from benchmarks import adapters, adapters_page, documents, folding_page, plots, recovery_page, rows, signs_page, stats
 
 
 def test_statistics_are_the_textbooks() -> None:
@@ -39,6 +40,51 @@ def test_results_are_put_between_marks_or_not_at_all() -> None:
     for broken in (page.replace("of: a", "of: c"), endless, page.replace("<!-- end -->\n", "", 1)):
         with pytest.raises(ValueError, match=r"has no '<!-- of: a -->' with an '<!-- end -->' after it"):
             documents.insert(broken, "<!-- of: a -->", "new\n")
+
+
+def test_paragraphs_lists_and_tables_are_written_alike() -> None:
+    assert documents.paragraph("a\n b", "- ") == "- a b"
+    lines = documents.paragraph("word " * 60, "- ").splitlines()
+    assert len(lines) == 3 and all(len(line) <= 120 for line in lines) and lines[1].startswith("  word")
+    assert [documents.listed(items) for items in (["a"], ["a", "b"], ["a", "b", "c"])] == ["a", "a and b", "a, b and c"]
+    rows_found = [["a", "1"], ["a", "2"], ["b", "1"]]
+    assert documents.named_once(rows_found) == [["a", "1"], ["", "2"], ["b", "1"]]
+
+
+def test_a_difference_is_called_clear_by_its_p() -> None:
+    clear, unclear, one = stats.Difference(1.0, 0.1, 2), stats.Difference(1.0, 0.9, 2), stats.Difference(1, math.nan, 0)
+    assert [each.is_clear for each in (clear, unclear, one)] == [True, False, False]
+    assert [each.place for each in (clear, clear._replace(mean=-1.0), one)] == [
+        "above",
+        "below",
+        "not to be told apart from",
+    ]
+
+
+def test_names_at_the_ends_of_lines_are_moved_as_little_as_their_height_asks() -> None:
+    assert plots._apart([0.1, 0.5, 0.9], 0.1) == pytest.approx([0.1, 0.5, 0.9])
+    assert plots._apart([0.5, 0.5, 0.52], 0.1) == pytest.approx([0.4067, 0.5067, 0.6067], abs=1e-4)
+    assert plots._apart([0.0, 0.0, 1.0, 1.0], 0.2) == pytest.approx([0.0, 0.2, 0.8, 1.0])
+
+
+def test_the_same_rows_draw_the_same_file(tmp_path: Path) -> None:
+    def draw() -> plots.Figure:
+        figure, axes = plots.plt.subplots(figsize=(4, 3))
+        axes.plot([1, 2], [1, 2])
+        plots.name_ends(axes, {"a line": (2.0, plots.BLUE), "another": (2.0, plots.ORANGE)})
+        return figure
+
+    (first,), (second,) = (plots.save({"a": draw, "none": lambda: None}, tmp_path / name) for name in ("one", "two"))
+    assert first.read_bytes() == second.read_bytes() and b"<dc:date>" not in first.read_bytes()
+
+
+def test_pictures_are_small_and_each_is_shown() -> None:
+    docs = adapters_page.DOCUMENT.parent
+    pages = [docs.parent / "README.md", *docs.rglob("*.md")]
+    shown = {name for page in pages for name in re.findall(r"images/([\w-]+\.svg)", page.read_text())}
+    drawn = {path.name: path.stat().st_size for path in (docs / "images").glob("*.svg")}
+    assert drawn and drawn.keys() <= shown
+    assert max(drawn.values()) < 150_000
 
 
 def test_rows_stay_only_beside_the_same_machine(tmp_path: Path) -> None:
@@ -136,8 +182,22 @@ def test_the_page_of_recovery_is_the_committed_results() -> None:
     assert documents.insert(text, recovery_page.BEGIN, results) == text
 
 
+def test_the_page_of_folds_is_the_committed_results() -> None:
+    text = folding_page.DOCUMENT.read_text()
+    assert folding_page.markdown(text, *folding_page.results()) == text
+
+
+def test_the_page_of_folds_leaves_out_what_is_not_measured() -> None:
+    assert folding_page.accuracy([]) == "" and "training step" not in folding_page.speed([], [], [])
+    step = {"mode": "graphed", "task": "a", "ratio": 10, "step_ratio": 0.5, "machine": {"date": "2026-12-01"}}
+    before = step | {"step_ratio": 0.9, "machine": {"date": "2026-11-01"}}
+    assert "as a CUDA graph, ÷ the dense one's: a 0.50." in folding_page.speed([], [step, before], [])
+
+
 def test_page_of_adapters_is_the_committed_results() -> None:
-    assert adapters_page.markdown(rows.load(adapters.RESULTS)) in adapters_page.DOCUMENT.read_text()
+    result, text = rows.load(adapters.RESULTS), adapters_page.DOCUMENT.read_text()
+    assert documents.insert(text, adapters_page.BEGIN, adapters_page.conclusions(result)) == text
+    assert adapters_page.markdown(result) == (adapters_page.DOCUMENT.parent / adapters_page.TABLES).read_text()
 
 
 def test_rates_of_adapters_grow_while_the_best_is_at_an_end() -> None:

@@ -276,14 +276,10 @@ def test_page_of_scale_is_the_committed_results() -> None:
     assert markdown(load(RESULTS)) in PAGE.read_text()
 
 
-def test_performance_page_is_the_committed_results() -> None:
-    from benchmarks.page import DOCUMENT, KERNELS, MODELS, load, markdown
+def test_performance_pages_are_the_committed_results() -> None:
+    from benchmarks import cpu, page, performance_tables_page
+    from benchmarks.rows import load
 
-    assert markdown(load(KERNELS), load(MODELS)) == DOCUMENT.read_text()
-
-
-def test_performance_page_shows_only_pictures_that_exist() -> None:
-    pictures = re.findall(r"!\[[^]]*\]\(([^)]*)\)", (ROOT / "docs" / "performance.md").read_text())
-    assert pictures
-    for picture in pictures:
-        assert (ROOT / "docs" / picture).is_file(), f"docs/{picture} is missing; python -m benchmarks.page draws it"
+    results = load(page.KERNELS), load(page.MODELS), load(cpu.RESULTS)
+    assert page.markdown(*results) == page.DOCUMENT.read_text()
+    assert performance_tables_page.markdown(*results) == (page.DOCUMENT.parent / page.TABLES).read_text()

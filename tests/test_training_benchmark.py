@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 pytest.importorskip("transformers")
 from benchmarks import documents, recommendation
-from benchmarks.training import page, several_page, single, tasks
+from benchmarks.training import page, plots, several_page, single, tables_page, tasks
 from benchmarks.training.__main__ import main
 from benchmarks.training.distributed import DENSE
 from roastify.conversion.converted import pool_of
@@ -77,10 +77,13 @@ def test_rows_of_one_device_and_their_page(tmp_path: Path) -> None:
     assert again.exit_code == 0, again.output
     assert rows_of(output)["resnet-50/eager/ratio=4"]["step_ratio"] == 123.0
     text = write_page(output, tmp_path / "page.md")
-    assert "| 123.000 |" in text and "≥ 3.8 met" in text and "Several GPUs" not in text
-    assert "≤ 1.15" in text
+    assert "123.00 (resnet-50, ratio 4); 0 of 2 faster than dense" in text or "1 of 2 faster than dense" in text
+    assert "Several GPUs" not in text and "Memory of a step" not in text
+    tables = (tmp_path / page.TABLES).read_text()
+    assert "| 123.000 |" in tables and "≥ 3.8 met" in tables and "Several GPUs" not in tables
+    assert "≤ 1.15" in tables
     # Memory is not measured on a CPU, so there is no plot of it.
-    assert [path.name for path in (tmp_path / "images").iterdir()] == ["training-time.png"]
+    assert [path.name for path in (tmp_path / "images").iterdir()] == ["training-time.svg"]
 
 
 @pytest.mark.long
@@ -122,8 +125,32 @@ def test_a_pattern_that_matches_no_case_starts_nothing(tmp_path: Path, monkeypat
     assert done.exit_code == 2 and "name another file" in done.output
 
 
-def test_page_is_the_committed_results() -> None:
-    assert page.markdown(page.load(page.RESULTS)["rows"]) == page.DOCUMENT.read_text()
+def test_pages_are_the_committed_results() -> None:
+    rows = page.load(page.RESULTS)["rows"]
+    assert page.markdown(rows) == page.DOCUMENT.read_text()
+    assert tables_page.markdown(rows) == (page.DOCUMENT.parent / page.TABLES).read_text()
+
+
+def test_the_page_says_how_steps_run_and_which_aims_are_missed() -> None:
+    def row(task: str, mode: str, value: float, date: str, ratio: int = 10) -> dict[str, Any]:
+        held = dict.fromkeys(("parameters", "buffers", "gradients", "optimizer", "activations", "rest"), 1)
+        sides = {name: {"memory": held | {"peak": peak}} for name, peak in (("dense", 10), ("converted", 6))}
+        times = {"median_ms": 1.0, "q1_ms": 1.0, "q3_ms": 1.0}
+        sides = {name: side | times for name, side in sides.items()}
+        made = {"gpu": "a GPU", "date": date}
+        case = {"task": task, "mode": mode, "ratio": ratio, "shape": "", "step_ratio": value, "time_aim": 0.9}
+        return {**case, **sides, "machine": made, "state_ratio": 10.0, "state_aim": 9.5}
+
+    rows = [row("a", "graphed", 0.5, "2026-12-01"), row("a", "eager", 1.5, "2026-12-01")]
+    rows += [row("a, no folds", "eager", 1.2, "2026-12-01"), row("b", "graphed", 0.95, "2026-11-01")]
+    text = " ".join(page.markdown(rows).split())
+    assert "- As a CUDA graph: 0.50 (a, ratio 10); 1 of 1 faster than dense." in text
+    assert "- As a CUDA graph, converted before folds: 0.95 (b, ratio 10); 1 of 1 faster than dense." in text
+    assert '`fold = "none"` (a at ratio 10: 1.20 instead of 1.50).' in text
+    assert "1 of 4 are met; missed: a at ratio 10, eager, 1.500 of 0.9; a, no folds at ratio 10" in text
+    assert "Ratio 10: 60 % of the dense model's peak (a)." in text and "Several GPUs" not in text
+    # A variant of a model is not drawn beside it.
+    assert [each["task"] for each in plots.with_memory(rows)] == ["a", "b"]
 
 
 def test_the_page_of_several_gpus_is_the_committed_results() -> None:

@@ -51,7 +51,7 @@ def _grid(task: str) -> Iterator[Run]:
         yield Run(task, "dense", 1.0, seed)
         for ratio, method in itertools.product(RATIOS, others):
             # At ratio 1 every rival but the hashed ones is the dense model, and no kernel of ours has a basis.
-            if ratio > 1 or (METHODS[method].kind in ("ours", "hash") and method != "whole"):
+            if ratio > 1 or (METHODS[method].converts and method != "whole"):
                 yield Run(task, method, ratio, seed)
 
 

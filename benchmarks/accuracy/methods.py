@@ -26,7 +26,8 @@ class Method:
 
     Args:
         title: for the tables.
-        kind: `dense`, `ours`, `hash` (other ways to share by hashing) or `other`.
+        kind: `dense`, `ours`, `variant` (ours with a setting changed), `hash` (other ways to share by hashing) or
+            `other`.
         settings: of the conversion, if it is one.
         rates: factors of the task's first learning rate to try instead of the task's grid; with SGD only.
     """
@@ -36,9 +37,14 @@ class Method:
     settings: tuple[tuple[str, object], ...] = ()
     rates: tuple[float, ...] = ()
 
+    @property
+    def converts(self) -> bool:
+        """Whether it is a conversion of roastify."""
+        return self.kind in ("ours", "variant", "hash")
 
-def _hash(title: str, **settings: object) -> Method:
-    return Method(title, "hash", tuple(settings.items()))
+
+def _shared(title: str, kind: str = "hash", **settings: object) -> Method:
+    return Method(title, kind, tuple(settings.items()))
 
 
 METHODS = {
@@ -50,14 +56,14 @@ METHODS = {
     "random": Method("pruned at random", "other"),
     "magnitude": Method("pruned by magnitude", "other"),
     "snip": Method("pruned by SNIP", "other"),
-    "local": _hash("roastify, a pool for each tensor", sharing="local"),
+    "local": _shared("roastify, a pool for each tensor", "variant", sharing="local"),
     # A gradient that is not divided by Γ is about as many times larger as a pool element has readers.
-    "plain": Method("roastify, no preconditioner", "hash", (("precondition", False),), (2.5, 1.0, 0.25, 0.05)),
-    "whole": _hash("roastify, kernels without a basis", kernel_basis="none"),
-    "elementwise": _hash("element-wise hashing, global", mapping="hashednet", kernel_basis="none"),
-    "hashednet": _hash("HashedNet (element-wise, local)", mapping="hashednet", sharing="local", kernel_basis="none"),
-    "roast": _hash("ROAST's unaligned tiles", mapping="roast", tile="16x16", sign="tile", kernel_basis="none"),
-    "cyclic": _hash("STABLE-RPS's rotations", mapping="cyclic", kernel_basis="none"),
+    "plain": Method("roastify, no preconditioner", "variant", (("precondition", False),), (2.5, 1.0, 0.25, 0.05)),
+    "whole": _shared("roastify, kernels without a basis", "variant", kernel_basis="none"),
+    "elementwise": _shared("element-wise hashing, global", mapping="hashednet", kernel_basis="none"),
+    "hashednet": _shared("HashedNet (element-wise, local)", mapping="hashednet", sharing="local", kernel_basis="none"),
+    "roast": _shared("ROAST's unaligned tiles", mapping="roast", tile="16x16", sign="tile", kernel_basis="none"),
+    "cyclic": _shared("STABLE-RPS's rotations", mapping="cyclic", kernel_basis="none"),
 }
 
 
@@ -110,7 +116,7 @@ def build(
         model.to(device)
         stored = pruning.prune(model, allowed, pruning.SCORES[run.method](model, batch, run.seed))
         return Built(model, stored, "the mask is not counted")
-    elif METHODS[run.method].kind in ("ours", "hash"):
+    elif METHODS[run.method].converts:
         return _converted(model, run, device)
     return Built(model.to(device), nets.size(model))
 

@@ -31,20 +31,24 @@ class Variant:
     Args:
         epochs: of every run, or None: what its trials chose.
         distill: the teacher's share of the loss, or None.
+        warm: whether training starts from the trained dense model.
     """
 
     epochs: int | None
     distill: float | None
+    warm: bool = False
 
     def has(self, row: Row) -> bool:
         """Whether a row is this comparison's."""
         of_length = not row["epochs_asked"] if self.epochs is None else row["epochs"] == self.epochs
-        distilled = self.distill is not None and row["method"] != "dense"
-        return of_length and row["changes"] == ({"distill": self.distill} if distilled else {})
+        changes: dict[str, Any] = {} if self.distill is None else {"distill": self.distill}
+        changes |= {"warm": True} if self.warm else {}
+        return of_length and row["changes"] == ({} if row["method"] == "dense" else changes)
 
     def __str__(self) -> str:
         length = [] if self.epochs is None else [f"{self.epochs} epochs"]
-        return ", ".join(length if self.distill is None else [*length, "distilled"])
+        warm = ["from the trained dense model"] if self.warm else []
+        return ", ".join([*length, *warm, *([] if self.distill is None else ["distilled"])])
 
 
 def _is_plain(row: Row) -> bool:

@@ -1,228 +1,130 @@
-"""docs/training-cost.md and its plots, from the raw rows."""
+"""docs/training-cost.md, the tables behind it and their plots, from the raw rows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import click
 
-from benchmarks.documents import measured_on
-from benchmarks.page import Column, number, table
-from benchmarks.rows import FOLDER, Row, load, write
-from benchmarks.training import plots
-from benchmarks.training.distributed import DENSE, KINDS, TOLERANCE
-from benchmarks.training.single import MEMORY_AIM
+from benchmarks.documents import listed, paragraph
+from benchmarks.rows import Row, load, may_fold, write
+from benchmarks.training import plots, tables_page
+from benchmarks.training.tables_page import RESULTS, machines, single_rows
 
-RESULTS = FOLDER / "training.json"
 DOCUMENT = Path(__file__).parents[2] / "docs" / "training-cost.md"
-IMAGES = "images"
+TABLES = "results/training-tables.md"
 
-METHOD = """
-A step is zeroed gradients (`set_to_none`), forward in bfloat16 autocast, backward, clipping, and fused AdamW, on random
-data. Before it is timed, the converted model's loss is held to the dense model's with the same weights. The sides run
-in one process in turn, six steps in a row, of which the first is not timed; the GPU is not waited for between them.
-Times are medians, with quartiles. `graphed` replays the whole step as one CUDA graph, so that its time is the GPU's
-own; its memory is that of the steps before the capture. `compiled` is `torch.compile` as it is, `reduce-overhead` its
-mode of that name. In `eager` steps, which is also how the rows for several GPUs train, Python launches every kernel,
-and a converted layer asks more of Python than a dense one: where a model's kernels are short, that sets the time, and
-it is longer than the dense model's. So it is in `compiled` steps, whose operators on the pool are Python's. Such times
-move with the host by a fifth from run to run (the dense ResNet-50's eager step took 22.7 ms beside one model and 26.6
-beside the next), and efficiencies that are made of them with them.
-
-Not all rows are of one state of the code. The `compiled` steps of "resnet-50, whole kernels" and several GPUs are from
-before training passes kept the weights of small layers, which spares the host most of what a converted layer asked of
-it beside a dense one. All other rows but BERT-base's `eager` and `compiled` ones, and ResNet-50's others, are from
-before a group's kernel summed gradients of which a few are missing, as that of BERT's pooler is. ResNet-50's `compiled`
-rows with a basis are from before eager passes made its kernels together, which compiled ones do not. Only BERT-base was
-measured with `reduce-overhead`, and GPT-2 medium and the deep stack were not compiled. "resnet-50" has kernels made of
-a basis, the default; "resnet-50, whole kernels" has none. The eager steps of both were timed one after the other on a
-slow host: the dense one took 23 and 27 ms, where the GPU alone needs 17.8. Activations are what the forward pass leaves
-for the backward pass; the peak is the allocator's, over one step. An aim is what this project set itself before
-measuring, and aims that are missed stay in the tables.
+ABOUT = """
+What does a training step of a converted model take beside the dense one's, in time and in memory? A step is forward in
+bfloat16 autocast, backward, clipping and AdamW, on random data. [The tables]({tables}) have every case, the method and
+the raw rows; both pages are written by `python -m benchmarks.training.page`. Several GPUs are in
+[distributed.md](distributed.md#measured).
 """
-SEVERAL = """
-Each GPU has a batch of its own, so the work grows with the GPUs; efficiency is a GPU's throughput among several over
-its throughput alone. The losses of the first steps are those of one GPU on the joint batch, within the largest
-difference in the table. DDP all-reduces float32 gradients. FSDP2 gathers bfloat16 parameters and reduces float32
-gradients; dense models are sharded block by block, converted ones as one unit. Bytes are of whole tensors, a step, as
-handed to the collectives. NVLink multicast is off.
+TIME = """
+Time of a converted step ÷ time of a dense one, so below 1 the converted model is faster. Layers of at least a million
+weights are folded ([folding.md](folding.md)); models converted before layers could be folded are named apart.
+"""
+ADVICE = """
+So on a GPU, capture the step as a CUDA graph, or compile with `mode="reduce-overhead"`: a converted layer launches more
+operators than a dense one, and where Python launches them one by one that sets the time. Where neither is possible, try
+`fold = "none"`{example}.
+"""
+MEMORY = """
+Parameters, gradients and the optimizer's state fall by the ratio. Activations do not, so what a whole step takes falls
+less:
 """
 
 
-def verdict(met: bool) -> str:
-    return "met" if met else "missed"
+def extremes(rows: Sequence[Row]) -> str:
+    """Return the fastest and the slowest of some cases, with their names."""
+    ends = sorted(rows, key=lambda row: row["step_ratio"])
+    named = [f"{row['step_ratio']:.2f} ({row['task']}, ratio {row['ratio']:g})" for row in (ends[0], ends[-1])]
+    return " to ".join(dict.fromkeys(named))
 
 
-def at_most(value: float, aim: float | None) -> str:
-    return "" if aim is None else f"≤ {aim:g} {verdict(value <= aim)}"
+def times(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield a line for each way to run a step, apart for what was converted before folds."""
+    for mode, (title, *_) in plots.MODES.items():
+        for since, when in ((True, ""), (False, ", converted before folds")):
+            found = [row for row in rows if row["mode"] == mode and may_fold(row) == since]
+            if found:
+                faster = sum(row["step_ratio"] < 1 for row in found)
+                yield paragraph(
+                    f"{title[0].upper()}{title[1:]}{when}: {extremes(found)}; {faster} of {len(found)} faster than "
+                    f"dense.",
+                    "- ",
+                )
 
 
-FOLDS = """
-From 30 November 2026 on, layers of at least a million weights are folded by default ([folding.md](folding.md)); rows
-with earlier dates are of models without folds. The "lean" models are decoders of torch's own operations with parameters
-in bfloat16, in which products take most of a step; the others are transformers', whose elementwise operations run in
-float32 under autocast.
-"""
+def without_folds(rows: Sequence[Row]) -> str:
+    """Return where eager steps were measured with folds and without, as an example in brackets."""
+    eager = {(row["task"], row["ratio"]): row["step_ratio"] for row in rows if row["mode"] == "eager"}
+    found = [
+        f"{task} at ratio {ratio:g}: {eager[f'{task}, no folds', ratio]:.2f} instead of {value:.2f}"
+        for (task, ratio), value in eager.items()
+        if (f"{task}, no folds", ratio) in eager
+    ]
+    return f" ({'; '.join(found)})" if found else ""
 
 
-def at_least(value: float, aim: float | None) -> str:
-    return "" if aim is None else f"≥ {aim:g} {verdict(value >= aim)}"
+def held(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield what the peaks are, a line for each ratio."""
+    shown = plots.with_memory(rows)
+    for ratio in sorted({row["ratio"] for row in shown}):
+        parts = {
+            row["task"]: row["converted"]["memory"]["peak"] / row["dense"]["memory"]["peak"]
+            for row in shown
+            if row["ratio"] == ratio
+        }
+        ends = [choose(parts, key=parts.__getitem__) for choose in (min, max)]
+        named = [f"{100 * parts[task]:.0f} % of the dense model's peak ({task})" for task in dict.fromkeys(ends)]
+        yield paragraph(f"Ratio {ratio:g}: {' to '.join(named)}.", "- ")
 
 
-def megabytes(size: float | None) -> str:
-    return "" if size is None else f"{size / 1e6:,.1f}"
-
-
-def milliseconds(found: Row) -> str:
-    return f"{found['median_ms']:.2f} ({found['q1_ms']:.2f}–{found['q3_ms']:.2f})"
-
-
-HELD = ("parameters", "gradients", "optimizer", "activations", "peak")
-MODEL = [Column("model", lambda row: row["task"]), Column("batch", lambda row: row["shape"])]
-TIME_COLUMNS = [
-    *MODEL,
-    Column("mode", lambda row: row["mode"]),
-    Column("ratio", lambda row: f"{row['ratio']:g}"),
-    Column("on", lambda row: (row["machine"].get("gpu") or "CPU").removeprefix("NVIDIA ")),
-    Column("date", lambda row: row["machine"]["date"]),
-    Column("dense, ms", lambda row: milliseconds(row["dense"])),
-    Column("converted, ms", lambda row: milliseconds(row["converted"])),
-    Column("converted ÷ dense", number("step_ratio", 3)),
-    Column("aim", lambda row: at_most(row["step_ratio"], row["time_aim"])),
-]
-MEMORY_COLUMNS = [
-    Column("model", lambda row: row["task"]),
-    Column("mode", lambda row: row["mode"]),
-    Column("side", lambda row: row["side"]),
-    *(
-        Column(f"{name}, MB", lambda row, part=part: megabytes(row["memory"][part]))
-        for part, name in {**{part: part for part in HELD}, "optimizer": "AdamW"}.items()
-    ),
-    Column("state ÷", number("state_ratio")),
-    Column("aim", lambda row: at_least(row["state_ratio"], row["state_aim"]) if "state_ratio" in row else ""),
-]
-SEVERAL_COLUMNS = [
-    Column("model", lambda row: row["task"]),
-    Column("with", lambda row: row["kind"]),
-    Column("GPUs", lambda row: str(row["gpus"])),
-    Column("side", lambda row: row["side"].replace("=", " ")),
-    Column("step, ms", milliseconds),
-    Column("efficiency", number("efficiency", 3)),
-    Column("aim", lambda row: row["efficiency_aim"]),
-    Column("gradients, MB", lambda row: "" if row["gradient_mb"] is None else f"{row['gradient_mb']:,.1f}"),
-    Column("aim", lambda row: row["gradient_aim"]),
-    Column("all-gathered, MB", lambda row: megabytes(row["bytes"].get("all-gather"))),
-    Column("peak, MB a GPU", lambda row: megabytes(row["peak"])),
-    Column("losses differ by", lambda row: "" if row.get("loss_error") is None else f"{row['loss_error']:.1e}"),
-    Column("aim", lambda row: "" if row.get("loss_error") is None else at_most(row["loss_error"], TOLERANCE)),
-]
-
-
-def single_rows(rows: Iterable[Row]) -> list[Row]:
-    """Return the rows of one GPU that were measured."""
-    return [row for row in rows if "mode" in row and "failure" not in row]
-
-
-def several_rows(rows: Iterable[Row]) -> list[Row]:
-    """Return the rows of several GPUs that were measured, with what they are to dense training of the same kind."""
-    measured = [row for row in rows if "kind" in row and "failure" not in row]
-    measured.sort(key=lambda row: (row["task"], KINDS.index(row["kind"]), row["gpus"], _ratio(row)))
-    dense: dict[tuple[str, str, int], Row] = {}
-    found = []
-    for row in measured:
-        gradients = row["bytes"].get("all-reduce", 0) + row["bytes"].get("reduce-scatter", 0)
-        row = {"efficiency": None, **row, "gradient_mb": gradients / 1e6 or None}
-        row |= {"efficiency_aim": "", "gradient_aim": ""}
-        place = row["task"], row["kind"], row["gpus"]
-        if row["side"] == DENSE:
-            dense[place] = row
-        elif place in dense:
-            twin = dense[place]
-            if row["efficiency"] is not None and twin["efficiency"] is not None:
-                row["efficiency_aim"] = f"dense's {verdict(row['efficiency'] >= twin['efficiency'])}"
-            if row["gradient_mb"] and twin["gradient_mb"]:
-                fallen = twin["gradient_mb"] / row["gradient_mb"]
-                row["gradient_aim"] = f"÷ {fallen:.2f}, {at_least(fallen, MEMORY_AIM * _ratio(row))}"
-        found.append(row)
-    return found
-
-
-def _ratio(row: Row) -> float:
-    """Return a side's ratio, 1 for the dense one."""
-    return 1.0 if row["side"] == DENSE else float(row["side"].removeprefix("ratio="))
-
-
-def memory_rows(rows: Sequence[Row]) -> list[Row]:
-    """Return a row for each side: dense once for each model and mode."""
-    found: list[Row] = []
-    seen = set()
-    for row in rows:
-        fields = {"task": row["task"], "mode": row["mode"]}
-        if (key := (row["task"], row["mode"])) not in seen:
-            seen.add(key)
-            found.append({**fields, "side": DENSE, "memory": row["dense"]["memory"]})
-        aims = {name: row[name] for name in ("state_ratio", "state_aim")}
-        found.append({**fields, "side": f"ratio {row['ratio']:g}", "memory": row["converted"]["memory"], **aims})
-    return found
-
-
-def machines(rows: Iterable[Row]) -> str:
-    """Return where rows were measured, each place once."""
-    return "; ".join(dict.fromkeys(measured_on(row["machine"]) for row in rows))
+def aims(rows: Sequence[Row]) -> str:
+    """Return how many aims are met, and which are missed."""
+    timed = [row for row in rows if row["time_aim"] is not None]
+    missed = [row for row in timed if row["step_ratio"] > row["time_aim"]]
+    named = [
+        f"{row['task']} at ratio {row['ratio']:g}, {row['mode']}, {row['step_ratio']:.3f} of {row['time_aim']:g}"
+        for row in missed
+    ]
+    state = [row["state_ratio"] >= row["state_aim"] for row in rows if row.get("state_aim") is not None]
+    told = f"Of the aims for time, {len(timed) - len(missed)} of {len(timed)} are met"
+    told += f"; missed: {'; '.join(named)}." if named else "."
+    return f"{told} Of those for the state's memory, {sum(state)} of {len(state)} are met."
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """Return the page."""
-    single, several = single_rows(rows), several_rows(rows)
-    drawn = [name for name in ("memory", "time", "scaling") if has_plot(name, single, several)]
-    pictures = {
-        name: [f"![{title}]({IMAGES}/training-{name}.png)", ""] if name in drawn else []
-        for name, title in TITLES.items()
-    }
-    lines = ["# What training costs", ""]
-    lines += [
-        "Written by `python -m benchmarks.training.page` from [the raw rows](../benchmarks/results/training.json), "
-        "which `python -m benchmarks.training` measures.",
-        "",
-    ]
+    """Return docs/training-cost.md of the raw rows."""
+    single = single_rows(rows)
+    lines = ["# What training costs", "", paragraph(ABOUT.format(tables=TABLES)), ""]
     if single:
-        lines += ["## One GPU: time of a step", "", f"{machines(single)}.", "", FOLDS.strip(), "", *pictures["time"]]
-        lines += [*table(TIME_COLUMNS, single), "", "## One GPU: memory of a step", "", *pictures["memory"]]
-        lines += ["Parameters, gradients and AdamW's state together are the state, which falls by the ratio.", ""]
-        lines += [*table(MEMORY_COLUMNS, memory_rows(single)), "", METHOD.strip(), ""]
-    if several:
-        lines += ["## Several GPUs", "", f"{machines(several)}.", "", *pictures["scaling"]]
-        lines += [*table(SEVERAL_COLUMNS, several), "", SEVERAL.strip(), ""]
-    failed = [row for row in rows if "failure" in row]
+        lines += ["## Time of a step", "", f"{machines(single)}.", ""]
+        lines += ["![Converted step time over dense step time](images/training-time.svg)", ""]
+        lines += [paragraph(TIME), "", *times(single), ""]
+        lines += [paragraph(ADVICE.format(example=without_folds(single))), "", paragraph(aims(single)), ""]
+    if plots.with_memory(single):
+        lines += ["## Memory of a step", "", "![Parts of the peak memory](images/training-memory.svg)", ""]
+        lines += [paragraph(MEMORY), "", *held(single), ""]
+    failed = [f"`{row['case']}`" for row in rows if "failure" in row]
     if failed:
-        lines += ["## What failed", "", *(f"- `{row['case']}`: {row['failure']}" for row in failed), ""]
+        lines += [f"Failed: {listed(failed)}; [why]({TABLES}#what-failed).", ""]
     return "\n".join(lines)
-
-
-TITLES = {
-    "time": "Converted step time over dense step time",
-    "memory": "Parts of the peak memory of a training step",
-    "scaling": "Scaling efficiency and bytes of gradients",
-}
-
-
-def has_plot(name: str, single: Sequence[Row], several: Sequence[Row]) -> bool:
-    """Whether there is something to draw: memory is counted on GPUs alone."""
-    if name == "memory":
-        return bool(plots.with_memory(single))
-    return bool(single) if name == "time" else any(row["efficiency"] is not None for row in several)
 
 
 @click.command()
 @click.option("--rows", "source", type=click.Path(exists=True, path_type=Path), default=RESULTS, help="Raw rows.")
 @click.option("--document", type=click.Path(dir_okay=False, path_type=Path), default=DOCUMENT, help="The page.")
 def main(source: Path, document: Path) -> None:
-    """Write the page and its plots, beside it, from raw rows."""
+    """Write the page, its tables and its plots, beside it, from raw rows."""
     rows = load(source)["rows"]
+    tables = document.parent / TABLES
     write(document, markdown(rows))
-    drawn = plots.draw(single_rows(rows), several_rows(rows), document.parent / IMAGES)
-    print(f"written to {', '.join(map(str, (document, *drawn)))}")
+    write(tables, tables_page.markdown(rows))
+    drawn = plots.draw(single_rows(rows), document.parent / "images")
+    print(f"written to {', '.join(map(str, (document, tables, *drawn)))}")
 
 
 if __name__ == "__main__":

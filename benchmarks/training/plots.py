@@ -1,4 +1,4 @@
-"""The plots of docs/training-cost.md."""
+"""The plots of docs/training-cost.md: the time of a step, and the memory it takes."""
 
 from __future__ import annotations
 
@@ -7,115 +7,125 @@ from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.plots import COLOURS, bars, line_at_one, save
-from benchmarks.rows import Row
+from benchmarks.plots import BLACK, BLUE, GREEN, ORANGE, PINK, SKY, WIDTH, YELLOW, line_at_one, save
+from benchmarks.rows import Row, may_fold
 
+# How a step runs: its colour and marker.
+MODES = {
+    "graphed": ("as a CUDA graph", BLUE, "o"),
+    "reduce-overhead": ('compiled, "reduce-overhead"', SKY, "D"),
+    "compiled": ("compiled by default", PINK, "s"),
+    "eager": ("eager", ORANGE, "^"),
+}
 # From the axis outwards; their sum is the peak.
 PARTS = {
-    "parameters": COLOURS[0],
-    "buffers": COLOURS[5],
-    "gradients": COLOURS[2],
-    "optimizer": COLOURS[4],
-    "rest": "#bbbbbb",
+    "parameters": ("parameters", BLUE),
+    "gradients": ("gradients", GREEN),
+    "optimizer": ("optimizer's state", YELLOW),
+    "rest": ("activations and the rest", "#bbbbbb"),
 }
-NAMES = {"optimizer": "optimizer state", "rest": "activations and the rest"}
 
 
 def with_memory(rows: Sequence[Row]) -> list[Row]:
-    """Return each case once, whose memory a GPU counted in steps that were neither compiled nor replayed."""
-    found: dict[tuple[str, int], Row] = {}
+    """Return each model's row of the lowest ratio whose memory a GPU counted, in steps that were not compiled.
+
+    Variants of a model ("bert-base, no folds" beside "bert-base") are left out.
+    """
+    tasks = {row["task"] for row in rows}
+    found: dict[str, Row] = {}
     for row in rows:
-        if row["mode"] in ("eager", "graphed") and row["dense"]["memory"]["peak"] is not None:
-            found.setdefault((row["task"], row["ratio"]), row)
+        of_another = row["task"].partition(", ")[0] in tasks - {row["task"]}
+        counted = row["mode"] in ("eager", "graphed") and row["dense"]["memory"]["peak"] is not None
+        if counted and not of_another and row["ratio"] <= found.get(row["task"], row)["ratio"]:
+            found.setdefault(row["task"], row)
     return list(found.values())
 
 
 def memory(rows: Sequence[Row]) -> Figure | None:
-    """The parts of peak memory, dense and converted, of training without a compiler; a panel for each model."""
+    """The parts of peak memory, converted under dense, in percent of the dense model's peak."""
     rows = with_memory(rows)
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    if not tasks:
+    if not rows:
         return None
-    bars = {
-        task: [
-            ("dense", next(row for row in rows if row["task"] == task)["dense"]["memory"]),
-            *((f"ratio {row['ratio']}", row["converted"]["memory"]) for row in rows if row["task"] == task),
-        ]
-        for task in tasks
-    }
-    heights = [len(found) for found in bars.values()]
-    figure, grid = plt.subplots(
-        len(tasks), 1, figsize=(9, 0.5 * sum(heights) + 1.8), squeeze=False, height_ratios=heights
-    )
-    for axes, (task, found) in zip(grid[:, 0], bars.items(), strict=True):
-        _stack(axes, [name for name, _ in found], [held for _, held in found])
-        axes.set_title(task, loc="left")
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=5, frameon=False)
-    grid[-1, 0].set_xlabel("peak memory of a training step, GB")
-    return figure
-
-
-def _stack(axes: Axes, names: Sequence[str], held: Sequence[dict[str, int]]) -> None:
-    begins = [0.0] * len(names)
-    for part, colour in PARTS.items():
-        widths = [found[part] / 1e9 for found in held]
-        axes.barh(names, widths, left=begins, color=colour, height=0.65, label=NAMES.get(part, part))
+    figure, axes = plt.subplots(figsize=(WIDTH, 0.62 * len(rows) + 1.3))
+    names, begins = [], [0.0] * (2 * len(rows))
+    sides = [(row, side) for row in rows for side in ("dense", "converted")]
+    # A little room between models.
+    places = [index + 0.3 * (index // 2) for index in range(len(sides))]
+    for part, (title, colour) in PARTS.items():
+        widths = []
+        for row, side in sides:
+            held = row[side]["memory"]
+            size = held[part] + (held["buffers"] if part == "rest" else 0)
+            widths.append(100 * size / row["dense"]["memory"]["peak"])
+        axes.barh(places, widths, left=begins, color=colour, height=0.8, label=title)
         begins = [begin + width for begin, width in zip(begins, widths, strict=True)]
+    for row, side in sides:
+        name = "dense" if side == "dense" else f"ratio {row['ratio']:g}"
+        names.append(f"{row['task']}, {name}" if side == "dense" else name)
+    for place, end, (row, side) in zip(places, begins, sides, strict=True):
+        text = f"{row[side]['memory']['peak'] / 1e9:.1f} GB"
+        axes.annotate(text, (end, place), (4, 0), textcoords="offset points", va="center", fontsize=10)
+    axes.set_yticks(places, names)
+    axes.set_xlim(0, 113)
+    axes.set_xticks(range(0, 101, 20))
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
+    axes.set_xlabel("peak memory of a training step, % of the dense model's")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return figure
 
 
 def time(rows: Sequence[Row]) -> Figure | None:
-    """Converted step time over dense step time, with the aims."""
+    """Converted step time over dense step time: a line for each model and ratio, a marker for each way to run it."""
     if not rows:
         return None
-    figure, axes = plt.subplots(figsize=(9, 0.34 * len(rows) + 1.6))
-    values = [row["step_ratio"] for row in rows]
-    names = [f"{row['task']}, {row['mode']}, ratio {row['ratio']}" for row in rows]
-    bars(axes, names, values, [value <= 1 for value in values])
-    aims = [(row["time_aim"], place) for place, row in enumerate(rows) if row["time_aim"] is not None]
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    cells = sorted(
+        {(row["task"], row["ratio"]) for row in rows}, key=lambda cell: (_first(tasks, cell[0]), cell[0], cell[1])
+    )
+    figure, axes = plt.subplots(figsize=(WIDTH, 0.33 * len(cells) + 1.6))
+    line_at_one(axes, horizontal=False)
+    for mode, (title, colour, marker) in MODES.items():
+        label: str | None = title
+        for row in rows:
+            if row["mode"] == mode:
+                place = cells.index((row["task"], row["ratio"]))
+                filled = colour if may_fold(row) else "white"
+                axes.plot(
+                    row["step_ratio"],
+                    place,
+                    marker,
+                    color=colour,
+                    markerfacecolor=filled,
+                    markeredgewidth=1.8,
+                    markersize=7,
+                    label=label if may_fold(row) else None,
+                )
+                label = None if may_fold(row) else label
+        if label is not None and any(row["mode"] == mode for row in rows):
+            axes.plot([], [], marker, color=colour, markersize=7, label=title, linestyle="none")
+    if not all(may_fold(row) for row in rows):
+        title = "hollow: converted before folds"
+        axes.plot([], [], "o", color=BLACK, markerfacecolor="white", markeredgewidth=1.8, label=title, linestyle="none")
+    aims = [(row["time_aim"], cells.index((row["task"], row["ratio"]))) for row in rows if row["time_aim"] is not None]
     if aims:
-        axes.plot(*zip(*aims, strict=True), "|", color="#000000", markersize=16, markeredgewidth=2, label="aims")
-        axes.legend(frameon=False)
-    axes.set_xlim(0, max(*values, 1) * 1.12)
+        axes.plot(*zip(*dict.fromkeys(aims), strict=True), "|", color=BLACK, markersize=13, label="aim")
+    axes.set_yticks(range(len(cells)), [f"{task}, ratio {ratio:g}" for task, ratio in cells])
+    axes.invert_yaxis()
+    axes.set_xlim(left=0)
     axes.set_xlabel("time of a converted training step ÷ time of a dense one")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 
-def scaling(rows: Sequence[Row]) -> Figure | None:
-    """Scaling efficiency and bytes of gradients, on the most GPUs that were measured."""
-    rows = [row for row in rows if row.get("efficiency") is not None]
-    if not rows:
-        return None
-    most = max(row["gpus"] for row in rows)
-    rows = [row for row in rows if row["gpus"] == most]
-    groups = list(dict.fromkeys((row["task"], row["kind"]) for row in rows))
-    sides = list(dict.fromkeys(row["side"] for row in rows))
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4))
-    width = 0.8 / len(sides)
-    for index, (side, colour) in enumerate(zip(sides, ["#000000", *COLOURS], strict=False)):
-        for axes, value in zip(panels, ("efficiency", "gradient_mb"), strict=True):
-            found = {
-                groups.index((row["task"], row["kind"])): row[value]
-                for row in rows
-                if row["side"] == side and row[value] is not None
-            }
-            places = [place + (index - (len(sides) - 1) / 2) * width for place in found]
-            axes.bar(places, list(found.values()), width * 0.92, color=colour, label=side.replace("=", " "))
-    for axes, title in zip(panels, (f"scaling efficiency on {most} GPUs", "MB of gradients a step"), strict=True):
-        axes.set_xticks(range(len(groups)), [f"{task}\n{kind}" for task, kind in groups])
-        axes.grid(axis="x", visible=False)
-        axes.set_title(title, loc="left")
-    line_at_one(panels[0])
-    panels[1].set_yscale("log")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(sides), frameon=False)
-    return figure
+def _first(tasks: Sequence[str], task: str) -> int:
+    """Return the place of a model, or of the model that a task is a variant of, so that variants stand beside it."""
+    base = task.partition(", ")[0]
+    return tasks.index(base if base in tasks else task)
 
 
-def draw(single: Sequence[Row], several: Sequence[Row], folder: Path) -> list[Path]:
+def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
     """Draw what there are rows for; return the files written."""
-    figures = {"memory": partial(memory, single), "time": partial(time, single), "scaling": partial(scaling, several)}
-    return list(save({f"training-{name}": figure for name, figure in figures.items()}, folder).values())
+    return save({"training-time": partial(time, rows), "training-memory": partial(memory, rows)}, folder)

@@ -25,7 +25,7 @@ from roastify.pool.mapping import MAPPING_VERSION, UNFOLDED_VERSION, TileMap
 from roastify.pool.plan import EXCLUDED, FoldPlan, PoolRegion, RoastPlan, TensorPlan
 
 # Tiles, largest first, because larger tiles run faster and tile size made little difference to accuracy. See
-# docs/accuracy.md, "The recipe".
+# docs/results/accuracy-tables.md, "The recipe".
 _TILES = ((128, 64), (64, 64), (32, 32), (16, 16), (8, 8))
 _ENOUGH_SLOTS = 16
 _LITTLE_PADDING = Fraction(1, 10)
@@ -41,8 +41,8 @@ _FEW_SLOTS, _MOSTLY = 64, Fraction(3, 4)
 # planner".
 _KEPT_OF_BUDGET, _KEPT_OF_MODEL, _MOST_KEPT_OF_BUDGET = Fraction(1, 5), Fraction(1, 50), Fraction(3, 4)
 # 3×3 kernels get six basis kernels, and three from ratio 30 on: ResNet-9 gains 1.3 points at ratio 30, 2.1 at 100 and
-# 3.9 at 300 (docs/accuracy.md). Larger kernels get a basis too, because they have more frequencies to leave out.
-# Kernels along one dimension and smaller kernels do not. Neither was measured, nor were ratios under 3. See
+# 3.9 at 300 (docs/results/accuracy-tables.md). Larger kernels get a basis too, because they have more frequencies to
+# leave out. Kernels along one dimension and smaller kernels do not. Neither was measured, nor were ratios under 3. See
 # docs/training.md, "Choices of the planner".
 _LEAST_KERNEL_DIMS, _LEAST_POSITIONS, _LEAST_RATIO_OF_BASIS = 2, 9, 2
 _BASIS_OF_POSITIONS, _SMALL_BASIS_OF_POSITIONS, _LEAST_RATIO_OF_SMALL_BASIS = Fraction(2, 3), Fraction(1, 3), 30

@@ -1,238 +1,135 @@
-"""The language model's part of docs/accuracy.md, and its picture, from the raw rows."""
+"""The language model's part of docs/accuracy.md: who is better at each ratio, and what that costs."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
-from pathlib import Path
-from typing import Any
-
-import matplotlib.pyplot as plt
-from matplotlib.figure import Figure
+from collections.abc import Callable, Sequence
 
 from benchmarks.accuracy.language.methods import METHODS
-from benchmarks.accuracy.language.runs import RECIPE
-from benchmarks.accuracy.language.table import RESULTS, Row, Table
-from benchmarks.accuracy.language.trials import RATIOS
+from benchmarks.accuracy.language.picture import NAME
+from benchmarks.accuracy.language.runs import DENSE, RECIPE
+from benchmarks.accuracy.language.table import Row, Table
+from benchmarks.documents import listed, paragraph, span
 from benchmarks.documents import table as table_lines
-from benchmarks.plots import COLOURS, MARKERS, save
-from benchmarks.stats import mean_and_error, p_text, paired
+from benchmarks.stats import Difference
 
-PICTURE = "accuracy-language"
-TITLE = "Language model on the IMDB reviews' text"
-
-METHOD = """
-A decoder (pre-norm, RMSNorm, rotary positions, GELU, no biases, the head tied to the word table) learns to predict the
-next token of reviews, in a byte-pair vocabulary of {words:,} words learned from the training text. Dense, it is
-{width} wide, {depth} layers deep and stores {size:,} parameters. All methods train with one recipe: {steps:,} steps of
-{batch} sequences of {context} tokens; AdamW (betas {betas}, decay {decay:g} of whatever has two dimensions or more),
-gradients clipped at norm {clip:g}; a rate that grows over a tenth of the steps and then falls to zero along a cosine;
-bfloat16 autocast. A seed fixes initial values, the order of sequences and the mapping, the same for every method where
-they mean the same. Reviews of both of the data set's splits are used, each text once: 1,000 choose rates and sizes and
-2,000 others give the loss, which is in nats a token; no model trains on these. A lower loss is better.
-
-Trials of {trial_steps:,} steps choose the rate of every method and the sizes of every rival, at ratios {ratios}; other
-ratios take the choice of the nearer. Rivals: a *smaller dense model*, whose width follows from the depth and from
-whether its word table is factored; *tied layers* (ALBERT), some of whose layers' weights are repeated over the depth;
-*low rank*, W = U·V; *Monarch*, two block-diagonal factors with a permutation between. In the last two the word table
-has a rank of its own, where a whole one would take more than a share of the budget. No rival is wider than the dense
-model.
-
-*Stored* counts every parameter. *Multiply-adds* are those of the matrix products with weights in a forward pass, for a
-token; attention's own products are left out, and so is the folding itself, which only adds. *Step* is the time of a
-whole training step (forward, backward, clipping, AdamW; one CUDA graph): the median over 200 steps of a run, averaged
-over seeds. A rival's ranks are what the budget allows; where they are not multiples of 8, its products are slower than
-those of a rank that is.
+TITLE = "Language model"
+ABOUT = """
+A decoder of {size:.1f} M parameters ({width} wide, {depth} layers) learns to predict the next token of film reviews.
+Every method trains for {steps:,} steps; trials chose the step size of each, and the sizes of each rival. No rival is
+wider than the dense model. Here every linear layer is folded, up to 8 times. Multiply-adds are those of products with
+weights in a forward pass; the time is that of a whole training step as one CUDA graph.
 """
+DIFFERENCES = """
+Nats a token by which the best of roastify has a lower loss than the others (below 0: a higher one, so the other
+wins):
+"""
+COSTS = "Multiply-adds a token, and time of a training step:"
+FOLDS = "[folding.md](folding.md#what-it-does-to-accuracy) compares numbers of hashes, learned scales and no folds."
+
+
+def is_ours(method: str) -> bool:
+    return METHODS[method].is_ours
+
+
+def is_rival(method: str) -> bool:
+    return method != "dense" and not METHODS[method].is_ours
+
+
+def tables(rows: Sequence[Row]) -> list[Table]:
+    """Return the comparison of each width of the dense model that there are rows of, the usual one first."""
+    found = sorted({row["width"] for row in rows}, key=lambda width: (width != DENSE.width, width))
+    return [table for table in (Table(rows, width) for width in found) if table.ratios()]
+
+
+def named(table: Table) -> str:
+    return TITLE if table.width == DENSE.width else f"{TITLE}, {table.width} wide"
+
+
+def ahead(table: Table, ratio: float, other: str) -> Difference | None:
+    """Return by how much the best of ours is below another method's loss; the dense model has ratio 1."""
+    best = table.best(ratio, is_ours)
+    if best is None or other == best[0]:
+        return None
+    difference = table.difference(ratio, best[0], other, 1.0 if other == "dense" else ratio)
+    return None if difference is None else difference._replace(mean=-difference.mean)
+
+
+def cell(difference: Difference | None) -> str:
+    """Return a table's cell with a difference in nats, bold if it is clear."""
+    if difference is None:
+        return "–"
+    text = f"{difference.mean:+.3f}" + ("" if difference.degrees else " (one seed)")
+    return f"**{text}**" if difference.is_clear else text
 
 
 def markdown(rows: Sequence[Row]) -> list[str]:
     """Return the section's lines; none without rows of the comparison."""
-    table = Table(rows)
-    if not table.by_cell:
-        return []
-    ratios = table.ratios()
-    lines = [f"## {TITLE}", "", described(rows), "", *_method(), ""]
-    dense = table.losses("dense", 1.0)
-    if (row := table.first("dense", 1.0)) is not None:
-        lines += [
-            f"The dense model of {row['stored']:,} parameters: {loss_text(dense.values())} nats a token, "
-            f"{_millions(row['multiply_adds'])} M multiply-adds a token, {row['step']['median_ms']:.2f} ms a step.",
-            "",
-        ]
-    lines += [f"![Loss against parameters, multiply-adds and time](images/{PICTURE}.png)", ""]
-    if ratios:
-        lines += [
-            "Held-out loss, mean ± standard error over seeds, their number in brackets where it is not three:",
-            "",
-        ]
-        head = ["method", *(f"ratio {ratio:g}" for ratio in ratios)]
-        found = [
-            [METHODS[method].title, *(_cell(table, method, ratio) for ratio in ratios)] for method in _below(table)
-        ]
-        lines += [*table_lines(head, found), ""]
-        lines += ["What each cell costs:", ""]
-        head = ["method", "ratio", "stored", "multiply-adds, M", "step, ms", "rate", "sizes"]
-        lines += [*table_lines(head, list(_costs(table))), ""]
-    if lost := list(losses(table)):
-        lines += ["Where a rival that stores as much has a lower loss than the best of roastify:", "", *lost, ""]
-    if rows_changed := list(_others(table)):
-        lines += [
-            "Other settings and widths; the difference is to the same seeds without the change, and below 0 is better:",
-            "",
-        ]
-        head = ["method", "ratio", "width", "setting", "rate", "steps", "loss", "difference", "multiply-adds, M",
-                "step, ms"]  # fmt: skip
-        lines += [*table_lines(head, rows_changed), ""]
-    if tried := list(_trials(table)):
-        lines += ["What trials found, from the lowest loss on the validation reviews:", ""]
-        lines += [*table_lines(["method", "ratio", "rate, sizes: loss"], tried), ""]
-    return lines
-
-
-def described(rows: Sequence[Row]) -> str:
-    made = sorted({(row["machine"]["device"], row["machine"]["torch"]) for row in rows if "loss" in row})
-    dates = sorted({row["machine"]["date"] for row in rows if "loss" in row})
-    machines = "; ".join(f"{device or 'CPU'}, torch {torch}" for device, torch in made)
-    span = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    return (
-        f"From [these raw rows](../benchmarks/results/{RESULTS.name}), which `python -m benchmarks.accuracy.language` "
-        f"makes: {len(rows)} runs; {machines}; {span}."
-    )
-
-
-def _method() -> list[str]:
-    shape = RECIPE.shape
-    facts = {
-        "words": shape.words, "width": shape.width, "depth": shape.depth, "size": shape.size, "steps": RECIPE.steps,
-        "batch": RECIPE.batch, "context": RECIPE.context, "betas": " and ".join(map(str, RECIPE.betas)),
-        "decay": RECIPE.decay, "clip": RECIPE.clip, "trial_steps": RECIPE.trial_steps,
-        "ratios": " and ".join(f"{ratio:g}" for ratio in RATIOS),
-    }  # fmt: skip
-    return METHOD.format(**facts).strip().splitlines()
-
-
-def loss_text(values: Iterable[float]) -> str:
-    """Return the mean over seeds with its standard error, the number of seeds in brackets where it is not three."""
-    found = list(values)
+    found = tables(rows)
     if not found:
-        return "–"
-    mean, error = mean_and_error(found)
-    text = f"{mean:.3f}" if math.isnan(error) else f"{mean:.3f} ± {error:.3f}"
-    return text if len(found) == 3 else f"{text} ({len(found)})"
+        return []
+    shape = RECIPE.shape
+    facts = {"size": shape.size / 1e6, "width": shape.width, "depth": shape.depth, "steps": RECIPE.steps}
+    lines = [f"## {TITLE}", "", *paragraph(ABOUT.format(**facts)).splitlines(), ""]
+    lines += [f"![Loss against stored parameters, multiply-adds and time](images/{NAME}.svg)", ""]
+    columns = [(table, ratio) for table in found for ratio in table.ratios()]
+    methods = [name for name in METHODS if name != "dense" and any(name in table.methods() for table in found)]
+    widths = len(found) > 1
+    head = [f"{f'{table.width} wide, ' if widths else ''}ratio {ratio:g}" for table, ratio in columns]
+    best = [_best(table, ratio) for table, ratio in columns]
+    cells = [[METHODS[name].title, *(_cell(*column, name) for column in columns)] for name in methods]
+    lines += [paragraph(DIFFERENCES), "", *table_lines(["", *head], [["**best of roastify**", *best], *cells]), ""]
+    lines += [COSTS.strip(), ""]
+    sides = {"dense": "dense".__eq__, "best of roastify": is_ours, "best rival": is_rival}
+    cells = [
+        [name, *(_cost(table, 1.0 if name == "dense" else ratio, wanted) for table, ratio in columns)]
+        for name, wanted in sides.items()
+    ]
+    return [*lines, *table_lines(["", *head], cells), "", FOLDS, ""]
 
 
-def _millions(count: float) -> str:
-    return f"{count / 1e6:.2f}"
+def _best(table: Table, ratio: float) -> str:
+    best = table.best(ratio, is_ours)
+    return "–" if best is None else f"{best[1]:.3f}, {METHODS[best[0]].title.removeprefix('roastify, ')}"
 
 
-def _below(table: Table) -> list[str]:
-    return [method for method in table.methods() if method != "dense"]
-
-
-def _cell(table: Table, method: str, ratio: float) -> str:
+def _cell(table: Table, ratio: float, method: str) -> str:
     if (method, ratio) in table.unreachable:
         return "not reachable"
-    text = loss_text(table.losses(method, ratio).values())
     if (method, ratio) in table.diverged:
-        return "diverged" if text == "–" else f"{text}, and diverged"
-    best = table.best(ratio, lambda name: name != "dense")
-    return f"**{text}**" if best is not None and best[0] == method else text
+        return "diverged"
+    best = table.best(ratio, is_ours)
+    return "the best" if best is not None and best[0] == method else cell(ahead(table, ratio, method))
 
 
-def _costs(table: Table) -> Iterator[list[str]]:
+def _cost(table: Table, ratio: float, wanted: Callable[[str], bool]) -> str:
+    """Return the multiply-adds and the time of the best of some methods."""
+    best = table.best(ratio, wanted)
+    row, step = (None, None) if best is None else (table.first(best[0], ratio), table.step(best[0], ratio))
+    return "–" if row is None or step is None else f"{row['multiply_adds'] / 1e6:.1f} M, {step:.1f} ms"
+
+
+def outcome(table: Table) -> str:
+    """Return in words who has the lowest loss at which ratios, and by how much."""
+    found: dict[str, list[tuple[float, float, Difference | None]]] = {}
     for ratio in table.ratios():
-        for method in _below(table):
-            row, step = table.first(method, ratio), table.step(method, ratio)
-            if row is not None and step is not None:
-                counts = [f"{row['stored']:,}", _millions(row["multiply_adds"]), f"{step:.2f}"]
-                yield [METHODS[method].title, f"{ratio:g}", *counts, f"{row['rate']:g}", row["note"]]
-
-
-def losses(table: Table) -> Iterator[str]:
-    """Yield a line for each ratio at which a rival's mean is below the best of ours."""
-    for ratio in table.ratios():
-        ours = table.best(ratio, lambda name: METHODS[name].is_ours)
-        rival = table.best(ratio, lambda name: not METHODS[name].is_ours and name != "dense")
-        if ours is not None and rival is not None and rival[1] < ours[1]:
-            difference = table.difference(ratio, rival[0], ours[0])
-            p = "" if difference is None or math.isnan(difference.p) else f", {p_text(difference.p)}"
-            yield (
-                f"- ratio {ratio:g}: {METHODS[rival[0]].title} is {ours[1] - rival[1]:.3f} nats below "
-                f"{METHODS[ours[0]].title}{p}."
-            )
-
-
-def _others(table: Table) -> Iterator[list[str]]:
-    for other, by_seed in table.others().items():
-        found = {seed: row["loss"] for seed, row in by_seed.items()}
-        difference = paired(found, table.without(other))
-        times = [row["step"]["median_ms"] for row in by_seed.values()]
-        yield [
-            METHODS[other.method].title,
-            f"{other.ratio:g}",
-            str(other.width),
-            other.changes or "–",
-            f"{other.rate:g}",
-            f"{other.steps:,}",
-            loss_text(found.values()),
-            "–" if difference is None else f"{difference.mean:+.3f}",
-            _millions(next(iter(by_seed.values()))["multiply_adds"]),
-            f"{mean_and_error(times)[0]:.2f}",
-        ]
-
-
-def _trials(table: Table) -> Iterator[list[str]]:
-    for (method, ratio), rows in table.trials().items():
-        texts = [f"{row['rate']:g}{', ' + row['sizes'] if row['sizes'] else ''}: {_outcome(row)}" for row in rows]
-        yield [METHODS[method].title, f"{ratio:g}", "; ".join(texts)]
-
-
-def _outcome(row: Row) -> str:
-    if "unreachable" in row:
-        return "not reachable"
-    return "diverged" if row["loss"] is None else f"{row['loss']:.3f}"
-
-
-def compare(table: Table) -> Figure:
-    """Mean loss with standard error by stored parameters, by multiply-adds and by time, a line for each method."""
-    figure, panels = plt.subplots(1, 3, figsize=(15, 5), sharey=True)
-    axes_of: dict[str, Callable[[str, float], Any]] = {
-        "stored parameters": lambda *cell: table.by_cell[cell][min(table.by_cell[cell])]["stored"],
-        "multiply-adds a token": lambda *cell: table.by_cell[cell][min(table.by_cell[cell])]["multiply_adds"],
-        "ms a training step": table.step,
-    }
-    for axes, (label, of) in zip(panels, axes_of.items(), strict=True):
-        for method in table.methods():
-            index = list(METHODS).index(method)
-            cells = sorted(cell for cell in table.by_cell if cell[0] == method)
-            points = [(of(*cell), *mean_and_error(table.losses(*cell).values())) for cell in cells]
-            if not points:
-                continue
-            x, mean, error = zip(*points, strict=True)
-            dense, ours = method == "dense", METHODS[method].is_ours
-            axes.errorbar(
-                x,
-                mean,
-                [0 if value != value else value for value in error],
-                color="#000000" if dense else COLOURS[index - 1],
-                marker="*" if dense else MARKERS[index - 1],
-                linestyle="none" if dense else "-" if ours else "-.",
-                linewidth=2.2 if ours else 1.4,
-                markersize=11 if dense else 6,
-                zorder=3 if ours else 2,
-                label=METHODS[method].title,
-            )
-        axes.set_xscale("log")
-        axes.set_xlabel(label)
-    panels[0].set_ylabel("held-out loss, nats a token")
-    panels[0].set_title(TITLE, loc="left")
-    figure.legend(*panels[0].get_legend_handles_labels(), frameon=False, fontsize=9, loc="outside right upper")
-    return figure
-
-
-def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Draw the picture, if there are rows of the comparison; return the files written."""
-    table = Table(rows)
-    return list(save({PICTURE: partial(compare, table)}, folder).values()) if table.by_cell else []
+        ours, rival = table.best(ratio, is_ours), table.best(ratio, is_rival)
+        if ours is not None and rival is not None:
+            won = "roastify" if ours[1] < rival[1] else METHODS[rival[0]].title
+            amount = abs(ours[1] - rival[1])
+            found.setdefault(won, []).append((ratio, amount, table.difference(ratio, ours[0], rival[0])))
+    told = []
+    for won, cells in found.items():
+        ratios = listed([f"{ratio:g}" for ratio, _, _ in cells])
+        beside = "the best rival" if won == "roastify" else "the best of roastify"
+        article = "the " if won == METHODS["smaller"].title else ""
+        text = f"{article}{won} has the lowest loss at {'ratio' if len(cells) == 1 else 'ratios'} {ratios}, "
+        text += f"{span([amount for _, amount, _ in cells], 3)} nats below {beside}"
+        clear = [f"{ratio:g}" for ratio, _, difference in cells if difference is not None and difference.is_clear]
+        text += f" (clear at {listed(clear)})" if clear else " (not clear)"
+        plain = [table.mean("folded", ratio) for ratio, _, _ in cells]
+        best = [table.best(ratio, is_rival) for ratio, _, _ in cells]
+        below = [mean - rival[1] for mean, rival in zip(plain, best, strict=True) if mean is not None and rival]
+        if won != "roastify" and below:
+            text += f", {span(below, 3)} below folds without learned scales"
+        told.append(text)
+    return "; ".join(told)

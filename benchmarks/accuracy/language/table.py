@@ -28,18 +28,19 @@ class Other(NamedTuple):
 
 
 class Table:
-    """The comparison's rows: no trials, nothing changed, the usual width, and as many steps as most of them have.
+    """The comparison's rows: no trials, nothing changed, one width, and as many steps as most of them have.
 
     Where trials chose the rate and the sizes of some rows of a cell, the others do not count. A run that diverged has
     no loss and counts as a failure of its cell.
 
     Args:
         rows: all of them.
+        width: of the dense model.
     """
 
-    def __init__(self, rows: Sequence[Row]) -> None:
-        self.rows = rows
-        plain = [row for row in rows if not row["trial"] and not row["changes"] and row["width"] == DENSE.width]
+    def __init__(self, rows: Sequence[Row], width: int = DENSE.width) -> None:
+        self.rows, self.width = rows, width
+        plain = [row for row in rows if not row["trial"] and not row["changes"] and row["width"] == width]
         self.steps = _commonest(row["steps"] for row in plain)
         plain = [row for row in plain if row["steps"] == self.steps]
         self.by_cell: dict[Cell, dict[int, Row]] = {}
@@ -86,9 +87,9 @@ class Table:
         known = {method: mean for method, mean in found.items() if mean is not None}
         return min(known.items(), key=lambda item: item[1]) if known else None
 
-    def difference(self, ratio: float, method: str, other: str) -> Difference | None:
-        """Return one method's loss less another's, over the seeds that both have."""
-        return paired(self.losses(method, ratio), self.losses(other, ratio))
+    def difference(self, ratio: float, method: str, other: str, other_ratio: float | None = None) -> Difference | None:
+        """Return one method's loss less another's, by default at the same ratio, over the seeds that both have."""
+        return paired(self.losses(method, ratio), self.losses(other, ratio if other_ratio is None else other_ratio))
 
     def others(self) -> dict[Other, dict[int, Row]]:
         """Return by seed the rows with a changed setting or of another width."""

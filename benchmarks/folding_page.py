@@ -1,0 +1,140 @@
+"""The results in docs/folding.md: what folds save, and what they do to accuracy, from the rows of four benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from benchmarks.accuracy.language.methods import METHODS
+from benchmarks.accuracy.language.page import cell, tables
+from benchmarks.accuracy.language.table import RESULTS as LANGUAGE
+from benchmarks.accuracy.language.table import Table
+from benchmarks.accuracy.language.tables_page import loss_text
+from benchmarks.documents import insert, listed, paragraph, table
+from benchmarks.page import BATCHES
+from benchmarks.performance_plots import LAYERS, is_usual
+from benchmarks.performance_tables_page import KERNELS, MODELS
+from benchmarks.rows import Row, load, may_fold, write
+from benchmarks.stats import mean_and_error, paired
+from benchmarks.training.plots import MODES
+from benchmarks.training.tables_page import RESULTS as TRAINING
+from benchmarks.training.tables_page import single_rows
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "folding.md"
+SPEED = "<!-- speed: written by `python -m benchmarks.folding_page` -->"
+ACCURACY = "<!-- accuracy: written by `python -m benchmarks.folding_page` -->"
+# Batches of which the backward pass is shown too.
+WITH_BACKWARD = (2048, 8192)
+# Lines of the table of losses: a method, and a setting that is changed.
+SIDES = (
+    ("global", ""), ("folded", "fold_hashes 1"), ("folded", ""), ("folded", "fold_hashes 4"), ("scaled", ""),
+    ("smaller", ""),
+)  # fmt: skip
+
+
+def layers(rows: Sequence[Row]) -> list[str]:
+    """Return the table of dense time over ours by layer and batch."""
+    found = {
+        (tuple(row["shape"]), row["fold"], row["backward"], row["rows"]): f"{row['dense_over_pool']:.2f}"
+        for row in rows
+        if row["regime"] == "folded" and is_usual(row)
+    }
+    lines = []
+    for shape in LAYERS:
+        for fold in sorted({key[1] for key in found if key[0] == shape}, reverse=True):
+            cells = [found.get((shape, fold, False, batch), "–") for batch in BATCHES]
+            cells += [found.get((shape, fold, True, batch), "–") for batch in WITH_BACKWARD]
+            lines.append([f"{shape[0]}×{shape[1]}, {fold}", *cells])
+    head = ["layer, fold", *(f"{batch:,} {'row' if batch == 1 else 'rows'}" for batch in BATCHES)]
+    return table([*head, *(f"with backward, {batch:,}" for batch in WITH_BACKWARD)], lines)
+
+
+def speed(kernels: Sequence[Row], training: Sequence[Row], models: Sequence[Row]) -> str:
+    """Return what folds save."""
+    lines = ["Dense time ÷ ours, so above 1 ours are faster:", "", *layers(kernels), ""]
+    steps = [row for row in single_rows(training) if may_fold(row)]
+    for mode, (title, *_) in MODES.items():
+        found = [row for row in steps if row["mode"] == mode]
+        named = [f"{row['task']} {row['step_ratio']:.2f}{_ratio(row, found)}" for row in found]
+        if named:
+            lines.append(paragraph(f"A whole training step, {title}, ÷ the dense one's: {'; '.join(named)}.", "- "))
+    found = [row for row in models if row.get("dense_over_converted") and may_fold(row)]
+    named = [
+        f"{row['model']}, batch {row['batch']}, {row['dense_over_converted']:.2f}{_ratio(row, found)}" for row in found
+    ]
+    if named:
+        lines.append(paragraph(f"Without training, dense ÷ ours: {'; '.join(named)}.", "- "))
+    return "\n".join([*lines, ""])
+
+
+def _ratio(row: Row, rows: Sequence[Row]) -> str:
+    """Return a row's ratio in brackets if it is not the same for all."""
+    return f" (ratio {row['ratio']:g})" if len({each["ratio"] for each in rows}) > 1 else ""
+
+
+def losses(found: Table) -> Iterator[str]:
+    """Yield the table of losses and step times by ratio, each side in a line."""
+    ratios = found.ratios()
+    lines = []
+    for method, changes in SIDES:
+        cells = []
+        for ratio in ratios:
+            rows = _rows(found, method, ratio, changes)
+            times = [row["step"]["median_ms"] for row in rows.values()]
+            text = loss_text(row["loss"] for row in rows.values())
+            cells.append(f"{text}, {mean_and_error(times)[0]:.1f} ms" if times else "–")
+        if any(each != "–" for each in cells):
+            name = METHODS[method].title.removeprefix("roastify, ")
+            hashes = changes.removeprefix("fold_hashes ") or ("2" if method == "folded" else "")
+            lines.append([name + (f", {hashes} {'hash' if hashes == '1' else 'hashes'}" if hashes else ""), *cells])
+    yield from table(["", *(f"ratio {ratio:g}" for ratio in ratios)], lines)
+
+
+def _rows(found: Table, method: str, ratio: float, changes: str) -> dict[int, Row]:
+    """Return a side's rows by seed."""
+    if not changes:
+        return {seed: dict(row) for seed, row in found.by_cell.get((method, ratio), {}).items()}
+    for other, by_seed in found.others().items():
+        if (other.method, other.ratio, other.width, other.changes) == (method, ratio, found.width, changes):
+            return {seed: dict(row) for seed, row in by_seed.items()}
+    return {}
+
+
+def accuracy(rows: Sequence[Row]) -> str:
+    """Return what folds do to a language model's loss."""
+    lines = []
+    for found in tables(rows)[:1]:
+        lines += [*losses(found), ""]
+        for what, side, beside in (
+            ("Folds lower the loss of the same pool without by", SIDES[2], SIDES[0]),
+            ("A second hash lowers it by", SIDES[2], SIDES[1]),
+            ("Four hashes instead of two lower it by", SIDES[3], SIDES[2]),
+            ("Learned scales lower it by", SIDES[4], SIDES[2]),
+        ):
+            texts = []
+            for ratio in found.ratios():
+                ours, theirs = (
+                    {seed: row["loss"] for seed, row in _rows(found, each[0], ratio, each[1]).items()}
+                    for each in (side, beside)
+                )
+                if (difference := paired(theirs, ours)) is not None:
+                    texts.append(f"{cell(difference)} at ratio {ratio:g}")
+            if texts:
+                lines.append(paragraph(f"{what} {listed(texts)}.", "- "))
+    return "\n".join([*lines, ""]) if lines else ""
+
+
+def markdown(text: str, kernels: Sequence[Row], training: Sequence[Row], models: Sequence[Row],
+             language: Sequence[Row]) -> str:  # fmt: skip
+    """Return the page with its results replaced."""
+    text = insert(text, SPEED, speed(kernels, training, models))
+    return insert(text, ACCURACY, accuracy(language))
+
+
+def results() -> list[list[Row]]:
+    """Return the committed rows, as `markdown` takes them."""
+    return [load(path)["rows"] for path in (KERNELS, TRAINING, MODELS, LANGUAGE)]
+
+
+if __name__ == "__main__":
+    write(DOCUMENT, markdown(DOCUMENT.read_text(encoding="utf-8"), *results()))
