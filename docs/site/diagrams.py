@@ -56,8 +56,8 @@ def tiles() -> str:
     """Two weights of 4×4 and 3×4 tiles in a pool of 6 slots, by the mapping that models use."""
     size, slots, shapes = 44, 6, ((4, 4), (3, 4))
     mapping = TileMap(sum(rows * cols for rows, cols in shapes), slots, (8, 8), seed=3, sign="row")
-    picture = Drawing(720, 334, "The tiles of two weights, each in the colour of the slot that it reads")
-    framed, top, first, frames = 2, 48, 0, []
+    picture = Drawing(520, 340, "The tiles of two weights, each in the colour of the slot that it reads")
+    framed, top, first, frames = 2, 44, 0, []
 
     def tile(x: float, y: float, slot: int, label: str) -> None:
         picture.box(x, y, size, size, _COLOURS[slot], label)
@@ -65,53 +65,52 @@ def tiles() -> str:
             frames.append((x, y))
 
     for number, (rows, cols) in enumerate(shapes):
-        left = 24 + number * 230
-        picture.text(left, 34, f"weight {number + 1}: {rows * cols} tiles")
+        left = 12 + number * 196
+        picture.text(left, 30, f"weight {number + 1}: {rows * cols} tiles")
         for index in range(rows * cols):
             row, col = divmod(index, cols)
             slot = mapping.slot(first + index)
             negative = mapping.sign_of(first + index, row_tile=first + row * cols) < 0
             tile(left + col * size, top + row * size, slot, f"−{slot}" if negative else str(slot))
         first += rows * cols
-    picture.text(540, 34, f"the pool: {slots} slots, stored")
+    picture.text(410, 30, f"pool: {slots} slots")
     for slot in range(slots):
-        tile(540, top + slot * size, slot, str(slot))
+        tile(410, top + slot * size, slot, str(slot))
     for x, y in frames:
         picture.frame(x, y, size, size)
-    picture.text(24, 262, f"{first} tiles of weights read {slots} slots. A tile shows the number of its slot;")
-    picture.text(24, 284, "− stands for the opposite sign. Every slot has 4 or 5 readers.")
-    picture.text(24, 306, f"Framed: all readers of slot {framed}.")
+    picture.text(12, 250, f"{first} tiles of weights read {slots} slots.")
+    picture.text(12, 272, "A tile shows the number of its slot;")
+    picture.text(12, 294, "− stands for the opposite sign.")
+    picture.text(12, 316, f"Framed: slot {framed} and all its readers.")
     return str(picture)
 
 
 def fold() -> str:
     """A weight with a fold of 4: four signed copies of a narrow matrix, read through one folded input."""
     size, signs = 20, ("+", "−", "−", "+")
-    picture = Drawing(720, 300, "A product with a folded weight, and the smaller product that gives the same result")
-    tints = ("#56b4e9", "#e69f00", "#e69f00", "#56b4e9")
+    picture = Drawing(520, 290, "A product with a folded weight, and the smaller product that gives the same result")
 
     def cells(x: float, y: float, rows: int, colour: str) -> None:
         for row in range(rows):
             for col in range(3):
                 picture.box(x + col * size, y + row * size, size, size, colour)
 
-    picture.text(24, 24, "A folded weight W, and its input x")
-    picture.text(24, 73, "x")
-    picture.text(24, 142, "W")
-    for part, (sign, tint) in enumerate(zip(signs, tints, strict=True)):
-        x = 60 + part * (3 * size + 10)
-        cells(x, 58, 1, "#b9b9b9")
-        cells(x, 88, 5, tint)
-        picture.text(x + 1.5 * size, 208, f"{sign}A", anchor="middle")
+    picture.text(12, 24, "A folded weight W, and its input x")
+    for label, y in (("x", 73), ("W", 142)):
+        picture.text(12, y, label)
+    for part, sign in enumerate(signs):
+        x = 40 + part * (3 * size + 10)
         picture.text(x + 1.5 * size, 50, f"x{part + 1}", anchor="middle")
-    picture.text(420, 24, "What is computed instead")
-    picture.text(420, 73, "z")
-    picture.text(420, 142, "A")
-    cells(446, 58, 1, "#b9b9b9")
-    cells(446, 88, 5, tints[0])
-    picture.text(520, 73, "z = x1 − x2 − x3 + x4")
-    picture.text(24, 244, "x · Wᵀ multiplies 12 numbers in each row of W, z · Aᵀ only 3 in each row of A.")
-    picture.text(24, 266, "The results are equal, because the input is summed in the way in which the weights repeat.")
+        cells(x, 58, 1, _COLOURS[5])
+        cells(x, 88, 5, _COLOURS[0] if sign == "+" else _COLOURS[1])
+        picture.text(x + 1.5 * size, 208, f"{sign}A", anchor="middle")
+    picture.text(360, 24, "Computed instead")
+    for label, y in (("z", 73), ("A", 142)):
+        picture.text(360, y, label)
+    cells(388, 58, 1, _COLOURS[5])
+    cells(388, 88, 5, _COLOURS[0])
+    picture.text(12, 244, "z = x1 − x2 − x3 + x4, so that x · Wᵀ = z · Aᵀ.")
+    picture.text(12, 266, "A row of W multiplies 12 numbers, a row of A only 3.")
     return str(picture)
 
 
