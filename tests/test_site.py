@@ -22,6 +22,8 @@ import pytest
 
 import roastify
 
+# The first test waits until the site is built and every page was opened.
+pytestmark = pytest.mark.timeout(900)
 ROOT = Path(__file__).parents[1]
 SITE = ROOT / "out" / "site"
 PHONE, DESKTOP = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
