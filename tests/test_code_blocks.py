@@ -117,10 +117,11 @@ def test_all_blocks_of_a_page_run_in_order(name: str, page: Page) -> None:
 @pytest.mark.parametrize("name", QUICKSTARTS)
 def test_a_quickstarts_program_runs_alone_in_an_empty_folder(name: str, tmp_path: Path) -> None:
     program = next(block for block in RUN[name] if block.language == "python")
-    assert not program.marks, f"{program.place} is whole, and needs nothing"
+    assert not program.marks.keys() - {"long"}, f"{program.place} is whole, and needs nothing"
     (tmp_path / "program.py").write_text(program.code, encoding="utf-8")
     run = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 0 and not run.stderr, run.stderr
+    # Bars and the lines of a recovery are on standard error too.
+    assert run.returncode == 0 and "Warning" not in run.stderr, run.stderr
     printed = next(block for block in RUN[name] if "printed" in block.marks)
     assert not (wrong := differences(printed.code, run.stdout)), "\n".join(wrong)
 
