@@ -43,8 +43,8 @@ def _images() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
 
 
-def _artifact(folder: str) -> None:
-    roastify.save(roastify.convert(Net(), ratio=4), folder)
+def _artifact(folder: str, model: Callable[[], nn.Module] = Net) -> None:
+    roastify.save(roastify.convert(model(), ratio=4), folder)
 
 
 def _digest() -> str:
@@ -85,6 +85,10 @@ def _x() -> Tensor:
     return torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
 
 
+def _batches() -> list[Tensor]:
+    return list(torch.randn(64, 64, generator=torch.Generator().manual_seed(1)).split(16))
+
+
 SETUPS: dict[str, Callable[[], Any]] = {
     "model": Net,
     "dense": lambda: Net().eval(),
@@ -96,10 +100,14 @@ SETUPS: dict[str, Callable[[], Any]] = {
     "converted": lambda: roastify.convert(Net(), ratio=4),
     "x": _x,
     "y": lambda: torch.arange(16) % 10,
-    "loader": lambda: list(torch.randn(64, 64, generator=torch.Generator().manual_seed(1)).split(16)),
+    "loader": _batches,
+    "batches": _batches,
+    "words": lambda: {"input_ids": torch.arange(32).view(2, 16)},
     "digest": _digest,
+    "student": lambda: roastify.convert(Net(), ratio=4, init="project"),
     # Files, folders and processes: no name leads to them.
     "out/": lambda: _artifact("out/"),
+    "out/ of transformers": lambda: _artifact("out/", _classifier),
     "model.py": lambda: Path("model.py").write_text(MODEL_FILE),
     "data.py": lambda: Path("data.py").write_text(DATA_FILE),
     "SmolLM2-135M": _language_model,

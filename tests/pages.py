@@ -3,7 +3,7 @@
 A block is a Python program, a part of one, or a list of commands. Comments right above it, which no reader sees, say
 how the tests run it:
 
-- `<!-- given: NAME, NAME -->`: what the block takes for granted, by the names of `SETUPS` in page_setups.py;
+- `<!-- given: NAME, NAME as OTHER -->`: what the block takes for granted, by the names of `SETUPS` in page_setups.py;
 - `<!-- shortened: OLD to NEW; OLD to NEW -->`: the tests run it with NEW in the place of OLD;
 - `<!-- needs: PROGRAM -->`: it is left out where the program is not installed;
 - `<!-- long: REASON -->`: `make test-long` alone runs it; the blocks that need it are long too;
