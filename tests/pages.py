@@ -79,12 +79,22 @@ def commands_of(block: Block) -> list[str]:
     lines = block.code.replace("\\\n", " ").splitlines()
     if any(line.startswith("$ ") for line in lines):
         lines = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+    elif described := re.match(r"\S.*? {2,}(?=[^ #])", lines[0] if lines else ""):
+        lines = [_without_description(line, described.end()) for line in lines]
     found = []
     for line in lines:
         line = re.sub(r"^(?:[A-Z_]+=\S* )+", "", line)
         if line.split(" ")[0] in PROGRAMS and "|" not in line:
             found.append(line)
     return found
+
+
+def _without_description(line: str, column: int) -> str:
+    """Return a line of a list of commands whose descriptions begin at a column, or two spaces after a long command."""
+    fits = line[column - 1 : column] == " " and "  " not in line[column:]
+    command = line[:column] if fits else " ".join(re.split(" {2,}", line)[:-1])
+    # Brackets are around what may be left out.
+    return re.sub(r"[\[\]]", "", command)
 
 
 def differences(expected: str, found: str) -> list[str]:
