@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 LOWEST := .venv-lowest/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long test-gpu test-vision test-lowest trust zoo map check docs wheel bench bench-gpu accuracy pages clean
+.PHONY: help setup demo test test-long test-gpu test-vision test-lowest trust zoo map notebook check docs wheel bench bench-gpu accuracy pages clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -58,6 +58,9 @@ check: $(READY)  ## Lint, formatting, types, and `roastify check` on every examp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	for example in examples/*.py; do $(BIN)/roastify check $$example --ratio 50 || exit 1; done
+
+notebook: $(READY)  ## Run the notebook in examples/ and store its outputs in it
+	$(BIN)/python tests/run_notebook.py
 
 docs: $(READY)  ## Build the site in out/site, open its pages in a browser, check links and tables of all pages
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
