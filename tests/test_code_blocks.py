@@ -138,6 +138,14 @@ def test_a_quickstarts_program_runs_alone_in_an_empty_folder(name: str, tmp_path
     assert not (wrong := differences(printed.code, run.stdout)), "\n".join(wrong)
 
 
+def test_figures_of_quickstarts_are_on_the_pages_of_results() -> None:
+    results = "".join(path.read_text(encoding="utf-8") for path in PAGES if path.parent.name != "quickstart")
+    for name in QUICKSTARTS:
+        text = re.sub(r"^```.*?^```$", "", (ROOT / name).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+        figures = re.findall(r"\d+\.\d+(?= %)|\d+,\d{3}(?= param| for)|(?<=of )\d+,\d{3}\b", text)
+        assert not [figure for figure in figures if figure not in results], name
+
+
 def test_every_block_is_of_a_known_kind_and_the_few_that_do_not_run_say_why() -> None:
     assert {block.language for block in ALL} <= {*SHELL, "python", "text", "toml", "yaml", "json"}
     left = [block for block in ALL if {"not run", "long"} & block.marks.keys()]
