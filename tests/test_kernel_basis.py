@@ -31,10 +31,10 @@ from roastify.files import digest_of_file, write_tensors
 from roastify.kernels import ops, reference
 from roastify.kernels.gathered_weights import WeightGroup
 from roastify.layers.base import RoastModule
+from roastify.plan_table import plan_table
 from roastify.pool import pass_cache
 from roastify.pool.kernel_basis import coefficient_matrix, combined_matrix, cosine_basis, principal_basis
 from roastify.recovery.align import _curvature, _LinearMap, _Term, align_layers
-from roastify.report import plan_table
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
