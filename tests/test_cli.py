@@ -505,9 +505,9 @@ def script(folder: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     assert path.is_file(), "roastify is not installed in this environment"
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [str(path), *arguments], capture_output=True, text=True, encoding="utf-8", cwd=folder, timeout=120
-        )
+        # Readline, which pytest imports, sets COLUMNS for children behind the back of os.environ.
+        settings: dict[str, Any] = {"capture_output": True, "text": True, "encoding": "utf-8", "timeout": 120}
+        return subprocess.run([str(path), *arguments], cwd=folder, env=dict(os.environ), **settings)
 
     return run
 
