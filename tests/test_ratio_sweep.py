@@ -178,7 +178,7 @@ def test_a_shuffling_loader_gives_every_ratio_the_same_batches() -> None:
 
 def test_the_command_shows_names_writes_and_draws(folder: Path) -> None:
     output = _sweep("--init", "project", "--ratios", "4,2", "--within", "1000%", "--json", "r.json", "--plot", "r.png")
-    lines = output.stdout.splitlines()
+    lines = output.stdout.partition("\n\n")[2].splitlines()
     assert lines[0].split() == ["ratio", "parameters", "bytes", "multiply-adds", "quality", "time", "dense", "÷"]
     assert [line.split()[0] for line in lines[1:4]] == ["dense", "2", "4"]
     assert "ratio 4 is the highest with an error of outputs of at most 1000%: it has 0." in output.stdout

@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,19 @@ def test_a_step_without_a_known_length_says_what_it_does(monkeypatch: pytest.Mon
         with progress.working("planning"):
             assert list(progress.track([1, 2], "planning")) == [1, 2]
     assert "planning" not in terminal.getvalue()
+
+
+def test_a_bar_says_stage_rate_and_the_time_left(monkeypatch: pytest.MonkeyPatch, impatient: None) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with progress.stage("ratio 3, 1 of 2"):
+        for _ in progress.track(range(8), "training", unit="steps"):
+            time.sleep(0.03)
+    assert "ratio 3, 1 of 2: training" in terminal.getvalue() and " steps/s" in terminal.getvalue()
+    for _ in progress.for_seconds(0.3, 2, "timing"):
+        time.sleep(0.03)
+    assert "ratio" not in terminal.getvalue().partition("timing")[2] and "left" in terminal.getvalue()
+    assert sum(1 for _ in progress.for_seconds(0.0, 5, "timing")) == 5
 
 
 def test_a_student_that_got_worse_is_reported() -> None:

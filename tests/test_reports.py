@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import html
+import io
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,8 @@ from torch import nn
 
 import roastify
 from roastify.cli import main
-from roastify.report import shortened
+from roastify.report import print_result
+from roastify.text_layout import shortened
 
 MODEL = """
 import torch
@@ -79,19 +82,22 @@ def test_a_plan_prints_as_the_command_line_shows_it(net: nn.Module, monkeypatch:
     assert repr(plan).startswith("RoastPlan(model='Net', ratio=3.0"), "repr still holds every value"
 
 
-def test_every_result_is_a_table_and_html(net: nn.Module) -> None:
+def test_every_result_is_a_table_and_html(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.linspace(-1, 1, 128).view(2, 64)
     student = roastify.convert(net, 3, init="project")
     plan = student.roast_pool.plan
     verified = roastify.verify(net, student, x)
     benched = roastify.bench(net, 3, example_inputs=x, device="cpu", seconds=0.01)
     recovered = roastify.recover(student, net, [x, x], steps=2, align=0)
-    for result, words in (
-        (plan, ("eligible", "λ: a tensor's scale", "1 kB: 1000 bytes", "(asked 3)")),
-        (verified, ("same: (x)", "deepcopy, state dict, gradients")),
-        (benched, ("dense ÷ converted", "of one call in milliseconds", "1 kB is 1000 bytes")),
-        (recovered, ("as it came", "relative to their variance", "after 2 steps")),
+    swept = roastify.sweep(net, [x, x], [3], steps=1, align=0, seconds=0.01)
+    for result, words, heading in (
+        (plan, ("eligible", "a tensor's scale", "1 kB: 1000 bytes", "(asked 3)"), "tensor "),
+        (verified, ("same: (x)", "deepcopy, state dict, gradients"), ""),
+        (benched, ("dense ÷ converted", "of one call in milliseconds", "1 kB: 1000 bytes"), "batch "),
+        (recovered, ("as it came", "relative to their variance", "after 2 steps"), "student "),
+        (swept, ("recovered for 1 steps", "multiply-adds", "above 1 the converted model is faster"), " ratio "),
     ):
+        monkeypatch.delenv("COLUMNS", raising=False)
         text, page = str(result), result._repr_html_()
         # IPython asks this of a class that has a `__repr__` of its own.
         assert "_repr_pretty_" in vars(type(result))
@@ -100,6 +106,36 @@ def test_every_result_is_a_table_and_html(net: nn.Module) -> None:
         assert page.startswith("<pre ") and page.count("<pre") == page.count("</pre>") == 1
         shown = html.unescape(re.sub("<[^>]*>", "", page))
         assert [line.rstrip() for line in shown.splitlines()] == text.splitlines()
+        # The summary comes first, then the table, and below it what its columns mean.
+        if heading:
+            parts = text.split("\n\n")
+            assert len(parts) == 3 and f" {parts[1]}".startswith(f" {heading.strip()} "), text
+        monkeypatch.setenv("COLUMNS", "80")
+        assert max(map(cell_len, str(result).splitlines())) <= 80
+
+
+def test_only_a_terminal_gets_colours(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    def shown(**settings: str) -> str:
+        for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "NO_COLOR", "CLICOLOR_FORCE"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in {"TERM": "xterm-256color", "COLUMNS": "80", **settings}.items():
+            monkeypatch.setenv(name, value)
+        terminal = Terminal()
+        monkeypatch.setattr(sys, "stdout", terminal)
+        print_result(plan)
+        return terminal.getvalue()
+
+    plan = roastify.plan(net, 3)
+    coloured, plain = shown(), shown(NO_COLOR="1")
+    assert "\x1b[32mshared" in coloured
+    assert not re.search(r"\x1b\[[0-9;]*3[0-9]m", plain) and "shared" in plain
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).rstrip() for line in coloured.splitlines()]
+    assert lines == str(plan).splitlines()
+    assert "\x1b" not in shown(TERM="dumb")
 
 
 def test_html_shows_the_names_of_others_as_text() -> None:
@@ -113,19 +149,24 @@ def test_at_80_columns_every_name_ends_as_it_does_and_nothing_is_broken(
     net: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-    lines = _run("plan", "net.py", "--ratio", "3", "--all").splitlines()
-    assert max(map(cell_len, lines)) <= 80
-    table = lines[: lines.index("")]
-    rows = [line for line in table if " shared " in line or " kept " in line]
     plan = roastify.plan(net, 3)
-    for row, tensor in zip(rows, [*plan.shared, *plan.kept], strict=True):
-        begin, mark, end = row.split()[0].partition("…")
-        assert tensor.name.startswith(begin) and tensor.name.endswith(end if mark else begin)
-        assert (end if mark else begin).endswith(tensor.name.rpartition(".")[2])
-    # The other lines of a table's row hold whole words: none is the rest of a name.
-    words = {"of", "vector", "LayerNorm", "Linear"}
-    rest = [line for line in table if line not in rows and line.startswith(" ")]
-    assert rest and {word for line in rest for word in line.split()} <= words, rest
+    for options, tensors in (("--all",), [*plan.shared, *plan.kept]), ((), None):
+        text = _run("plan", "net.py", "--ratio", "3", *options)
+        assert max(map(cell_len, text.splitlines())) <= 80
+        _, table, legend = text.split("\n\n")
+        heading, *rows = table.splitlines()
+        # A line for each tensor, or group of tensors: none has the rest of another.
+        assert heading.startswith("tensor ") and all(re.search(r" (shared|kept) +\d+\.\d% ", row) for row in rows)
+        assert "not shown" in legend and "whole" not in legend
+        if tensors is None:
+            assert rows[0].split()[1] == "2", "the number of tensors in the group"
+            continue
+        names = [row.split()[0] for row in rows]
+        assert len(set(names)) == len(names), "shortened names tell tensors apart"
+        for name, tensor in zip(names, tensors, strict=True):
+            begin, end = name.split("…")[0], name.split("…")[-1]
+            assert tensor.name.startswith(begin) and tensor.name.endswith(end)
+            assert end.endswith(tensor.name.rpartition(".")[2])
 
 
 def test_a_pipe_is_not_cut(net: nn.Module) -> None:
@@ -135,19 +176,23 @@ def test_a_pipe_is_not_cut(net: nn.Module) -> None:
         assert line.endswith(tensor.reason) and "…" not in line
 
 
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.text("abc_度", min_size=1, max_size=9), min_size=1, max_size=6).map(".".join), st.integers(4, 40))
-def test_a_shortened_name_fits_and_keeps_its_ends(name: str, width: int) -> None:
+_PARTS = st.lists(st.text("abc_度", min_size=1, max_size=9) | st.just("12") | st.just("*"), min_size=1, max_size=6)
+
+
+@settings(max_examples=100, deadline=None)
+@given(_PARTS.map(".".join), st.integers(4, 40))
+def test_a_shortened_name_fits_and_keeps_its_ends_and_numbers(name: str, width: int) -> None:
     short = shortened(name, width)
     assert cell_len(short) <= width
     if cell_len(name) <= width:
         assert short == name
         return
-    begin, mark, end = short.partition("…")
-    assert mark and name.startswith(begin) and name.endswith(end) and end
-    last = name.rpartition(".")[2]
-    if cell_len(last) + 2 <= width and last != name:
+    begin, *_, end = short.split("…")
+    assert "…" in short and name.startswith(begin) and name.endswith(end) and end
+    *middle, last = name.split(".")[1:] or [""]
+    if middle and cell_len("".join(f"….{part}" for part in (*middle, last) if part in ("12", "*", last))) <= width:
         assert end.endswith("." + last)
+        assert [part for part in short.split(".")[1:] if part.strip("…") in ("12", "*")] or not {"12", "*"} & {*middle}
 
 
 def test_every_command_writes_what_it_shows_as_json(net: nn.Module) -> None:

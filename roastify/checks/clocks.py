@@ -17,6 +17,7 @@ import torch
 
 import roastify
 from roastify.errors import BenchError
+from roastify.progress import for_seconds
 
 # After so many calls, compiled kernels, library handles and the allocator's blocks exist.
 WARM_UP_CALLS = 3
@@ -49,13 +50,10 @@ def alternate(calls: dict[str, Call], clock: Callable[[Call], float], seconds: f
     the other model's.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
-    end = time.perf_counter() + seconds
-    runs = 0
-    while runs < _LEAST_RUNS or time.perf_counter() < end:
+    for _ in for_seconds(seconds, _LEAST_RUNS, f"timing {' and '.join(calls)}"):
         for name, call in calls.items():
             call()
             times[name].append(clock(call))
-        runs += 1
     return {name: _timing(values) for name, values in times.items()}
 
 

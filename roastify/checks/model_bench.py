@@ -25,6 +25,7 @@ from roastify.conversion.converted import pool_of
 from roastify.errors import BenchError, ConfigError, RoastError, closest
 from roastify.isolation import random_states_kept
 from roastify.kernels.torch_internals import compile_settings, pytree
+from roastify.progress import working
 from roastify.shown import ShownAsTable
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -297,7 +298,7 @@ def prepare(name: str, model: nn.Module, inputs: Any, options: BenchOptions) -> 
         call = torch.compile(model, dynamic=False, fullgraph=options.fullgraph)
     make_step = _training_step if options.train else _inference_step
     step = make_step(model, call, args, kwargs)
-    with _on(options.device):
+    with _on(options.device), working(f"preparing the {name} model"):
         with _stated(
             f"the {name} model fails on the example inputs{' under torch.compile' if options.compile else ''}"
         ):
@@ -319,7 +320,8 @@ def check_and_time(dense: Subject, converted: Subject, options: BenchOptions, ba
         BenchError: there is nothing to compare.
     """
     with _on(options.device):
-        agreement = _check(dense, converted, options)
+        with working("comparing outputs"):
+            agreement = _check(dense, converted, options)
         clock = clocks.event_clock if options.graph else clocks.wall_clock(options.device)
         times = clocks.alternate({"dense": dense.run, "converted": converted.run}, clock, options.seconds)
     sides = {

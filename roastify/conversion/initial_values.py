@@ -70,7 +70,7 @@ def complete_plan(model: nn.Module, plan: RoastPlan, init: str, progress: KeptPr
         return _with_starts(model, plan)
     constants: dict[str, float] = {}
     deviations, centers, zero_rows, diagonals = {}, {}, {}, {}
-    for tensor in track(plan.shared, "measuring weights", size=lambda tensor: tensor.numel):
+    for tensor in track(plan.shared, "measuring weights", size=lambda tensor: tensor.numel, unit="weights"):
         dense = model.get_parameter(tensor.name).detach()
         if any(is_reflectors(module) for module, _ in owners(model, tensor)):
             # A random pool stands for random reflectors: their signs are as good as others.
@@ -146,7 +146,7 @@ def project_into(pool: RoastPool, model: nn.Module, plan: RoastPlan, progress: K
     pool.initialise_projection(
         (
             _targets(pool, tensor, model.get_parameter(tensor.name).detach())
-            for tensor in track(left, "projecting weights", size=lambda tensor: tensor.numel)
+            for tensor in track(left, "projecting weights", size=lambda tensor: tensor.numel, unit="weights")
         ),
         begun=None if progress is None else progress.sums,
         after_each=None if progress is None else progress.add_projected,

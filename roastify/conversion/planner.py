@@ -22,7 +22,7 @@ from roastify.errors import ConfigError, PlanError
 from roastify.layers.kinds import is_reflectors, is_vector, kind_of, read_path_of, refusal_of
 from roastify.names import select
 from roastify.pool.mapping import MAPPING_VERSION, UNFOLDED_VERSION, TileMap
-from roastify.pool.plan import EXCLUDED, FoldPlan, PoolRegion, RoastPlan, TensorPlan
+from roastify.pool.plan import ELIGIBLE, EXCLUDED, FoldPlan, PoolRegion, RoastPlan, TensorPlan
 
 # Tiles, largest first, because larger tiles run faster and tile size made little difference to accuracy. See
 # docs/results/accuracy-tables.md, "The recipe".
@@ -232,7 +232,7 @@ def _trainable(candidates: Sequence[ParameterInfo]) -> bool:
 
 
 def _why_shared(info: ParameterInfo) -> str:
-    why = "tied: " + ", ".join(info.aliases[1:]) if len(info.aliases) > 1 else "eligible"
+    why = "tied: " + ", ".join(info.aliases[1:]) if len(info.aliases) > 1 else ELIGIBLE
     sparse = any(isinstance(each, torch.nn.Embedding | torch.nn.EmbeddingBag) and each.sparse for each in info.holders)
     return why + ("; its gradient becomes dense, not sparse" if sparse else "")
 

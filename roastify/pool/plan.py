@@ -16,6 +16,8 @@ from roastify.typed_values import typed
 
 # What the reason of a tensor begins with that a pattern of the user keeps dense.
 EXCLUDED = "excluded by "
+# The reason of a tensor that is shared because nothing speaks against it.
+ELIGIBLE = "eligible"
 
 
 @dataclass(frozen=True)
@@ -449,7 +451,7 @@ _OF_FACTORS = {
     "dtype": "float32",
     "op": "linear",
     "shared": True,
-    "reason": "eligible",
+    "reason": ELIGIBLE,
     "through": "layer",
     "scale": 1.0,
 }

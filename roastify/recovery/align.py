@@ -13,7 +13,7 @@ that are uncorrelated and equally large, which no layer's inputs are.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,7 +164,7 @@ class _Term:
 
 
 def align_layers(
-    student: nn.Module, teacher: nn.Module, forwards: Iterable[Callable[[], Any]], steps: int
+    student: nn.Module, teacher: nn.Module, forwards: Sequence[Callable[[], Any]], steps: int
 ) -> tuple[float, float]:
     """Set the pool, and the biases beside shared weights, so that the layers' outputs are nearest to the teacher's.
 
@@ -185,7 +185,7 @@ def align_layers(
     ]
     try:
         with torch.no_grad():
-            for forward in forwards:
+            for forward in track(forwards, "reading layers' inputs", unit="batches"):
                 forward()
     finally:
         for hook in hooks:
@@ -351,7 +351,7 @@ def _solve(pool: RoastPool, terms: Sequence[_Term], steps: int) -> tuple[float, 
     residual = product(x, target=True)
     direction = residual / scaling
     gain = first_gain = (residual * direction).sum()
-    for _ in track(range(steps), "aligning layers"):
+    for _ in track(range(steps), "aligning layers", unit="steps"):
         if not gain > _CONVERGED * first_gain:
             break
         image = product(direction)

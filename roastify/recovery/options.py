@@ -43,7 +43,7 @@ class RecoverOptions:
         "an optimizer of the student's parameters, or a function that builds one from those that require a gradient; "
         "its own learning rates are the peaks. Default: AdamW without weight decay",
     )
-    clip: float | None = _setting(1.0, "largest norm of the gradient; None: no clipping", "--clip")
+    clip: float | None = _setting(1.0, "largest norm of the gradient; `None` in Python: no clipping", "--clip")
     accumulate: int = _setting(1, "batches in a step", "--accumulate")
     autocast: torch.dtype | None = _setting(None, "`torch.bfloat16` for mixed precision")
     logits: str | Sequence[str] | None = _setting(

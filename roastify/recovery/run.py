@@ -10,7 +10,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from roastify.conversion.digests import digest_of_model, digest_of_plan
 from roastify.errors import CheckpointError, ConfigError, RecoveryError
 from roastify.isolation import RandomStream, modes_kept
 from roastify.kernels.torch_internals import pytree
-from roastify.progress import JsonLines, track, working
+from roastify.progress import JsonLines, track
 from roastify.recovery.align import align_layers
 from roastify.recovery.batches import Feed, digest_of, mask_of, on_device, passing
 from roastify.recovery.checkpoint import holds_checkpoint, read_checkpoint, write_checkpoint
@@ -216,8 +216,9 @@ class _Run:
             if self.resumed_at and self._evaluates():
                 self._save_and_evaluate(recorders, saving=True)
                 begun = self._now()
-            steps = range(self.step, options.steps)
-            for _ in track(steps, "recovering", note=self._last_loss) if self.processes.is_first else steps:
+            left = range(self.step, options.steps)
+            shown = track(left, "recovering", note=self._last_loss, unit="steps")
+            for _ in shown if self.processes.is_first else left:
                 with self.stream.active():
                     self._take_step(*recorders)
                 self.step += 1
@@ -407,9 +408,11 @@ class _Run:
         self.teacher.eval()
         errors: list[float] = []
         same = count = 0
-        said = working("comparing student and teacher") if self.processes.is_first else contextlib.nullcontext()
-        with said, RandomStream(self.options.seed, self.device).active(), torch.no_grad(), self._autocast():
-            for batch in self.held[:_LIKENESS_BATCHES]:
+        held: Iterable[Any] = self.held[:_LIKENESS_BATCHES]
+        if self.processes.is_first:
+            held = track(self.held[:_LIKENESS_BATCHES], "comparing student and teacher", unit="batches")
+        with RandomStream(self.options.seed, self.device).active(), torch.no_grad(), self._autocast():
+            for batch in held:
                 expected, found = floats_of(self._call(self.teacher, batch)), floats_of(self._call(self.student, batch))
                 _check_teacher(expected)
                 each = [relative_error(*finite(found[path], output)) for path, output in expected.items()]
