@@ -163,7 +163,7 @@ def compare(rows: list[Row]) -> Figure:
         labelled.add(title)
         # Kinds of as many parameters are neighbours, so each has its names on a side of its own.
         text = f"÷ {method.ratio:g}" if method.kind in ("pool", "unilora") else name
-        place, side_of = {"lora": ((0, 9), "center"), "pool": ((-9, 0), "right")}.get(method.kind, ((9, -9), "left"))
+        place, side_of = {"lora": ((8, 5), "left"), "pool": ((-9, 0), "right")}.get(method.kind, ((9, -9), "left"))
         if method.kind == "pool" and method.rank != WHOLE.rank:
             text, place, side_of = f"{text}, rank {method.rank}", (9, -4), "left"
         axes.annotate(
