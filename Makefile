@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 LOWEST := .venv-lowest/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long test-gpu test-vision test-lowest trust zoo map check docs wheel bench bench-gpu accuracy pages clean
+.PHONY: help setup demo test test-long test-gpu test-vision test-lowest trust zoo map notebook check docs wheel bench bench-gpu accuracy pages clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,8 +27,8 @@ demo: $(READY)  ## Convert a BERT-base of 110 M parameters at ratio 50 and write
 test: $(READY)  ## Run the tests; on a CPU the kernels run in Triton's interpreter
 	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist worksteal -m "not long"
 
-test-long: $(READY)  ## Run the tests that repeat others at full size, or run whole programs
-	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist worksteal -m long
+test-long: $(READY)  ## Run the tests that repeat others at full size, or run whole programs (make docs: those of the site)
+	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist worksteal -m long --ignore tests/test_site.py
 
 test-gpu: $(READY)  ## Run the tests that need a CUDA device, in one process (an environment of your own: BIN=... READY=)
 	$(BIN)/pytest -m gpu
@@ -59,7 +59,13 @@ check: $(READY)  ## Lint, formatting, types, and `roastify check` on every examp
 	$(BIN)/mypy
 	for example in examples/*.py; do $(BIN)/roastify check $$example --ratio 50 || exit 1; done
 
-docs: $(READY)  ## Check the pages: their links, and that their tables are those of the committed results
+notebook: $(READY)  ## Run the notebook in examples/ and store its outputs in it
+	$(BIN)/python tests/run_notebook.py
+
+docs: $(READY)  ## Build the site in out/site, open its pages in a browser, check links and tables of all pages
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/python tests/browser.py || $(BIN)/playwright install chromium || echo "the pages are built, but not opened"
+	$(BIN)/pytest tests/test_site.py
 	$(BIN)/pytest tests/test_packaging.py tests/test_pages.py tests/test_structure.py -m "not long"
 
 wheel: $(READY)  ## Build the package in dist/, and convert with its wheel in a new environment

@@ -109,11 +109,14 @@ class Cases(Rows):
         pattern: regular expression of cases.
         minutes: after which no case begins.
         machine: see `Rows`.
+        missing: whether cases that have a row already, other than a failure, are passed over.
     """
 
-    def __init__(self, path: Path, pattern: str, minutes: float, machine: Row | None = None) -> None:
+    def __init__(
+        self, path: Path, pattern: str, minutes: float, machine: Row | None = None, missing: bool = False
+    ) -> None:
         super().__init__(path, machine)
-        self.minutes = minutes
+        self.minutes, self.missing = minutes, missing
         self.measured: list[Row] = []
         self.left: list[str] = []
         self._pattern = re.compile(pattern)
@@ -123,12 +126,16 @@ class Cases(Rows):
     def wanted(self, case: str) -> bool:
         """Whether a case was asked for and can still begin; a case for which no time is left is noted."""
         self._known.append(case)
-        if not self._pattern.search(case):
+        if not self._pattern.search(case) or (self.missing and self.find(case)):
             return False
         if time.perf_counter() < self._end:
             return True
         self.left.append(case)
         return False
+
+    def find(self, case: str) -> Row | None:
+        """Return the row of a case that was measured without a failure, or None."""
+        return next((row for row in self.rows if row["case"] == case and "failure" not in row), None)
 
     def add(self, row: Row, said: str = "") -> None:
         """Keep a row in place of an earlier one of its case, write the file, and print what is said of the row."""
@@ -147,5 +154,5 @@ class Cases(Rows):
             click.echo(f"written to {self.path}")
         if self.left:
             click.echo(f"not begun within {self.minutes:g} minutes: {', '.join(self.left)}")
-        if not self.measured and not self.left:
+        if not any(self._pattern.search(case) for case in self._known):
             raise click.UsageError(f"no case matches {self._pattern.pattern!r}; the cases are {', '.join(self._known)}")

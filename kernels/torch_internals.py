@@ -77,6 +77,16 @@ def is_exporting() -> bool:
     return torch.compiler._is_exporting_flag
 
 
+def is_cut_into_stages() -> bool:
+    """Whether `torch.export` traces for `torch.distributed.pipelining.pipeline`, which copies shared Parameters."""
+    frame = sys._getframe() if is_exporting() else None
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith("torch.distributed.pipelining."):
+            return True
+        frame = frame.f_back
+    return False
+
+
 def dispatch_mode_stack() -> list[Any]:
     """Return the modes that see every operator, the outermost first."""
     return dispatch_modes._get_current_dispatch_mode_stack()

@@ -94,13 +94,13 @@ def convert(
     emit: Emit = "model",
     **settings: Any,
 ) -> nn.Module:
-    r"""Return the model with its large weights replaced by views into one small trainable pool.
+    """Return the model with its large weights replaced by views into one small trainable pool.
 
-    A shared tensor becomes :math:`W = \lambda \cdot sign \cdot pool[slot(t)]` for each of its tiles `t`. For a large
-    convolution, the pool holds the coefficients of a few learned kernels instead (`RoastConfig.kernel_basis`). The
-    class, the forward signature, hooks, modes and attributes stay. A converted model must be trained. With
-    `init="match"` the pool starts at random. With `init="project"` it starts as the least-squares fit of the model's
-    weights, which at high ratios is still far from them.
+    A shared tensor becomes `W = λ · sign · pool[slot(t)]` for each of its tiles `t`. For a large convolution, the pool
+    holds the coefficients of a few learned kernels instead (`RoastConfig.kernel_basis`). The class, the forward
+    signature, hooks, modes and attributes stay. A converted model must be trained. With `init="match"` the pool starts
+    at random. With `init="project"` it starts as the least-squares fit of the model's weights, which at high ratios is
+    still far from them.
 
     Args:
         model: any module with real weights on one device. It is left unchanged, whatever happens, unless `inplace`.

@@ -50,7 +50,7 @@ def as_html(result: object) -> str:
     options: dict[str, Any] = {"record": True, "color_system": "truecolor", "force_jupyter": False, **_PLAIN}
     out = Console(file=io.StringIO(), width=_NO_LIMIT, **options)
     out.print(_renderable(result))
-    style = "white-space:pre;overflow-x:auto;line-height:normal"
+    style = "font-family:monospace;white-space:pre;overflow-x:auto;line-height:normal"
     return out.export_html(inline_styles=True, code_format=f'<pre style="{style}">{{code}}</pre>')
 
 

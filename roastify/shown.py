@@ -20,6 +20,11 @@ def show_results_with(writer: Callable[[object, bool], str]) -> None:
 class ShownAsTable:
     """A result that prints as a table. Its `repr` is still that of its dataclass, with every value."""
 
+    def __init_subclass__(cls, **settings: Any) -> None:
+        super().__init_subclass__(**settings)
+        # IPython asks the class that has a `__repr__` of its own, as dataclasses have, and no class above it.
+        cls._repr_pretty_ = cls._repr_pretty_  # type: ignore[method-assign]
+
     def __str__(self) -> str:
         return _writers[0](self, False)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "CONTRIBUTING.md"
-FOLDERS = ("roastify", "kernels", "benchmarks", "examples")
+FOLDERS = ("roastify", "kernels", "benchmarks", "examples", "docs")
 BEGIN, END = "<!-- map: written by `make map` -->", "<!-- end -->"
 
 

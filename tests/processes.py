@@ -1,8 +1,9 @@
-"""Two processes that talk through gloo on the CPU and run what a test hands them."""
+"""Processes that talk through gloo on the CPU and run what a test hands them; two, unless a test asks for more."""
 
 from __future__ import annotations
 
 import datetime
+import signal
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -23,20 +24,21 @@ class Processes:
 
     Args:
         folder: an empty one, where the processes find each other.
+        size: how many.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, size: int = SIZE) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipes, self._processes = [], []
-        for rank in range(SIZE):
+        for rank in range(size):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, there, str(folder / "meeting")), daemon=True)
+            process = context.Process(target=_serve, args=(rank, size, there, str(folder / "meeting")), daemon=True)
             process.start()
             self._pipes.append(here)
             self._processes.append(process)
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """Call a module's function in both processes; return what each returned.
+        """Call a module's function in all processes; return what each returned.
 
         Raises:
             AssertionError: it failed in one of them, or did not end.
@@ -51,20 +53,34 @@ class Processes:
         assert not failed, "\n".join(failed)
         return [value for value, _ in answers]
 
-    def end(self) -> None:
-        """End both."""
+    def killed(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Call a module's function in all processes, of which the first is killed by it; then kill the others.
+
+        Raises:
+            AssertionError: the first process did not end by SIGKILL.
+        """
         for pipe in self._pipes:
-            pipe.send(None)
+            pipe.send((function, arguments))
+        self._processes[0].join(SECONDS)
+        assert self._processes[0].exitcode == -signal.SIGKILL, self._processes[0].exitcode
+        for process in self._processes[1:]:
+            process.kill()
+
+    def end(self) -> None:
+        """End all of them, killed ones too."""
+        for pipe, process in zip(self._pipes, self._processes, strict=True):
+            if process.is_alive():
+                pipe.send(None)
         for process in self._processes:
             process.join(10)
             if process.is_alive():
                 process.kill()
 
 
-def _serve(rank: int, pipe: Any, meeting: str) -> None:
+def _serve(rank: int, size: int, pipe: Any, meeting: str) -> None:
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=SECONDS / 2)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=SIZE, timeout=timeout)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size, timeout=timeout)
     while (asked := pipe.recv()) is not None:
         function, arguments = asked
         try:

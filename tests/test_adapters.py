@@ -190,6 +190,13 @@ def test_many_adapters_are_saved_without_the_base_and_loaded_onto_one(tmp_path: 
     assert dense == len(pool_of(loaded[0]).plan.tensors)
 
 
+def test_a_heads_names_may_be_repeated_in_the_configuration(tmp_path: Path) -> None:
+    # As PEFT does for a task with a head, for each model that it builds from the saved configuration.
+    roastify.save(converted(), tmp_path)
+    fresh = adapted(lora(modules_to_save=["head", "head"]))
+    assert torch.equal(outputs(roastify.load(tmp_path, fresh)), outputs(converted()))
+
+
 def changed(model: Any, change: Callable[[Any], Any]) -> Any:
     with torch.no_grad():
         change(model.base_model.model)

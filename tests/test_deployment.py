@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -303,32 +302,6 @@ def test_what_densify_writes_is_what_servers_load(shard_size: str, tmp_path: Pat
     served, info = LlamaForCausalLM.from_pretrained(tmp_path / "served", output_loading_info=True)
     assert not any(info.values())
     torch.testing.assert_close(served.eval()(words(2)).logits, model(words(2)).logits)
-
-
-@pytest.mark.long
-@pytest.mark.filterwarnings("ignore")
-def test_the_pages_lines_work_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = (Path(__file__).parents[1] / "docs" / "deployment.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {"torch": torch, "roastify": roastify, "fresh": Tokens(), "x": words(4)}
-    roastify.save(converted("tokens"), "out/")
-    found = []
-    for block in blocks:
-        if "aoti" in block and compiler() is None:
-            continue
-        exec(block, names)
-        if block.startswith("import"):
-            with torch.no_grad():
-                found.append(
-                    names["session"].run(None, {"tokens": words(7).numpy()})[0]
-                    if "onnx" in block
-                    else names["model"](words(7))
-                )
-            names["model"] = roastify.load("out/", model=Tokens()).eval()
-    assert len(blocks) == 7 and len(found) >= 2
-    for each in found:
-        torch.testing.assert_close(torch.as_tensor(each), names["model"](words(7)).detach(), atol=1e-4, rtol=1e-4)
 
 
 def test_what_a_program_cannot_store_is_refused_with_a_way_out() -> None:

@@ -9,8 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import checkpoint_cases
 import distributed_cases as cases
+import parallel_cases
 import pytest
+import sharded_cases
 import torch
 from processes import Processes, assert_same
 from torch import Tensor
@@ -21,6 +24,7 @@ from roastify.source import load_source
 
 STEPS = cases.STEPS
 EXAMPLE = Path(__file__).parents[1] / "examples" / "distributed.py"
+PAGE = Path(__file__).parents[1] / "docs" / "distributed.md"
 
 
 def moved(values: dict[str, Tensor], name: str = "net") -> bool:
@@ -122,6 +126,56 @@ def test_checkpoints_resume_and_load_into_one_process(two: Processes, tmp_path: 
     torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-6)
 
 
+def same_as_without_break(found: tuple[list[float], dict[str, Tensor]]) -> None:
+    (losses, weights), (expected, expected_weights) = found, checkpoint_cases.without_break()
+    assert losses == pytest.approx(expected[-len(losses) :], abs=1e-6)
+    assert_same(weights, expected_weights)
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [
+        (("fsdp", 2), ("fsdp", 1)),
+        (("ddp", 1), ("ddp", 2)),
+        pytest.param(("ddp", 2), ("ddp", 1), marks=pytest.mark.long),
+        pytest.param(("fsdp", 1), ("fsdp", 2), marks=pytest.mark.long),
+        pytest.param(("ddp", 2), ("fsdp", 2), marks=pytest.mark.long),
+    ],
+    ids=lambda side: "-".join(map(str, side)),
+)
+def test_checkpoints_resume_on_another_number_of_processes(
+    two: Processes, tmp_path: Path, saved: tuple[str, int], loaded: tuple[str, int]
+) -> None:
+    same_as_without_break(two.run(checkpoint_cases.resumed_elsewhere, str(tmp_path / "c"), saved, loaded)[0])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("wrapped", ["ddp", "fsdp"])
+def test_checkpoints_of_two_processes_resume_on_four(tmp_path: Path, wrapped: str) -> None:
+    four = Processes(tmp_path, 4)
+    found = four.run(checkpoint_cases.resumed_elsewhere, str(tmp_path / "c"), (wrapped, 2), (wrapped, 4))
+    four.end()
+    same_as_without_break(found[0])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("wrapped", ["ddp", "fsdp"])
+def test_a_run_that_is_killed_while_it_saves_resumes_from_the_save_before(
+    two: Processes, tmp_path: Path, wrapped: str
+) -> None:
+    folder, meeting = tmp_path / "checkpoints", tmp_path / "meeting"
+    folder.mkdir()
+    meeting.mkdir()
+    others = Processes(meeting)
+    others.killed(checkpoint_cases.trained_until_killed, str(folder), wrapped)
+    others.end()
+    # The values of the third step are there, what makes a checkpoint of them is not.
+    assert list((folder / "3").glob("*.distcp")) and not (folder / "3" / ".metadata").exists()
+    name, losses, weights = two.run(checkpoint_cases.resumed_after_the_kill, str(folder), wrapped)[0]
+    assert name == "2" and len(losses) == STEPS - 2
+    same_as_without_break((losses, weights))
+
+
 @pytest.mark.parametrize(
     ("wrapped", "message"),
     [("ddp", r"pass the model inside it \(its \.module\)"), ("fsdp", "state_dict=")],
@@ -174,6 +228,73 @@ def test_values_of_another_model_are_refused(tmp_path: Path, change: Any, messag
     with pytest.raises(CheckpointError, match=message):
         roastify.save(model, tmp_path / "a", state_dict=values)
     assert not (tmp_path / "a").exists()
+
+
+def test_zero1(two: Processes) -> None:
+    found = two.run(parallel_cases.zero1)
+    for alone, together, _ in found:
+        assert_same(together, alone)
+        assert moved(together)
+    # The pool is one Parameter, so one process has its whole state.
+    small, large = sorted(size for *_, size in found)
+    assert 0 < small < large / 4
+
+
+@pytest.mark.parametrize(
+    ("schedule", "stages"),
+    [
+        ("Schedule1F1B", 2),
+        pytest.param("ScheduleGPipe", 2, marks=pytest.mark.long),
+        pytest.param("ScheduleInterleavedZeroBubble", 4, marks=pytest.mark.long),
+    ],
+)
+def test_a_pipeline_of_stages_that_are_converted_each(two: Processes, schedule: str, stages: int) -> None:
+    for alone, together in two.run(parallel_cases.pipeline_of_converted_stages, schedule, stages):
+        assert_same(together, alone)
+
+
+def test_a_converted_model_is_not_cut_into_stages(two: Processes) -> None:
+    for message in two.run(parallel_cases.pipeline_of_a_converted_model):
+        assert "pipeline() was given a converted model" in message and "convert each stage by itself" in message
+
+
+def test_tensor_parallel_of_layers_that_stay_dense(two: Processes) -> None:
+    for alone, together in two.run(parallel_cases.tensor_parallel_of_dense_layers):
+        # Products are summed in parts, and AdamW's steps of 1e-2 make more of the difference than elsewhere.
+        assert_same(together, alone, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("tensor parallel", "cannot be replaced or split for this layer alone, as tensor parallelism does"),
+        ("a table by rows", "cannot be replaced or split for this layer alone, as tensor parallelism does"),
+        ("sequence parallel", "got a DTensor of placements .* it takes plain tensors"),
+        ("distributed input", "got a DTensor of placements .* it takes plain tensors"),
+        ("replicated", "wrap the model in DistributedDataParallel instead"),
+    ],
+)
+def test_what_splits_a_layer_on_the_pool_is_refused(two: Processes, name: str, message: str) -> None:
+    for found in two.run(parallel_cases.refusal, name):
+        assert re.search(message, found), found
+
+
+def test_context_parallel(two: Processes) -> None:
+    for alone, together in two.run(parallel_cases.context_parallel):
+        assert_same(together, alone)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adagrad"])
+@pytest.mark.parametrize("unique", [True, False], ids=["unique", "all"])
+def test_the_benchmarks_sharded_table_trains_as_a_whole_one(two: Processes, unique: bool, optimizer: str) -> None:
+    for found, expected in two.run(sharded_cases.trained, unique, optimizer):
+        torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-5)
+
+
+def test_the_tests_that_the_page_names_exist() -> None:
+    lines = [line for line in PAGE.read_text().splitlines() if line.startswith("| ") and "`test_" in line]
+    named = [name for line in lines for name in re.findall(r"`(test_\w+)`", line)]
+    assert len(named) == len(lines) > 15 and not [name for name in named if name not in globals()]
 
 
 @pytest.mark.long

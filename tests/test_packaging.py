@@ -27,7 +27,7 @@ def _yaml(path: Path) -> Any:
     return pytest.importorskip("yaml").safe_load(path.read_text())
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_of_pages_lead_to_files(page: Path) -> None:
     for link in LINK.findall(page.read_text()):
         if not link.startswith(("http://", "https://", "#")):

@@ -116,6 +116,9 @@ def test_a_case_replaces_its_row_alone_and_what_is_left_is_named(
     ]
     cases.close()
     assert capsys.readouterr().out == f"a: as said\nc: no memory\nwritten to {path}\n"
+    # What is missing is what failed, or has no row.
+    resumed = rows.Cases(path, "", minutes=1, missing=True)
+    assert [case for case in "abcd" if resumed.wanted(case)] == ["c", "d"]
     late = rows.Cases(path, "a", minutes=0)
     assert not late.wanted("a")
     late.close()

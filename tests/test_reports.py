@@ -93,6 +93,8 @@ def test_every_result_is_a_table_and_html(net: nn.Module) -> None:
         (recovered, ("as it came", "relative to their variance", "after 2 steps")),
     ):
         text, page = str(result), result._repr_html_()
+        # IPython asks this of a class that has a `__repr__` of its own.
+        assert "_repr_pretty_" in vars(type(result))
         assert all(word in text for word in words), text
         assert "\x1b" not in text and not re.search(" $", text, re.MULTILINE)
         assert page.startswith("<pre ") and page.count("<pre") == page.count("</pre>") == 1

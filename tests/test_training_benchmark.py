@@ -16,8 +16,10 @@ import torch
 from click.testing import CliRunner
 
 pytest.importorskip("transformers")
-from benchmarks.training import page, plots, single, tables_page, tasks
+from benchmarks import documents, recommendation
+from benchmarks.training import page, plots, several_page, single, tables_page, tasks
 from benchmarks.training.__main__ import main
+from benchmarks.training.distributed import DENSE
 from roastify.conversion.converted import pool_of
 
 ROOT = Path(__file__).parents[1]
@@ -92,22 +94,23 @@ def test_rows_of_two_processes(tmp_path: Path) -> None:
     run(*started, "benchmarks.training", "--distributed", *settings)
     rows = rows_of(output)
     sides = ("dense", "ratio=4")
-    places = ("alone/gpus=1", "ddp/gpus=2", "fsdp/gpus=2")
+    # Only a GPU has graphs.
+    places = ("alone/eager/gpus=1", "ddp/eager/gpus=2", "fsdp/eager/gpus=2")
     assert set(rows) == {f"distributed/llama-1.1b/{place}/{side}" for place in places for side in sides}
     for case, row in rows.items():
         assert "failure" not in row, row
         if "alone" not in case:
             assert row["loss_error"] <= row["loss_tolerance"] and row["losses"][-1] < row["losses"][0] - 1e-3
             assert row["efficiency"] > 0
-    dense, converted = (rows[f"distributed/llama-1.1b/ddp/gpus=2/{side}"]["bytes"] for side in sides)
+    dense, converted = (rows[f"distributed/llama-1.1b/ddp/eager/gpus=2/{side}"]["bytes"] for side in sides)
     assert dense["all-reduce"] >= 3.8 * converted["all-reduce"]
-    dense, converted = (rows[f"distributed/llama-1.1b/fsdp/gpus=2/{side}"] for side in sides)
+    dense, converted = (rows[f"distributed/llama-1.1b/fsdp/eager/gpus=2/{side}"] for side in sides)
     assert dense["bytes"]["reduce-scatter"] >= 3.8 * converted["bytes"]["reduce-scatter"]
     assert converted["calls"] == {"all-gather": 1, "reduce-scatter": 1}
-    text = write_page(output, tmp_path / "page.md")
-    assert "| llama-1.1b, FSDP, 2 GPUs |" in text and "Time of a step" not in text
-    tables = (tmp_path / page.TABLES).read_text()
-    assert "÷ 4.0" in tables and "One GPU" not in tables
+    measured = several_page.training_rows(rows.values())
+    assert "The aim, efficiency at least dense's, is met in" in several_page.markdown(measured, [])
+    drawn = several_page.save({several_page.PLOT: lambda: several_page.scaling(measured)}, tmp_path)
+    assert len(drawn) == 1 and list(tmp_path.glob(f"{several_page.PLOT}.*"))
 
 
 @pytest.mark.long
@@ -148,6 +151,37 @@ def test_the_page_says_how_steps_run_and_which_aims_are_missed() -> None:
     assert "Ratio 10: 60 % of the dense model's peak (a)." in text and "Several GPUs" not in text
     # A variant of a model is not drawn beside it.
     assert [each["task"] for each in plots.with_memory(rows)] == ["a", "b"]
+
+
+def test_the_page_of_several_gpus_is_the_committed_results() -> None:
+    text = several_page.DOCUMENT.read_text()
+    found = several_page.load(several_page.RESULTS)["rows"], several_page.load(recommendation.RESULTS)["rows"]
+    assert documents.insert(text, several_page.BEGIN, several_page.markdown(*found)) == text
+
+
+def test_the_page_of_several_gpus_compares_sides_of_one_place() -> None:
+    def row(kind: str, gpus: int, side: str, ms: float, **more: Any) -> dict[str, Any]:
+        times = {"median_ms": ms, "q1_ms": ms, "q3_ms": ms}
+        named = {"case": "", "task": "net", "kind": kind, "mode": "graphed", "gpus": gpus, "side": side}
+        return {**named, **times, "peak": 2e9, "bytes": {}, "machine": {"cpu": "a CPU", "date": "today"}, **more}
+
+    training = [
+        row("ddp", 2, "ratio=10", 5.5, efficiency=0.9, bytes={"all-reduce": 1e6}, loss_error=1e-4),
+        row("ddp", 2, DENSE, 12.0, efficiency=0.8, bytes={"all-reduce": 1e7}, loss_error=0.0),
+        row("alone", 1, DENSE, 10.0),
+        {"case": "distributed/net/fsdp", "failure": "no memory"},
+    ]
+    model = {"gpus": 2, "batch": 8, "rows": 1000, "width": 4, "fields": 26, "power": 1.5, "ratio": 100}
+    tables = [
+        {**row("", 2, "", 4.0), **model, "tables": tables, "optimizer": "Adam", "unique": True, "samples_per_s": rate}
+        for tables, rate in (("pool", 3e6), ("sharded", 2e6))
+    ]
+    text = several_page.markdown(training, tables)
+    assert "met in 1 of 1 cases" in text and "- `distributed/net/fsdp`: no memory" in text
+    assert "| ddp | graphed | 2 | ratio 10 | 5.50 (5.50–5.50) | 0.458 | 0.900 | higher | 1.0 | 10.0 |" in text
+    assert text.index("| alone |") < text.index("| 2 | dense |") < text.index("| 2 | ratio 10 |")
+    assert "| in a pool | Adam | graphed |  | 4.00 (4.00–4.00) | 3.00 | 1.50 |" in text
+    assert several_page.markdown([], []).count("Not measured yet.") == 2
 
 
 def test_a_tasks_settings_are_those_of_its_conversion() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -461,23 +460,3 @@ def test_checkpoints_of_trainer_are_such_folders(tmp_path: Path) -> None:
     assert_same_state(resumed.model, whole.model)
     resumed.save_model(str(tmp_path / "final"))
     assert_same_state(loaded(tmp_path / "final", kind), whole.model)
-
-
-def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizers = pytest.importorskip("tokenizers")
-    words = {word: number for number, word in enumerate(["<unk>", "</s>", "the", "cat", "sat", "on", "mat"])}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>", pad_token="</s>"
-    )
-    fast.save_pretrained(tmp_path / "model")
-    dense_folder(tmp_path / "model")
-    monkeypatch.chdir(tmp_path)
-    page = (Path(__file__).parents[1] / "docs" / "transformers.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == 3
-    namespace: dict[str, Any] = {}
-    for block in blocks:
-        exec(block.replace("HuggingFaceTB/SmolLM2-135M", "model").replace("range(10)", "range(1)"), namespace)
-    assert torch.equal(outputs(loaded(tmp_path / "dense", type(namespace["dense"]))), outputs(namespace["dense"]))

@@ -20,6 +20,7 @@ _KINDS = {
     "reduce_scatter_": "reduce-scatter",
     "reduce_scatter_tensor_coalesced_": "reduce-scatter",
     "broadcast_": "broadcast",
+    "alltoall_base_": "all-to-all",
 }
 
 

@@ -7,20 +7,19 @@ from pathlib import Path
 
 import click
 
-from benchmarks.documents import listed, paragraph, table
+from benchmarks.documents import listed, paragraph
 from benchmarks.rows import Row, load, may_fold, write
 from benchmarks.training import plots, tables_page
-from benchmarks.training.distributed import DENSE
-from benchmarks.training.tables_page import RESULTS, machines, several_rows, single_rows
+from benchmarks.training.tables_page import RESULTS, machines, single_rows
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "training-cost.md"
 TABLES = "results/training-tables.md"
 
 ABOUT = """
-What does a training step of a converted model take beside the dense one's: time, memory, and on several GPUs bytes
-exchanged? A step is forward in bfloat16 autocast, backward, clipping and AdamW, on random data.
-[The tables]({tables}) have every case, the method and the raw rows; both pages are written by
-`python -m benchmarks.training.page`.
+What does a training step of a converted model take beside the dense one's, in time and in memory? A step is forward in
+bfloat16 autocast, backward, clipping and AdamW, on random data. [The tables]({tables}) have every case, the method and
+the raw rows; both pages are written by `python -m benchmarks.training.page`. Several GPUs are in
+[distributed.md](distributed.md#measured).
 """
 TIME = """
 Time of a converted step ÷ time of a dense one, so below 1 the converted model is faster. Layers of at least a million
@@ -34,10 +33,6 @@ operators than a dense one, and where Python launches them one by one that sets 
 MEMORY = """
 Parameters, gradients and the optimizer's state fall by the ratio. Activations do not, so what a whole step takes falls
 less:
-"""
-SEVERAL = """
-Each GPU has a batch of its own. Efficiency is a GPU's throughput among several over its throughput alone. Steps are
-eager, so efficiencies move with the host by a fifth from run to run.{before}
 """
 
 
@@ -101,25 +96,9 @@ def aims(rows: Sequence[Row]) -> str:
     return f"{told} Of those for the state's memory, {sum(state)} of {len(state)} are met."
 
 
-def exchange(rows: Sequence[Row]) -> list[str]:
-    """Return the table of several GPUs: efficiency and megabytes of gradients of each side."""
-    rows = [row for row in rows if row["efficiency"] is not None]
-    sides = list(dict.fromkeys(row["side"] for row in rows))
-    groups = list(dict.fromkeys((row["task"], row["kind"], row["gpus"]) for row in rows))
-    lines = []
-    for task, kind, gpus in groups:
-        cells = {row["side"]: row for row in rows if (row["task"], row["kind"], row["gpus"]) == (task, kind, gpus)}
-        texts = [
-            f"{cells[side]['efficiency']:.2f}, {cells[side]['gradient_mb'] or 0:,.0f} MB" if side in cells else "–"
-            for side in sides
-        ]
-        lines.append([f"{task}, {kind.upper()}, {gpus} GPUs", *texts])
-    return table(["", *(side.replace("=", " ") for side in sides)], lines) if lines else []
-
-
 def markdown(rows: Sequence[Row]) -> str:
     """Return docs/training-cost.md of the raw rows."""
-    single, several = single_rows(rows), several_rows(rows)
+    single = single_rows(rows)
     lines = ["# What training costs", "", paragraph(ABOUT.format(tables=TABLES)), ""]
     if single:
         lines += ["## Time of a step", "", f"{machines(single)}.", ""]
@@ -129,11 +108,6 @@ def markdown(rows: Sequence[Row]) -> str:
     if plots.with_memory(single):
         lines += ["## Memory of a step", "", "![Parts of the peak memory](images/training-memory.svg)", ""]
         lines += [paragraph(MEMORY), "", *held(single), ""]
-    if table_lines := exchange(several):
-        folded = [may_fold(row) for row in several if row["side"] != DENSE]
-        before = "" if any(folded) else " The models were converted before layers could be folded."
-        lines += ["## Several GPUs", "", f"{machines(several)}.", "", paragraph(SEVERAL.format(before=before)), ""]
-        lines += ["Efficiency, and the gradients exchanged in a step:", "", *table_lines, ""]
     failed = [f"`{row['case']}`" for row in rows if "failure" in row]
     if failed:
         lines += [f"Failed: {listed(failed)}; [why]({TABLES}#what-failed).", ""]

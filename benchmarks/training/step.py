@@ -56,17 +56,26 @@ class Training:
         self.finish()
         return total
 
-    def captured(self) -> Callable[[], object]:
-        """Return a whole step as one CUDA graph's replay, after a few steps more on the graph's stream."""
-        stream = torch.cuda.Stream(self.device)
+    def captured(
+        self, stream: torch.cuda.Stream | None = None, steps_before: int = STEPS_BEFORE_CAPTURE
+    ) -> Callable[[], object]:
+        """Return a whole step as one CUDA graph's replay, after a few steps more on the graph's stream.
+
+        Args:
+            stream: what DDP was built on, because its nodes of autograd stay there; default: a new one.
+            steps_before: how many steps that is.
+        """
+        stream = stream or torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
-            for _ in range(STEPS_BEFORE_CAPTURE):
+            for _ in range(steps_before):
                 self.step()
         torch.cuda.current_stream(self.device).wait_stream(stream)
         self.optimizer.zero_grad(set_to_none=True)
+        wait(self.device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
+        # Only this thread is watched: NCCL's own thread asks for events while the step is captured.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             self.step()
         return graph.replay
 

@@ -7,8 +7,7 @@ from collections.abc import Iterable, Sequence
 from benchmarks.documents import measured_on
 from benchmarks.performance_tables_page import Column, number, table
 from benchmarks.rows import FOLDER, Row
-from benchmarks.training.distributed import DENSE, KINDS, TOLERANCE
-from benchmarks.training.single import MEMORY_AIM
+from benchmarks.training.distributed import DENSE
 
 RESULTS = FOLDER / "training.json"
 
@@ -18,13 +17,13 @@ data. Before it is timed, the converted model's loss is held to the dense model'
 in one process in turn, six steps in a row, of which the first is not timed; the GPU is not waited for between them.
 Times are medians, with quartiles. `graphed` replays the whole step as one CUDA graph, so that its time is the GPU's
 own; its memory is that of the steps before the capture. `compiled` is `torch.compile` as it is, `reduce-overhead` its
-mode of that name. In `eager` steps, which is also how the rows for several GPUs train, Python launches every kernel,
+mode of that name. In `eager` steps Python launches every kernel,
 and a converted layer asks more of Python than a dense one: where a model's kernels are short, that sets the time, and
 it is longer than the dense model's. So it is in `compiled` steps, whose operators on the pool are Python's. Such times
 move with the host by a fifth from run to run (the dense ResNet-50's eager step took 22.7 ms beside one model and 26.6
-beside the next), and efficiencies that are made of them with them.
+beside the next).
 
-Not all rows are of one state of the code. The `compiled` steps of "resnet-50, whole kernels" and several GPUs are from
+Not all rows are of one state of the code. The `compiled` steps of "resnet-50, whole kernels" are from
 before training passes kept the weights of small layers, which spares the host most of what a converted layer asked of
 it beside a dense one. All other rows but BERT-base's `eager` and `compiled` ones, and ResNet-50's others, are from
 before a group's kernel summed gradients of which a few are missing, as that of BERT's pooler is. ResNet-50's `compiled`
@@ -34,13 +33,6 @@ a basis, the default; "resnet-50, whole kernels" has none. The eager steps of bo
 slow host: the dense one took 23 and 27 ms, where the GPU alone needs 17.8. Activations are what the forward pass leaves
 for the backward pass; the peak is the allocator's, over one step. An aim is what this project set itself before
 measuring, and aims that are missed stay in the tables.
-"""
-SEVERAL = """
-Each GPU has a batch of its own, so the work grows with the GPUs; efficiency is a GPU's throughput among several over
-its throughput alone. The losses of the first steps are those of one GPU on the joint batch, within the largest
-difference in the table. DDP all-reduces float32 gradients. FSDP2 gathers bfloat16 parameters and reduces float32
-gradients; dense models are sharded block by block, converted ones as one unit. Bytes are of whole tensors, a step, as
-handed to the collectives. NVLink multicast is off.
 """
 
 
@@ -96,55 +88,11 @@ MEMORY_COLUMNS = [
     Column("state ÷", number("state_ratio")),
     Column("aim", lambda row: at_least(row["state_ratio"], row["state_aim"]) if "state_ratio" in row else ""),
 ]
-SEVERAL_COLUMNS = [
-    Column("model", lambda row: row["task"]),
-    Column("with", lambda row: row["kind"]),
-    Column("GPUs", lambda row: str(row["gpus"])),
-    Column("side", lambda row: row["side"].replace("=", " ")),
-    Column("step, ms", milliseconds),
-    Column("efficiency", number("efficiency", 3)),
-    Column("aim", lambda row: row["efficiency_aim"]),
-    Column("gradients, MB", lambda row: "" if row["gradient_mb"] is None else f"{row['gradient_mb']:,.1f}"),
-    Column("aim", lambda row: row["gradient_aim"]),
-    Column("all-gathered, MB", lambda row: megabytes(row["bytes"].get("all-gather"))),
-    Column("peak, MB a GPU", lambda row: megabytes(row["peak"])),
-    Column("losses differ by", lambda row: "" if row.get("loss_error") is None else f"{row['loss_error']:.1e}"),
-    Column("aim", lambda row: "" if row.get("loss_error") is None else at_most(row["loss_error"], TOLERANCE)),
-]
 
 
 def single_rows(rows: Iterable[Row]) -> list[Row]:
     """Return the rows of one GPU that were measured."""
     return [row for row in rows if "mode" in row and "failure" not in row]
-
-
-def several_rows(rows: Iterable[Row]) -> list[Row]:
-    """Return the rows of several GPUs that were measured, with what they are to dense training of the same kind."""
-    measured = [row for row in rows if "kind" in row and "failure" not in row]
-    measured.sort(key=lambda row: (row["task"], KINDS.index(row["kind"]), row["gpus"], _ratio(row)))
-    dense: dict[tuple[str, str, int], Row] = {}
-    found = []
-    for row in measured:
-        gradients = row["bytes"].get("all-reduce", 0) + row["bytes"].get("reduce-scatter", 0)
-        row = {"efficiency": None, **row, "gradient_mb": gradients / 1e6 or None}
-        row |= {"efficiency_aim": "", "gradient_aim": ""}
-        place = row["task"], row["kind"], row["gpus"]
-        if row["side"] == DENSE:
-            dense[place] = row
-        elif place in dense:
-            twin = dense[place]
-            if row["efficiency"] is not None and twin["efficiency"] is not None:
-                row["efficiency_aim"] = f"dense's {verdict(row['efficiency'] >= twin['efficiency'])}"
-            if row["gradient_mb"] and twin["gradient_mb"]:
-                fallen = twin["gradient_mb"] / row["gradient_mb"]
-                row["gradient_aim"] = f"÷ {fallen:.2f}, {at_least(fallen, MEMORY_AIM * _ratio(row))}"
-        found.append(row)
-    return found
-
-
-def _ratio(row: Row) -> float:
-    """Return a side's ratio, 1 for the dense one."""
-    return 1.0 if row["side"] == DENSE else float(row["side"].removeprefix("ratio="))
 
 
 def memory_rows(rows: Sequence[Row]) -> list[Row]:
@@ -168,7 +116,7 @@ def machines(rows: Iterable[Row]) -> str:
 
 def markdown(rows: Sequence[Row]) -> str:
     """Return the page."""
-    single, several = single_rows(rows), several_rows(rows)
+    single = single_rows(rows)
     lines = ["# Tables of training", ""]
     lines += [
         "The tables behind [training-cost.md](../training-cost.md), written by `python -m benchmarks.training.page` "
@@ -180,9 +128,6 @@ def markdown(rows: Sequence[Row]) -> str:
         lines += [*table(TIME_COLUMNS, single), "", "## One GPU: memory of a step", ""]
         lines += ["Parameters, gradients and AdamW's state together are the state, which falls by the ratio.", ""]
         lines += [*table(MEMORY_COLUMNS, memory_rows(single)), "", METHOD.strip(), ""]
-    if several:
-        lines += ["## Several GPUs", "", f"{machines(several)}.", ""]
-        lines += [*table(SEVERAL_COLUMNS, several), "", SEVERAL.strip(), ""]
     failed = [row for row in rows if "failure" in row]
     if failed:
         lines += ["## What failed", "", *(f"- `{row['case']}`: {row['failure']}" for row in failed), ""]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -180,13 +180,6 @@ TASKS = {
     "bert-base": Task(
         _transformer("BertForMaskedLM"), _masked_words(30522, 32, 128), 32, "32 sequences of 128 words", time_aim=0.85
     ),
-    "bert-base, no folds": Task(
-        _transformer("BertForMaskedLM"),
-        _masked_words(30522, 32, 128),
-        32,
-        "32 sequences of 128 words",
-        settings=RoastConfig(fold="none"),
-    ),
     "deep-stack": Task(
         lambda: DeepStack(96, 2048), _vectors(4096, 2048), 4096, "4,096 rows of 2,048", (4,), time_aim=1.15
     ),
@@ -212,16 +205,7 @@ TASKS = {
         time_aim=0.40,
     ),
     "resnet-50": Task(ResNet, _images(64, 224, 1000), 64, "64 images of 224×224", channels_last=True),
-    "resnet-50, whole kernels": Task(
-        ResNet,
-        _images(64, 224, 1000),
-        64,
-        "64 images of 224×224",
-        channels_last=True,
-        settings=RoastConfig(kernel_basis="none"),
-    ),
 }
-# Without dropout: the losses of several GPUs must be those of one.
 
 
 def _lean(name: str, size: int, length: int, aim: float, *sizes: int) -> None:
@@ -239,6 +223,18 @@ def _lean(name: str, size: int, length: int, aim: float, *sizes: int) -> None:
 _lean("lean, 22 layers of 2048", 8, 1024, 0.52, 2048, 5632, 22, 32, 4)
 _lean("lean, 8 layers of 4096", 4, 2048, 0.40, 4096, 11008, 8, 32, 32)
 _lean("lean, 24 layers of 1024", 8, 1024, 0.70, 1024, 4096, 24, 16, 16)
+# What a setting that is not convert's costs or saves: the same model and batch with it. The aims are the defaults'.
+_VARIANTS = {
+    "bert-base, no folds": RoastConfig(fold="none"),
+    "resnet-50, whole kernels": RoastConfig(kernel_basis="none"),
+    "bert-base, learned scales": RoastConfig(learned_scales=True),
+    "gpt2-medium, learned scales": RoastConfig(learned_scales=True),
+    "llama-1.1b, learned scales": RoastConfig(learned_scales=True),
+    "llama-4096, learned scales": RoastConfig(learned_scales=True),
+}
+for name, settings in _VARIANTS.items():
+    TASKS[name] = replace(TASKS[name.split(",")[0]], settings=settings, time_aim=None)
+# Without dropout: the losses of several GPUs must be those of one.
 DISTRIBUTED_TASKS = {
     "bert-base": Task(
         _transformer("BertForMaskedLM", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
@@ -252,6 +248,13 @@ DISTRIBUTED_TASKS = {
         _next_words(32000, 4, 1024),
         4,
         "4 sequences of 1,024 words",
+        blocks="model.layers",
+    ),
+    "llama-4096": Task(
+        _transformer("LlamaForCausalLM", use_cache=False, **llama(4096, 11008, 8, 32, 32)),
+        _next_words(32000, 4, 2048),
+        4,
+        "4 sequences of 2,048 words",
         blocks="model.layers",
     ),
 }

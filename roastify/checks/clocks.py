@@ -27,7 +27,14 @@ Call = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of a call: median and quartiles of `runs` calls."""
+    """Milliseconds of a call.
+
+    Args:
+        median_ms: the median of all calls.
+        q1_ms: the first quartile.
+        q3_ms: the third quartile.
+        runs: the number of calls.
+    """
 
     median_ms: float
     q1_ms: float

@@ -141,7 +141,11 @@ def peft_settings(model: nn.Module) -> dict[str, Any]:
     plain = json.loads(
         json.dumps(config, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
     )
-    return {key: value for key, value in plain.items() if not _NO_MATTER.fullmatch(key)}
+    settings = {key: value for key, value in plain.items() if not _NO_MATTER.fullmatch(key)}
+    if isinstance(names := settings.get("modules_to_save"), list):
+        # For a task with a head, PEFT adds the head's names each time that a model is built from the configuration.
+        settings["modules_to_save"] = list(dict.fromkeys(names))
+    return settings
 
 
 def peft_config_file(model: nn.Module) -> dict[str, bytes]:

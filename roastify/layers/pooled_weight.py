@@ -7,15 +7,18 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from roastify.errors import RoastError
 from roastify.kernels import ops
 from roastify.kernels.torch_internals import is_exporting, is_jit_tracing
 from roastify.kernels.view import WeightView
 from roastify.pool.fold import unfolded
+from roastify.pool.members import is_sharded
 from roastify.pool.pool import RoastPool
 
 # From this many elements of a weight on, the GPU's time limits a product; below, the host's time does.
@@ -110,6 +113,8 @@ class PooledWeight(WeightView):
 
     def _multiply(self, x: Tensor, bias: Tensor | None, along_cols: bool) -> Tensor:
         """Return `x · matrixᵀ + bias`, or `x · matrix + bias` if not `along_cols`, where the pool holds the matrix."""
+        if type(x) is not Tensor:
+            _refuse_distributed(x)
         if not self.is_scaled_pool:
             weight = self.dense()
             return F.linear(x, weight if along_cols != self.transposed else weight.t(), bias)
@@ -186,6 +191,8 @@ class PooledWeight(WeightView):
 
     def whole(self, x: Tensor) -> Tensor:
         """Return the dense tensor for an operation on `x` that needs all of it, in the operation's dtype."""
+        if type(x) is not Tensor:
+            _refuse_distributed(x)
         if self.can_be_whole and self._is_recorded():
             return self._retained(x)
         return self.dense(ops.autocast_dtype(x))
@@ -197,6 +204,8 @@ class PooledWeight(WeightView):
 
     def rows(self, index: Tensor) -> Tensor:
         """Return `weight[index]`."""
+        if type(index) is not Tensor:
+            _refuse_distributed(index)
         if self.transposed or not self.is_scaled_pool or self.fold is not None:
             return F.embedding(index, self.dense())
         rows = ops.embedding(index, self.pool.read(self.current_dtype), self.pool.table, self.view, self.scale)
@@ -242,3 +251,14 @@ class PooledWeight(WeightView):
         if part is None or stop <= start:
             return self.dense().reshape(-1, self.shape[-1])[start:stop]
         return part.dense()[extra:]
+
+
+def _refuse_distributed(x: object) -> None:
+    """Raise `RoastError` for a tensor that is distributed over processes, as sequence and tensor parallelism make."""
+    if isinstance(x, Tensor) and is_sharded(x):
+        placements = tuple(cast(Any, x).placements)
+        raise RoastError(
+            f"a layer on the pool got a DTensor of placements {placements}; it takes plain tensors, because "
+            f"the pool is one for all layers and is not split for one. Give it local values (use_local_output=True, or "
+            f"DTensor.to_local()), or leave the layers that are to be parallel out of the conversion (exclude=)"
+        )

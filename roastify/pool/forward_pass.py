@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from roastify.kernels.torch_internals import is_captured
+from roastify.errors import RoastError
+from roastify.kernels.torch_internals import is_captured, is_cut_into_stages
 from roastify.pool.members import MEMBER
 from roastify.pool.pass_cache import Pass, passes
 from roastify.pool.pool import RoastPool
@@ -75,6 +76,12 @@ class RootForward:
             # A copy of a bound method is bound to the copied model, but has the same function.
             return self._of_copy(args[0])(*args[1:], **kwargs)
         if torch.compiler.is_compiling():
+            if not torch.compiler.is_dynamo_compiling() and is_cut_into_stages():
+                raise RoastError(
+                    "torch.distributed.pipelining.pipeline() was given a converted model: every stage would train a "
+                    "pool of its own, and some stages several. Cut the dense model, convert each stage by itself "
+                    "(roastify.convert(stage, ratio)), and pass it to PipelineStage"
+                )
             return self._run(*args, **kwargs)
         if torch.is_grad_enabled():
             self._trained.check(self.model, self.pool)

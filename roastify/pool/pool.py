@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -249,6 +249,11 @@ class RoastPool(TiedModule):
     def _whole(self) -> nn.Parameter:
         weight = self.parameter()
         if is_sharded(weight):
+            if all(placement.is_replicate() for placement in cast(Any, weight).placements):
+                raise RoastError(
+                    "the pool is a replicated DTensor, as distribute_module makes it, and layers on the pool take "
+                    "plain tensors; for a copy in every process, wrap the model in DistributedDataParallel instead"
+                )
             raise RoastError(
                 "the pool is sharded over processes and is not gathered now; FSDP2 gathers it only while the forward "
                 "of the module that it was sharded with runs. Shard the whole model last, with fully_shard(model), and "
