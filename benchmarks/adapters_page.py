@@ -67,10 +67,11 @@ def conclusions(result: dict[str, Any]) -> str:
     )
     lines = [f"![Test accuracy against trained parameters](images/{PICTURE}.svg)", "", paragraph(about), ""]
     for name, (method, side) in sides.items():
-        difference = paired(tests(side), tests(whole)) if name != WHOLE.name else None
+        said = name != WHOLE.name and method.kind in ("lora", "pool") and is_usual(method)
+        difference = paired(tests(side), tests(whole)) if said else None
         if difference is not None:
             text = f"{name}, {side[0]['stored']:,} parameters: {_placed(difference)} LoRA of rank {WHOLE.rank}."
-            if method.kind == "pool" and method.ratio == AIM and method.rank == WHOLE.rank and is_usual(method):
+            if (method.kind, method.ratio, method.rank) == ("pool", AIM, WHOLE.rank):
                 missed = difference.is_clear and difference.mean < 0
                 text += f" LoRA's accuracy at this ratio was the aim, which is {'missed' if missed else 'met'}."
             lines.append(paragraph(text, "- "))
@@ -100,7 +101,7 @@ def _scaled(rows: list[Row], method: Method) -> str:
         return ""
     text = (
         f"{method.name} (the random factor moves that much as far as the other): {mean_and_error(differences)[0]:+.2f} "
-        f"points beside {usual.name}, over {len(differences)} runs of the same rates and seeds."
+        f"points beside {usual.name}, at the same rates and seeds ({len(differences)})."
     )
     return paragraph(text, "- ")
 
@@ -160,8 +161,14 @@ def compare(rows: list[Row]) -> Figure:
             label=None if title in labelled else title,
         )
         labelled.add(title)
-        text = name.removeprefix("LoRA in a pool ").removeprefix("Uni-LoRA ")
-        axes.annotate(text, (side[0]["stored"], mean), (9, -4), textcoords="offset points", fontsize=10)
+        # Kinds of as many parameters are neighbours, so each has its names on a side of its own.
+        text = f"÷ {method.ratio:g}" if method.kind in ("pool", "unilora") else name
+        place, side_of = {"lora": ((8, 5), "left"), "pool": ((-9, 0), "right")}.get(method.kind, ((9, -9), "left"))
+        if method.kind == "pool" and method.rank != WHOLE.rank:
+            text, place, side_of = f"{text}, rank {method.rank}", (9, -4), "left"
+        axes.annotate(
+            text, (side[0]["stored"], mean), place, textcoords="offset points", fontsize=10, ha=side_of, color=colour
+        )
     axes.set_xscale("log")
     axes.margins(x=0.12)
     axes.set_xlabel("trained parameters, the head's among them (on a logarithmic scale)")

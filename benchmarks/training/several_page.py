@@ -105,8 +105,8 @@ def training_lines(rows: Sequence[Row]) -> list[str]:
     differing = {_name(row) for row in rows if (row.get("loss_error") or 0) > TOLERANCE}
     if differing:
         said.append(
-            f"Losses differ by more than the {TOLERANCE:g} allowed for {listed(sorted(differing))}: there the loss falls "
-            f"towards 0 within the first steps, and a relative difference grows with that."
+            f"Losses differ by more than the {TOLERANCE:g} allowed for {listed(sorted(differing))}: there the loss "
+            f"falls towards 0 within the first steps, and a relative difference grows with that."
         )
     return [*([paragraph(" ".join(said)), ""] if said else []), *table(head, cells)]
 

@@ -125,7 +125,8 @@ def outcome(table: Table) -> str:
         text = f"{article}{won} has the lowest loss at {'ratio' if len(cells) == 1 else 'ratios'} {ratios}, "
         text += f"{span([amount for _, amount, _ in cells], 3)} nats below {beside}"
         clear = [f"{ratio:g}" for ratio, _, difference in cells if difference is not None and difference.is_clear]
-        text += f" (clear at {listed(clear)})" if clear else " (not clear)"
+        pairs = max(difference.degrees if difference is not None else 0 for _, _, difference in cells)
+        text += f" (clear at {listed(clear)})" if clear else " (not clear)" if pairs else " (one seed)"
         plain = [table.mean("folded", ratio) for ratio, _, _ in cells]
         best = [table.best(ratio, is_rival) for ratio, _, _ in cells]
         below = [mean - rival[1] for mean, rival in zip(plain, best, strict=True) if mean is not None and rival]
