@@ -262,11 +262,11 @@ def test_package_version_is_the_projects() -> None:
     assert roastify.__version__ == project["version"]
 
 
-def test_readme_table_is_the_committed_results() -> None:
-    from benchmarks.cpu import README, RESULTS, markdown
+def test_page_of_the_cpu_is_the_committed_results() -> None:
+    from benchmarks.cpu import DOCUMENT, RESULTS, markdown
     from benchmarks.rows import load
 
-    assert markdown(load(RESULTS)) in README.read_text()
+    assert markdown(load(RESULTS)) in DOCUMENT.read_text()
 
 
 def test_page_of_scale_is_the_committed_results() -> None:
