@@ -103,8 +103,8 @@ def short(found: Figures) -> str:
         f"from scratch, accuracy changes by {resnet} points (ResNet-9 on CIFAR-10), {vgg} (VGG-11) and {imdb} "
         f"(a transformer on IMDB).\n"
         f"- **A pretrained model must be trained on.** At ratio 10 its outputs are nonsense until `recover` has "
-        f"trained it: an MLP-mixer falls from {dense:.0f} % to {projected:.0f} %, and two seconds on a GPU bring it back to "
-        f"{recovered:.0f} %.\n"
+        f"trained it: an MLP-mixer falls from {dense:.0f} % to {projected:.0f} %, and two seconds on a GPU "
+        f"bring it back to {recovered:.0f} %.\n"
         f"- **Do not use it** to shrink a pretrained model that you cannot train (round its weights to int8 or int4), "
         f"where a smaller dense model is as good, or to speed up small layers.\n"
     )

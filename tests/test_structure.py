@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import sysconfig
-import tomllib
 import zipfile
 from pathlib import Path
 
@@ -253,13 +252,6 @@ def test_contributing_maps_every_file() -> None:
     text = file_map.DOCUMENT.read_text(encoding="utf-8")
     assert file_map.with_map(text) == text, "run `make map`"
     assert not [line for line in text.splitlines() if line.endswith("`: ")], "a file without a docstring"
-
-
-def test_package_version_is_the_projects() -> None:
-    import roastify
-
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert roastify.__version__ == project["version"]
 
 
 def test_page_of_the_cpu_is_the_committed_results() -> None:
