@@ -53,14 +53,16 @@ zoo: $(READY)  ## Convert every model of the zoo and write docs/coverage.md
 map: $(READY)  ## Write the file map in CONTRIBUTING.md
 	$(BIN)/python tests/file_map.py
 
-check: $(READY)  ## Lint, formatting, types, and `roastify check` on every example
+check: $(READY)  ## Lint, formatting, types, spelling, and `roastify check` on every example
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell
 	for example in examples/*.py; do $(BIN)/roastify check $$example --ratio 50 || exit 1; done
 
-docs: $(READY)  ## Check the pages: their links, and that their tables are those of the committed results
-	$(BIN)/pytest tests/test_packaging.py tests/test_pages.py tests/test_structure.py -m "not long"
+docs: $(READY)  ## Check the pages: links, spelling and style, and that their tables are those of the committed results
+	$(BIN)/codespell
+	$(BIN)/pytest tests/test_packaging.py tests/test_pages.py tests/test_prose.py tests/test_structure.py -m "not long"
 
 wheel: $(READY)  ## Build the package in dist/, and convert with its wheel in a new environment
 	rm -rf build dist
