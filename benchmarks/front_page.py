@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from benchmarks import adapters, cpu, plots, recovery_page, scale
+from benchmarks import adapters, cpu, plots, pretrained, recovery_page, scale
 from benchmarks.accuracy import table
 from benchmarks.accuracy.language.table import RESULTS as LANGUAGE
 from benchmarks.accuracy.language.table import Table as LanguageTable
@@ -41,6 +41,7 @@ class Figures:
         self.language = LanguageTable(load(LANGUAGE)["rows"])
         self.recovery = load(recovery_page.RESULTS)["rows"]
         self.adapters = load(adapters.RESULTS)["rows"]
+        self.pretrained = load(pretrained.RESULTS)["rows"]
         self.models = load(MODELS)["rows"]
         self.training = load(TRAINING)["rows"]
         self.cpu = load(cpu.RESULTS)["rows"]
@@ -66,6 +67,10 @@ class Figures:
         rate = adapters.chosen_rate(method, self.adapters)
         chosen = [row for row in rows if row["rate"] == rate]
         return mean_and_error(row["test"] for row in chosen)[0], chosen[0]["bytes"] / 1000
+
+    def untrained(self, case: str) -> str:
+        """Cosine to a pretrained model's embeddings, without training."""
+        return f"{_only(self.pretrained, case=case)['cosine']:.2f}"
 
     def decoding(self, case: str) -> float:
         """Dense time over converted time of a whole model on a GPU."""
@@ -134,10 +139,11 @@ def choices(found: Figures) -> str:
         ],
         [
             "a pretrained model, no training",
-            "nothing: it does not work",
-            f"MLP-mixer: {found.recovered('cifar10', 3.0, 'recovered', 'projected'):.1f} % at ratio 3, "
-            f"{found.recovered('cifar10', 10.0, 'recovered', 'projected'):.1f} % at 10",
-            "rounding to int8 or int4; low rank",
+            "nothing: its outputs are nonsense",
+            f"MLP-mixer: {found.recovered('cifar10', 3.0, 'recovered', 'projected'):.1f} % at ratio 3; MiniLM: a "
+            f"cosine of {found.untrained('aligned, 2')} to the dense embeddings at 2",
+            f"rounding: cosine {found.untrained('int8')} (int8, ÷ 4), {found.untrained('int4')} (int4, ÷ 7); low rank: "
+            f"{found.untrained('low rank, 2')} (÷ 2)",
         ],
         [
             "many adapters on one base",

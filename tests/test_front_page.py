@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks import front_page, tiles_picture
+from benchmarks import documents, front_page, pretrained, rows, tiles_picture
 
 README = front_page.README
 MOST_LINES = 150
@@ -35,6 +35,8 @@ def test_the_quickstart_trains_both_models_and_prints_what_the_readme_says(tmp_p
 def test_the_readmes_figures_are_the_committed_results() -> None:
     text = README.read_text()
     assert front_page.page(text, front_page.Figures()) == text
+    page = pretrained.DOCUMENT.read_text()
+    assert documents.insert(page, pretrained.BEGIN, pretrained.markdown(rows.load(pretrained.RESULTS))) == page
     assert tiles_picture.svg() == tiles_picture.PICTURE.read_text()
 
 
