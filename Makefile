@@ -55,10 +55,11 @@ zoo: $(READY)  ## Convert every model of the zoo and write docs/coverage.md
 map: $(READY)  ## Write the file map in CONTRIBUTING.md
 	$(BIN)/python tests/file_map.py
 
-check: $(READY)  ## Lint, formatting, types, and `roastify check` on every example
+check: $(READY)  ## Lint, formatting, types, spelling, and `roastify check` on every example
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/codespell
 	for example in examples/*.py; do $(BIN)/roastify check $$example --ratio 50 || exit 1; done
 
 notebook: $(READY)  ## Run the notebook in examples/ and store its outputs in it
@@ -68,7 +69,8 @@ docs: $(READY)  ## Build the site in out/site, open its pages in a browser, chec
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	$(BIN)/python tests/browser.py || $(BIN)/playwright install chromium || echo "the pages are built, but not opened"
 	$(BIN)/pytest tests/test_site.py
-	$(BIN)/pytest tests/test_packaging.py tests/test_pages.py tests/test_structure.py -m "not long"
+	$(BIN)/codespell
+	$(BIN)/pytest tests/test_packaging.py tests/test_pages.py tests/test_prose.py tests/test_structure.py -m "not long"
 
 wheel: $(READY)  ## Build the package in dist/, and convert with its wheel in a new environment
 	rm -rf build dist

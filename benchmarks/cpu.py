@@ -26,7 +26,7 @@ from benchmarks.stats import quartiles
 from roastify.conversion.converted import pool_of
 
 RESULTS = FOLDER / "cpu.json"
-README = Path(__file__).parents[1] / "README.md"
+DOCUMENT = Path(__file__).parents[1] / "docs" / "cpu.md"
 BEGIN = "<!-- cpu: written by `make bench` -->"
 THREADS = 2
 # (out, in), how many such layers share a pool, ratio, rows, and what the time may be as a multiple of dense, where
@@ -131,7 +131,7 @@ def convert_bert() -> Row:
 
 
 def markdown(result: Row) -> str:
-    """Return the README's table of a raw result."""
+    """Return the page's table of a raw result."""
     cells = [
         [
             f"Linear {row['shape'][0]}×{row['shape'][1]}" + (f", {row['layers']} of them" if row["layers"] > 1 else ""),
@@ -162,7 +162,7 @@ def markdown(result: Row) -> str:
 @click.option("--seconds", default=4.0, help="How long each case is timed.")
 @click.option("--convert-only", is_flag=True, help="Only convert BERT-base, in this process, and print its row.")
 def main(seconds: float, convert_only: bool) -> None:
-    """Measure on this machine's CPU; write the raw rows and the README's table."""
+    """Measure on this machine's CPU; write the raw rows and the table of docs/cpu.md."""
     if convert_only:
         print(json.dumps(convert_bert()))
         return
@@ -185,9 +185,9 @@ def main(seconds: float, convert_only: bool) -> None:
     rows.append(json.loads(output.splitlines()[-1]))
     result = {"machine": machine("cpu", "cpu", "threads", "python", "torch", "roastify", "date"), "rows": rows}
     dump(RESULTS, result)
-    write(README, insert(README.read_text(encoding="utf-8"), BEGIN, markdown(result)))
+    write(DOCUMENT, insert(DOCUMENT.read_text(encoding="utf-8"), BEGIN, markdown(result)))
     console.print(markdown(result))
-    console.print(f"written to {RESULTS} and the README")
+    console.print(f"written to {RESULTS} and {DOCUMENT}")
 
 
 if __name__ == "__main__":

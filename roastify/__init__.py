@@ -32,7 +32,7 @@ from roastify.shown import show_results_with
 if TYPE_CHECKING:
     from roastify.integrations.transformers import RoastifyConfig as RoastifyConfig
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BenchError",

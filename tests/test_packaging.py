@@ -41,10 +41,12 @@ def test_addresses_of_the_project_are_one_repository() -> None:
     assert _yaml(ROOT / "CITATION.cff")["repository-code"] == repository
 
 
-def test_the_citation_is_of_this_version() -> None:
+def test_the_citation_and_the_newest_changes_are_of_this_version() -> None:
     citation = _yaml(ROOT / "CITATION.cff")
     assert {"cff-version", "message", "title", "authors"} <= citation.keys()
     assert citation["version"] == roastify.__version__ and citation["license"] == PROJECT["license"]
+    newest, date = re.findall(r"^## (.*) \((.*)\)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[0]
+    assert newest == roastify.__version__ and date == str(citation["date-released"])
     assert [each["year"] for each in citation["references"]] == [2023, 2024]
 
 
