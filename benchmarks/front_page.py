@@ -30,6 +30,8 @@ LINES: dict[str, Callable[[str], bool]] = {
     "low rank": "lowrank".__eq__,
     "best pruned": SCORES.__contains__,
 }
+# One for each line of the plot of accuracy.
+MARKERS = "osD^vPX"
 PANELS = ("resnet9", "vgg11", "imdb")
 
 
@@ -235,7 +237,7 @@ def accuracy_plot(found: Figures) -> Figure:
         ratios = [ratio for ratio in found.accuracy.ratios(task) if ratio > 1]
         dense = found.points(task, 1.0, "dense")
         axes.axhline(dense, color="#444444", linewidth=1.2, linestyle="--", label="dense")
-        for (name, wanted), colour, marker in zip(LINES.items(), plots.COLOURS, plots.MARKERS, strict=False):
+        for (name, wanted), colour, marker in zip(LINES.items(), plots.COLOURS, MARKERS, strict=False):
             line = [(ratio, best[1]) for ratio in ratios if (best := found.accuracy.best(task, ratio, wanted))]
             if line:
                 width = 2.4 if name == "roastify" else 1.4
@@ -293,7 +295,7 @@ def main() -> None:
     write(README, page(README.read_text(encoding="utf-8"), found))
     drawn = {"readme-accuracy": lambda: accuracy_plot(found), "readme-speed": lambda: speed_plot(found)}
     written = plots.save(drawn, IMAGES)
-    print(f"written to {README}, {', '.join(str(path) for path in written.values())}")
+    print(f"written to {README}, {', '.join(map(str, written))}")
 
 
 if __name__ == "__main__":
