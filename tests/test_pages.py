@@ -9,7 +9,7 @@ from typing import Any
 import click
 import pytest
 
-from benchmarks import adapters, adapters_page, documents, recovery_page, rows, signs_page, stats
+from benchmarks import adapters, adapters_page, documents, peers, peers_page, recovery_page, rows, signs_page, stats
 
 
 def test_statistics_are_the_textbooks() -> None:
@@ -135,6 +135,24 @@ def test_the_page_of_recovery_is_the_committed_results() -> None:
 
 def test_page_of_adapters_is_the_committed_results() -> None:
     assert adapters_page.markdown(rows.load(adapters.RESULTS)) in adapters_page.DOCUMENT.read_text()
+
+
+def test_the_page_of_peers_is_the_committed_answers_to_the_trials_as_they_are() -> None:
+    result, page = rows.load(peers.RESULTS), peers_page.DOCUMENT.read_text()
+    assert peers_page.markdown(page, result) == page
+    for row in result["rows"]:
+        assert row["lines"] == peers.lines_of(row["tool"], row["feature"]), "the trial has changed since it was run"
+    found = {(row["tool"], row["feature"]) for row in result["rows"]}
+    assert peers.TRIALS.keys() == {(tool, feature) for tool in peers.TOOLS for feature in peers.FEATURES}
+    assert found <= peers.TRIALS.keys() and {("roastify", feature) for feature in peers.FEATURES} <= found
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("feature", peers.FEATURES)
+def test_roastify_answers_its_trials_as_the_page_says(feature: str) -> None:
+    pytest.importorskip("transformers")
+    (row,) = (row for row in rows.load(peers.RESULTS)["rows"] if (row["tool"], row["feature"]) == ("roastify", feature))
+    assert peers.TRIALS["roastify", feature]() == (row["answer"], row["found"])
 
 
 def test_rates_of_adapters_grow_while_the_best_is_at_an_end() -> None:
