@@ -80,6 +80,8 @@ wheel: $(READY)  ## Build the package in dist/, and convert with its wheel in a 
 	dist/try/bin/roastify settings > dist/settings.toml
 	cd dist && try/bin/roastify ../examples/resnet.py --config settings.toml -o try/resnet
 	cd dist && try/bin/roastify show try/resnet
+	dist/try/bin/pip install --quiet --disable-pip-version-check -c constraints.txt "$$(ls dist/*.whl)[integrations]"
+	cd dist && try/bin/python ../tests/wheel_trial.py try/trial
 	rm -rf dist/try dist/settings.toml
 
 bench: $(READY)  ## Measure against the dense layers on this machine; write benchmarks/results/ and docs/performance.md

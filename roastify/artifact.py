@@ -350,7 +350,9 @@ def _open_together(folder: Path, digest: str | None) -> Artifact:
     manifests = _manifests(folder)
     for path, is_there in ((folder / MANIFEST, bool(manifests)), (weights_path, weights is not None)):
         if not is_there:
-            raise CheckpointError(f"{folder} is not a roastify artifact: {path.name} is missing")
+            has_config = "; if save_pretrained of transformers wrote it, from_pretrained loads it"
+            hint = has_config if (folder / "config.json").is_file() else ""
+            raise CheckpointError(f"{folder} is not a roastify artifact: {path.name} is missing{hint}")
     assert weights is not None
     stored, of_weights, first = weights.stored(), "", None
     for path in manifests:

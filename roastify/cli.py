@@ -33,6 +33,7 @@ from roastify.conversion.converted import pool_of, pools_in
 from roastify.errors import ConfigError, RoastError, SourceError, closest
 from roastify.files import check_writable, digest_of_file, write_json
 from roastify.help_text import HelpfulCommand, OneLineError, in_one_line, say_error, write_examples
+from roastify.integrations.pretrained_folder import PLAN_FILE, read_plan_file
 from roastify.kernels.backend import backend
 from roastify.manifest import MANIFEST
 from roastify.plan_table import plan_table
@@ -41,7 +42,7 @@ from roastify.progress import working
 from roastify.ratio_sweep import RATIOS, STEPS, check_plot
 from roastify.recovery.checkpoint import remove_checkpoint
 from roastify.recovery.options import RecoverOptions, Schedule
-from roastify.source import Source, is_artifact, load_data, load_source
+from roastify.source import Source, is_artifact, load_data, load_source, pretrained_folder
 from roastify.text_layout import human_bytes, named_lines
 
 
@@ -173,7 +174,7 @@ def main(traceback: bool) -> None:
     SOURCE is file.py, file.py:NAME (a module, a class or a function without arguments), hf:DIRECTORY,
     hf:CONFIG.json, hf:HUB-NAME, timm:NAME or torchvision:NAME. After commas it may have pretrained=true and
     other keyword arguments, as timm:resnet18,num_classes=10. Where a converted model is wanted, it is the
-    folder of an artifact. Without a command, a source is converted.
+    folder of an artifact, or one that save_pretrained wrote. Without a command, a source is converted.
     """
 
 
@@ -265,10 +266,14 @@ def _for_source(config: RoastConfig, found: Source) -> RoastConfig:
     return config.replace(init="project") if config.init == "auto" and found.pretrained else config
 
 
-def _parse_ratio(text: str) -> float:
+def _ratio_in(text: str) -> float:
     """Return a ratio that is written as `50`, or as `50x`."""
+    return float(text.removesuffix("x").removesuffix("×"))
+
+
+def _parse_ratio(text: str) -> float:
     try:
-        return float(text.removesuffix("x").removesuffix("×"))
+        return _ratio_in(text)
     except ValueError:
         wanted = "expected one as 50, which stores a fiftieth of the parameters"
         raise click.BadParameter(f"{text!r} is not a number; {wanted}", param_hint="'--ratio'") from None
@@ -388,7 +393,7 @@ def show(source: str, digest: str | None, json_file: str | None, full: bool) -> 
     That is how its model is built, its files, versions and digest, and its tensors.
 
     SOURCE is the folder of an artifact, or the source of a model that is converted. The model's code is not run for an
-    artifact.
+    artifact, nor for a folder that save_pretrained wrote.
     """
     out = _Output(json_file, source)
     values: dict[str, Any] = {}
@@ -399,6 +404,9 @@ def show(source: str, digest: str | None, json_file: str | None, full: bool) -> 
         values = {"folder": source, "digest": digest_of_file(Path(source) / MANIFEST)}
         values |= {key: read.manifest.get(key) for key in ("format_version", "mapping_version", "builder", "files")}
         lines = report.artifact_lines(read, values["digest"])
+    elif digest is None and (folder := pretrained_folder(source)) is not None:
+        plans = list(read_plan_file(folder / PLAN_FILE).plans)
+        values = {"folder": str(folder)}
     else:
         plans = [pool.plan for pool in pools_in(load_source(source, digest=digest).model)]
         if not plans:
@@ -568,8 +576,10 @@ def _recover_options(
 @click.option(
     "--data", required=True, metavar="FILE", help="Take batches from data in this Python file, or from file.py:NAME."
 )
-@click.option("--artifact", type=click.Path(file_okay=False), help="Recover this artifact instead of a new conversion.")
-@click.option("--dense", metavar="SOURCE", help="Learn from this dense pretrained model, if SOURCE is an artifact.")
+@click.option(
+    "--artifact", type=click.Path(file_okay=False), help="Recover this converted model, not a new conversion."
+)
+@click.option("--dense", metavar="SOURCE", help="Learn from this dense pretrained model, if SOURCE is converted.")
 @click.option("--digest", metavar="SHA256", help="Refuse an artifact whose roast.json has another SHA-256.")
 @click.option(
     "-o",
@@ -609,8 +619,8 @@ def recover(
     """Bring a converted pretrained model back by training.
 
     Its layers are aligned first; then it learns the dense model's outputs. No labels are needed. SOURCE is the dense
-    pretrained model, or an artifact whose dense model --dense names. The data file may also define inputs(batch),
-    loss_fn(outputs, batch) and evaluate(model).
+    pretrained model, or the folder of a converted model, whose dense model --dense names: an artifact, or what
+    save_pretrained wrote. The data file may also define inputs(batch), loss_fn(outputs, batch) and evaluate(model).
     """
     settings = {name: options.pop(name) for name in _SETTINGS}
     source, artifact = _dense_and_artifact(source, dense, artifact)
@@ -648,12 +658,17 @@ def recover(
 
 def _dense_and_artifact(source: str, dense: str | None, artifact: str | None) -> tuple[str, str | None]:
     """Return the source of the teacher, and the student's artifact: `SOURCE` may be the one or the other."""
-    if not is_artifact(source):
+    if not is_artifact(source) and pretrained_folder(source) is None:
         if dense is not None:
-            raise ConfigError(f"--dense names the dense model of an artifact, and {source} is none; leave it out")
+            raise ConfigError(
+                f"--dense names the dense model of a folder with a converted one, and {source} is none; leave it out"
+            )
         return source, artifact
     if artifact is not None:
-        raise ConfigError(f"{source} is an artifact, and --artifact names another one; give the dense model as SOURCE")
+        raise ConfigError(
+            f"{source} is converted already, and --artifact names another converted model; give the dense model as "
+            f"SOURCE"
+        )
     if dense is None:
         raise ConfigError(
             f"{source} is converted already, and a recovery needs the dense pretrained model as its teacher; name it "
@@ -670,6 +685,8 @@ def _student(found: Source, artifact: str | None, digest: str | None, settings: 
         config = _config(**{**settings, "init": settings["init"] or "project"})
         return api.convert(found.model, config=config)
     _refuse_settings(settings, artifact)
+    if pretrained_folder(artifact) is not None:
+        return _load(artifact, digest=digest).model
     return api.load(artifact, model=found.model, digest=digest)
 
 
@@ -796,7 +813,7 @@ def sweep(
 
 def _parse_ratios(text: str) -> list[float]:
     try:
-        return [float(ratio) for ratio in text.split(",")]
+        return [_ratio_in(ratio.strip()) for ratio in text.split(",")]
     except ValueError:
         raise click.BadParameter(
             f"{text!r} is not a list of numbers such as 3,10,30", param_hint="'--ratios'"
@@ -831,14 +848,16 @@ def densify(source: str, output: str, shard_size: str | None, digest: str | None
     """Turn an artifact back into a plain state dict.
 
     Memory holds the pool and one dense tensor at a time. SOURCE is the folder of an artifact; or the source of a model
-    that is converted, which needs a temporary artifact on the disk.
+    that is converted (as what save_pretrained wrote), which needs a temporary artifact on the disk.
     """
     size, out = None if shard_size is None else _number_of_bytes(shard_size), _Output(json_file, source, output)
     with contextlib.ExitStack() as stack:
         artifact = source
-        if not is_artifact(source) and (":" in source or source.endswith(".py")):
+        is_model = ":" in source or source.endswith(".py") or pretrained_folder(source) is not None
+        if not is_artifact(source) and is_model:
+            found = _load(source, digest=digest)
             artifact = stack.enter_context(tempfile.TemporaryDirectory())
-            api.save(_load(source, digest=digest).model, artifact)
+            write_artifact(found.model, Path(artifact), files=found.files())
         count = api.densify_artifact(artifact, output, digest=digest, shard_size=size)
     out.say(f"{count} tensors written to {output}")
     out.finish({"output": output, "tensors": count})

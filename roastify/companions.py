@@ -32,6 +32,7 @@ _COMPANIONS = (
 )
 # Where transformers looks up the name of the weights' file.
 _WEIGHTS_KEY = "transformers_weights"
+_QUANTIZATION_KEY = "quantization_config"
 _NO_WEIGHTS = "this-is-a-roastify-artifact.read-it-with-roastify.load.safetensors"
 
 
@@ -79,4 +80,8 @@ def for_dense(files: Mapping[str, bytes]) -> dict[str, bytes]:
 def _with(content: bytes, more: Mapping[str, Any]) -> bytes:
     values = json.loads(content)
     values.pop(_WEIGHTS_KEY, None)
+    quantization = values.get(_QUANTIZATION_KEY)
+    if isinstance(quantization, dict) and quantization.get("quant_method") == "roastify":
+        # save_pretrained of a converted model wrote it. An artifact has its plan elsewhere, and a dense model has none.
+        del values[_QUANTIZATION_KEY]
     return (json.dumps({**values, **more}, indent=2, ensure_ascii=False) + "\n").encode()

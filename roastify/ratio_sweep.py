@@ -62,7 +62,7 @@ class SweepRow:
     seconds: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SweepReport(ShownAsTable):
     """A sweep over ratios. It prints as the table of `roastify sweep`.
 
@@ -85,6 +85,10 @@ class SweepReport(ShownAsTable):
     dense: SweepRow
     rows: tuple[SweepRow, ...]
     machine: dict[str, Any]
+
+    def _headline(self) -> str:
+        found = ", ".join(f"{row.quality:.4g} at ratio {row.ratio:g}" for row in (*self.rows, self.dense))
+        return f"{self.model}, {self.how} for {self.steps:,} steps: {self.quality} {found}"
 
     def within(self, part: float) -> SweepRow | None:
         """Return the row of the highest ratio whose quality is as good as the dense model's or nearly so, or None.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
+
+from roastify.printable import printable
 
 _writers: list[Callable[[object, bool], str]] = []
 
@@ -17,8 +20,15 @@ def show_results_with(writer: Callable[[object, bool], str]) -> None:
     _writers[:] = [writer]
 
 
-class ShownAsTable:
-    """A result that prints as a table. Its `repr` is still that of its dataclass, with every value."""
+class ShownAsTable(ABC):
+    """A result that prints as a table. Its `repr` is one line; `to_dict` has every value."""
+
+    @abstractmethod
+    def _headline(self) -> str:
+        """Return what the result says, in a few words."""
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {printable(self._headline())}>"
 
     def __init_subclass__(cls, **settings: Any) -> None:
         super().__init_subclass__(**settings)

@@ -1,7 +1,8 @@
 """Loads the model that a `SOURCE` names, and the batches that a `DATA` names.
 
 A source is `file.py`, `file.py:NAME`, `hf:` with a local directory, a config file or a hub name, `timm:NAME` or
-`torchvision:NAME` with keyword arguments, or the folder of an artifact. Data is `file.py` or `file.py:NAME`.
+`torchvision:NAME` with keyword arguments, the folder of an artifact, or one that `save_pretrained` of a converted model
+wrote. Data is `file.py` or `file.py:NAME`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from roastify.builders import Builder, builder_of
 from roastify.companions import companions_of
 from roastify.conversion.converted import pools_in
 from roastify.errors import ConfigError, SourceError, closest
+from roastify.integrations.pretrained_folder import PLAN_FILE
 from roastify.model_libraries import Library, create_model, example_input_of, has_weights, library, parse_model
 
 # A function with such a name and without required arguments counts as the file's model builder.
@@ -130,6 +132,8 @@ def load_source(name: str, *, dense: str | None = None, digest: str | None = Non
     scheme, _, rest = name.partition(":")
     if scheme == "hf" and name != scheme:
         return _from_transformers(name, rest)
+    if pretrained_folder(name) is not None:
+        return _from_transformers(name, name)
     if scheme in ("timm", "torchvision") and name != scheme:
         return _from_library(name, cast(Library, scheme), rest)
     path, attribute = _split_name(name)
@@ -139,6 +143,12 @@ def load_source(name: str, *, dense: str | None = None, digest: str | None = Non
 def is_artifact(name: str) -> bool:
     """Return whether a source is the folder of an artifact."""
     return (Path(name) / MANIFEST).exists()
+
+
+def pretrained_folder(name: str) -> Path | None:
+    """Return the folder that a source names, with or without `hf:`, if a converted model was saved there."""
+    folder = Path(name.removeprefix("hf:"))
+    return folder if (folder / PLAN_FILE).is_file() and not is_artifact(str(folder)) else None
 
 
 def _from_artifact(name: str, dense: str | None, digest: str | None) -> Source:

@@ -218,6 +218,39 @@ def test_an_artifact_is_recovered(made: Path, tmp_path: Path) -> None:
     assert "is none" in _run("recover", made / "net.py", "--dense", "x", *options, "-o", tmp_path / "more", code=2)
 
 
+def test_what_save_pretrained_wrote_is_a_source(made: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    out, dense = tmp_path / "out", f"hf:{made / 'bert-dense'}"
+    model = transformers.AutoModelForMaskedLM.from_pretrained(made / "bert-dense")
+    roastify.convert(model, 3, init="project").save_pretrained(out)
+    assert _run("check", out).endswith(f"ok: {out}")
+    # With and without hf:, as an artifact has none and a model of transformers has it.
+    for source in (out, f"hf:{out}"):
+        assert "(asked 3)" in _run("show", source)
+    assert "dense ÷ converted" in _run("bench", out, "--seconds", 0.05, "--device", "cpu")
+    assert "is converted already" in _run("plan", out, code=2)
+    # The dense model of its weights, for transformers without roastify.
+    _run("densify", out, "-o", tmp_path / "dense", "--shard-size", "1GB")
+    loaded = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "dense")
+    again = transformers.AutoModelForMaskedLM.from_pretrained(out)
+    words = torch.arange(6)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(words).logits, again(words).logits)
+    assert not hasattr(loaded.config, "quantization_config")
+    # It is recovered as an artifact is, and becomes one.
+    (tmp_path / "words.py").write_text("import torch\ndata = [torch.arange(12).view(2, 6)] * 2\n")
+    options = ("--data", tmp_path / "words.py", "--steps", 1, "--device", "cpu")
+    assert "name it with --dense" in _run("recover", out, *options, "-o", tmp_path / "no", code=2)
+    both = ("--dense", dense, "--artifact", out)
+    assert "--artifact names another" in _run("recover", out, *both, *options, "-o", tmp_path / "no", code=2)
+    assert "was not written by roastify" in _run("recover", out, "--dense", dense, *options, "-o", out, code=1)
+    recovered = _run("recover", out, "--dense", dense, *options, "-o", tmp_path / "recovered")
+    assert "after 1 step" in recovered and "aligned" not in recovered
+    assert "(asked 3)" in _run("show", tmp_path / "recovered")
+    with pytest.raises(CheckpointError, match=r"roast\.json is missing; if save_pretrained of transformers wrote it"):
+        roastify.load(out)
+
+
 def test_a_converted_model_of_a_file_is_densified(made: Path, tmp_path: Path) -> None:
     text = (
         f"import roastify, sys\nsys.path.insert(0, {str(made)!r})\nimport net\nmodel = roastify.convert(net.model, 3)\n"

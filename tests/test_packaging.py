@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import runpy
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -80,6 +82,19 @@ def test_settings_prints_the_defaults_as_a_config_file(tmp_path: Path) -> None:
     assert result.output == (ROOT / "configs" / "default.toml").read_text()
     (tmp_path / "settings.toml").write_text(result.output)
     assert RoastConfig.from_toml(tmp_path / "settings.toml") == RoastConfig()
+
+
+def test_the_trial_of_the_wheel_trains_saves_loads_and_generates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(sys, "argv", ["wheel_trial.py", str(tmp_path)])
+    runpy.run_path(str(ROOT / "tests" / "wheel_trial.py"))
+    assert "counts to 21" in capsys.readouterr().out
+    # From the settings to what is generated.
+    text = (ROOT / "tests" / "wheel_trial.py").read_text()
+    lines = text.partition("# The lines of the user.")[2].partition("# What is promised")[0].split("\n")
+    assert sum(bool(line.strip()) for line in lines) <= 20
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)

@@ -10,7 +10,19 @@ from typing import Any
 import click
 import pytest
 
-from benchmarks import adapters, adapters_page, documents, folding_page, plots, recovery_page, rows, signs_page, stats
+from benchmarks import (
+    adapters,
+    adapters_page,
+    documents,
+    folding_page,
+    peers,
+    peers_page,
+    plots,
+    recovery_page,
+    rows,
+    signs_page,
+    stats,
+)
 
 
 def test_statistics_are_the_textbooks() -> None:
@@ -198,6 +210,24 @@ def test_page_of_adapters_is_the_committed_results() -> None:
     result, text = rows.load(adapters.RESULTS), adapters_page.DOCUMENT.read_text()
     assert documents.insert(text, adapters_page.BEGIN, adapters_page.conclusions(result)) == text
     assert adapters_page.markdown(result) == (adapters_page.DOCUMENT.parent / adapters_page.TABLES).read_text()
+
+
+def test_the_page_of_peers_is_the_committed_answers_to_the_trials_as_they_are() -> None:
+    result, page = rows.load(peers.RESULTS), peers_page.DOCUMENT.read_text()
+    assert peers_page.markdown(page, result) == page
+    for row in result["rows"]:
+        assert row["lines"] == peers.lines_of(row["tool"], row["feature"]), "the trial has changed since it was run"
+    found = {(row["tool"], row["feature"]) for row in result["rows"]}
+    assert found == peers.TRIALS.keys() == {(tool, feature) for tool in peers.TOOLS for feature in peers.FEATURES}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("feature", peers.FEATURES)
+def test_roastify_answers_its_trials_as_the_page_says(feature: str) -> None:
+    pytest.importorskip("transformers")
+    (row,) = (row for row in rows.load(peers.RESULTS)["rows"] if (row["tool"], row["feature"]) == ("roastify", feature))
+    answer, found = peers.TRIALS["roastify", feature]()
+    assert answer == row["answer"], found
 
 
 def test_rates_of_adapters_grow_while_the_best_is_at_an_end() -> None:

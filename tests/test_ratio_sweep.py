@@ -91,6 +91,7 @@ def test_a_pretrained_model_is_recovered_at_each_ratio_and_left_as_it_was(folder
     assert report.rows[1].quality == roastify.recover(alone, model, data, 2, align=2).after.error
     assert report.dense.parameters == planned.total_numel and report.dense.quality == 0
     assert report.quality == "error of outputs" and report.lower_is_better
+    assert repr(report).startswith(f"<SweepReport: {type(model).__name__}, recovered for 2 steps: error of outputs ")
     assert json.loads(json.dumps(report.to_dict()))["rows"][1]["quality"] == report.rows[1].quality
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -177,7 +178,7 @@ def test_a_shuffling_loader_gives_every_ratio_the_same_batches() -> None:
 
 
 def test_the_command_shows_names_writes_and_draws(folder: Path) -> None:
-    output = _sweep("--init", "project", "--ratios", "4,2", "--within", "1000%", "--json", "r.json", "--plot", "r.png")
+    output = _sweep("--init", "project", "--ratios", "4x,2", "--within", "1000%", "--json", "r.json", "--plot", "r.png")
     lines = output.stdout.partition("\n\n")[2].splitlines()
     assert lines[0].split() == ["ratio", "parameters", "bytes", "multiply-adds", "quality", "time", "dense", "÷"]
     assert [line.split()[0] for line in lines[1:4]] == ["dense", "2", "4"]

@@ -79,7 +79,8 @@ def test_a_plan_prints_as_the_command_line_shows_it(net: nn.Module, monkeypatch:
     for columns in ("", "80", "120"):
         monkeypatch.setenv("COLUMNS", columns)
         assert f"{plan}\n" == _run("plan", "net.py", "--ratio", "3")
-    assert repr(plan).startswith("RoastPlan(model='Net', ratio=3.0"), "repr still holds every value"
+    numbers = f"{plan.total_numel:,} → {plan.stored_numel:,} parameters, ratio {plan.achieved_ratio:.2f} (asked 3)"
+    assert repr(plan) == f"<RoastPlan: Net, {numbers}>"
 
 
 def test_every_result_is_a_table_and_html(net: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,6 +90,12 @@ def test_every_result_is_a_table_and_html(net: nn.Module, monkeypatch: pytest.Mo
     verified = roastify.verify(net, student, x)
     benched = roastify.bench(net, 3, example_inputs=x, device="cpu", seconds=0.01)
     recovered = roastify.recover(student, net, [x, x], steps=2, align=0)
+    for result, line in (
+        (verified, "<VerifyReport: same signature, same outputs in eval and train, deepcopy ok, state dict ok, "),
+        (benched, f"<BenchReport: Net at ratio {plan.achieved_ratio:.2f} on cpu, time dense ÷ converted "),
+        (recovered, "<RecoveryReport: 2 steps in "),
+    ):
+        assert repr(result).startswith(line) and len(repr(result)) < 120, repr(result)
     swept = roastify.sweep(net, [x, x], [3], steps=1, align=0, seconds=0.01)
     for result, words, heading in (
         (plan, ("eligible", "a tensor's scale", "1 kB: 1000 bytes", "(asked 3)"), "tensor "),

@@ -14,7 +14,7 @@ from roastify.errors import OutputMismatch, RoastError, SignatureMismatch
 from roastify.shown import ShownAsTable
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class VerifyReport(ShownAsTable):
     """What was compared and found equal. It prints as `roastify check` shows it.
 
@@ -29,6 +29,10 @@ class VerifyReport(ShownAsTable):
     modes: tuple[str, ...]
     outputs: tuple[tuple[str, str], ...]
     behaviour: tuple[str, ...] = ()
+
+    def _headline(self) -> str:
+        outputs = f"same outputs in {' and '.join(self.modes)}" if self.modes else "outputs not compared"
+        return ", ".join(["same signature", outputs, *(f"{check} ok" for check in self.behaviour)])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-ready values."""

@@ -153,7 +153,7 @@ class BenchCase:
         return {**dataclasses.asdict(self), "dense_over_converted": self.dense_over_converted}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class BenchReport(ShownAsTable):
     """A benchmark of one model. It prints as the table of `roastify bench`.
 
@@ -180,6 +180,10 @@ class BenchReport(ShownAsTable):
     train: bool
     machine: dict[str, Any]
     cases: tuple[BenchCase, ...]
+
+    def _headline(self) -> str:
+        speeds = ", ".join(f"{case.dense_over_converted:.2f}" for case in self.cases)
+        return f"{self.model} at ratio {self.achieved_ratio:.2f} on {self.device}, time dense ÷ converted {speeds}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-ready values."""

@@ -145,7 +145,7 @@ class FoldPlan:
         return FoldView(self.cols, self.fold, self.hashes, self.span, to_signed64(key), first)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RoastPlan(ShownAsTable):
     """Every decision of a conversion. It prints as the table of `roastify plan`.
 
@@ -197,6 +197,10 @@ class RoastPlan(ShownAsTable):
     folds: tuple[FoldPlan, ...] = ()
     scope: str = "model"
     base_numel: int = 0
+
+    def _headline(self) -> str:
+        numbers = f"{self.total_numel:,} → {self.stored_numel:,} parameters, ratio {self.achieved_ratio:.2f}"
+        return f"{self.model}, {numbers} (asked {self.ratio:g})"
 
     @property
     def slot_size(self) -> int:

@@ -39,7 +39,7 @@ class LossPoint:
     lr: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RecoveryReport(ShownAsTable):
     """What a recovery did. It prints as the table of `roastify recover`.
 
@@ -70,6 +70,10 @@ class RecoveryReport(ShownAsTable):
     features: tuple[str, ...]
     logits: tuple[str, ...]
     resumed_at: int = 0
+
+    def _headline(self) -> str:
+        error = f"error {self.before.error:.3g} → {self.after.error:.3g}"
+        return f"{self.steps:,} steps in {self.seconds:.1f} s, {error}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON-ready values, if what `evaluate` returned is."""
