@@ -109,11 +109,12 @@ def short(found: Figures) -> str:
         f"- **Use it** to train with less memory, smaller checkpoints and less gradient traffic. At ratio 10, trained "
         f"from scratch, accuracy changes by {resnet} points (ResNet-9 on CIFAR-10), {vgg} (VGG-11) and {imdb} "
         f"(a transformer on IMDB).\n"
-        f"- **A pretrained model must be trained on.** At ratio 10 its outputs are nonsense until `recover` has "
-        f"trained it: an MLP-mixer falls from {dense:.0f} % to {projected:.0f} %, and two seconds on a GPU "
-        f"bring it back to {recovered:.0f} %.\n"
-        f"- **Do not use it** to shrink a pretrained model that you cannot train (round its weights to int8 or int4), "
-        f"where a smaller dense model is as good, or to speed up small layers.\n"
+        f'- **A pretrained model must be trained on.** `convert` starts the pool at random; `init="project"` starts '
+        f"it from the weights, and `roastify.recover` then trains it on the dense model's outputs. An MLP-mixer on "
+        f"CIFAR-10 falls from {dense:.0f} % to {projected:.0f} % at ratio 10, and two seconds on a GPU bring it back "
+        f"to {recovered:.0f} %.\n"
+        f"- **Do not use it** where you cannot train: round a pretrained model's weights to int8 or int4 instead. Do "
+        f"not use it where a smaller dense model is as good. It does not make small layers faster.\n"
     )
 
 

@@ -532,13 +532,18 @@ def densify_artifact(
     Raises:
         CheckpointError: the artifact is missing, damaged, newer than this version or has another digest, or the file
             cannot be written.
-        ConfigError: the digest is not one, or the size of shards is below 1.
+        ConfigError: the digest is not one, the size of shards is below 1, or the file's name is that of a pickle.
     """
     # Here, because most users of the package never need it.
     from roastify.dense_artifact import write_dense
 
     if shard_size is not None and shard_size < 1:
         raise ConfigError(f"shard_size must be at least 1 byte; found {shard_size}")
+    if shard_size is None and Path(output).suffix in (".pt", ".pth", ".bin", ".ckpt"):
+        raise ConfigError(
+            f"the dense state dict is written as safetensors, which torch.load does not read; found the name {output}; "
+            f"name it {Path(output).with_suffix('.safetensors')}"
+        )
     return write_dense(artifact.read_artifact(Path(path), digest), Path(output), shard_size)
 
 

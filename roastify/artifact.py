@@ -258,8 +258,9 @@ def dense_model_of(artifact: Artifact, builder: Builder | None = None) -> nn.Mod
     builder = builder or builder_in(artifact.manifest)
     if builder is None:
         raise CheckpointError(
-            f"{artifact.folder} does not name the code that builds its model; pass the dense model, as in "
-            f"roastify.load(path, model) (artifacts name it for models of transformers, timm and torchvision)"
+            f"{artifact.folder} does not name the code that builds its model; pass the dense model: "
+            f"roastify.load(path, model), or --dense model.py on the command line (artifacts name it for models of "
+            f"transformers, timm and torchvision)"
         )
     elements = sum(tensor.numel * len(tensor.aliases) for tensor in artifact.tensors)
     try:

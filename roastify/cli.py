@@ -161,7 +161,7 @@ def _json_option(command: Callable[..., None]) -> Callable[..., None]:
 _EXAMPLES = (
     ("Convert at ratio 50, verify and report; with -o, write the artifact.", "roastify model.py --ratio 50 -o out/"),
     ("See first what would be shared.", "roastify plan hf:folder --ratio 10"),
-    ("Measure the converted model beside the dense one.", "roastify bench out/"),
+    ("Measure the converted model beside the dense one.", "roastify bench model.py --ratio 10"),
 )
 
 
@@ -348,9 +348,10 @@ def _save(converted: nn.Module, output: str, found: Source, files: Mapping[str, 
     """Write the artifact with the source's config and tokenizer, and say how it is loaded."""
     for pool in pools_in(converted):
         pool.builder = pool.builder or found.builder
+    replaced = " in the place of the artifact that was there" if is_artifact(output) else ""
     builder = write_artifact(converted, Path(output), files=files)
     copied = f", with {', '.join(files)}" if files else ""
-    out.say(f"written to {output}{copied}")
+    out.say(f"written to {output}{replaced}{copied}")
     model = "" if builder else ", model=…"
     out.say(f'load it with roastify.load("{output}"{model})')
 
@@ -424,7 +425,7 @@ def show(source: str, digest: str | None, json_file: str | None, full: bool) -> 
             "Check that a conversion at ratio 10 can replace the model.",
             "roastify check model.py:build_model --ratio 10",
         ),
-        ("Check an artifact.", "roastify check out/"),
+        ("Check an artifact of a model of your own.", "roastify check out/ --dense model.py"),
     )
 )
 @_settings_options
@@ -483,7 +484,7 @@ def _verify(
         ("Time the model at ratio 10 beside the dense one.", "roastify bench model.py"),
         (
             "Time an artifact at two batch sizes in bfloat16.",
-            "roastify bench out/ --batch 1 --batch 64 --dtype bfloat16",
+            "roastify bench out/ --dense model.py --batch 1 --batch 64 --dtype bfloat16",
         ),
         ("Time training steps under torch.compile.", "roastify bench model.py --train --compile"),
     )

@@ -296,6 +296,12 @@ def _only_candidate(path: Path, module: ModuleType) -> str:
             raise SourceError(
                 f"{path} holds several models ({', '.join(candidates)}); name one: {path}:{candidates[0]}"
             )
+    others = [key for key, value in public.items() if inspect.isfunction(value) and value.__module__ == module.__name__]
+    if unclear := [key for key in others if _callable_without_arguments(public[key])]:
+        raise SourceError(
+            f"{path} has the function {unclear[0]}(), but neither its name nor its annotation says that it returns a "
+            f"model; if it does, name it: {path}:{unclear[0]}"
+        )
     raise SourceError(
         f"{path} holds no model; expected a torch.nn.Module, a function without required arguments (for example "
         f"build_model()), or an nn.Module class without required arguments. Name another with {path}:NAME"

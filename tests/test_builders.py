@@ -100,9 +100,7 @@ def test_a_model_that_its_config_no_longer_describes_is_not_named(tmp_path: Path
     roastify.save(model, tmp_path / "activation")
     for name in ("head", "activation"):
         assert json.loads((tmp_path / name / MANIFEST).read_text())["builder"] is None
-        with pytest.raises(
-            CheckpointError, match=r"does not name the code .*; pass the dense model, as in roastify\.load"
-        ):
+        with pytest.raises(CheckpointError, match=r"does not name the code .*; pass the dense model: roastify\.load"):
             roastify.load(tmp_path / name)
 
 

@@ -308,6 +308,8 @@ def test_densify_writes_a_state_dict_that_the_model_takes(folder: Path) -> None:
     output = _run("densify", "out", "-o", "dense.safetensors").stdout
     state = load_file(folder / "dense.safetensors")
     assert output.strip() == f"{len(state)} tensors written to dense.safetensors"
+    refusal = _refusal("densify", "out", "-o", "dense.pt", exit_code=1)
+    assert refusal.strip().endswith("found the name dense.pt; name it dense.safetensors")
     model = _model(folder)
     model.load_state_dict(state, strict=True)
     converted = roastify.load(folder / "out", _model(folder))
@@ -481,6 +483,11 @@ def test_example_inputs_that_do_not_fit_are_reported(folder: Path) -> None:
 
 def test_a_folder_with_brackets_in_its_name_is_shown_as_it_is(folder: Path) -> None:
     assert "written to out[v2]" in _run("good.py", "--ratio", 2, "-o", "out[v2]").stdout
+
+
+def test_an_artifact_in_the_place_of_another_is_said(folder: Path) -> None:
+    assert "written to out\n" in _run("good.py", "--ratio", 2, "-o", "out").stdout
+    assert "written to out in the place of the artifact that" in _run("good.py", "--ratio", 4, "-o", "out").stdout
 
 
 def test_a_long_name_of_a_folder_is_shown_on_one_line(folder: Path) -> None:

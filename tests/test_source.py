@@ -243,6 +243,12 @@ def test_the_error_of_a_file_without_a_model_says_what_counts_as_a_model(write: 
     assert f"{path}:NAME" in refusal
 
 
+def test_a_function_that_may_build_a_model_is_named(write: Callable[..., Path]) -> None:
+    path = write(_net_and("def build():\n    return Net(8)\nclass Net(Net):\n    def __init__(self, w): ...\n"))
+    assert f"{path} has the function build(), but neither its name" in _refusal(path)
+    assert isinstance(load_source(f"{path}:build").model, nn.Module)
+
+
 @pytest.mark.parametrize(
     ("rest", "names"),
     [
