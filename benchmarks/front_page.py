@@ -109,9 +109,9 @@ def short(found: Figures) -> str:
         f"- **Use it** to train with less memory, smaller checkpoints and less gradient traffic. At ratio 10, trained "
         f"from scratch, accuracy changes by {resnet} points (ResNet-9 on CIFAR-10), {vgg} (VGG-11) and {imdb} "
         f"(a transformer on IMDB).\n"
-        f'- **A pretrained model must be trained on.** `convert` starts the pool at random; `init="project"` starts '
-        f"it from the weights, and `roastify.recover` then trains it on the dense model's outputs. An MLP-mixer on "
-        f"CIFAR-10 falls from {dense:.0f} % to {projected:.0f} % at ratio 10, and two seconds on a GPU bring it back "
+        f'- **A pretrained model needs further training.** `convert` starts the pool at random; `init="project"` '
+        f"starts it from the weights, and `roastify.recover` then trains it on the dense model's outputs. An MLP-mixer "
+        f"on CIFAR-10 falls from {dense:.0f} % to {projected:.0f} % at ratio 10, and two seconds on a GPU bring it back "
         f"to {recovered:.0f} %.\n"
         f"- **Do not use it** where you cannot train: round a pretrained model's weights to int8 or int4 instead. Do "
         f"not use it where a smaller dense model is as good. It does not make small layers faster.\n"
@@ -138,11 +138,11 @@ def choices(found: Figures) -> str:
             f"MLP-mixer of {found.recovered('cifar10', 1.0, 'dense'):.1f} %: "
             f"{found.recovered('cifar10', 3.0, 'recovered'):.1f} % at ratio 3, "
             f"{found.recovered('cifar10', 10.0, 'recovered'):.1f} % at 10",
-            "rounding to int8 or int4 at ratios 4 to 8; low rank",
+            "rounding to 8, 4 or 3 bits",
         ],
         [
             "a pretrained model, no training",
-            "nothing: its outputs are nonsense",
+            "do not convert it: its outputs are nonsense",
             f"MLP-mixer: {found.recovered('cifar10', 3.0, 'recovered', 'projected'):.1f} % at ratio 3; MiniLM: a "
             f"cosine of {found.untrained('aligned, 2')} to the dense embeddings at 2",
             f"rounding: cosine {found.untrained('int8')} (int8, ÷ 4), {found.untrained('int4')} (int4, ÷ 7); low rank: "

@@ -79,7 +79,7 @@ class Difference(NamedTuple):
     @property
     def place(self) -> str:
         """How the pages say it in words: where the first side is, of two accuracies."""
-        return ("above" if self.mean > 0 else "below") if self.is_clear else "not to be told apart from"
+        return ("above" if self.mean > 0 else "below") if self.is_clear else "not clearly different from"
 
     def __str__(self) -> str:
         if math.isnan(self.p):

@@ -1095,8 +1095,8 @@ def test_the_page_says_who_is_ahead_behind_and_neither() -> None:
     rows = comparison_rows(cells)
     text = " ".join(page.markdown(rows).split())
     assert (
-        "- ResNet-9 on CIFAR-10: roastify cannot be told apart from the best rival at ratio 3, is ahead of every rival "
-        "measured at ratio 10 and is behind ROAST's unaligned tiles at ratio 100."
+        "- ResNet-9 on CIFAR-10: roastify is not clearly different from the best rival at ratio 3, is ahead of every "
+        "rival measured at ratio 10 and is behind ROAST's unaligned tiles at ratio 100."
     ) in text
     assert "| ResNet-9 on CIFAR-10 | dense | **-1.00** | **-2.00** | **-6.00** |" in text
     assert "| | best without hashing | +0.01 pruned by SNIP | **+2.00** smaller dense model | – |" in text

@@ -69,7 +69,7 @@ def test_a_difference_is_called_clear_by_its_p() -> None:
     assert [each.place for each in (clear, clear._replace(mean=-1.0), one)] == [
         "above",
         "below",
-        "not to be told apart from",
+        "not clearly different from",
     ]
 
 
@@ -185,7 +185,7 @@ def test_the_page_of_recovery_takes_the_rate_chosen_on_held_out_examples() -> No
     assert "- IMDB, ratio 10: recovered is above trained from scratch." in text
     near = [{**each, "accuracy": 0.72 + 0.001 * each["seed"]} for each in ours]
     text = recovery_page.markdown({**result, "rows": [*others, *near]})
-    assert "- IMDB, ratio 10: recovered is not to be told apart from trained from scratch." in text
+    assert "- IMDB, ratio 10: recovered is not clearly different from trained from scratch." in text
 
 
 def test_the_page_of_recovery_is_the_committed_results() -> None:

@@ -137,7 +137,7 @@ def outcome(table: Table, task: str) -> str:
         if best is not None:
             name, difference = best
             clear = f"is behind {name}" if difference.mean < 0 else "is ahead of every rival measured"
-            what = clear if difference.is_clear else "cannot be told apart from the best rival"
+            what = clear if difference.is_clear else "is not clearly different from the best rival"
             found.setdefault(what, []).append(f"{ratio:g}")
     told = [f"{what} at {'ratio' if len(at) == 1 else 'ratios'} {listed(at)}" for what, at in found.items()]
     return f"roastify {listed(told)}." if told else ""

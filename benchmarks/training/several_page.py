@@ -25,7 +25,7 @@ TRAINING = """
 Each GPU has a batch of its own, so the work grows with the GPUs. Efficiency is a GPU's throughput among several over
 its throughput alone, in the same mode. `graphed` replays a whole step, collectives included, as one CUDA graph: its
 time is the GPUs' own. In `eager` steps Python launches every kernel, and small models wait for Python. The losses of
-the first steps are those of one GPU on the joint batch, within the difference in the table ({tolerance:g} is allowed).
+the first steps are compared with those of one GPU on the joint batch; the last column has the largest difference.
 After the last step of DDP, the parameters of all GPUs have the same bits. DDP all-reduces float32 gradients. FSDP2
 gathers bfloat16 parameters and reduces float32 gradients; dense models are sharded block by block, converted ones as
 one unit. Megabytes are of whole tensors, a step, as handed to the collectives. The peak is of an eager step. NVLink
@@ -105,8 +105,8 @@ def training_lines(rows: Sequence[Row]) -> list[str]:
     differing = {_name(row) for row in rows if (row.get("loss_error") or 0) > TOLERANCE}
     if differing:
         said.append(
-            f"Losses differ by more than the {TOLERANCE:g} allowed for {listed(sorted(differing))}: there the loss "
-            f"falls towards 0 within the first steps, and a relative difference grows with that."
+            f"Losses differ by more than {TOLERANCE:g} for {listed(sorted(differing))}. The difference is relative, "
+            f"and some of these losses fall to a thousandth within the first steps."
         )
     return [*([paragraph(" ".join(said)), ""] if said else []), *table(head, cells)]
 

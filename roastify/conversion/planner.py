@@ -465,9 +465,10 @@ def _unreachable(
     largest = max(1.0, math.floor(100 * total / (kept + bases + least)) / 100)
     # Only bases that the user asked for get here: with kernel_basis="auto", the plan was made again without bases.
     of_bases = f", the basis kernels that kernel_basis asks for ({bases:,})" if bases else ""
+    biggest = _biggest_kept(tensors)
     message = (
         f"ratio {float(ratio):g} is unreachable: it allows {int(total / ratio):,} stored parameters of {total:,}, and "
         f"the tensors that must stay dense ({kept:,}){of_bases} and the smallest pool ({least:,}) take more. The "
-        f"largest reachable ratio is {largest:.2f}. The biggest kept: {_biggest_kept(tensors) or 'none'}"
+        f"largest reachable ratio is {largest:.2f}." + (f" The biggest kept: {biggest}" if biggest else "")
     )
     return PlanError(message, largest)
