@@ -111,8 +111,8 @@ def short(found: Figures) -> str:
         f"(a transformer on IMDB).\n"
         f'- **A pretrained model needs further training.** `convert` starts the pool at random; `init="project"` '
         f"starts it from the weights, and `roastify.recover` then trains it on the dense model's outputs. An MLP-mixer "
-        f"on CIFAR-10 falls from {dense:.0f} % to {projected:.0f} % at ratio 10, and two seconds on a GPU bring it back "
-        f"to {recovered:.0f} %.\n"
+        f"on CIFAR-10 falls from {dense:.0f} % to {projected:.0f} % at ratio 10, and two seconds on a GPU bring it "
+        f"back to {recovered:.0f} %.\n"
         f"- **Do not use it** where you cannot train: round a pretrained model's weights to int8 or int4 instead. Do "
         f"not use it where a smaller dense model is as good. It does not make small layers faster.\n"
     )
