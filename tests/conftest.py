@@ -21,6 +21,8 @@ torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 if "PYTEST_XDIST_WORKER" in os.environ:
     # For the processes that tests start.
     os.environ["OMP_NUM_THREADS"] = "1"
+# Readline sets it for the processes of pytest-xdist, and tables would be cut to a width that no test asked for.
+os.environ.pop("COLUMNS", None)
 
 # Derandomized, so that a failure in CI is a failure here. No deadline: the first example includes torch's start.
 hypothesis.settings.register_profile("roastify", derandomize=True, deadline=None)

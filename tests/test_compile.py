@@ -127,7 +127,7 @@ def fresh_compiler() -> Iterator[None]:
 # One graph.
 
 
-@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("autocast", [False, pytest.param(True, marks=pytest.mark.long)])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
 @pytest.mark.parametrize("name", MODELS)
 def test_one_graph_for_any_batch(name: str, settings: dict[str, Any], autocast: bool) -> None:
@@ -332,7 +332,7 @@ def gradients(run: Callable[[Tensor], Tensor], model: nn.Module, autocast: bool)
     return [gradient for gradient in found if gradient is not None]
 
 
-@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("autocast", [False, pytest.param(True, marks=pytest.mark.long)])
 @pytest.mark.parametrize("how", HOW, ids=lambda how: how.__name__)
 def test_gradients_of_layers_that_share_a_graph(how: Callable[..., Tensor], autocast: bool) -> None:
     model = convert(Stack(how))

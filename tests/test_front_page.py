@@ -8,12 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from benchmarks import documents, front_page, pretrained, rows, tiles_picture
 
 README = front_page.README
 MOST_LINES = 150
 
 
+@pytest.mark.long
 def test_the_quickstart_trains_both_models_and_prints_what_the_readme_says(tmp_path: Path) -> None:
     code = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)[0]
     # One thread: on a machine with other work, threads that wait for each other take most of the time.

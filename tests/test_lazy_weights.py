@@ -229,7 +229,10 @@ def test_autocast(name: str) -> None:
     assert_near(found, expected, tolerance=3e-2)
 
 
-@pytest.mark.parametrize("name", ON_THE_POOL)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if i % 3 == 0 else pytest.mark.long) for i, name in enumerate(ON_THE_POOL)],
+)
 def test_one_compiled_graph(name: str) -> None:
     forward, shape, _ = ON_THE_POOL[name]
     converted = roastify.convert(model(forward, *shape), config=SETTINGS)

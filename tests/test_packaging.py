@@ -84,6 +84,7 @@ def test_settings_prints_the_defaults_as_a_config_file(tmp_path: Path) -> None:
     assert RoastConfig.from_toml(tmp_path / "settings.toml") == RoastConfig()
 
 
+@pytest.mark.long
 def test_the_trial_of_the_wheel_trains_saves_loads_and_generates(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

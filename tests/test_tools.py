@@ -842,8 +842,7 @@ def test_tensor_parallelism_is_refused_and_leaves_the_model_whole(two: Processes
         assert "found non-leaf tensor" in row_wise
 
 
-@pytest.mark.parametrize("way", ["traced", "by hand"])
-def test_stages_of_a_pipeline_train_one_pool_if_its_gradient_is_summed(two: Processes, way: str) -> None:
+def test_stages_of_a_pipeline_train_one_pool_if_its_gradient_is_summed(two: Processes) -> None:
     """Each stage has a copy of the pool, as of any tied Parameter."""
-    for expected, found in two.run(cases.stages, way):
+    for expected, found in two.run(cases.stages):
         torch.testing.assert_close(found, expected)

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.pipelining import PipelineStage, ScheduleGPipe, SplitPoint, pipeline
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -191,16 +191,12 @@ def tensor_parallel() -> tuple[list[str], bool]:
     return errors, torch.equal(model(words), before)
 
 
-def stages(way: str) -> tuple[Tensor, Tensor]:
+def stages() -> tuple[Tensor, Tensor]:
     """Return the pool's gradient of one process, and the sum of those of two stages of a pipeline."""
     rank, words = dist.get_rank(), batches(0)[0]
     model = converted()
-    if way == "traced":
-        pipe = pipeline(model, (words.chunk(2)[0],), split_spec={"blocks.1": SplitPoint.BEGINNING})
-        stage: Any = pipe.build_stage(rank, torch.device("cpu"))
-    else:
-        parts = [nn.Sequential(model.words, model.blocks[0]), nn.Sequential(model.blocks[1], model.head)]
-        stage = PipelineStage(parts[rank], rank, 2, torch.device("cpu"))
+    parts = [nn.Sequential(model.words, model.blocks[0]), nn.Sequential(model.blocks[1], model.head)]
+    stage = PipelineStage(parts[rank], rank, 2, torch.device("cpu"))
 
     def loss(outputs: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(outputs.flatten(0, 1), targets.flatten())
