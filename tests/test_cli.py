@@ -308,7 +308,7 @@ def test_densify_writes_a_state_dict_that_the_model_takes(folder: Path) -> None:
     output = _run("densify", "out", "-o", "dense.safetensors").stdout
     state = load_file(folder / "dense.safetensors")
     assert output.strip() == f"{len(state)} tensors written to dense.safetensors"
-    refusal = _refusal("densify", "out", "-o", "dense.pt", exit_code=1)
+    refusal = _refusal("densify", "out", "-o", "dense.pt", exit_code=2)
     assert refusal.strip().endswith("found the name dense.pt; name it dense.safetensors")
     model = _model(folder)
     model.load_state_dict(state, strict=True)

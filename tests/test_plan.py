@@ -186,7 +186,7 @@ def test_the_budget_is_exact_and_every_parameter_has_one_verdict(model: nn.Modul
         assert total / ratio - plan.stored_numel < plan.slot_size
 
 
-_NAMED_RATIO = re.compile(r"largest reachable ratio is (\S+)\. The biggest")
+_NAMED_RATIO = re.compile(r"largest reachable ratio is (\S+)\.(?: The biggest|$)")
 
 
 def named_ratio(error: PlanError) -> float:

@@ -847,11 +847,17 @@ def test_a_checkpoint_returns_the_values_that_were_saved(tmp_path: Path) -> None
     ("change", "message"),
     [
         ({"temperature": 3.0}, r"belongs to another run: temperature was 2\.0, now 3\.0; resume with the same"),
-        ({"steps": 9}, r"steps was 4, now 9"),
+        pytest.param({"steps": 9}, r"steps was 4, now 9", marks=pytest.mark.long),
         ({"lr": 5e-4}, r"learning rates was \[0\.001\], now \[0\.0005\]"),
-        ({"optimizer": lambda p: torch.optim.SGD(p, lr=1e-3)}, r"optimizer was 'AdamW', now 'SGD'"),
-        ({"ratio": 5}, r"conversion was '\w+', now '\w+'"),
-        ({"data": [torch.ones(4, 16)]}, r"was made with other data: its first batches differ"),
+        pytest.param(
+            {"optimizer": lambda p: torch.optim.SGD(p, lr=1e-3)},
+            r"optimizer was 'AdamW', now 'SGD'",
+            marks=pytest.mark.long,
+        ),
+        pytest.param({"ratio": 5}, r"conversion was '\w+', now '\w+'", marks=pytest.mark.long),
+        pytest.param(
+            {"data": [torch.ones(4, 16)]}, r"was made with other data: its first batches differ", marks=pytest.mark.long
+        ),
         ({"data": [*batches()[:7], *batches()[8:]]}, r"was made with other data: its first batches differ"),
         ({"teacher": 1.01}, r"teacher was 'Net \w+', now 'Net \w+'"),
         ({"resume": False}, r"holds a checkpoint of a recovery; resume it, or give another folder"),
