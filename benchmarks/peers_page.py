@@ -48,7 +48,7 @@ def trials(result: dict[str, Any]) -> str:
         for row in own:
             number = numbers[tool, row["feature"]]
             parts.append(
-                f'<a id="n{number}"></a>**{number}. {FEATURES[row["feature"]]}: {row["answer"]}.** {_found(row)}'
+                f'<a id="n{number}"></a>**{number}: {FEATURES[row["feature"]]}: {row["answer"]}.** {_found(row)}'
             )
             parts += ["", "```text", row["lines"], "```", ""]
     return "\n".join(parts)

@@ -222,10 +222,11 @@ def main() -> None:
     print(f"sentences     {len(judged)} on topics that nothing was trained on")
     print(f"training      {report.seconds:.0f} s for the recovered model, none for the others\n")
     nearest = {name: same for name, (_, _, same) in table.items() if name != "dense"}
-    print(f"Best at any size: {max(nearest, key=lambda name: nearest[name])}. int8 reaches ratio 4 at most.")
+    best = max(nearest, key=lambda name: nearest[name])
+    print(f"By nearest sentences, the best at any size is {best}. int8 reaches ratio 4 at most.")
     small = {name: same for name, same in nearest.items() if table[name][0] <= 4.4 * stored}
     order = sorted(small, key=lambda name: -small[name])
-    print(f"At ratio {settings.ratio:g}, the best first:\n  {'; '.join(order)}")
+    print(f"At ratio {settings.ratio:g}, by nearest sentences, the best first:\n  {'; '.join(order)}")
     print(f"{time.perf_counter() - begun:.0f} s in all")
 
 

@@ -199,7 +199,7 @@ def test_the_demo_prints_sizes_and_quality_beside_its_rivals() -> None:
     assert fewer["roastify, recovered"] >= 10 and fewer["low rank"] >= 10
     assert cosine["roastify, converted"] < cosine["roastify, recovered"] < cosine["int8, rounded"]
     # What is printed of them is what the numbers say.
-    assert "Best at any size: int8, rounded. int8 reaches ratio 4 at most." in output
+    assert "By nearest sentences, the best at any size is int8, rounded. int8 reaches ratio 4 at most." in output
     small = sorted(list(same)[2:], key=lambda name: -same[name])
-    assert f"At ratio 10, the best first:\n  {'; '.join(small)}\n" in output
+    assert f"At ratio 10, by nearest sentences, the best first:\n  {'; '.join(small)}\n" in output
     assert max(map(len, output.splitlines())) <= 80
