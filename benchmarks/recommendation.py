@@ -31,7 +31,7 @@ from benchmarks.rows import FOLDER, Cases, Row
 from benchmarks.sharded_table import RowAdagrad, ShardedTable
 from benchmarks.stats import quartiles
 from benchmarks.training.collectives import CountBytes
-from benchmarks.training.distributed import STEPS_BEFORE_CAPTURE, Processes, processes
+from benchmarks.training.distributed import STEPS_BEFORE_CAPTURE, Processes, joined, processes
 from benchmarks.training.step import IN_A_ROW, allocated, in_a_row
 from roastify.checks import clocks
 from roastify.conversion.converted import pool_of
@@ -278,13 +278,10 @@ class _Measurement:
             "power": self.sizes.power,
         }
         made = {"machine": clocks.machine(device)}
-        failed = [other for other in everyone if "failure" in other]
-        if failed:
-            self.rows.add({**row, "failure": failed[0]["failure"], **made})
+        row |= joined(everyone)
+        if "failure" in row:
+            self.rows.add({**row, **made})
             return
-        row |= everyone[0]
-        if row["peak"] is not None:
-            row["peak"] = max(other["peak"] for other in everyone)
         row["samples_per_s"] = self.several.world * count * 1e3 / row["median_ms"]
         counted = ", ".join(f"{kind} {size / 1e6:.1f} MB" for kind, size in row["bytes"].items())
         said = f"{row['median_ms']:.2f} ms a step, {row['samples_per_s'] / 1e6:.2f} M samples/s, {counted}"

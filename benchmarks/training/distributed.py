@@ -123,6 +123,15 @@ def measure(
             rows.close()
 
 
+def joined(everyone: list[Row]) -> Row:
+    """Return what all processes found as one: a failure of any, else the first one's row with the highest peak."""
+    failed = [found["failure"] for found in everyone if "failure" in found]
+    if failed:
+        return {"failure": failed[0]}
+    peaks = [found["peak"] for found in everyone]
+    return {**everyone[0], "peak": None if peaks[0] is None else max(peaks)}
+
+
 class _Measurement:
     """The cases of one model."""
 
@@ -177,13 +186,10 @@ class _Measurement:
         row: Row = {"case": case, "task": self.name, "kind": kind, "mode": mode, "gpus": size, "side": side}
         row |= {"shape": self.task.shape, "dtype": "bfloat16 autocast"}
         made = {"machine": clocks.machine(self.several.device)}
-        failed = [other for other in everyone if "failure" in other]
-        if failed:
-            self.rows.add({**row, "failure": failed[0]["failure"], **made})
+        row |= joined(everyone)
+        if "failure" in row:
+            self.rows.add({**row, **made})
             return
-        row |= everyone[0]
-        if row["peak"] is not None:
-            row["peak"] = max(other["peak"] for other in everyone)
         per_second = self.task.size * 1e3 / row["median_ms"]
         row |= {"throughput": size * per_second}
         said = f"{row['median_ms']:.2f} ms a step"
