@@ -78,7 +78,7 @@ def make_groups(weights: Iterable[WeightView]) -> dict[WeightView, WeightGroup]:
 
 def _numel(weight: WeightView) -> int:
     """Return the elements of the tensor that a layer multiplies with."""
-    return math.prod(weight.shape if weight.fold is None else weight.gathered_shape)
+    return math.prod(weight.read_shape)
 
 
 class _DeferredGrads:
@@ -197,7 +197,7 @@ def _reduced_together(ctx: Any, grads: Sequence[Tensor | None], bases: Tensor | 
         if len(present) < len(grads):
             zero = present[0].new_zeros(())
             pairs = zip(ctx.group.weights, grads, strict=True)
-            shapes = ((weight.gathered_shape if bases is None else weight.shape, grad) for weight, grad in pairs)
+            shapes = ((weight.gathered_shape if bases is None else weight.read_shape, grad) for weight, grad in pairs)
             present = [zero.expand(shape) if grad is None else grad for shape, grad in shapes]
         kernels.reduce_(total, present, ctx.table, bases)
     return True

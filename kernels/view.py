@@ -187,6 +187,13 @@ class FoldView(NamedTuple):
         """Spans of a hash's buckets, the last one perhaps shorter."""
         return -(-self.width // self.span)
 
+    def over(self, places: int) -> FoldView:
+        """Return the fold of as many channels, each of which has so many places next to each other in memory.
+
+        All places of a channel have its bucket, its signs and its learned scales.
+        """
+        return self._replace(cols=self.cols * places, span=self.span * places)
+
     @property
     def num_scales(self) -> int:
         """Learned scales of the fold: one for each hash, position in a bucket and span."""
@@ -211,7 +218,8 @@ class WeightView:
         transposed: whether the matrix in the pool is the tensor's transpose.
         basis_index: the number of the pool's basis that the weight's kernels are combinations of; the matrix then holds
             the coefficients. None: the matrix holds the tensor.
-        fold: how the inputs of the weight's products are folded; the matrix then is narrower than the weight.
+        fold: how the inputs of the weight's products or convolutions are folded; the matrix then is narrower than the
+            weight.
     """
 
     view: TileView
@@ -220,17 +228,20 @@ class WeightView:
     transposed: bool
     basis_index: int | None = None
     fold: FoldView | None = None
+    read_shape: tuple[int, ...] = field(init=False)
+    """Shape of what the layer's operation takes: the weight's own, or that of the narrow weight of a folded one."""
     gathered_shape: tuple[int, ...] = field(init=False)
-    """Shape of the gathered tensor: the weight's own, that of its coefficients, `(kernels, basis kernels)`, or that of
-    the narrow matrix of a folded weight."""
+    """Shape of the gathered tensor: `read_shape`, or that of its coefficients, `(kernels, basis kernels)`."""
 
     def __post_init__(self) -> None:
         shape = self.shape
+        if self.fold is not None:
+            inputs = 0 if self.transposed else 1
+            shape = (*shape[:inputs], self.fold.width, *shape[inputs + 1 :])
+        self.read_shape = shape
         if self.basis_index is not None:
             kernels = math.prod(shape[:2])
             shape = (kernels, self.view.numel // kernels)
-        elif self.fold is not None:
-            shape = (self.view.cols, self.view.rows) if self.transposed else (self.view.rows, self.view.cols)
         self.gathered_shape = shape
 
     @property

@@ -69,11 +69,12 @@ def summary(plan: RoastPlan) -> RenderableType:
         lines.append(("kernels", f"of {len(plan.with_basis)} tensors made of basis kernels: {some} elements"))
     if plan.folds:
         sizes = sorted({fold.fold for fold in plan.folds}, reverse=True)
-        count = sum(tensor.fold is not None for tensor in plan.shared)
+        layers = [tensor for tensor in plan.shared if tensor.fold is not None]
+        unit = "a token or output place" if any(len(tensor.shape) > 2 for tensor in layers) else "a token"
         lines.append(
             (
                 "multiply-adds",
-                f"{plan.folded_numel:,} → {plan.multiplied_numel:,} a token in {count} folded layers "
+                f"{plan.folded_numel:,} → {plan.multiplied_numel:,} {unit} in {len(layers)} folded layers "
                 f"(fold {', '.join(map(str, sizes))}; {len(plan.folds)} folds of inputs)",
             )
         )
@@ -193,7 +194,7 @@ def _row(plan: RoastPlan, group: list[TensorPlan]) -> dict[str, Text]:
         "λ": _scales(group),
         "tiles": f"{sum(tensor.num_tiles for tensor in group):,}" if first.shared else "",
         "budget": f"{stored / plan.stored_numel:.1%}",
-        "reason": _reason(first),
+        "reason": _reason(plan, first),
     }
     colour = "green" if first.shared else "yellow"
     return {heading: Text(printable(cell), colour if heading == "verdict" else "") for heading, cell in cells.items()}
@@ -211,9 +212,9 @@ def _scales(group: list[TensorPlan]) -> str:
     return "–".join(dict.fromkeys([*scales[:1], *scales[-1:]]))
 
 
-def _reason(tensor: TensorPlan) -> str:
+def _reason(plan: RoastPlan, tensor: TensorPlan) -> str:
     """Return why a tensor is shared or kept, and what is special about it; "eligible" says less than anything else."""
     special = [f"spread around {tensor.center:.3g}"] if tensor.center else []
-    special += [f"fold {tensor.numel // tensor.matrix_numel}"] if tensor.fold is not None else []
+    special += [f"fold {plan.folds[tensor.fold].fold}"] if tensor.fold is not None else []
     special += [f"materialised: {tensor.whole}"] if tensor.whole else []
     return "; ".join(special if special and tensor.reason == ELIGIBLE else [tensor.reason, *special])

@@ -33,6 +33,7 @@ FOLDS = {
     "one hash": FoldView(48, 2, 1, 64, 1 << 62, 0),
     "sixteen, one column": FoldView(16, 16, 4, 8, 7, 5),
     "span of several blocks": FoldView(600, 2, 2, 200, 3, 5),
+    "channels of many places": FoldView(24, 4, 2, 4, 9, 5).over(35),
 }
 each_fold = pytest.mark.parametrize("view", FOLDS.values(), ids=FOLDS.keys())
 

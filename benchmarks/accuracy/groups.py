@@ -77,6 +77,12 @@ def folding() -> Iterator[Run]:
         yield Run("imdb", "ours", ratio, seed, changes=(("fold", 8 if ratio >= 8 else 2),))
 
 
+def convolutions() -> Iterator[Run]:
+    """Every convolution of ResNet-9 folded; by default none has enough channels."""
+    for seed, (ratio, fold) in itertools.product(SEEDS, ((10.0, 4), (100.0, 8))):
+        yield Run("resnet9", "ours", ratio, seed, changes=(("fold", fold),))
+
+
 def experiments() -> Iterator[Run]:
     """Every run that has a committed row and is in no other group: how the recipe was chosen, and what else was tried.
 
@@ -89,5 +95,5 @@ def experiments() -> Iterator[Run]:
     yield from (run for run in asked if run not in others)
 
 
-_NAMED: tuple[Callable[[], Iterator[Run]], ...] = (main, grid, text, nets, distillation, folding)
+_NAMED: tuple[Callable[[], Iterator[Run]], ...] = (main, grid, text, nets, distillation, folding, convolutions)
 GROUPS = {function.__name__: function for function in (*_NAMED, experiments)}

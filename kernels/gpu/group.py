@@ -117,7 +117,7 @@ class Group:
         # The offsets at which the dense tensors begin, and their gradients.
         self._dense_offsets, self._dense_begins = self._offsets, self._begins
         if (basis := self.weights[0].basis_shape) is not None:
-            dense_sizes = [math.prod(weight.shape) for weight in self.weights]
+            dense_sizes = [math.prod(weight.read_shape) for weight in self.weights]
             self._dense_offsets, self._dense_begins = _aligned_offsets(dense_sizes), _offsets(dense_sizes)
             offsets = self._offsets, self._begins, self._dense_offsets, self._dense_begins
             # The last offset of each list is the end of the last weight, so it is left out.
@@ -200,7 +200,7 @@ class Group:
         # The other coefficients follow the first in memory.
         self._combine.combine(first, bases, out)
         return [
-            out[offset : offset + math.prod(weight.shape)].view(weight.shape)
+            out[offset : offset + math.prod(weight.read_shape)].view(weight.read_shape)
             for weight, offset in zip(self.weights, self._dense_offsets, strict=False)
         ]
 

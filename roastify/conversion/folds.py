@@ -8,6 +8,7 @@ the constants.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
@@ -26,6 +27,11 @@ _LEAST_ELEMENTS, _LEAST_BESIDE_OTHERS = 1 << 20, 1 << 18
 _LEAST_WIDTH = 128
 # Weights with more rows for each column are output heads, whose folding was not measured.
 _MOST_ROWS_A_COLUMN = 8
+# Convolutions with fewer input channels, or with smaller kernels, are not folded by `auto`: a fold and two groups of
+# convolutions then take as long as the one that they replace, or longer.
+_LEAST_CHANNELS, _LEAST_POSITIONS = 640, 9
+# The fewest channels that a convolution's groups read with `auto`.
+_LEAST_CONVOLVED = 64
 # Each hash's rows begin with a row of tiles. `auto` keeps to the largest tiles, so that no fold makes tiles smaller. A
 # number folds what fits smaller tiles too, if it is more than this part of what it folds.
 _TILE_ROWS, _MORE = (128, 64, 32, 16, 8), Fraction(1, 10)
@@ -58,16 +64,17 @@ def with_folds(
     for own in dict.fromkeys(settings.values()):
         folds_any = any(settings[name] == own for name in sizes)
         if isinstance(own.fold, int) and own.fold > 1 and not folds_any:
+            hashes = min(own.fold_hashes, own.fold)
             raise PlanError(
                 f"fold = {own.fold} fits no weight: it needs a linear layer whose inputs have a multiple of "
-                f"{own.fold} features and whose outputs are a multiple of "
-                f"{own.fold_hashes * _tile_rows(own)[-1]}. "
-                f"Choose a smaller fold, or fold='none'"
+                f"{own.fold} features and whose outputs are a multiple of {hashes * _tile_rows(own)[-1]}, or a "
+                f"convolution of one group with a multiple of {own.fold} input and of {hashes} output channels. Choose "
+                f"a smaller fold, or fold='none'"
             )
     together: dict[tuple[str, int, int, int], list[TensorPlan]] = {}
     for name, reader in _readers([info for info in eligible if info.name in sizes]).items():
         fold, hashes = sizes[name]
-        together.setdefault((reader, shared[name].cols, fold, hashes), []).append(shared[name])
+        together.setdefault((reader, _features(shared[name]), fold, hashes), []).append(shared[name])
     folded = dict(shared)
     folds: list[FoldPlan] = []
     num_scales = 0
@@ -78,9 +85,18 @@ def with_folds(
         plan = FoldPlan(cols, fold, hashes, _SPAN, num_scales if config.learned_scales else None)
         num_scales += plan.view(0, 0).num_scales
         for tensor in tensors:
-            folded[tensor.name] = dataclasses.replace(tensor, cols=cols // fold, fold=len(folds))
+            folded[tensor.name] = dataclasses.replace(tensor, cols=tensor.cols // fold, fold=len(folds))
         folds.append(plan)
     return folded, tuple(folds)
+
+
+def _features(tensor: TensorPlan) -> int:
+    """Return the features of the inputs that a tensor multiplies, or the channels that it convolves."""
+    return tensor.shape[1] if _is_convolved(tensor) else tensor.cols
+
+
+def _is_convolved(tensor: TensorPlan) -> bool:
+    return len(tensor.shape) > 2
 
 
 def _tile_rows(config: RoastConfig) -> tuple[int, ...]:
@@ -112,26 +128,34 @@ def _sizes(
 
 def _fold_of(tensor: TensorPlan, config: RoastConfig, tile_rows: int) -> tuple[int, int] | None:
     """Return a tensor's fold and its number of hashes, or None if it is not folded."""
-    if tensor.strips or config.fold == "none":
+    if config.fold == "none" or tensor.strips != _is_convolved(tensor):
         return None
+    if tensor.strips:
+        # A convolution's weight is read whole, so its hashes may begin anywhere.
+        tile_rows = 1
     if config.fold != "auto":
         fold = int(config.fold)
         hashes = min(config.fold_hashes, fold)
-        fits = tensor.cols % fold == 0 and tensor.rows % (hashes * tile_rows) == 0
+        fits = _features(tensor) % fold == 0 and tensor.rows % (hashes * tile_rows) == 0
         return (fold, hashes) if fits and fold > 1 else None
     # The other mappings and local sharing are there for comparisons, and stay what they were.
     if config.mapping != "permutation" or config.sharing != "global" or tensor.numel < _LEAST_BESIDE_OTHERS:
         return None
-    if tensor.rows > _MOST_ROWS_A_COLUMN * tensor.cols:
+    features, ratio, least = _features(tensor), check_ratio(config.ratio), _LEAST_WIDTH
+    if _is_convolved(tensor):
+        positions = math.prod(tensor.shape[2:])
+        if features < _LEAST_CHANNELS or positions < _LEAST_POSITIONS:
+            return None
+        least = _LEAST_CONVOLVED
+        if tensor.basis_count:
+            # Basis kernels leave fewer coefficients than weights, and so a smaller ratio to the fold.
+            ratio *= Fraction(tensor.basis_count, positions)
+    if tensor.rows > _MOST_ROWS_A_COLUMN * features:
         return None
     for fold in _FOLDS:
         hashes = min(config.fold_hashes, fold)
-        if (
-            Fraction(fold) <= check_ratio(config.ratio)
-            and tensor.cols % fold == 0
-            and tensor.cols // fold >= _LEAST_WIDTH
-            and tensor.rows % (hashes * tile_rows) == 0
-        ):
+        fits = features % fold == 0 and features // fold >= least and tensor.rows % (hashes * tile_rows) == 0
+        if fits and fold <= ratio:
             return fold, hashes
     return None
 
@@ -139,8 +163,8 @@ def _fold_of(tensor: TensorPlan, config: RoastConfig, tile_rows: int) -> tuple[i
 def _only_multiplies(info: ParameterInfo, tensor: TensorPlan) -> bool:
     """Whether a weight is only multiplied with inputs, so that these can be folded.
 
-    A linear layer's own call multiplies. Everything else is known only if torch.fx saw it: what other code does with a
-    layer's weight, and what a parameter without a layer is for.
+    A linear layer's or a convolution's own call multiplies. Everything else is known only if torch.fx saw it: what
+    other code does with a layer's weight, and what a parameter without a layer is for.
     """
     functional = [use for use in info.uses if use.through == "function"]
     if any((use.op, use.position) not in _PRODUCTS for use in (*functional, *info.explored)):

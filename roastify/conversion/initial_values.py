@@ -190,16 +190,14 @@ def _target_matrix(pool: RoastPool, tensor: TensorPlan, dense: torch.Tensor) -> 
     if tensor.start:
         dense = dense - pooled_weight(pool, tensor).starts(dense.dtype)
     whole = matrix(tensor, dense - tensor.center if tensor.center else dense)
-    if tensor.fold is not None:
-        # Before any training, when every learned scale is 1.
-        wide = whole if whole.dtype == torch.float64 else whole.float()
-        view = pool.plan.fold_view(tensor.fold)
-        return folded(wide, None, view._replace(first_scale=-1))
     basis = basis_of(pool, tensor)
-    if basis is None:
+    if tensor.fold is None and basis is None:
         return whole
     wide = whole if whole.dtype == torch.float64 else whole.float()
-    return coefficient_matrix(wide, basis.detach().to(wide.dtype))
+    if tensor.fold is not None:
+        # Before any training, when every learned scale is 1.
+        wide = folded(wide, None, pool.plan.fold_view(tensor.fold)._replace(first_scale=-1))
+    return wide if basis is None else coefficient_matrix(wide, basis.detach().to(wide.dtype))
 
 
 def _off_diagonal(dense: torch.Tensor) -> torch.Tensor:

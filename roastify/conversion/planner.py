@@ -358,7 +358,9 @@ def _choose_tile(
     numel = sum(tensor.matrix_numel for tensor in shared)
     enough = _ENOUGH_SLOTS * (len(shared) if config.sharing == "local" else 1)
     # The rows of each hash begin with a row of tiles.
-    hash_rows = [tensor.rows // folds[tensor.fold].hashes for tensor in shared if tensor.fold is not None]
+    hash_rows = [
+        tensor.rows // folds[tensor.fold].hashes for tensor in shared if tensor.fold is not None and not tensor.strips
+    ]
     for tile in _TILES:
         if any(rows % tile[0] for rows in hash_rows):
             continue

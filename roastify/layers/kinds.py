@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
@@ -71,7 +71,7 @@ def _retains_product(shared: PooledWeight) -> bool:
 
 
 def _retains_whole(shared: PooledWeight) -> bool:
-    return shared.can_be_whole
+    return shared.can_multiply
 
 
 # The one list of layers whose own operation reads the pool. `read_path_of` decides for all other modules.
@@ -187,14 +187,24 @@ def retains_weight(module: RoastModule, attribute: str, shared: PooledWeight) ->
 
 
 def multiplies_inputs(module: nn.Module, attribute: str) -> bool:
-    """Whether a module only multiplies inputs with an attribute: a linear layer with the layer's own forward.
+    """Whether a module only multiplies inputs with an attribute: a linear layer or a convolution as torch's own is.
 
     The output projection of `nn.MultiheadAttention` is an exception, as in `retains_weight`.
     """
     kind = kind_of(type(module), attribute)
-    if kind is None or not kind.multiplies or has_forward_of_its_own(type(module)):
+    if kind is None or has_forward_of_its_own(type(module)):
+        return False
+    if kind.kernels:
+        return convolves_all_channels(module)
+    if not kind.multiplies:
         return False
     return not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+
+
+def convolves_all_channels(module: Any) -> bool:
+    """Whether a convolution has one group, and convolves as torch's own class does."""
+    layer = next(base for base in type(module).__mro__ if base in _KINDS)
+    return module.groups == 1 and type(module)._conv_forward is cast(Any, layer)._conv_forward
 
 
 def _other_code_in_call(module: nn.Module) -> str | None:

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from roastify.kernels.view import FoldView
 from roastify.layers.base import RoastLayer, RoastModule
+from roastify.layers.pooled_weight import PooledWeight
 from roastify.layers.reading import tracers
 
 
@@ -139,12 +141,32 @@ class _RoastConv(RoastLayer):
     """The base class of convolutions on the pool."""
 
     bias: Tensor | None
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: str | tuple[int, ...]
+    padding_mode: Any
+    dilation: tuple[int, ...]
+    _reversed_padding_repeated_twice: list[int]
     _conv_forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the convolution of `input`."""
-        weight = self.weight if tracers else self._roast["weight"].whole(input)
+        shared = self._roast["weight"]
+        if shared.fold is not None and shared.can_multiply and not tracers:
+            return self._convolve_folded(input, shared)
+        weight = self.weight if tracers else shared.whole(input)
         return self._conv_forward(input, weight, self.bias)
+
+    def _convolve_folded(self, input: Tensor, shared: PooledWeight) -> Tensor:
+        """Return the convolution, of the input whose channels are folded with the narrow weight, a group a hash."""
+        dims = len(self.kernel_size)
+        folded, padding = shared.folded(input, dims), self.padding
+        if self.padding_mode != "zeros":
+            folded = F.pad(folded, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = (0,) * dims
+        convolution: Any = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
+        weight, groups = shared.narrow(folded), cast(FoldView, shared.fold).hashes
+        return convolution(folded, weight, self.bias, self.stride, padding, self.dilation, groups)
 
 
 class RoastConv1d(_RoastConv, nn.Conv1d):

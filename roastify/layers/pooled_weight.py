@@ -70,8 +70,9 @@ class PooledWeight(WeightView):
         dtype = dtype or self.current_dtype
         weight = self._gathered(dtype)
         if self.fold is not None:
-            matrix = unfolded(weight.t() if self.transposed else weight, self.pool.read(dtype), self.fold)
-            weight = matrix.t() if self.transposed else matrix
+            matrix = weight.t() if self.transposed else weight.flatten(1)
+            matrix = unfolded(matrix, self.pool.read(dtype), self.fold)
+            weight = matrix.t() if self.transposed else matrix.view(self.shape)
         if self.center:
             weight = weight + self.center
         if self.start_at is not None:
@@ -113,8 +114,6 @@ class PooledWeight(WeightView):
 
     def _multiply(self, x: Tensor, bias: Tensor | None, along_cols: bool) -> Tensor:
         """Return `x · matrixᵀ + bias`, or `x · matrix + bias` if not `along_cols`, where the pool holds the matrix."""
-        if type(x) is not Tensor:
-            _refuse_distributed(x)
         if not self.is_scaled_pool:
             weight = self.dense()
             return F.linear(x, weight if along_cols != self.transposed else weight.t(), bias)
@@ -125,13 +124,15 @@ class PooledWeight(WeightView):
             if without_graph and x.dim() > 0 and x.numel() == x.shape[-1]:
                 pool = self.pool.read(ops.autocast_dtype(x) or self.current_dtype)
                 return ops.folded_linear(x, pool, bias, self.pool.table, self.view, self.fold, self.scale)
-            return self._multiply_gathered(self._folded(x), bias, along_cols)
+            return self._multiply_gathered(self.folded(x), bias, along_cols)
         buckets = self._multiply_gathered(x, None, along_cols)
         out = ops.unfold(buckets, self.pool.read(buckets.dtype), self.fold)
         return out if bias is None else out + bias
 
     def _multiply_gathered(self, x: Tensor, bias: Tensor | None, along_cols: bool) -> Tensor:
         """Return what `_multiply` does, for the matrix as the pool holds it: the narrow one of a folded weight."""
+        if type(x) is not Tensor:
+            _refuse_distributed(x)
         groups = self.view.groups
         weight = self._retained_for(x) if along_cols or groups == 1 else None
         if weight is None:
@@ -140,11 +141,16 @@ class PooledWeight(WeightView):
             return ops.blocks_linear(x, weight.t() if self.transposed else weight, bias, groups)
         return F.linear(x, weight if along_cols != self.transposed else weight.t(), bias)
 
-    def _folded(self, x: Tensor) -> Tensor:
-        """Return the folded input; layers that fold the same input alike share it within a forward pass."""
+    def folded(self, x: Tensor, dims: int = 0) -> Tensor:
+        """Return the folded input of a product, or of a convolution of `dims` dimensions.
+
+        Layers that fold the same input alike share it within a forward pass.
+        """
         assert self.fold is not None
+        if type(x) is not Tensor:
+            _refuse_distributed(x)
         dtype = ops.autocast_dtype(x) or self.current_dtype
-        return self.pool.folded(x, self.fold, dtype)
+        return self.pool.folded(x, self.fold, dtype, dims)
 
     def _is_recorded(self) -> bool:
         """Whether autograd records this forward pass for the pool's gradient."""
@@ -182,12 +188,12 @@ class PooledWeight(WeightView):
         return self.pool.gathered_weight(self, dtype)
 
     def _gathered(self, dtype: torch.dtype) -> Tensor:
-        """Return the tensor that the pool holds for the weight: the weight, or the narrow matrix of a folded one."""
+        """Return what the layer's operation takes: the weight, or the narrow one of a folded weight."""
         matrix = ops.gather(self.pool.read(dtype), self.pool.table, self.view, self.scale)
         gathered = (matrix.t() if self.transposed else matrix).reshape(self.gathered_shape)
         if self.basis_index is None:
             return gathered
-        return ops.combine(gathered, *self.pool.basis(self.basis_index)).view(self.shape)
+        return ops.combine(gathered, *self.pool.basis(self.basis_index)).view(self.read_shape)
 
     def whole(self, x: Tensor) -> Tensor:
         """Return the dense tensor for an operation on `x` that needs all of it, in the operation's dtype."""
@@ -196,6 +202,12 @@ class PooledWeight(WeightView):
         if self.can_be_whole and self._is_recorded():
             return self._retained(x)
         return self.dense(ops.autocast_dtype(x))
+
+    def narrow(self, x: Tensor) -> Tensor:
+        """Return the narrow weight of a folded one for an operation on the folded `x`, in the operation's dtype."""
+        if self._is_recorded():
+            return self._retained(x)
+        return self._gathered(ops.autocast_dtype(x) or self.current_dtype)
 
     def _product(self, product: Callable[..., Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
         # The pool is read in the dtype that the product runs in, so that autocast does not cast it again.

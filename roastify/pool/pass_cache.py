@@ -28,6 +28,7 @@ from roastify.kernels.torch_internals import (
     without_dispatch_modes,
 )
 from roastify.kernels.view import FoldView, WeightView
+from roastify.pool.fold import folded_input
 from roastify.pool.gradient_gate import Gate, Pool
 
 
@@ -104,8 +105,8 @@ class PoolCache:
             read = self.reads[dtype] = self.gate.read(self.copy(dtype))
         return read
 
-    def folded(self, x: Tensor, pool: Tensor | None, fold: FoldView, dtype: torch.dtype) -> Tensor:
-        """Return `ops.fold(x, pool, fold)`, in the dtype that the product runs in.
+    def folded(self, x: Tensor, pool: Tensor | None, fold: FoldView, dtype: torch.dtype, dims: int) -> Tensor:
+        """Return `folded_input(x, pool, fold, dims)`, in the dtype that the product or the convolution runs in.
 
         If the last input was the same and is unchanged, the result is the last one.
 
@@ -114,14 +115,14 @@ class PoolCache:
         """
         hook = saved_tensors_hook()
         if not self.whole or not _is_plain(x) or (pool is not None and hook is not None):
-            return ops.fold(x, pool, fold)
+            return folded_input(x, pool, fold, dims)
         graph = torch.is_grad_enabled(), x.requires_grad, x.grad_fn, x.output_nr, hook
         memory = x._version, x.data_ptr(), x.dtype, x.shape, x.stride()
-        seen = id(pool), fold, dtype, graph, memory
+        seen = id(pool), fold, dims, dtype, graph, memory
         last = self.last_folded
         if last is not None and last[0]() is x and last[1] == seen:
             return last[2]
-        folded = ops.fold(x, pool, fold)
+        folded = folded_input(x, pool, fold, dims)
         self.last_folded = weakref.ref(x), seen, folded
         return folded
 
@@ -134,7 +135,7 @@ class PoolCache:
         combined = self.combined.pop((weight, dtype), None)
         if combined is not None and combined.is_of(basis):
             return combined_weight(gathered, basis, grad_scale, combined.values, combined.number)
-        return ops.combine(gathered, basis, grad_scale).view(weight.shape)
+        return ops.combine(gathered, basis, grad_scale).view(weight.read_shape)
 
     def _gathered(self, weight: WeightView, dtype: torch.dtype) -> Tensor:
         """Return the tensor that the pool holds for a weight: the weight, or its coefficients if it has a basis."""

@@ -254,8 +254,8 @@ class RoastPlan(ShownAsTable):
 
     @property
     def multiplied_numel(self) -> int:
-        """Multiply-adds of one row of activations in the products with folded weights, as they are computed."""
-        return sum(tensor.matrix_numel for tensor in self.shared if tensor.fold is not None)
+        """Multiply-adds of one row, or one output place, of activations with folded weights, as they are computed."""
+        return sum(tensor.numel // self.folds[tensor.fold].fold for tensor in self.shared if tensor.fold is not None)
 
     @property
     def folded_numel(self) -> int:
@@ -350,7 +350,11 @@ class RoastPlan(ShownAsTable):
         for index, fold in enumerate(self.folds):
             view = self.fold_view(index)
             readers = (tensor for tensor in self.shared if tensor.fold == index)
-            rows = sum(tensor.rows * (tensor.scale or 0.0) ** 2 for tensor in readers) / fold.hashes
+            # An element of a bucket is one, or for each position of a convolution's kernel or each of its coefficients.
+            rows = (
+                sum(tensor.rows * (tensor.cols // view.width) * (tensor.scale or 0.0) ** 2 for tensor in readers)
+                / fold.hashes
+            )
             # The last span may be shorter than the others.
             columns = [min(fold.span, view.width - span * fold.span) for span in range(view.num_spans)]
             of_spans = [max(rows * count * (self.pool_std or 0.0) ** 2, 1e-12) for count in columns]
@@ -363,7 +367,8 @@ class RoastPlan(ShownAsTable):
         If the gradient of a basis is divided by this sum, an SGD step on the basis is the projected dense step.
         """
         assert self.pool_std is not None and tensor.scale is not None, "the plan was not measured"
-        return max(tensor.matrix_numel / tensor.basis_count * (tensor.scale * self.pool_std) ** 2, 1e-12)
+        kernels = tensor.numel / tensor.basis_shape[1]
+        return max(kernels * (tensor.scale * self.pool_std) ** 2, 1e-12)
 
     def with_values(
         self,

@@ -128,8 +128,9 @@ def _facts_of_shared(plan: RoastPlan, tensor: TensorPlan) -> _Facts:
     yield plan.has_starts or not tensor.start, "it has a start, and its plan has none"
     if tensor.fold is not None:
         fold = plan.folds[tensor.fold]
-        yield not tensor.strips and not tensor.basis_count, "it is folded, and in strips or of basis kernels"
-        yield tensor.rows % (fold.hashes * plan.tile[0]) == 0, "its hashes do not begin with a row of tiles"
+        yield tensor.strips == (len(tensor.shape) > 2), "it is folded, and a matrix in strips or kernels in tiles"
+        height = 1 if tensor.strips else plan.tile[0]
+        yield tensor.rows % (fold.hashes * height) == 0, "its hashes do not begin with a row of tiles"
     if tensor.basis_count:
         yield tensor.basis_count < math.prod(tensor.shape[2:]), "its basis has more kernels than a kernel has positions"
     if tensor.zero_row is not None:
@@ -146,16 +147,23 @@ def _matrices(plan: RoastPlan, tensor: TensorPlan) -> list[tuple[int, int]]:
     shape = tensor.shape
     if len(shape) < 2:
         return [] if tensor.transposed or tensor.basis_count or tensor.fold is not None else [(1, tensor.numel)]
+    if len(shape) > 2 and (tensor.basis_count or tensor.fold is not None):
+        channels = shape[1] if tensor.fold is None else _width(plan.folds[tensor.fold], shape[1])
+        elements = tensor.basis_count or math.prod(shape[2:])
+        return [] if tensor.transposed else [(shape[0], channels * elements)]
     if tensor.basis_count:
-        fits = len(shape) > 2 and not tensor.transposed
-        return [(shape[0], shape[1] * tensor.basis_count)] if fits else []
+        return []
     dense = [(shape[0], math.prod(shape[1:])), (math.prod(shape[:-1]), shape[-1])]
     if tensor.transposed:
         dense = [(cols, rows) for rows, cols in dense]
     if tensor.fold is None:
         return dense
-    fold = plan.folds[tensor.fold]
-    return [(rows, cols // fold.fold) for rows, cols in dense if len(shape) == 2 and cols == fold.cols]
+    return [(rows, _width(plan.folds[tensor.fold], cols)) for rows, cols in dense]
+
+
+def _width(fold: FoldPlan, cols: int) -> int:
+    """Return how many columns a fold leaves of so many; none if it is a fold of another number of columns."""
+    return cols // fold.fold if cols == fold.cols else 0
 
 
 def _check_layout(plan: RoastPlan) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from roastify.errors import RoastError
-from roastify.kernels import ops, reference
+from roastify.kernels import reference
 from roastify.kernels.flops import teach_flop_counters
 from roastify.kernels.gathered_weights import WeightGroup, make_groups
 from roastify.kernels.reference import summed_in
@@ -24,6 +24,7 @@ from roastify.kernels.torch_internals import (
 )
 from roastify.kernels.view import FoldView, TileView, WeightView
 from roastify.pool import compiled_read
+from roastify.pool.fold import folded_input
 from roastify.pool.mapping import TileMap
 from roastify.pool.members import TiedModule, is_sharded
 from roastify.pool.pass_cache import cache_of, is_watched_by_modes, unseen
@@ -201,8 +202,8 @@ class RoastPool(TiedModule):
                 return cache_of(self).dense(weight, dtype)
         return cache_of(self).dense(weight, dtype)
 
-    def folded(self, x: Tensor, fold: FoldView, dtype: torch.dtype) -> Tensor:
-        """Return a product's folded input, `ops.fold(x, pool, fold)`, in a dtype.
+    def folded(self, x: Tensor, fold: FoldView, dtype: torch.dtype, dims: int = 0) -> Tensor:
+        """Return the folded input of a product, or of a convolution of `dims` dimensions, in a dtype.
 
         Within the model's forward, layers that fold the same input alike share the result. A compiler merges equal
         operations itself.
@@ -212,8 +213,8 @@ class RoastPool(TiedModule):
         if watched:
             teach_flop_counters()
         if watched or torch.compiler.is_compiling() or is_jit_tracing():
-            return ops.fold(x, pool, fold)
-        return cache_of(self).folded(x, pool, fold, dtype)
+            return folded_input(x, pool, fold, dims)
+        return cache_of(self).folded(x, pool, fold, dtype, dims)
 
     def bases(self) -> list[nn.Parameter]:
         """Return the Parameters of all basis kernels."""

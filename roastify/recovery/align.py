@@ -292,17 +292,21 @@ class _LinearMap:
     def weight(self, pool: Tensor) -> Tensor:
         """Return the weight, `[rows, …]`."""
         matrix = ops.gather(pool, self.table, self.view, self.scale)
+        if self.basis is not None:
+            matrix = combined_matrix(matrix, self.basis)
         if self.fold is not None:
             view, scales = self.fold
             return unfolded(matrix, scales, view)
-        return matrix if self.basis is None else combined_matrix(matrix, self.basis)
+        return matrix
 
     def adjoint(self, weight: Tensor, pool_shape: Sequence[int]) -> Tensor:
         """Return the transpose of the function `weight`, applied to a tensor of the weight's shape."""
-        matrix = weight if self.basis is None else coefficient_matrix(weight, self.basis)
+        matrix = weight
         if self.fold is not None:
             view, scales = self.fold
-            matrix = folded(weight, scales, view)
+            matrix = folded(matrix, scales, view)
+        if self.basis is not None:
+            matrix = coefficient_matrix(matrix, self.basis)
         return ops.reduce(matrix.contiguous(), self.table, self.view, self.scale, pool_shape)
 
 
