@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.accuracy.language.methods import METHODS
 from benchmarks.accuracy.language.page import cell, tables
 from benchmarks.accuracy.language.table import RESULTS as LANGUAGE
 from benchmarks.accuracy.language.table import Table
 from benchmarks.accuracy.language.tables_page import loss_text
+from benchmarks.accuracy.table import RESULTS as CLASSIFIERS
+from benchmarks.accuracy.tasks import TASKS
 from benchmarks.documents import insert, listed, paragraph, table
 from benchmarks.page import BATCHES
 from benchmarks.performance_plots import LAYERS, is_usual
 from benchmarks.performance_tables_page import KERNELS, MODELS
-from benchmarks.rows import Row, load, may_fold, write
-from benchmarks.stats import mean_and_error, paired
+from benchmarks.rows import FOLDER, Row, load, may_fold, write
+from benchmarks.stats import mean_text, paired
 from benchmarks.training.plots import MODES
 from benchmarks.training.tables_page import RESULTS as TRAINING
 from benchmarks.training.tables_page import single_rows
 
+CONVOLUTIONS = FOLDER / "convolutions.json"
 DOCUMENT = Path(__file__).parents[1] / "docs" / "folding.md"
+CONVOLVED = "<!-- convolutions: written by `python -m benchmarks.folding_page` -->"
+CLASSIFIED = "<!-- classification: written by `python -m benchmarks.folding_page` -->"
 SPEED = "<!-- speed: written by `python -m benchmarks.folding_page` -->"
 ACCURACY = "<!-- accuracy: written by `python -m benchmarks.folding_page` -->"
 # Batches of which the backward pass is shown too.
@@ -82,7 +89,7 @@ def losses(found: Table) -> Iterator[str]:
             rows = _rows(found, method, ratio, changes)
             times = [row["step"]["median_ms"] for row in rows.values()]
             text = loss_text(row["loss"] for row in rows.values())
-            cells.append(f"{text}, {mean_and_error(times)[0]:.1f} ms" if times else "–")
+            cells.append(f"{text}, {statistics.median(times):.1f} ms" if times else "–")
         if any(each != "–" for each in cells):
             name = METHODS[method].title.removeprefix("roastify, ")
             hashes = changes.removeprefix("fold_hashes ") or ("2" if method == "folded" else "")
@@ -124,16 +131,63 @@ def accuracy(rows: Sequence[Row]) -> str:
     return "\n".join([*lines, ""]) if lines else ""
 
 
+def convolved(rows: Sequence[Row]) -> str:
+    """Return the table of dense time over ours by convolution."""
+    whats = ("forward", "with backward")
+    lines = []
+    for row in rows:
+        if row["layout"] == "contiguous":
+            beside = next(
+                (each for each in rows if each["case"] == row["case"].replace(row["layout"], "channels last")), None
+            )
+            size = f"{row['channels']}→{row['out']}, {row['batch']}×{row['side']}×{row['side']}, {row['fold']}"
+            pairs = [(side, what) for side in (row, beside) for what in whats]
+            lines.append(
+                [size, *(f"{side['dense_over_converted'][what]:.2f}" if side else "–" for side, what in pairs)]
+            )
+    head = [f"{layout}, {what}" for layout in ("contiguous", "channels last") for what in whats]
+    return "\n".join([*table(["channels, images, fold", *head], lines), ""])
+
+
+def classified(rows: Sequence[Row]) -> str:
+    """Return the table of the accuracy of folded classifiers beside that of the same ones without folds."""
+    ours = [row for row in rows if row["method"] == "ours" and not row["trial"] and not row["smoke"]]
+    final = {(_recipe(row), row["changes"].get("fold")): 100 * row["accuracy"][-1] for row in ours if _is_plain(row)}
+    pairs: dict[tuple[str, float, int], dict[int, tuple[float, float]]] = {}
+    for (recipe, fold), value in final.items():
+        if fold and (recipe, None) in final:
+            task, ratio, seed, *_ = recipe
+            pairs.setdefault((task, ratio, fold), {})[seed] = value, final[recipe, None]
+    lines = []
+    for (task, ratio, fold), found in sorted(pairs.items()):
+        folded, plain = ({seed: pair[side] for seed, pair in found.items()} for side in (0, 1))
+        texts = [mean_text(values.values()) for values in (folded, plain)]
+        count, difference = len(found), paired(folded, plain)
+        lines.append([TASKS[task].title, f"{ratio:g}", str(fold), str(count), *texts, str(difference or "–")])
+    return "\n".join([*table(["", "ratio", "fold", "seeds", "folded", "not folded", "difference"], lines), ""])
+
+
+def _is_plain(row: Row) -> bool:
+    """Whether no setting was changed but the fold."""
+    return set(row["changes"]) <= {"fold"}
+
+
+def _recipe(row: Row) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("task", "ratio", "seed", "rate", "epochs"))
+
+
 def markdown(text: str, kernels: Sequence[Row], training: Sequence[Row], models: Sequence[Row],
-             language: Sequence[Row]) -> str:  # fmt: skip
+             language: Sequence[Row], convolutions: Sequence[Row], classifiers: Sequence[Row]) -> str:  # fmt: skip
     """Return the page with its results replaced."""
     text = insert(text, SPEED, speed(kernels, training, models))
+    text = insert(text, CONVOLVED, convolved(convolutions))
+    text = insert(text, CLASSIFIED, classified(classifiers))
     return insert(text, ACCURACY, accuracy(language))
 
 
 def results() -> list[list[Row]]:
     """Return the committed rows, as `markdown` takes them."""
-    return [load(path)["rows"] for path in (KERNELS, TRAINING, MODELS, LANGUAGE)]
+    return [load(path)["rows"] for path in (KERNELS, TRAINING, MODELS, LANGUAGE, CONVOLUTIONS, CLASSIFIERS)]
 
 
 if __name__ == "__main__":

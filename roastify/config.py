@@ -56,9 +56,10 @@ class RoastConfig:
         kernel_basis: how many learned kernels (the basis) a convolution's kernels are combinations of: a number, `none`
             or `auto`. `auto` is two thirds of a kernel's positions, and one third from ratio 30 on. It applies to
             kernels of at least two dimensions and nine positions, in tensors so large that the basis costs little.
-        fold: how many input features of a linear layer are summed before its product, which then takes as many times
-            less arithmetic: a power of 2 from 1 (none) to 16 and at most the ratio, `none` or `auto`. `auto` is the
-            largest of 8, 4 and 2 that fits, for layers of at least a million weights.
+        fold: how many input features of a linear layer, or input channels of a convolution, are summed first, so that
+            the layer takes as many times less arithmetic: a power of 2 from 1 (none) to 16 and at most the ratio,
+            `none` or `auto`. `auto` is the largest of 8, 4 and 2 that fits, for linear layers of at least a million
+            weights and convolutions of at least 640 input channels.
         fold_hashes: how many combinations of the features a folded layer reads, each by as many of its outputs: a power
             of 2; at most the fold.
         learned_scales: whether folded layers learn a scale for each group of features of each hash.

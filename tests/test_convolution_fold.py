@@ -56,7 +56,8 @@ class Net(nn.Module):
         self.last = nn.Conv2d(24, 16, 3, stride=2, dilation=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(torch.relu(self.first(x)) * self.beside(x).sigmoid())
+        # Smooth, so that no rounding turns a gradient off.
+        return self.last(F.silu(self.first(x)) * self.beside(x).sigmoid())
 
 
 def a_net() -> Net:

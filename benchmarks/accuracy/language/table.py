@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -77,9 +78,9 @@ class Table:
         return found[min(found)] if found else None
 
     def step(self, method: str, ratio: float) -> float | None:
-        """Return the mean over seeds of the median time of a step, in milliseconds."""
+        """Return the median over seeds of the median time of a step, in milliseconds."""
         found = [row["step"]["median_ms"] for row in self.by_cell.get((method, ratio), {}).values()]
-        return mean_and_error(found)[0] if found else None
+        return statistics.median(found) if found else None
 
     def best(self, ratio: float, wanted: Callable[[str], bool]) -> tuple[str, float] | None:
         """Return the method with the lowest mean loss at a ratio, of those that are wanted, and that mean."""

@@ -33,9 +33,9 @@ model.
 
 *Stored* counts every parameter. *Multiply-adds* are those of the matrix products with weights in a forward pass, for a
 token; attention's own products are left out, and so is the folding itself, which only adds. *Step* is the time of a
-whole training step (forward, backward, clipping, AdamW; one CUDA graph): the median over 200 steps of a run, averaged
-over seeds. A rival's ranks are what the budget allows; where they are not multiples of 8, its products are slower than
-those of a rank that is.
+whole training step (forward, backward, clipping, AdamW; one CUDA graph): the median over 200 steps of a run, and of
+these the median over seeds. A rival's ranks are what the budget allows; where they are not multiples of 8, its products
+are slower than those of a rank that is.
 """
 
 
