@@ -171,7 +171,7 @@ class _Run:
         processes.check_equal({"data": digest, "teacher": made_by["teacher"], "conversion": made_by["conversion"]})
         self.made_by = made_by
         self.data = digest
-        self.lines = JsonLines("recover")
+        self.lines = JsonLines("recover", options.steps, every_point=options.log_every > 0)
         self.step = self.resumed_at = 0
         self.seconds = self.align_seconds = 0.0
         self.align_error: tuple[float, float] | None = None
@@ -336,7 +336,7 @@ class _Run:
         if self.options.on_log is not None:
             self.options.on_log(numbers)
         else:
-            self.lines.write({**numbers, "steps": self.options.steps})
+            self.lines.write(numbers)
 
     def _last_loss(self) -> str:
         return f"loss {self.losses[-1].loss:.4g}" if self.losses else ""
