@@ -114,7 +114,8 @@ def test_the_default_command_converts_verifies_and_reports(folder: Path, command
     assert f"{plan.achieved_ratio:.2f} (asked 4)" in output
     assert "same: (x, scale: float = 1.0)" in output
     assert "same structure, shape, dtype in eval and train:" in output and "output float32[2, 64] on cpu" in output
-    assert "random, to train from scratch; --init project keeps pretrained weights" in " ".join(output.split())
+    start = 'the model\'s weights are not kept; init="project" (--init project), then recover, keeps them'
+    assert f"random, to train from scratch: {start}" in " ".join(output.split())
     assert "nothing written; give -o FOLDER for the artifact" in output
     assert sorted(path.name for path in folder.iterdir()) == ["good.py"]
 
