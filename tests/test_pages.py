@@ -201,9 +201,11 @@ def test_the_page_of_folds_is_the_committed_results() -> None:
 
 def test_the_page_of_folds_leaves_out_what_is_not_measured() -> None:
     assert folding_page.accuracy([]) == "" and "training step" not in folding_page.speed([], [], [])
-    step = {"mode": "graphed", "task": "a", "ratio": 10, "step_ratio": 0.5, "machine": {"date": "2026-12-01"}}
-    before = step | {"step_ratio": 0.9, "machine": {"date": "2026-11-01"}}
-    assert "as a CUDA graph, ÷ the dense one's: a 0.50." in folding_page.speed([], [step, before], [])
+    step = {"mode": "graphed", "task": "a", "ratio": 10, "step_ratio": 0.5, "fold": 8}
+    before = step | {"step_ratio": 0.9, "fold": 1}
+    beside = before | {"task": "a, no folds"}
+    shown = folding_page.speed([], [step, before, beside], [])
+    assert "as a CUDA graph, ÷ the dense one's: a 0.50; a, no folds 0.90." in " ".join(shown.split())
 
 
 def test_page_of_adapters_is_the_committed_results() -> None:
