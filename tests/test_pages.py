@@ -18,6 +18,7 @@ from benchmarks import (
     peers,
     peers_page,
     plots,
+    pretrained,
     recovery_page,
     rows,
     signs_page,
@@ -221,6 +222,15 @@ def test_the_page_of_peers_is_the_committed_answers_to_the_trials_as_they_are() 
         assert row["lines"] == peers.lines_of(row["tool"], row["feature"]), "the trial has changed since it was run"
     found = {(row["tool"], row["feature"]) for row in result["rows"]}
     assert found == peers.TRIALS.keys() == {(tool, feature) for tool in peers.TOOLS for feature in peers.FEATURES}
+
+
+def test_a_method_that_was_not_measured_has_a_line_with_a_dash() -> None:
+    result = rows.load(pretrained.RESULTS)
+    text = pretrained.markdown(result)
+    assert text.count("\n| ") == 1 + len(pretrained.METHODS) and "–" not in text
+    result["rows"] = [row for row in result["rows"] if row["case"] not in ("aligned, 4", "int8")]
+    found = pretrained.markdown(result)
+    assert "| roastify, aligned | 4 | – |" in found and "| int8, rounded | – | – |" in found
 
 
 @pytest.mark.long
