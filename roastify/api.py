@@ -555,7 +555,7 @@ def densify_artifact(
 
     if shard_size is not None and shard_size < 1:
         raise ConfigError(f"shard_size must be at least 1 byte; found {shard_size}")
-    if shard_size is None and Path(output).suffix in (".pt", ".pth", ".bin", ".ckpt"):
+    if shard_size is None and Path(output).suffix.lower() in (".pt", ".pth", ".bin", ".ckpt"):
         raise ConfigError(
             f"the dense state dict is written as safetensors, which torch.load does not read; found the name {output}; "
             f"name it {Path(output).with_suffix('.safetensors')}"

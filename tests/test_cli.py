@@ -304,13 +304,18 @@ def test_bench_refuses_wrong_usage(folder: Path, arguments: list[str], message: 
     assert message in _refusal("bench", *arguments, "--ratio", 2, exit_code=2)
 
 
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".ckpt", ".PT"])
+def test_densify_refuses_the_names_of_pickles(folder: Path, suffix: str) -> None:
+    refusal = _refusal("densify", "out", "-o", f"dense{suffix}", exit_code=2)
+    assert refusal.strip().endswith(f"found the name dense{suffix}; name it dense.safetensors")
+    assert not (folder / f"dense{suffix}").exists()
+
+
 def test_densify_writes_a_state_dict_that_the_model_takes(folder: Path) -> None:
     _run("good.py", "--ratio", 4, "-o", "out")
     output = _run("densify", "out", "-o", "dense.safetensors").stdout
     state = load_file(folder / "dense.safetensors")
     assert output.strip() == f"{len(state)} tensors written to dense.safetensors"
-    refusal = _refusal("densify", "out", "-o", "dense.pt", exit_code=2)
-    assert refusal.strip().endswith("found the name dense.pt; name it dense.safetensors")
     model = _model(folder)
     model.load_state_dict(state, strict=True)
     converted = roastify.load(folder / "out", _model(folder))
