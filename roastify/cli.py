@@ -25,7 +25,7 @@ from torch import nn
 import roastify
 from roastify import api, report
 from roastify.artifact import check_no_part, check_replaceable, read_artifact, write_artifact
-from roastify.checks.example_inputs import find_inputs, how_to_give
+from roastify.checks.example_inputs import find_inputs, how_to_give, how_to_time
 from roastify.checks.interface import compare_interfaces, observe
 from roastify.checks.model_bench import DTYPES, parse_device
 from roastify.config import Init, RoastConfig, Share
@@ -79,7 +79,8 @@ class _DefaultCommand(click.Group):
         return found or [CompletionItem(incomplete, type="file")]
 
     def _refuse_misspelling(self, ctx: click.Context, args: list[str]) -> None:
-        hint = closest(args[0], self.commands)
+        # A file without its suffix is no command, and its error says more.
+        hint = "" if Path(f"{args[0]}.py").is_file() else closest(args[0], self.commands)
         # A shell that completes a line wants no error.
         if hint and args[0].isalpha() and not ctx.resilient_parsing:
             ctx.fail(f"no command {args[0]!r}{hint}; a model is named as file.py, file.py:NAME or hf:DIRECTORY")
@@ -171,9 +172,9 @@ _EXAMPLES = (
 def main(traceback: bool) -> None:
     """Convert a PyTorch model into one whose large weights share a small trainable pool.
 
-    SOURCE is file.py, file.py:NAME (a module, a class or a function without arguments), hf:DIRECTORY,
-    hf:CONFIG.json, hf:HUB-NAME, timm:NAME or torchvision:NAME. After commas it may have pretrained=true and
-    other keyword arguments, as timm:resnet18,num_classes=10. Where a converted model is wanted, it is the
+    SOURCE is file.py, file.py:NAME (a module, a class or a function), hf:DIRECTORY, hf:CONFIG.json, hf:HUB-NAME,
+    timm:NAME or torchvision:NAME. A NAME in a file, of timm or of torchvision may have keyword arguments after
+    commas, as file.py:build,width=64 or timm:resnet18,pretrained=true. Where a converted model is wanted, SOURCE is the
     folder of an artifact, or one that save_pretrained wrote. Without a command, a source is converted.
     """
 
@@ -523,6 +524,8 @@ def bench(
     found = _load(source, dense, digest)
     if found.converted:
         _refuse_settings(settings, source)
+    if found.example_inputs is None:
+        raise ConfigError(how_to_time(source, found.model))
     measured = api.bench(
         found.model,
         config=None if found.converted else config,

@@ -289,7 +289,8 @@ def test_bench_refuses_a_conversion_that_changes_the_outputs(folder: Path) -> No
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["bare.py"], "error: timing needs example inputs and the source has none; define example_inputs beside the"),
+        (["bare.py"], "error: timing needs example inputs, and bare.py has none; define example_inputs in the file.py"),
+        (["bare.py"], "that returns one; the model takes for example float32[2, 64] on cpu"),
         (["good.py", "--device", "gpu"], "error: device must be cpu, cuda or cuda:N; found 'gpu'"),
         (["good.py", "--device", "cuda:99"], "error: device 'cuda:99' is not available"),
         (["good.py", "--dtype", "int8"], "'int8' is not one of 'float32', 'bfloat16', 'float16'"),
@@ -450,6 +451,12 @@ def test_wrong_usage_exits_with_2_and_says_what_is_wrong(folder: Path, arguments
     before = sorted(folder.iterdir())
     assert message in _refusal(*arguments, exit_code=2)
     assert sorted(folder.iterdir()) == before
+
+
+def test_a_file_without_its_suffix_is_no_misspelled_command(folder: Path) -> None:
+    (folder / "good.py").rename(folder / "benches.py")
+    assert "; did you mean benches.py?" in _refusal("benches", exit_code=2)
+    assert "shared" in _run("plan", "benches.py:Net", "--ratio", 2).stdout
 
 
 @pytest.mark.parametrize("command", [[], ["plan"], ["check"]])
