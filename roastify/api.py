@@ -430,8 +430,9 @@ def save(
 
     Args:
         model: what `convert` returned, trained or not.
-        path: the folder. It is created if missing, and other files in it stay. Only an artifact is replaced: weights
-            or a manifest that roastify did not write are refused.
+        path: the folder. It is created if missing, and other files in it stay. An artifact that is there is replaced
+            without a warning, as files are by `torch.save` and transformers' `save_pretrained`. Weights or a manifest
+            that roastify did not write are refused.
         state_dict: values to write instead of the model's own, under the same keys. A sharded model needs it:
             `torch.distributed.checkpoint.state_dict.get_model_state_dict` gathers its values.
         allow_nonfinite: save NaN and infinite values too. Otherwise a pool that holds them is refused, and so is a kept
