@@ -612,10 +612,12 @@ MORE = """
 def test_recover_converts_trains_and_writes(folder: Path) -> None:
     _write(folder, "data.py", DATA)
     common = ("good.py", "--ratio", 4, "--data", "data.py", "--steps", 6, "--save-every", 3, "--device", "cpu")
+    common += ("--log-every", 2)
     output = _run("recover", *common, "-o", "out", "--json", "report.json").stdout
     for expected in ("as it came", "layers aligned", "after 6 steps", "evaluated", "written to out"):
         assert expected in output
     report = json.loads((folder / "report.json").read_text())
+    assert [point["step"] for point in report["losses"]] == [2, 4, 6]
     assert report["steps"] == 6 and report["after"]["error"] < report["before"]["error"]
     recovered = roastify.load("out", model=_model(folder)).eval()
     with torch.no_grad():
