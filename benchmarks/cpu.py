@@ -21,7 +21,7 @@ from torch import nn
 
 import roastify
 from benchmarks.documents import insert, table
-from benchmarks.rows import FOLDER, Row, dump, machine, write
+from benchmarks.rows import FOLDER, Row, dump, largest_fold, machine, write
 from benchmarks.stats import quartiles
 from roastify.conversion.converted import pool_of
 
@@ -88,7 +88,7 @@ def bench_linear(
         "rows": rows,
         "tile": list(plan.tile),
         "sign": plan.sign,
-        "fold": plan.folds[0].fold if plan.folds else 1,
+        "fold": largest_fold(plan),
         **found,
         "pool_over_dense": found["pool"]["median_ms"] / found["dense"]["median_ms"],
         "limit": limit,

@@ -18,7 +18,7 @@ from benchmarks.documents import insert, listed, paragraph, table
 from benchmarks.page import BATCHES
 from benchmarks.performance_plots import LAYERS, is_usual
 from benchmarks.performance_tables_page import KERNELS, MODELS
-from benchmarks.rows import FOLDER, Row, load, may_fold, write
+from benchmarks.rows import FOLDER, Row, is_folded, load, write
 from benchmarks.stats import mean_text, paired
 from benchmarks.training.plots import MODES
 from benchmarks.training.tables_page import RESULTS as TRAINING
@@ -59,13 +59,13 @@ def layers(rows: Sequence[Row]) -> list[str]:
 def speed(kernels: Sequence[Row], training: Sequence[Row], models: Sequence[Row]) -> str:
     """Return what folds save."""
     lines = ["Dense time ÷ ours, so above 1 ours are faster:", "", *layers(kernels), ""]
-    steps = [row for row in single_rows(training) if may_fold(row)]
+    steps = [row for row in single_rows(training) if is_folded(row) or row["task"].endswith(", no folds")]
     for mode, (title, *_) in MODES.items():
         found = [row for row in steps if row["mode"] == mode]
         named = [f"{row['task']} {row['step_ratio']:.2f}{_ratio(row, found)}" for row in found]
         if named:
             lines.append(paragraph(f"A whole training step, {title}, ÷ the dense one's: {'; '.join(named)}.", "- "))
-    found = [row for row in models if row.get("dense_over_converted") and may_fold(row)]
+    found = [row for row in models if row.get("dense_over_converted") and is_folded(row)]
     named = [
         f"{row['model']}, batch {row['batch']}, {row['dense_over_converted']:.2f}{_ratio(row, found)}" for row in found
     ]

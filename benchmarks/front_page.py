@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
+import torch
 from matplotlib.figure import Figure
 
 from benchmarks import adapters, cpu, plots, pretrained, recovery_page, scale
 from benchmarks.accuracy import table
 from benchmarks.accuracy.language.table import RESULTS as LANGUAGE
 from benchmarks.accuracy.language.table import Table as LanguageTable
+from benchmarks.accuracy.nets import size, text_net
 from benchmarks.accuracy.pruning import SCORES
 from benchmarks.accuracy.readme import README
 from benchmarks.accuracy.tasks import TASKS
@@ -73,6 +75,18 @@ class Figures:
     def untrained(self, case: str) -> str:
         """Cosine to a pretrained model's embeddings, without training."""
         return f"{_only(self.pretrained, case=case)['cosine']:.2f}"
+
+    def smaller(self, case: str) -> str:
+        """How many times fewer bytes that model takes."""
+        return f"÷ {_only(self.pretrained, case=case)['ratio']:.3g}"
+
+    def share_of_table(self) -> float:
+        """Share of a text model's parameters that lie in its table of words, in percent."""
+        with torch.device("meta"):
+            model = text_net(TASKS["imdb"])
+        measured = {row["stored"] for row in self.accuracy.rows if (row["task"], row["method"]) == ("imdb", "dense")}
+        assert measured == {size(model)}, "the rows are of another model"
+        return 100 * size(model.words) / size(model)
 
     def decoding(self, case: str) -> float:
         """Dense time over converted time of a whole model on a GPU."""
@@ -145,8 +159,9 @@ def choices(found: Figures) -> str:
             "do not convert it: its outputs are nonsense",
             f"MLP-mixer: {found.recovered('cifar10', 3.0, 'recovered', 'projected'):.1f} % at ratio 3; MiniLM: a "
             f"cosine of {found.untrained('aligned, 2')} to the dense embeddings at 2",
-            f"rounding: cosine {found.untrained('int8')} (int8, ÷ 4), {found.untrained('int4')} (int4, ÷ 7); low rank: "
-            f"{found.untrained('low rank, 2')} (÷ 2)",
+            f"rounding: cosine {found.untrained('int8')} (int8, {found.smaller('int8')}), {found.untrained('int4')} "
+            f"(int4, {found.smaller('int4')}); low rank: {found.untrained('low rank, 2')} "
+            f"({found.smaller('low rank, 2')})",
         ],
         [
             "many adapters on one base",
@@ -157,7 +172,7 @@ def choices(found: Figures) -> str:
         [
             "embedding tables",
             "`convert(model, ratio=10)`: [example](examples/recommender.py)",
-            f"IMDB, four fifths of it a table: {found.points('imdb', 10.0):.1f} %, dense "
+            f"IMDB, {found.share_of_table():.0f} % of it a table: {found.points('imdb', 10.0):.1f} %, dense "
             f"{found.points('imdb', 1.0, 'dense'):.1f} %",
             f"a narrower table of fewer words at high ratios: {imdb['smaller']:.1f} % at 100, roastify "
             f"{imdb['ours']:.1f} %",
@@ -258,8 +273,10 @@ def speed_plot(found: Figures) -> Figure:
     """Dense time over converted time, of inference and training, gains and losses."""
     cases = [
         *((f"decoding, {name}, ratio 50, batch {batch}", found.decoding(f"{key}/ratio=50/batch={batch}"))
-          for name, key in (("Llama 7 B", "llama-7b"), ("Llama 1.1 B", "llama-1.1b"), ("GPT-2", "gpt2"))
-          for batch in (1, 4)),
+          for name, key, batches in (
+              ("Llama 7 B", "llama-7b", (1, 4)), ("Llama 1.1 B", "llama-1.1b", (1, 16)), ("GPT-2", "gpt2", (1, 16)),
+          )
+          for batch in batches),
         ("encoding, BERT-base, ratio 10, batch 32", found.decoding("bert-base/ratio=10/batch=32")),
         *((f"training, {name}, ratio 10, {mode}", 1 / found.step(f"{key}/{kind}/ratio=10"))
           for name, key, kind, mode in (

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, StaticLayer
 
 import roastify
-from benchmarks.rows import FOLDER, Cases, Row
+from benchmarks.rows import FOLDER, Cases, Row, largest_fold
 from roastify.checks import clocks
 from roastify.checks.model_bench import BenchOptions, Subject, check_and_time, parse_device, prepare
 from roastify.conversion.converted import pool_of
@@ -261,6 +261,7 @@ def measure_batch(
                 "graph": run.options.graph,
                 "tile": list(plan.tile),
                 "sign": plan.sign,
+                "fold": largest_fold(plan),
                 "pool_bytes": plan.pool_numel * DTYPE.itemsize,
                 "prepared_s": {"dense": dense_side.seconds, "converted": side.seconds},
                 **found.to_dict(),

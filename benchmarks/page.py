@@ -21,7 +21,7 @@ from benchmarks.performance_tables_page import (
     with_ours,
 )
 from benchmarks.performance_tables_page import markdown as tables_markdown
-from benchmarks.rows import Row, load, may_fold, write
+from benchmarks.rows import Row, is_folded, load, write
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "performance.md"
 TABLES = "results/performance-tables.md"
@@ -49,9 +49,9 @@ LIMITS = """
 An aim is what this project set itself before measuring. {met} of {all} are met.
 """
 MODELS_ABOUT = """
-Both sides under `torch.compile`. A decoding step has one new token for each sequence. "Folds" marks models that were
-converted since layers can be folded; the others were not measured with folds. Peak memory is a side's weights and what
-one call allocates.
+Both sides under `torch.compile`. A decoding step has one new token for each sequence. "Folds" marks models with
+folded layers; the others were measured before layers could be folded. Peak memory is a side's weights and what one call
+allocates.
 """
 WHY = """
 Why the others are missed: between the least time (every weight read once, from the cache) and a small layer's time lie
@@ -122,7 +122,7 @@ def whole_models(found: Results) -> Iterator[str]:
 
 
 def _case(row: Row) -> str:
-    return f"batch {row['batch']}, ratio {row['ratio']:g}{', with folds' if may_fold(row) else ''}"
+    return f"batch {row['batch']}, ratio {row['ratio']:g}{', with folds' if is_folded(row) else ''}"
 
 
 def batch_text(count: int) -> str:

@@ -27,7 +27,7 @@ from benchmarks.plots import (
     plain_ticks,
     save,
 )
-from benchmarks.rows import Row, may_fold
+from benchmarks.rows import Row, is_folded
 
 # The layers that are drawn; the tables have the others.
 LAYERS = {
@@ -136,7 +136,7 @@ def models(rows: Sequence[Row]) -> Figure | None:
     figure, axes = plt.subplots(figsize=(WIDTH, 0.32 * len(rows) + 1.2))
     values = [row["dense_over_converted"] for row in rows]
     names = [
-        f"{row['model']}, {row['kind']}, batch {row['batch']}, ratio {row['ratio']:g}" + ", folds" * may_fold(row)
+        f"{row['model']}, {row['kind']}, batch {row['batch']}, ratio {row['ratio']:g}" + ", folds" * is_folded(row)
         for row in rows
     ]
     bars(axes, names, values, [value >= 1 for value in values])

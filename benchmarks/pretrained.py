@@ -158,12 +158,13 @@ def embeddings(model: nn.Module, inputs: list[Tensor]) -> Tensor:
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """Return the table of the raw rows."""
+    """Return the table of the raw rows; a method that was not measured has a dash."""
     rows = {row["case"]: row for row in result["rows"]}
     lines = [
-        [title, f"{rows[case]['ratio']:.1f}", f"{rows[case]['cosine']:.3f}"]
+        [title, f"{row['ratio']:.1f}", f"{row['cosine']:.3f}"]
+        if (row := rows.get(case))
+        else [title, case.partition(", ")[2] or "–", "–"]
         for case, (title, _) in METHODS.items()
-        if case in rows
     ]
     about = (
         f"Cosine between embeddings of {TEST} held-out reviews and the dense model's, mean, from "

@@ -13,12 +13,11 @@ import click
 import numpy as np
 import torch
 
+from roastify import RoastPlan
 from roastify.checks import clocks
 
 Row = dict[str, Any]
 FOLDER = Path(__file__).parent / "results"
-# Models whose rows are older were converted before layers could be folded; since then large ones are by default.
-_FOLDS_SINCE = "2026-11-30"
 
 
 def machine(device: str | torch.device, *names: str) -> Row:
@@ -32,9 +31,14 @@ def machine(device: str | torch.device, *names: str) -> Row:
     return {name: more.get(name) for name in names} if names else found
 
 
-def may_fold(row: Row) -> bool:
-    """Whether a row is of a model that was converted since layers can be folded."""
-    return (row.get("date") or row["machine"]["date"]) >= _FOLDS_SINCE
+def largest_fold(plan: RoastPlan) -> int:
+    """Return the largest fold of a plan's layers, which rows say as `fold`; 1 if none is folded."""
+    return max((each.fold for each in plan.folds), default=1)
+
+
+def is_folded(row: Row) -> bool:
+    """Whether a row is of a model with folded layers."""
+    return bool(row["fold"] > 1)
 
 
 def write(path: Path, text: str) -> None:

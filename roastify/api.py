@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import inspect
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, get_args, overload
@@ -29,6 +30,7 @@ from roastify.conversion.planner import make_plan
 from roastify.conversion.progress_kept import KeptProgress
 from roastify.conversion.rewrite import apply_plan, build_pool, copy_weights, copy_without, restore_dense
 from roastify.conversion.supported import check_convertible, check_has_values, checked_module, device_of
+from roastify.conversion.trained_weights import trained_norms
 from roastify.errors import ConfigError, OutputMismatch, closest
 from roastify.manifest import builder_in
 from roastify.pool.plan import RoastPlan
@@ -98,9 +100,9 @@ def convert(
 
     A shared tensor becomes `W = λ · sign · pool[slot(t)]` for each of its tiles `t`. For a large convolution, the pool
     holds the coefficients of a few learned kernels instead (`RoastConfig.kernel_basis`). The class, the forward
-    signature, hooks, modes and attributes stay. A converted model must be trained. With `init="match"` the pool starts
-    at random. With `init="project"` it starts as the least-squares fit of the model's weights, which at high ratios is
-    still far from them.
+    signature, hooks, modes and attributes stay. A converted model must be trained. By default (`init="match"`) the pool
+    starts at random, whatever the model's weights are. With `init="project"` it starts as the least-squares fit of the
+    model's weights, which at high ratios is still far from them; `recover` trains it further.
 
     Args:
         model: any module with real weights on one device. It is left unchanged, whatever happens, unless `inplace`.
@@ -112,7 +114,8 @@ def convert(
         include: patterns of tensors or modules that may be shared (exact name, glob or `re:…`); `adapters`: those of a
             PEFT model.
         exclude: patterns of tensors or modules that stay dense.
-        init: `match` (training from scratch) or `project` (pretrained weights).
+        init: `match` (training from scratch) or `project` (pretrained weights); default: the config's, where `auto` is
+            `match`, with a warning if the model's norm layers show that it was trained.
         seed: the seed of the mapping and of the pool's initial values.
         inplace: convert the model itself instead of a copy.
         resume: for huge models with `init="project"`: a folder in which progress is kept every five minutes, and from
@@ -133,7 +136,8 @@ def convert(
         CheckpointError: the folder to resume from is of another model or other settings, damaged, or not writable.
     """
     own = {"ratio": ratio, "include": include, "exclude": exclude, "init": init, "seed": seed}
-    chosen = _settings(convert, config, own, settings)
+    asked = _settings(convert, config, own, settings)
+    chosen = _with_init(asked)
     if resume is not None and chosen.init != "project":
         raise ConfigError(f'only a conversion with init="project" can be resumed; found init={chosen.init!r}')
     if emit not in get_args(Emit):
@@ -155,6 +159,7 @@ def convert(
         pool = build_pool(planned, device_of(model))
         fill_pool(pool, model, planned, chosen.init, progress)
         shared = {id(model.get_parameter(tensor.name)) for tensor in planned.shared}
+        trained = trained_norms(model, planned) if asked.init == "auto" else []
         target = model if inplace else copy_without(model, shared)
         restore_dense_layers = apply_plan(target, planned, pool)
         exact = chosen.init == "project" and planned.no_sharing
@@ -171,6 +176,8 @@ def convert(
                 undo()
                 continue
             compare_interfaces(before, observe(target, example_inputs, who="converted"))
+            if trained:
+                _warn_of_lost_training(trained[0])
             if emit == "model":
                 return target
             graph = emit_graph(target)
@@ -185,6 +192,15 @@ def convert(
         except BaseException:
             undo()
             raise
+
+
+def _warn_of_lost_training(norm: str) -> None:
+    warnings.warn(
+        f"the model was trained (its norm layer {norm} shows that), and its shared weights now start at random, as for "
+        f'training from scratch; pass init="project" (--init project) to start from the model\'s weights, then '
+        f'roastify.recover to train them; init="match" says that a random start is meant',
+        stacklevel=3,
+    )
 
 
 def _kept_progress(folder: Path, model: nn.Module, planned: RoastPlan) -> KeptProgress:
@@ -213,7 +229,7 @@ def plan(
     Arguments and errors are those of `convert`. If the model is not on the meta device, the plan holds λ as well.
     """
     own = {"ratio": ratio, "include": include, "exclude": exclude, "init": init, "seed": seed}
-    chosen = _settings(plan, config, own, settings)
+    chosen = _with_init(_settings(plan, config, own, settings))
     check_convertible(model)
     with working("tracing and planning"):
         planned = make_plan(model, trace(model), chosen)
@@ -303,7 +319,7 @@ def bench(
         ConversionError: see `convert`.
     """
     own = {"ratio": ratio, "include": include, "exclude": exclude, "init": init, "seed": seed}
-    chosen = _settings(bench, config, own, settings)
+    chosen = _with_init(_settings(bench, config, own, settings))
     options = BenchOptions(
         device=parse_device(device),
         dtype=parse_dtype(dtype),
@@ -414,8 +430,9 @@ def save(
 
     Args:
         model: what `convert` returned, trained or not.
-        path: the folder. It is created if missing, and other files in it stay. Only an artifact is replaced: weights
-            or a manifest that roastify did not write are refused.
+        path: the folder. It is created if missing, and other files in it stay. An artifact that is there is replaced
+            without a warning, as files are by `torch.save` and transformers' `save_pretrained`. Weights or a manifest
+            that roastify did not write are refused.
         state_dict: values to write instead of the model's own, under the same keys. A sharded model needs it:
             `torch.distributed.checkpoint.state_dict.get_model_state_dict` gathers its values.
         allow_nonfinite: save NaN and infinite values too. Otherwise a pool that holds them is refused, and so is a kept
@@ -539,7 +556,7 @@ def densify_artifact(
 
     if shard_size is not None and shard_size < 1:
         raise ConfigError(f"shard_size must be at least 1 byte; found {shard_size}")
-    if shard_size is None and Path(output).suffix in (".pt", ".pth", ".bin", ".ckpt"):
+    if shard_size is None and Path(output).suffix.lower() in (".pt", ".pth", ".bin", ".ckpt"):
         raise ConfigError(
             f"the dense state dict is written as safetensors, which torch.load does not read; found the name {output}; "
             f"name it {Path(output).with_suffix('.safetensors')}"
@@ -564,19 +581,27 @@ def _settings(
             known = {*names, *inspect.signature(function).parameters} - {"settings"}
             hint = closest(name, sorted(known))
             raise ConfigError(f"{function.__name__} has no argument or setting {name!r}{hint}; all: {', '.join(names)}")
-    return settings_from(config, **own, **more)
+    return _merged(config, **own, **more)
 
 
 def settings_from(config: RoastConfig | str | Path | None, **arguments: Any) -> RoastConfig:
     """Return the settings of a config, or of a TOML file, that arguments override; `init="auto"` is `match` here."""
+    return _with_init(_merged(config, **arguments))
+
+
+def _with_init(settings: RoastConfig) -> RoastConfig:
+    """Return the settings with `match` for `auto`: what a model's weights are worth, only its user knows."""
+    return settings.replace(init="match") if settings.init == "auto" else settings
+
+
+def _merged(config: RoastConfig | str | Path | None, **arguments: Any) -> RoastConfig:
     if config is None:
         config = RoastConfig()
     elif isinstance(config, str | Path):
         config = RoastConfig.from_toml(config)
     elif not isinstance(config, RoastConfig):
         raise ConfigError(f"config must be a RoastConfig or the path of a TOML file; found {type(config).__name__}")
-    settings = config.replace(**arguments)
-    return settings.replace(init="match") if settings.init == "auto" else settings
+    return config.replace(**arguments)
 
 
 def _check_path(path: object, call: str) -> None:

@@ -78,3 +78,10 @@ def describe(leaf: Any) -> str:
     if isinstance(leaf, Tensor):
         return f"{str(leaf.dtype).removeprefix('torch.')}{list(leaf.shape)} on {leaf.device}"
     return type(leaf).__name__
+
+
+def describe_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """Return what a model is called with, each argument as `describe` has it."""
+    parts = [describe(value) for value in args]
+    parts += [f"{name}={describe(value)}" for name, value in kwargs.items()]
+    return ", ".join(parts) or "nothing"

@@ -21,7 +21,7 @@ _GROUPS = {
         *("output_weight", "feature_weight", "task_weight", "evaluate_every", "bfloat16"),
     ),
     "Measuring": ("batches", "dtype", "train", "compile", "no_graph", "seconds"),
-    "Output": ("output", "shard_size", "resume", "save_every", "full", "json_file", "plot_file"),
+    "Output": ("output", "shard_size", "resume", "save_every", "log_every", "full", "json_file", "plot_file"),
 }
 # Wider options have their text on the next line.
 _OPTION_WIDTH = 26

@@ -22,7 +22,8 @@ _WORDS = {"tensor": 32, "reason": 19, "op": 17}
 # Columns that a short line has no room for, the first to go first. A pipe and `--json` have them.
 _LEFT_OUT = ("λ", "tiles", "op")
 _START = {
-    "match": "random, to train from scratch; --init project keeps pretrained weights",
+    "match": "random, to train from scratch: the model's weights are not kept; "
+    'init="project" (--init project), then recover, keeps them',
     "project": "fitted to the model's weights; roastify recover brings its outputs back",
 }
 

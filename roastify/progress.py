@@ -14,6 +14,8 @@ from typing import Any, Self, TypeVar
 from roastify.printable import printable
 
 _PATIENCE_S = 1.0
+# Between two lines of JSON, unless a user says how often: a run of a minute has a dozen.
+_BETWEEN_LINES_S = 5.0
 _REDRAW_S = 0.25
 _BAR_CELLS = 20
 _Item = TypeVar("_Item")
@@ -195,24 +197,36 @@ def working(description: str) -> Iterator[None]:
 
 
 class JsonLines:
-    """Numbers as lines of JSON on standard error, for whoever reads it instead of a terminal.
+    """The numbers of a training as lines of JSON on standard error, for whoever reads it instead of a terminal.
 
-    Nothing is written before the work has taken over a second; then all lines are.
+    Nothing is written before the work has taken over a second. A point of the loss curve that comes within five seconds
+    of another line is left out, unless it is the last. Evaluations are always written.
 
     Args:
         work: the name of the work, which every line has as `roastify`.
+        steps: how many steps there are, which every line has too.
+        every_point: whether no point is left out.
     """
 
-    def __init__(self, work: str) -> None:
-        self.work = work
+    def __init__(self, work: str, steps: int, every_point: bool = False) -> None:
+        self.work, self.steps, self.every_point = work, steps, every_point
         self.begun = time.monotonic()
+        self.last: float | None = None
         self._waiting: list[str] = []
 
     def write(self, numbers: dict[str, Any]) -> None:
-        """Write a line, unless standard error is a terminal."""
+        """Write the numbers of a step as a line, unless standard error is a terminal.
+
+        Args:
+            numbers: `step` and, if they are a point of the loss curve, `loss`.
+        """
         if sys.stderr.isatty():
             return
-        self._waiting.append(json.dumps({"roastify": self.work, **numbers}))
-        if time.monotonic() - self.begun > _PATIENCE_S:
+        now = time.monotonic()
+        kept = self.every_point or "loss" not in numbers or numbers["step"] == self.steps
+        if kept or self.last is None or now - self.last >= _BETWEEN_LINES_S:
+            self._waiting.append(json.dumps({"roastify": self.work, **numbers, "steps": self.steps}))
+            self.last = now
+        if self._waiting and now - self.begun > _PATIENCE_S:
             print(*self._waiting, sep="\n", file=sys.stderr, flush=True)  # noqa: T201
             self._waiting.clear()

@@ -268,7 +268,7 @@ class _Sweep:
         self.device = device_of(model)
         self.generators = [(each, each.get_state()) for each in generators_of(data)]
         self.inputs = on_device(self._first_batch() if example_inputs is None else example_inputs, self.device)
-        self.lines = JsonLines("sweep")
+        self.lines = JsonLines("sweep", options.steps, every_point=options.log_every > 0)
 
     def run(self, configs: Sequence[RoastConfig], trained: bool) -> SweepReport:
         evaluation = self._evaluation_of_dense()

@@ -1,8 +1,8 @@
 """Loads the model that a `SOURCE` names, and the batches that a `DATA` names.
 
 A source is `file.py`, `file.py:NAME`, `hf:` with a local directory, a config file or a hub name, `timm:NAME` or
-`torchvision:NAME` with keyword arguments, the folder of an artifact, or one that `save_pretrained` of a converted model
-wrote. Data is `file.py` or `file.py:NAME`.
+`torchvision:NAME`, the folder of an artifact, or one that `save_pretrained` of a converted model wrote. NAME may have
+keyword arguments after commas. Data is `file.py` or `file.py:NAME`.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from roastify.model_libraries import Library, create_model, example_input_of, ha
 
 # A function with such a name and without required arguments counts as the file's model builder.
 _BUILDER = re.compile(r"(build|make|create|get|load)?_?(model|net|network)", re.IGNORECASE)
+# A file, a name in it, and arguments for what has that name.
+_NAMED = re.compile(r"(.*?\.py):([^\W\d]\w*(?:,.*)?)")
 _EXAMPLE_INPUTS = "example_inputs"
 _DATA = "data"
 
@@ -94,9 +96,13 @@ def load_data(name: str) -> DataSource:
         SourceError: the file does not exist, does not import, or has no such name.
     """
     _check_name(name)
-    path, attribute = _split_name(name)
+    path, attribute, arguments = _split_name(name)
     if path.suffix != ".py" or not path.is_file():
-        raise SourceError(f"{name}: there is no Python file {path}; expected file.py or file.py:NAME")
+        raise SourceError(
+            f"{name}: there is no Python file {path}; expected file.py or file.py:NAME{_meant(name, path)}"
+        )
+    if arguments:
+        raise SourceError(f"{name}: batches take no arguments; define a name for what you want, as {path}:NAME")
     with _beside(path):
         module = _import(path)
     attribute = attribute or _DATA
@@ -136,8 +142,7 @@ def load_source(name: str, *, dense: str | None = None, digest: str | None = Non
         return _from_transformers(name, name)
     if scheme in ("timm", "torchvision") and name != scheme:
         return _from_library(name, cast(Library, scheme), rest)
-    path, attribute = _split_name(name)
-    return _from_file(name, path, attribute)
+    return _from_file(name, *_split_name(name))
 
 
 def is_artifact(name: str) -> bool:
@@ -192,14 +197,21 @@ def _check_name(name: str) -> None:
             raise SourceError(f"{reprlib.repr(name)} cannot be the name of a file: {error.strerror}") from error
 
 
-def _split_name(name: str) -> tuple[Path, str | None]:
+def _split_name(name: str) -> tuple[Path, str | None, dict[str, Any]]:
+    named = _NAMED.fullmatch(name)
+    return (Path(name), None, {}) if named is None else (Path(named[1]), *parse_model(named[2]))
+
+
+def _meant(name: str, path: Path) -> str:
+    """Return the file that may have been meant: its suffix was left out, or its name is nearly that of another."""
     head, colon, tail = name.rpartition(":")
-    if colon and tail.isidentifier() and head.endswith(".py"):
-        return Path(head), tail
-    return Path(name), None
+    for file, rest in ((name, ""), (head, colon + tail)):
+        if file and Path(f"{file}.py").is_file():
+            return f"; did you mean {file}.py{rest}?"
+    return closest(path.name, (each.name for each in path.parent.glob("*.py"))) if path.suffix == ".py" else ""
 
 
-def _from_file(name: str, path: Path, attribute: str | None) -> Source:
+def _from_file(name: str, path: Path, attribute: str | None, arguments: Mapping[str, Any]) -> Source:
     if path.suffix != ".py":
         found = " (the file exists, but is not a Python file)" if path.is_file() else ""
         if name and path.is_dir():
@@ -207,10 +219,10 @@ def _from_file(name: str, path: Path, attribute: str | None) -> Source:
             found = f" (the folder has a config.json: hf:{name})" if is_hf else f" (the folder has no {MANIFEST})"
         raise SourceError(
             f"{name}: expected file.py, file.py:NAME, hf:DIRECTORY, timm:NAME, torchvision:NAME or an artifact's folder"
-            + found
+            + (found or _meant(name, path))
         )
     if not path.is_file():
-        raise SourceError(f"{name}: there is no file {path}")
+        raise SourceError(f"{name}: there is no file {path}{_meant(name, path)}")
     with _beside(path):
         module = _import(path)
     if attribute is None:
@@ -221,7 +233,7 @@ def _from_file(name: str, path: Path, attribute: str | None) -> Source:
 
     def build() -> nn.Module:
         with _beside(path):
-            return _build(path, attribute, getattr(module, attribute))
+            return _build(path, attribute, getattr(module, attribute), arguments)
 
     model = build()
     with _beside(path):
@@ -325,21 +337,42 @@ def _returns_module(function: Callable[..., Any]) -> bool:
     return isinstance(returned, type) and issubclass(returned, nn.Module)
 
 
-def _build(path: Path, attribute: str, value: Any) -> nn.Module:
+def _build(path: Path, attribute: str, value: Any, arguments: Mapping[str, Any]) -> nn.Module:
     if isinstance(value, nn.Module):
+        if arguments:
+            raise SourceError(
+                f"{path}:{attribute} is a model already and takes no arguments; name a function or a class, or leave "
+                f"them out"
+            )
         return value
     if not callable(value):
         raise SourceError(
             f"{path}:{attribute} is a {type(value).__name__}; expected a torch.nn.Module, a class of one, or a "
-            f"function without arguments that returns one"
+            f"function that returns one"
         )
+    call = f"{path}:{attribute}({', '.join(f'{key}={given!r}' for key, given in arguments.items())})"
+    if (wrong := _misfit(value, arguments)) is not None:
+        raise SourceError(f"{call}: {wrong}; arguments come after commas, as {path}:{attribute},key=value,key=value")
     try:
-        model = value()
+        model = value(**arguments)
     except Exception as error:  # whatever the user's code raises
-        raise SourceError(f"{path}:{attribute}() fails: {type(error).__name__}: {error}") from error
+        raise SourceError(f"{call} fails: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
-        raise SourceError(f"{path}:{attribute}() returned a {type(model).__name__}; expected a torch.nn.Module")
+        raise SourceError(f"{call} returned a {type(model).__name__}; expected a torch.nn.Module")
     return model
+
+
+def _misfit(value: Callable[..., Any], arguments: Mapping[str, Any]) -> str | None:
+    """Return why a function does not take these arguments, or None if it does, or does not say what it takes."""
+    try:
+        signature = inspect.signature(value)
+    except (TypeError, ValueError):
+        return None
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        return str(error)
+    return None
 
 
 def _example_inputs(path: Path, module: ModuleType) -> Any:

@@ -72,6 +72,8 @@ def _language_model() -> None:
 def _classifier() -> nn.Module:
     import transformers
 
+    # The same weights each time: adapters are of one base.
+    torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     return transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=100, **sizes))
 
@@ -89,6 +91,11 @@ def _batches() -> list[Tensor]:
     return list(torch.randn(64, 64, generator=torch.Generator().manual_seed(1)).split(16))
 
 
+def _labelled() -> list[dict[str, Tensor]]:
+    words = torch.randint(100, (2, 4, 16), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": each, "labels": torch.tensor([0, 1, 0, 1])} for each in words]
+
+
 SETUPS: dict[str, Callable[[], Any]] = {
     "model": Net,
     "dense": lambda: Net().eval(),
@@ -102,6 +109,7 @@ SETUPS: dict[str, Callable[[], Any]] = {
     "y": lambda: torch.arange(16) % 10,
     "loader": _batches,
     "batches": _batches,
+    "labelled": _labelled,
     "words": lambda: {"input_ids": torch.arange(32).view(2, 16)},
     "digest": _digest,
     "student": lambda: roastify.convert(Net(), ratio=4, init="project"),

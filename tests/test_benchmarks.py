@@ -304,7 +304,7 @@ def test_the_error_names_an_unknown_regime(small: None) -> None:
 def test_the_page_shows_whole_models(tmp_path: Path) -> None:
     machine = MACHINE | {"tile": [128, 64]}
     row = {"case": "llama-1.1b/ratio=50/batch=1", "model": "llama", "kind": "decoding step", "batch": 1, "ratio": 50,
-           "date": "2026-12-01"}  # fmt: skip
+           "fold": 8}  # fmt: skip
     dense, converted = ({"time": {"median_ms": ms}, "peak_bytes": size} for ms, size in ((3.0, 2e9), (2.5, 5e7)))
     sides = {"dense": dense, "converted": converted, "dense_over_converted": 1.2, "pool_bytes": 44e6}
     models = [row | sides, row | {"case": "another", "failed": "no memory"}]

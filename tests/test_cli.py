@@ -114,7 +114,8 @@ def test_the_default_command_converts_verifies_and_reports(folder: Path, command
     assert f"{plan.achieved_ratio:.2f} (asked 4)" in output
     assert "same: (x, scale: float = 1.0)" in output
     assert "same structure, shape, dtype in eval and train:" in output and "output float32[2, 64] on cpu" in output
-    assert "random, to train from scratch; --init project keeps pretrained weights" in " ".join(output.split())
+    start = 'the model\'s weights are not kept; init="project" (--init project), then recover, keeps them'
+    assert f"random, to train from scratch: {start}" in " ".join(output.split())
     assert "nothing written; give -o FOLDER for the artifact" in output
     assert sorted(path.name for path in folder.iterdir()) == ["good.py"]
 
@@ -288,7 +289,8 @@ def test_bench_refuses_a_conversion_that_changes_the_outputs(folder: Path) -> No
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["bare.py"], "error: timing needs example inputs and the source has none; define example_inputs beside the"),
+        (["bare.py"], "error: timing needs example inputs, and bare.py has none; define example_inputs in the file.py"),
+        (["bare.py"], "that returns one; the model takes for example float32[2, 64] on cpu"),
         (["good.py", "--device", "gpu"], "error: device must be cpu, cuda or cuda:N; found 'gpu'"),
         (["good.py", "--device", "cuda:99"], "error: device 'cuda:99' is not available"),
         (["good.py", "--dtype", "int8"], "'int8' is not one of 'float32', 'bfloat16', 'float16'"),
@@ -303,13 +305,18 @@ def test_bench_refuses_wrong_usage(folder: Path, arguments: list[str], message: 
     assert message in _refusal("bench", *arguments, "--ratio", 2, exit_code=2)
 
 
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".ckpt", ".PT"])
+def test_densify_refuses_the_names_of_pickles(folder: Path, suffix: str) -> None:
+    refusal = _refusal("densify", "out", "-o", f"dense{suffix}", exit_code=2)
+    assert refusal.strip().endswith(f"found the name dense{suffix}; name it dense.safetensors")
+    assert not (folder / f"dense{suffix}").exists()
+
+
 def test_densify_writes_a_state_dict_that_the_model_takes(folder: Path) -> None:
     _run("good.py", "--ratio", 4, "-o", "out")
     output = _run("densify", "out", "-o", "dense.safetensors").stdout
     state = load_file(folder / "dense.safetensors")
     assert output.strip() == f"{len(state)} tensors written to dense.safetensors"
-    refusal = _refusal("densify", "out", "-o", "dense.pt", exit_code=2)
-    assert refusal.strip().endswith("found the name dense.pt; name it dense.safetensors")
     model = _model(folder)
     model.load_state_dict(state, strict=True)
     converted = roastify.load(folder / "out", _model(folder))
@@ -444,6 +451,12 @@ def test_wrong_usage_exits_with_2_and_says_what_is_wrong(folder: Path, arguments
     before = sorted(folder.iterdir())
     assert message in _refusal(*arguments, exit_code=2)
     assert sorted(folder.iterdir()) == before
+
+
+def test_a_file_without_its_suffix_is_no_misspelled_command(folder: Path) -> None:
+    (folder / "good.py").rename(folder / "benches.py")
+    assert "; did you mean benches.py?" in _refusal("benches", exit_code=2)
+    assert "shared" in _run("plan", "benches.py:Net", "--ratio", 2).stdout
 
 
 @pytest.mark.parametrize("command", [[], ["plan"], ["check"]])
@@ -599,10 +612,12 @@ MORE = """
 def test_recover_converts_trains_and_writes(folder: Path) -> None:
     _write(folder, "data.py", DATA)
     common = ("good.py", "--ratio", 4, "--data", "data.py", "--steps", 6, "--save-every", 3, "--device", "cpu")
+    common += ("--log-every", 2)
     output = _run("recover", *common, "-o", "out", "--json", "report.json").stdout
     for expected in ("as it came", "layers aligned", "after 6 steps", "evaluated", "written to out"):
         assert expected in output
     report = json.loads((folder / "report.json").read_text())
+    assert [point["step"] for point in report["losses"]] == [2, 4, 6]
     assert report["steps"] == 6 and report["after"]["error"] < report["before"]["error"]
     recovered = roastify.load("out", model=_model(folder)).eval()
     with torch.no_grad():

@@ -43,6 +43,16 @@ def test_the_readmes_figures_are_the_committed_results() -> None:
     assert tiles_picture.svg() == tiles_picture.PICTURE.read_text()
 
 
+def test_sizes_in_the_tables_follow_the_rows() -> None:
+    found = front_page.Figures()
+    for row in found.pretrained:
+        if row["case"] in ("int8", "int4"):
+            row["ratio"] *= 2
+    shown = front_page.choices(found)
+    assert "(int8, ÷ 7.93)" in shown and "(int4, ÷ 14.9)" in shown
+    assert 80 < found.share_of_table() < 84
+
+
 def test_the_readme_is_short_and_its_first_screen_says_when_not() -> None:
     lines = README.read_text().splitlines()
     assert len(lines) <= MOST_LINES

@@ -425,7 +425,7 @@ def test_agreement_is_that_of_the_worst_output() -> None:
         ({"seconds": 0}, "seconds must be a positive number; found 0"),
         ({"seconds": float("inf")}, "found inf"),
         ({"seconds": float("nan")}, "found nan"),
-        ({"inputs": None}, "timing needs example inputs and the source has none; define example_inputs beside"),
+        ({"inputs": None}, "timing needs example inputs; pass example_inputs: a tensor, a tuple of positional"),
         ({"ratio": 0.5}, "ratio must be at least 1"),
     ],
 )

@@ -18,6 +18,7 @@ from benchmarks import (
     peers,
     peers_page,
     plots,
+    pretrained,
     recovery_page,
     rows,
     signs_page,
@@ -201,9 +202,11 @@ def test_the_page_of_folds_is_the_committed_results() -> None:
 
 def test_the_page_of_folds_leaves_out_what_is_not_measured() -> None:
     assert folding_page.accuracy([]) == "" and "training step" not in folding_page.speed([], [], [])
-    step = {"mode": "graphed", "task": "a", "ratio": 10, "step_ratio": 0.5, "machine": {"date": "2026-12-01"}}
-    before = step | {"step_ratio": 0.9, "machine": {"date": "2026-11-01"}}
-    assert "as a CUDA graph, ÷ the dense one's: a 0.50." in folding_page.speed([], [step, before], [])
+    step = {"mode": "graphed", "task": "a", "ratio": 10, "step_ratio": 0.5, "fold": 8}
+    before = step | {"step_ratio": 0.9, "fold": 1}
+    beside = before | {"task": "a, no folds"}
+    shown = folding_page.speed([], [step, before, beside], [])
+    assert "as a CUDA graph, ÷ the dense one's: a 0.50; a, no folds 0.90." in " ".join(shown.split())
 
 
 def test_page_of_adapters_is_the_committed_results() -> None:
@@ -219,6 +222,15 @@ def test_the_page_of_peers_is_the_committed_answers_to_the_trials_as_they_are() 
         assert row["lines"] == peers.lines_of(row["tool"], row["feature"]), "the trial has changed since it was run"
     found = {(row["tool"], row["feature"]) for row in result["rows"]}
     assert found == peers.TRIALS.keys() == {(tool, feature) for tool in peers.TOOLS for feature in peers.FEATURES}
+
+
+def test_a_method_that_was_not_measured_has_a_line_with_a_dash() -> None:
+    result = rows.load(pretrained.RESULTS)
+    text = pretrained.markdown(result)
+    assert text.count("\n| ") == 1 + len(pretrained.METHODS) and "–" not in text
+    result["rows"] = [row for row in result["rows"] if row["case"] not in ("aligned, 4", "int8")]
+    found = pretrained.markdown(result)
+    assert "| roastify, aligned | 4 | – |" in found and "| int8, rounded | – | – |" in found
 
 
 @pytest.mark.long

@@ -11,9 +11,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Most of these pages is written by the programs that measure.
 MEASURED = {f"{name}.md" for name in "accuracy coverage folding performance scale signs training-cost".split()}
+QUICKSTARTS = ROOT / "docs" / "quickstart"
 PAGES = [
     page
-    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+    for page in (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), *sorted(QUICKSTARTS.glob("*.md")))
     if page.name not in MEASURED
 ]
 WIDTH, MOST_WORDS = 120, 40
@@ -56,7 +57,7 @@ def test_a_sentence_ends_where_a_reader_sees_its_end() -> None:
     assert list(filter(None, sentences(page))) == ["One two.", "Three code six", "a [b].", "D!"]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_pages_are_short_sentences_in_narrow_lines(page: Path) -> None:
     text = page.read_text()
     wide = [line for line in prose(text).splitlines() if len(line) > WIDTH]

@@ -61,12 +61,34 @@ def test_without_a_terminal_each_point_is_a_line_of_json(impatient: None, capsys
 
 
 def test_lines_of_short_work_are_not_written(capsys: pytest.CaptureFixture[str]) -> None:
-    lines = progress.JsonLines("recover")
+    lines = progress.JsonLines("recover", 9)
     lines.write({"step": 1})
     assert capsys.readouterr().err == ""
     lines.begun -= 2
     lines.write({"step": 2})
-    assert capsys.readouterr().err == '{"roastify": "recover", "step": 1}\n{"roastify": "recover", "step": 2}\n'
+    written = '{"roastify": "recover", "step": 1, "steps": 9}\n{"roastify": "recover", "step": 2, "steps": 9}\n'
+    assert capsys.readouterr().err == written
+
+
+def test_points_soon_after_a_line_are_no_lines_unless_asked_for(
+    impatient: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense, logged = cases.teacher(), list[int]()
+    evaluated: dict[str, Any] = {"evaluate": lambda model: 1, "evaluate_every": 20}
+    report = roastify.recover(cases.student_of(dense), dense, cases.batches(), 30, **evaluated)
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    # The first point, two evaluations, the last point: of 30.
+    assert [(line["step"], "loss" in line) for line in lines] == [(1, True), (20, False), (30, True), (30, False)]
+    assert len(report.losses) == 30
+    roastify.recover(
+        cases.student_of(dense), dense, cases.batches(), 30, on_log=lambda numbers: logged.append(numbers["step"])
+    )
+    assert logged == [*range(1, 31)] and not capsys.readouterr().err
+    slow = progress.JsonLines("recover", 9)
+    for step in range(1, 4):
+        slow.write({"step": step, "loss": 1.0})
+        slow.last = (slow.last or 0.0) - 6 * (step == 2)
+    assert [json.loads(line)["step"] for line in capsys.readouterr().err.splitlines()] == [1, 3]
 
 
 def test_a_terminal_shows_the_loss_and_the_time_left(impatient: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from roastify.errors import SourceError
-from roastify.source import Source, load_source
+from roastify.source import Source, load_data, load_source
 
 NET = """
     import torch
@@ -99,6 +99,20 @@ def test_a_name_chooses_among_many(write: Callable[..., Path], attribute: str, w
     )
     source = load_source(f"{path}:{attribute}")
     assert source.model.fc.in_features == width
+
+
+def test_a_class_or_builder_takes_keyword_arguments_after_commas(write: Callable[..., Path]) -> None:
+    path = write(_net_and("def build(width, depth=1, *, name='x'):\n    return Net(width)\nmine = Net(9)"))
+    assert load_source(f"{path}:build,width=7,name=a:b").build().fc.in_features == 7
+    assert load_source(f"{path}:Net,width=3").model.fc.in_features == 3
+    for arguments, message in (
+        (":build,depth=2", ":build(depth=2): missing a required argument: 'width'; arguments come after commas, as"),
+        (":build,width=2,wide=3", ":build(width=2, wide=3): got an unexpected keyword argument 'wide'; arguments come"),
+        (":build,width=wide", ":build(width='wide') fails: TypeError: "),
+        (":mine,width=3", ":mine is a model already and takes no arguments; name a function or a class, or leave"),
+    ):
+        assert _refusal(f"{path}{arguments}").startswith(f"{path}{message}")
+    assert "'width' is not key=value" in _refusal(f"{path}:build,width")
 
 
 def test_build_makes_the_model_again(write: Callable[..., Path]) -> None:
@@ -279,7 +293,7 @@ def test_the_error_of_an_unknown_name_names_the_closest_one(write: Callable[...,
         ("def build_model():\n    raise ValueError('no data')", "", ":build_model() fails: ValueError: no data"),
         ("def build_model():\n    return 3", "", ":build_model() returned a int; expected a torch.nn.Module"),
         ("def build_model():\n    return Net", "", ":build_model() returned a type; expected a torch.nn.Module"),
-        ("def build(width):\n    return Net(width)", ":build", ":build() fails: TypeError: build() missing 1 required"),
+        ("def build(width):\n    return Net(width)", ":build", ":build(): missing a required argument: 'width'; arg"),
         ("settings = {'width': 3}", ":settings", ":settings is a dict; expected a torch.nn.Module, a class of one, or"),
         ("Net.__init__ = lambda self: 1 / 0", "", ":Net() fails: ZeroDivisionError: division by zero"),
     ],
@@ -305,6 +319,20 @@ def test_a_source_that_is_no_python_file_is_reported(tmp_path: Path, write: Call
     assert _refusal(tmp_path) == f"{tmp_path}: {expected} (the folder has a config.json: hf:{tmp_path})"
     (tmp_path / "folder.py").mkdir()
     assert "there is no file" in _refusal(tmp_path / "folder.py")
+
+
+def test_a_file_without_its_suffix_or_nearly_of_that_name_is_named(
+    write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(_net_and("mine = Net(9)"), "model.py")
+    monkeypatch.chdir(tmp_path)
+    assert _refusal("model").endswith("or an artifact's folder; did you mean model.py?")
+    assert _refusal("model:mine").endswith("; did you mean model.py:mine?")
+    assert _refusal("modle.py") == "modle.py: there is no file modle.py; closest: 'model.py'"
+    with pytest.raises(SourceError, match=r"expected file.py or file.py:NAME; did you mean model.py\?$"):
+        load_data("model")
+    with pytest.raises(SourceError, match=r"batches take no arguments; define a name for what you want, as model.py:"):
+        load_data("model.py:mine,width=3")
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ PACKAGE, KERNELS = ROOT / "roastify", ROOT / "kernels"
 # one folder, or some files beside the folders.
 LEVELS = [
     {"cli"},
+    {"commands"},
     {"help_text", "plan_table", "report", "source", "text_layout"},
     {"integrations", "ratio_sweep"},
     {"api"},
@@ -126,7 +127,8 @@ def test_only_the_gpu_folder_imports_triton() -> None:
 
 # These modules share names on purpose: an operator has one name in its reference, its launcher and the function that
 # calls it; a command has the name of its Python function; the mapping on the GPU has the mapping's names.
-TWINS = {"cli", "api", "ratio_sweep", "kernels.ops", "kernels.plain", "kernels.reference", "pool.mapping"}
+TWINS = {"api", "ratio_sweep", "kernels.ops", "kernels.plain", "kernels.reference", "pool.mapping"}
+TWINS |= {f"commands.{name}" for name in ("bench", "conversion", "training")}
 
 
 def test_no_two_modules_define_the_same_name() -> None:

@@ -132,20 +132,21 @@ def test_pages_are_the_committed_results() -> None:
 
 
 def test_the_page_says_how_steps_run_and_which_aims_are_missed() -> None:
-    def row(task: str, mode: str, value: float, date: str, ratio: int = 10) -> dict[str, Any]:
+    def row(task: str, mode: str, value: float, fold: int, ratio: int = 10) -> dict[str, Any]:
         held = dict.fromkeys(("parameters", "buffers", "gradients", "optimizer", "activations", "rest"), 1)
         sides = {name: {"memory": held | {"peak": peak}} for name, peak in (("dense", 10), ("converted", 6))}
         times = {"median_ms": 1.0, "q1_ms": 1.0, "q3_ms": 1.0}
         sides = {name: side | times for name, side in sides.items()}
-        made = {"gpu": "a GPU", "date": date}
+        made = {"gpu": "a GPU", "date": "2026-12-01"}
         case = {"task": task, "mode": mode, "ratio": ratio, "shape": "", "step_ratio": value, "time_aim": 0.9}
+        case["fold"] = fold
         return {**case, **sides, "machine": made, "state_ratio": 10.0, "state_aim": 9.5}
 
-    rows = [row("a", "graphed", 0.5, "2026-12-01"), row("a", "eager", 1.5, "2026-12-01")]
-    rows += [row("a, no folds", "eager", 1.2, "2026-12-01"), row("b", "graphed", 0.95, "2026-11-01")]
+    rows = [row("a", "graphed", 0.5, 8), row("a", "eager", 1.5, 8)]
+    rows += [row("a, no folds", "eager", 1.2, 1), row("b", "graphed", 0.95, 1)]
     text = " ".join(page.markdown(rows).split())
     assert "- As a CUDA graph: 0.50 (a, ratio 10); 1 of 1 faster than dense." in text
-    assert "- As a CUDA graph, converted before folds: 0.95 (b, ratio 10); 1 of 1 faster than dense." in text
+    assert "- As a CUDA graph, no layer folded: 0.95 (b, ratio 10); 1 of 1 faster than dense." in text
     assert '`fold = "none"` (a at ratio 10: 1.20 instead of 1.50).' in text
     assert "1 of 4 are met; missed: a at ratio 10, eager, 1.500 of 0.9; a, no folds at ratio 10" in text
     assert "Ratio 10: 60 % of the dense model's peak (a)." in text

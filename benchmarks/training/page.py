@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from benchmarks.documents import listed, paragraph
-from benchmarks.rows import Row, load, may_fold, write
+from benchmarks.rows import Row, is_folded, load, write
 from benchmarks.training import plots, tables_page
 from benchmarks.training.tables_page import RESULTS, machines, single_rows
 
@@ -23,7 +23,8 @@ the raw rows; both pages are written by `python -m benchmarks.training.page`. Se
 """
 TIME = """
 Time of a converted step ÷ time of a dense one, so below 1 the converted model is faster. Layers of at least a million
-weights are folded ([folding.md](folding.md)); models converted before layers could be folded are named apart.
+weights are folded ([folding.md](folding.md)); models without folded layers are named apart: they have no such layer, or
+were measured before layers could be folded, or with `fold = "none"`.
 """
 ADVICE = """
 So on a GPU, capture the step as a CUDA graph, or compile with `mode="reduce-overhead"`: a converted layer launches more
@@ -44,14 +45,14 @@ def extremes(rows: Sequence[Row]) -> str:
 
 
 def times(rows: Sequence[Row]) -> Iterator[str]:
-    """Yield a line for each way to run a step, apart for what was converted before folds."""
+    """Yield a line for each way to run a step, apart for models without folded layers."""
     for mode, (title, *_) in plots.MODES.items():
-        for since, when in ((True, ""), (False, ", converted before folds")):
-            found = [row for row in rows if row["mode"] == mode and may_fold(row) == since]
+        for folded, of_what in ((True, ""), (False, ", no layer folded")):
+            found = [row for row in rows if row["mode"] == mode and is_folded(row) == folded]
             if found:
                 faster = sum(row["step_ratio"] < 1 for row in found)
                 yield paragraph(
-                    f"{title[0].upper()}{title[1:]}{when}: {extremes(found)}; {faster} of {len(found)} faster than "
+                    f"{title[0].upper()}{title[1:]}{of_what}: {extremes(found)}; {faster} of {len(found)} faster than "
                     f"dense.",
                     "- ",
                 )

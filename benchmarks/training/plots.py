@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from benchmarks.plots import BLACK, BLUE, GREEN, ORANGE, PINK, SKY, WIDTH, YELLOW, line_at_one, save
-from benchmarks.rows import Row, may_fold
+from benchmarks.rows import Row, is_folded
 
 # How a step runs: its colour and marker.
 MODES = {
@@ -92,7 +92,7 @@ def time(rows: Sequence[Row]) -> Figure | None:
         for row in rows:
             if row["mode"] == mode:
                 place = cells.index((row["task"], row["ratio"]))
-                filled = colour if may_fold(row) else "white"
+                filled = colour if is_folded(row) else "white"
                 axes.plot(
                     row["step_ratio"],
                     place,
@@ -101,13 +101,13 @@ def time(rows: Sequence[Row]) -> Figure | None:
                     markerfacecolor=filled,
                     markeredgewidth=1.8,
                     markersize=7,
-                    label=label if may_fold(row) else None,
+                    label=label if is_folded(row) else None,
                 )
-                label = None if may_fold(row) else label
+                label = None if is_folded(row) else label
         if label is not None and any(row["mode"] == mode for row in rows):
             axes.plot([], [], marker, color=colour, markersize=7, label=title, linestyle="none")
-    if not all(may_fold(row) for row in rows):
-        title = "hollow: converted before folds"
+    if not all(is_folded(row) for row in rows):
+        title = "hollow: no layer folded"
         axes.plot([], [], "o", color=BLACK, markerfacecolor="white", markeredgewidth=1.8, label=title, linestyle="none")
     aims = [(row["time_aim"], cells.index((row["task"], row["ratio"]))) for row in rows if row["time_aim"] is not None]
     if aims:

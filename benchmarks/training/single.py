@@ -11,7 +11,7 @@ from torch import nn
 
 import roastify
 from benchmarks.models import free
-from benchmarks.rows import Cases, Row
+from benchmarks.rows import Cases, Row, largest_fold
 from benchmarks.training.step import Training, allocated, in_turn, memory, prepare_libraries
 from benchmarks.training.tasks import Batch, Task, loss_of
 from roastify.checks import clocks
@@ -95,6 +95,7 @@ def _measure_task(
                 "parameters": {"dense": _count(dense.model), "converted": _count(side.model)},
                 "tile": list(plan.tile),
                 "sign": plan.sign,
+                "fold": largest_fold(plan),
                 "dtype": "bfloat16 autocast",
                 "loss_error": side.error,
                 "prepared_s": {"dense": dense.seconds, "converted": side.seconds},

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from roastify.calls import run_model, split_inputs
+from roastify.calls import describe_call, run_model, split_inputs
 
 _BATCH = 2
 _LENGTH = 8
@@ -43,6 +43,17 @@ def how_to_give(source: str) -> str:
     return (
         f"no example inputs, and none could be guessed, so outputs are not compared; define `example_inputs` in "
         f"{source} (a tensor, a tuple of positional or a dict of keyword arguments, or a function that returns one)"
+    )
+
+
+def how_to_time(source: str, model: nn.Module) -> str:
+    """Return a message for a model that is to be timed without inputs, with those that were found to fit it."""
+    guess = find_inputs(model)
+    fitting = "" if guess is None else f"; the model takes for example {describe_call(*split_inputs(guess))}"
+    return (
+        f"timing needs example inputs, and {source} has none; define example_inputs in the file.py with the model (for "
+        f"an artifact, the one that --dense names), as example_inputs = torch.randn(8, 64): a tensor, a tuple of "
+        f"positional or a dict of keyword arguments, or a function that returns one{fitting}"
     )
 
 

@@ -253,9 +253,8 @@ def check_inputs(example_inputs: Any, options: BenchOptions) -> None:
     """Raise `ConfigError` unless there are example inputs that can be brought to every batch size."""
     if example_inputs is None:
         raise ConfigError(
-            "timing needs example inputs and the source has none; define example_inputs beside the model: a tensor, a "
-            "tuple of positional or a dict of keyword arguments, or a function without arguments that returns them, as "
-            "example_inputs = torch.randn(8, 64)"
+            "timing needs example inputs; pass example_inputs: a tensor, a tuple of positional or a dict of keyword "
+            "arguments, as example_inputs=torch.randn(8, 64)"
         )
     for batch in options.batches:
         rebatch(example_inputs, batch)

@@ -78,7 +78,7 @@ class RecoverOptions:
         None,
         "a function that gets the numbers of each point of the loss curve, and of each evaluation, as a dict: `step`, "
         "`loss` and its parts, `lr`, `seconds`, `evaluation`. Without it, and without a terminal, they are lines of "
-        "JSON on standard error",
+        "JSON on standard error (see `log_every`)",
     )
     evaluate_every: int = _setting(0, "steps between evaluations; 0: only at the end", "--evaluate-every")
     folder: str | Path | None = _setting(None, "folder of the checkpoint")
@@ -89,7 +89,12 @@ class RecoverOptions:
         "uninterrupted run",
         "--resume",
     )
-    log_every: int = _setting(0, "steps between points of the loss curve; 0: a hundredth of all steps")
+    log_every: int = _setting(
+        0,
+        "steps between points of the loss curve, each of which is a line of JSON where there is no terminal; 0: a "
+        "hundredth of all steps, and lines at least 5 seconds apart, the last point and evaluations always",
+        "--log-every",
+    )
     seed: int = _setting(0, "seed of all random numbers")
 
     def __post_init__(self) -> None:

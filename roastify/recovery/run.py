@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from roastify.calls import describe, run_model
+from roastify.calls import describe, describe_call, run_model
 from roastify.checks.interface import compare_interfaces, observe
 from roastify.conversion.converted import current_plans, pool_of
 from roastify.conversion.digests import digest_of_model, digest_of_plan
@@ -171,7 +171,7 @@ class _Run:
         processes.check_equal({"data": digest, "teacher": made_by["teacher"], "conversion": made_by["conversion"]})
         self.made_by = made_by
         self.data = digest
-        self.lines = JsonLines("recover")
+        self.lines = JsonLines("recover", options.steps, every_point=options.log_every > 0)
         self.step = self.resumed_at = 0
         self.seconds = self.align_seconds = 0.0
         self.align_error: tuple[float, float] | None = None
@@ -336,7 +336,7 @@ class _Run:
         if self.options.on_log is not None:
             self.options.on_log(numbers)
         else:
-            self.lines.write({**numbers, "steps": self.options.steps})
+            self.lines.write(numbers)
 
     def _last_loss(self) -> str:
         return f"loss {self.losses[-1].loss:.4g}" if self.losses else ""
@@ -450,7 +450,7 @@ class _Run:
                     outputs[who] = run_model(model, args, kwargs, "eval")
             except Exception as error:  # whatever a model raises on inputs that do not fit it
                 raise RecoveryError(
-                    f"the {who} fails on the first batch, called with {_described(args, kwargs)}: "
+                    f"the {who} fails on the first batch, called with {describe_call(args, kwargs)}: "
                     f"{type(error).__name__}: {error}; if the model takes other arguments, pass inputs=, a function "
                     f"from a batch to the arguments"
                 ) from error
@@ -641,9 +641,3 @@ def _check_teacher(outputs: dict[str, Tensor]) -> None:
 
 def _plain(value: Any) -> dict[str, Any] | None:
     return None if value is None else dataclasses.asdict(value)
-
-
-def _described(args: Sequence[Any], kwargs: dict[str, Any]) -> str:
-    parts = [describe(value) for value in args]
-    parts += [f"{name}={describe(value)}" for name, value in kwargs.items()]
-    return ", ".join(parts) or "nothing"

@@ -17,6 +17,7 @@ from roastify.calls import run_model, split_inputs
 from roastify.checks.example_inputs import find_inputs
 from roastify.conversion.converted import pool_of
 from roastify.conversion.fx_pass import trace
+from roastify.conversion.trained_weights import trained_norms
 from roastify.kernels.torch_internals import pytree
 
 RATIO = 10
@@ -96,6 +97,8 @@ def examine(entry: Entry) -> Row:
         )
         converted = roastify.convert(model, RATIO, example_inputs=inputs)
         row = _with_plan(row, pool_of(converted).plan)
+        if trained := trained_norms(model, pool_of(converted).plan):
+            raise AssertionError(f"{trained[0]} counts as trained in a new model")
         roastify.verify(model, converted, inputs)
         _go_back(model, converted)
         _compare_without_sharing(model, args, kwargs, expected)
