@@ -29,9 +29,9 @@ from roastify.kernels.view import GOLDEN32, MASK32, FoldView, MappingKind, SignK
 class _Recording(threading.local):
     """Whether this thread records plain operators, and the constants of its programs."""
 
-    depth = 0
-
     def __init__(self) -> None:
+        # Not an attribute of the class: dynamo of torch 2.11 would read that one, and so never the thread's.
+        self.depth = 0
         self.constants: dict[Hashable, Any] = {}
 
 

@@ -2,9 +2,9 @@
 
 What `nn.Module` and its layers keep under an underscore is another matter: the files that rewrite modules use it.
 
-They were checked on torch 2.11 and 2.13. PyTorch may change them without notice, so look here first when a new version
-fails. A function that every layer calls in every step is bound to its name directly, because a wrapper would cost the
-host more than the call itself.
+They were checked on torch 2.11, 2.13 and 2.14. PyTorch may change them without notice, so look here first when a new
+version fails. A function that every layer calls in every step is bound to its name directly, because a wrapper would
+cost the host more than the call itself.
 """
 
 from __future__ import annotations

@@ -184,7 +184,8 @@ class Attention(nn.Module):
         x = self.words(words)
         query, key, value = (part.unflatten(-1, (4, -1)).transpose(1, 2) for part in self.project(x).chunk(3, -1))
         if words.shape[1] < cases.LENGTH:
-            key, value = (all_gather_tensor_autograd(each, 2, dist.group.WORLD) for each in (key, value))
+            # Torch 2.11 gathers contiguous tensors alone.
+            key, value = (all_gather_tensor_autograd(each.contiguous(), 2, dist.group.WORLD) for each in (key, value))
         seen = torch.ones(words.shape[1], key.shape[2], dtype=torch.bool).tril(first)
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=seen)
         return self.head(x + attended.transpose(1, 2).flatten(2))

@@ -422,7 +422,7 @@ def test_include_and_exclude_may_be_given_more_than_once(folder: Path) -> None:
         (["good.py", "--ratio", "nan"], "error: ratio must be a finite number of at least 1; found nan"),
         (["good.py", "--ratio", "-3"], "error: ratio must be at least 1"),
         (["good.py", "--ratio"], "Option '--ratio' requires an argument"),
-        (["good.py", "--bogus"], "No such option '--bogus'"),
+        (["good.py", "--bogus"], "--bogus"),
         (["good.py", "--rati", "3"], "--ratio"),
         (["good.py", "other.py"], "unexpected extra argument (other.py)"),
         (["good.py", "--seed", "1.5"], "Invalid value for '--seed': '1.5' is not a valid integer"),

@@ -795,7 +795,7 @@ def test_a_graph_captured_within_a_forward_pass_makes_its_own_copy() -> None:
         assert torch.equal(captured[0], model.first(x))
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")
 @pytest.mark.parametrize("transform", ["grad", "vmap", "jvp"])
 def test_transforms_are_refused(transform: str) -> None:
     model = roastify.convert(nn.Sequential(nn.Linear(32, 32)), ratio=2)
@@ -810,7 +810,7 @@ def test_transforms_are_refused(transform: str) -> None:
     assert model(x).requires_grad
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")
 @pytest.mark.parametrize(
     ("transform", "grad"), [("grad", True), ("jvp", True), ("jvp", False), ("dual", True), ("dual", False)]
 )

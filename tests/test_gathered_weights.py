@@ -358,7 +358,7 @@ def test_checkpoints_may_choose_what_they_save(saved: Any, autocast: bool, count
     assert torch.equal(*found)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")
 def test_forward_mode_derivatives_go_through_kept_weights() -> None:
     model, x, tangent = converted(), rows(), rows(seed=1)
     found = []

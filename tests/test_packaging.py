@@ -12,6 +12,8 @@ from typing import Any
 import click.testing
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 import roastify
 from roastify.cli import main
@@ -61,19 +63,33 @@ def test_every_dependency_is_used() -> None:
         assert any(used.search(text) for text in texts), f"{name} is required, and no file uses it"
 
 
+def _pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return dict(line.lower().split("==") for line in lines if line and not line.startswith("#"))
+
+
+def _ranges() -> dict[str, Requirement]:
+    extras = PROJECT["optional-dependencies"].values()
+    found = map(Requirement, [*PROJECT["dependencies"], *(line for extra in extras for line in extra)])
+    return {requirement.name: requirement for requirement in found if requirement.name != "roastify"}
+
+
 def test_pinned_versions_are_supported_ones() -> None:
-    pins = {}
-    for line in (ROOT / "constraints.txt").read_text().splitlines():
-        if line and not line.startswith("#"):
-            name, _, version = line.partition("==")
-            pins[name.lower()] = version
-    ranges = [
-        *PROJECT["dependencies"],
-        *(line for extra in PROJECT["optional-dependencies"].values() for line in extra),
-    ]
-    for requirement in map(Requirement, ranges):
-        if requirement.name != "roastify":
-            assert requirement.specifier.contains(pins[requirement.name]), requirement
+    pins = _pins()
+    for name, requirement in _ranges().items():
+        assert requirement.specifier.contains(pins[name]), requirement
+
+
+def test_the_page_of_compatibility_names_the_versions_that_are_tested() -> None:
+    page = (ROOT / "docs" / "compatibility.md").read_text()
+    tried = re.findall(r"^\| (3\.[\d., ]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", page, re.MULTILINE)
+    pinned, oldest, newest = (dict(zip(("torch", "triton", "transformers"), row[1:], strict=True)) for row in tried)
+    pythons = _yaml(ROOT / ".github" / "workflows" / "tests.yml")["jobs"]["tests"]["strategy"]["matrix"]["python"]
+    assert tried[0][0].split(", ") == pythons
+    for name, version in pinned.items():
+        assert version == _pins()[name]
+        assert _ranges()[name].specifier == SpecifierSet(f">={oldest[name].removesuffix('.0')}")
+        assert Version(newest[name]) >= Version(version)
 
 
 def test_settings_prints_the_defaults_as_a_config_file(tmp_path: Path) -> None:

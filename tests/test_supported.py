@@ -167,7 +167,7 @@ def _lazy() -> nn.Module:
 
 def _scripted(root: bool) -> nn.Module:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*torch.jit", DeprecationWarning)
+        warnings.filterwarnings("ignore", ".*torch.jit")
         scripted = torch.jit.script(nn.Linear(48, 48))
     model = Net()
     model.block[0] = scripted
