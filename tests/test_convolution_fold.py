@@ -404,8 +404,8 @@ def test_autocast_and_counted_operations() -> None:
 
 @pytest.mark.long
 @pytest.mark.compiled
-@pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_for_images_of_several_sizes() -> None:
+    torch.compiler.reset()
     model = roastify.convert(a_net(), config=settings())
     # Inductor of torch 2.13 fails on grouped convolutions of any size in this layout, dense ones too.
     last = torch.compile(model, dynamic=False), images().to(memory_format=torch.channels_last)
