@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import io
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -179,6 +180,33 @@ def test_layouts_of_inputs(layout: Callable[[Tensor], Tensor]) -> None:
     z = folded_input(x, None, view, 2)
     torch.testing.assert_close(z, ops.fold(x.movedim(1, -1), None, view).movedim(-1, 1))
     assert z.is_contiguous() == (x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last))
+
+
+@pytest.mark.parametrize("shape", [(2, 30, 9, 7), (0, 30, 9, 7), (9, 7)], ids=str)
+def test_an_input_of_other_channels_is_refused(shape: tuple[int, ...]) -> None:
+    model = roastify.convert(nn.Sequential(nn.Conv2d(32, 24, 3)), config=settings())
+    with pytest.raises(RuntimeError, match="the input must have 32 channels; found the shape"):
+        model(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_convolution_method_that_a_program_replaced_gets_the_whole_weight(when: str) -> None:
+    def doubled(self: nn.Conv2d, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv2d(input, weight * 2, bias, self.stride, self.padding)
+
+    def replace(model: Any) -> None:
+        model.first._conv_forward = doubled.__get__(model.first)
+
+    model = a_net()
+    if when == "before":
+        replace(model)
+    model = roastify.convert(model, config=settings())
+    if when == "after":
+        replace(model)
+    names = {name for name, tensor in planned(pool_of(model).plan).items() if tensor.fold is not None}
+    assert names == {"beside.weight", "last.weight"} | ({"first.weight"} if when == "after" else set())
+    x, layer = images(), model.first
+    torch.testing.assert_close(layer(x), F.conv2d(x, layer.weight * 2, layer.bias, padding=1))
 
 
 @pytest.mark.parametrize("positions", [1, 6])
@@ -376,8 +404,8 @@ def test_autocast_and_counted_operations() -> None:
 
 @pytest.mark.long
 @pytest.mark.compiled
-@pytest.mark.usefixtures("fresh_compiler")
 def test_compiled_for_images_of_several_sizes() -> None:
+    torch.compiler.reset()
     model = roastify.convert(a_net(), config=settings())
     # Inductor of torch 2.13 fails on grouped convolutions of any size in this layout, dense ones too.
     last = torch.compile(model, dynamic=False), images().to(memory_format=torch.channels_last)
@@ -397,6 +425,21 @@ def test_exported_in_plain_operators() -> None:
         program = torch.export.export(model, (images(),))
     assert not any("roastify" in str(node.target) for node in program.graph.nodes)
     torch.testing.assert_close(program.module()(images()), model(images()), rtol=1e-4, atol=1e-5)
+
+
+def test_programs_for_images_of_any_size() -> None:
+    model, x, other = roastify.convert(a_net(), config=settings()).eval(), images(), images(2, 32, 12, 8)
+    size = {2: torch.export.Dim("height", min=5, max=64), 3: torch.export.Dim("width", min=5, max=64)}
+    with plain_operators(model):
+        exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", max=8), **size},))
+    with warnings.catch_warnings():
+        # Of torch 2.13: torch.jit.trace is deprecated.
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(model, x)
+    for program in (exported.module(), traced):
+        for each in (x, other, other.to(memory_format=torch.channels_last)):
+            if program is traced or each.is_contiguous():
+                torch.testing.assert_close(program(each), model(each), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.gpu

@@ -204,7 +204,8 @@ def multiplies_inputs(module: nn.Module, attribute: str) -> bool:
 def convolves_all_channels(module: Any) -> bool:
     """Whether a convolution has one group, and convolves as torch's own class does."""
     layer = next(base for base in type(module).__mro__ if base in _KINDS)
-    return module.groups == 1 and type(module)._conv_forward is cast(Any, layer)._conv_forward
+    is_own = "_conv_forward" in module.__dict__ or type(module)._conv_forward is not cast(Any, layer)._conv_forward
+    return module.groups == 1 and not is_own
 
 
 def _other_code_in_call(module: nn.Module) -> str | None:

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from roastify.kernels import ops, reference
+from roastify.kernels.torch_internals import is_jit_tracing
 from roastify.kernels.view import FoldView
 
 _MOST_OF_ROW = 1 << 31
@@ -69,6 +70,8 @@ def folded_input(x: Tensor, pool: Tensor | None, view: FoldView, dims: int) -> T
     if not dims:
         return ops.fold(x, pool, view)
     channels = x.dim() - dims - 1
+    if channels < 0 or x.shape[channels] != view.cols:
+        raise RuntimeError(f"fold: the input must have {view.cols} channels; found the shape {tuple(x.shape)}")
     last = x.movedim(channels, -1)
     places = math.prod(x.shape[channels + 1 :])
     is_last = last.is_contiguous() and not x.is_contiguous()
@@ -82,14 +85,19 @@ def folded_input(x: Tensor, pool: Tensor | None, view: FoldView, dims: int) -> T
 
 
 def _fits_row(elements: int) -> bool:
-    """Whether a row of so many elements can be folded: the kernels count them in 32 bits, from the first one on."""
-    if not torch.compiler.is_compiling():
-        return 0 < elements < _MOST_OF_ROW
-    # Imported here, because this import loads sympy.
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
+    """Whether a row of so many elements can be folded: the kernels count them in 32 bits, from the first one on.
 
-    # The places of a fold are constants of its operator, so a graph for images of any size cannot have them.
-    return statically_known_true(0 < elements) and statically_known_true(elements < _MOST_OF_ROW)
+    The places of a fold are constants of its operator, so a graph for images of any size cannot have them.
+    """
+    if torch.compiler.is_compiling():
+        # Imported here, because this import loads sympy.
+        from torch.fx.experimental.symbolic_shapes import has_static_value
+
+        if not has_static_value(elements):
+            return False
+    elif is_jit_tracing():
+        return False
+    return 0 < elements < _MOST_OF_ROW
 
 
 def _in_blocks(matrix: Tensor, view: FoldView) -> Tensor:
