@@ -46,9 +46,10 @@ def test_only_what_a_pattern_names_has_its_settings() -> None:
     assert not folds(roastify.plan(Net(), config=settings()))
     plan = roastify.plan(Net(), config=settings(**{"body": {"fold": 4}, "*.1": {"fold": 2, "fold_hashes": 1}}))
     # Of several patterns the first counts; body.1 is named by both.
-    assert folds(plan) == {"body.0.weight": (4, 2), "body.1.weight": (4, 2), "head.1.weight": (2, 1)}
+    named = {"stem.1.weight": (2, 1), "body.0.weight": (4, 2), "body.1.weight": (4, 2), "head.1.weight": (2, 1)}
+    assert folds(plan) == named
     others = roastify.plan(Net(), config=settings(head={"fold": "none"}).replace(fold=4))
-    assert folds(others) == {"body.0.weight": (4, 2), "body.1.weight": (4, 2)}
+    assert folds(others) == {"stem.1.weight": (4, 2), "body.0.weight": (4, 2), "body.1.weight": (4, 2)}
 
 
 def test_one_convolution_has_a_basis() -> None:
@@ -99,4 +100,4 @@ def test_a_pattern_without_effect_is_refused() -> None:
     with pytest.raises(PlanError, match=r"modules pattern 'bodi' matched no parameter .*closest: 'body'"):
         roastify.plan(Net(), config=settings(bodi={"fold": 4}))
     with pytest.raises(PlanError, match="fold = 4 fits no weight"):
-        roastify.plan(Net(), config=settings(stem={"fold": 4}))
+        roastify.plan(Net(), config=settings(**{"stem.0": {"fold": 4}}))
