@@ -1258,6 +1258,8 @@ def test_the_gradient_of_a_float16_pool_is_divided_too() -> None:
     _assert_preconditioned(pool, SHARED, rtol=5e-3)
 
 
+# A hint of torch 2.11, for runs of several cycles.
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events:UserWarning")
 def test_dispatch_modes_profilers_and_tracers_see_the_operators() -> None:
     """A call skips the dispatcher only if nothing observes the operator."""
     case = CASES[0]
