@@ -27,8 +27,8 @@ _LEAST_ELEMENTS, _LEAST_BESIDE_OTHERS = 1 << 20, 1 << 18
 _LEAST_WIDTH = 128
 # Weights with more rows for each column are output heads, whose folding was not measured.
 _MOST_ROWS_A_COLUMN = 8
-# Convolutions with fewer input channels, or with smaller kernels, are not folded by `auto`: a fold and two groups of
-# convolutions then take as long as the one that they replace, or longer.
+# Convolutions with fewer input channels are not folded by `auto`: with images in the channels-last format some of them,
+# with their backward pass, take longer than the dense ones. Smaller kernels are not either: those of one position do.
 _LEAST_CHANNELS, _LEAST_POSITIONS = 640, 9
 # The fewest channels that a convolution's groups read with `auto`.
 _LEAST_CONVOLVED = 64

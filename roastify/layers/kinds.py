@@ -204,8 +204,8 @@ def multiplies_inputs(module: nn.Module, attribute: str) -> bool:
 def convolves_all_channels(module: Any) -> bool:
     """Whether a convolution has one group, and convolves as torch's own class does."""
     layer = next(base for base in type(module).__mro__ if base in _KINDS)
-    is_own = "_conv_forward" in module.__dict__ or type(module)._conv_forward is not cast(Any, layer)._conv_forward
-    return module.groups == 1 and not is_own
+    is_replaced = "_conv_forward" in module.__dict__ or type(module)._conv_forward is not cast(Any, layer)._conv_forward
+    return module.groups == 1 and not is_replaced
 
 
 def _other_code_in_call(module: nn.Module) -> str | None:
