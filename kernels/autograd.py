@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 from roastify.kernels.dispatch import call, nodes
 from roastify.kernels.grad_buffer import grad_buffer_of, is_wanted
+from roastify.kernels.row_padding import padded_gradient
 from roastify.kernels.schemas import library, with_view
 from roastify.kernels.torch_internals import (
     any_requires_grad,
@@ -75,6 +76,26 @@ def _backward_reduce(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return call("gather", grad, table, ctx.view, ctx.scale), None, None, None, None
 
 
+def _save_gather_group(ctx: Any, pool: Tensor, table: Tensor, group: str) -> None:
+    ctx.save_for_backward(table)
+    ctx.group, ctx.pool_shape = group, pool.shape
+
+
+def _backward_gather_group(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (table,) = ctx.saved_tensors
+    return pool_gradient(ctx, 0, "reduce_group", grad, table, ctx.group, pool_shape=ctx.pool_shape), None, None
+
+
+def _save_reduce_group(ctx: Any, grad_flat: Tensor, table: Tensor, group: str, pool_shape: Sequence[int]) -> None:
+    ctx.save_for_backward(table)
+    ctx.group = group
+
+
+def _backward_reduce_group(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (table,) = ctx.saved_tensors
+    return call("gather_group", grad, table, ctx.group), None, None, None
+
+
 def _save_linear(
     ctx: Any, x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: Sequence[int], scale: float
 ) -> None:
@@ -84,16 +105,17 @@ def _save_linear(
     ctx.pool_shape = pool.shape
 
 
-def _linear_pool_gradient(ctx: Any, grad: Tensor, x: Tensor, table: Tensor) -> Tensor | None:
-    return pool_gradient(ctx, 1, "linear_reduce", grad, x, table, ctx.view, ctx.scale, pool_shape=ctx.pool_shape)
+def _linear_pool_gradient(ctx: Any, grad: Tensor, x: Tensor, table: Tensor, view: TileView) -> Tensor | None:
+    return pool_gradient(ctx, 1, "linear_reduce", grad, x, table, view, ctx.scale, pool_shape=ctx.pool_shape)
 
 
 def _backward_linear(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     table, x, pool = ctx.saved_tensors
     need_x, need_pool, need_bias = ctx.needs_input_grad[:3]
+    wide, view = padded_gradient(grad, ctx.view)
     return (
-        call("linear_t", grad, pool, None, table, ctx.view, ctx.scale) if need_x else None,
-        _linear_pool_gradient(ctx, grad, x, table) if need_pool else None,
+        call("linear_t", wide, pool, None, table, view, ctx.scale) if need_x else None,
+        _linear_pool_gradient(ctx, wide, x, table, view) if need_pool else None,
         _sum_to_bias(grad, need_bias),
         None,
         None,
@@ -106,7 +128,7 @@ def _backward_linear_t(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     need_x, need_pool, need_bias = ctx.needs_input_grad[:3]
     return (
         call("linear", grad, pool, None, table, ctx.view, ctx.scale) if need_x else None,
-        _linear_pool_gradient(ctx, x, grad, table) if need_pool else None,
+        _linear_pool_gradient(ctx, x, grad, table, ctx.view) if need_pool else None,
         _sum_to_bias(grad, need_bias),
         None,
         None,
@@ -319,6 +341,8 @@ library.impl("folded_linear", with_view("folded_linear", _folded_linear), "Autog
 for _name, _save, _differentiate in (
     ("gather", _save_gather, _backward_gather),
     ("reduce", _save_reduce, _backward_reduce),
+    ("gather_group", _save_gather_group, _backward_gather_group),
+    ("reduce_group", _save_reduce_group, _backward_reduce_group),
     ("linear", _save_linear, _backward_linear),
     ("linear_t", _save_linear, _backward_linear_t),
     ("linear_reduce", _save_linear_reduce, _backward_linear_reduce),

@@ -30,6 +30,8 @@ from roastify.kernels.view import FoldView, TileView
 _CUDA_HOMES = {
     "gather": "gather",
     "reduce": "reduce",
+    "gather_group": "group",
+    "reduce_group": "group",
     "linear": "linear",
     "linear_t": "linear",
     "linear_reduce": "linear",
@@ -42,6 +44,7 @@ _CUDA_HOMES = {
     "combine": "combine",
     "combine_reduce": "combine",
     "reduce_": "reduce",
+    "reduce_group_": "group",
     "linear_reduce_": "linear",
     "embedding_reduce_": "embedding",
     "fold_reduce_": "fold",
@@ -88,7 +91,7 @@ def implementation(name: str) -> Any:
 
 
 # The types of an operator's arguments if no tensor subclass or tracer is involved.
-_PLAIN = {Tensor, torch.nn.Parameter, type(None), TileView, FoldView, torch.dtype, float, int, list, torch.Size}
+_PLAIN = {Tensor, torch.nn.Parameter, type(None), TileView, FoldView, torch.dtype, float, int, str, list, torch.Size}
 
 
 def is_watched(*args: Any) -> bool:

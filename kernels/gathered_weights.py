@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -19,8 +20,9 @@ from roastify.kernels import ops
 from roastify.kernels.autograd import basis_grad, coefficient_grad, pool_gradient, save_combine
 from roastify.kernels.dispatch import is_watched, on_device_of
 from roastify.kernels.grad_buffer import grad_buffer_of, is_wanted
+from roastify.kernels.group_view import GroupView
 from roastify.kernels.torch_internals import at_end_of_backward, current_backward_pass, without_view_tracking
-from roastify.kernels.view import WeightView, alike
+from roastify.kernels.view import TileView, WeightView, alike
 
 if TYPE_CHECKING:
     from roastify.kernels.gpu.group import Group
@@ -76,17 +78,40 @@ def make_groups(weights: Iterable[WeightView]) -> dict[WeightView, WeightGroup]:
     return {weight: group for group in map(WeightGroup, groups) for weight in group.weights}
 
 
+def compiled_groups(weights: Iterable[WeightView]) -> dict[WeightView, tuple[GroupView, int]]:
+    """Return the group of each weight that a compiled pass gathers with others, and its number there.
+
+    Unlike in `make_groups`, weights of all sizes share a group: what a graph does not read, its backward leaves out.
+    """
+    last_of_kind: dict[TileView, list[WeightView]] = {}
+    groups: list[list[WeightView]] = []
+    for weight in weights:
+        kind = alike(weight.view)
+        group = last_of_kind.get(kind)
+        if group is None or sum(other.view.numel for other in (*group, weight)) > _GROUP_ELEMENTS:
+            group = last_of_kind[kind] = []
+            groups.append(group)
+        group.append(weight)
+    found: dict[WeightView, tuple[GroupView, int]] = {}
+    for group in groups:
+        view = GroupView(tuple(weight.view for weight in group), tuple(weight.scale for weight in group))
+        if len(group) > 1:
+            found.update((weight, (view, number)) for number, weight in enumerate(group))
+    return found
+
+
 def _numel(weight: WeightView) -> int:
     """Return the elements of the tensor that a layer multiplies with."""
     return math.prod(weight.read_shape)
 
 
 class _DeferredGrads:
-    """Gradients of dense weights that `_CombinedNode`s leave to the `_GatheredNode` behind them.
+    """Gradients of dense weights that nodes leave to the one behind them all.
 
-    The `_GatheredNode` computes the gradients of all coefficients by one kernel. Autograd runs it after every
-    `_CombinedNode`, whether or not that node returned a gradient. In between, an optimizer may step in a hook of a
-    basis, so `bases` holds the bases as `combine_group` read them, concatenated along their rows.
+    A `_PartNode` leaves its gradient to the `_FlatNode`, and a `_CombinedNode` to the `_GatheredNode`, each of which
+    computes the gradients of all by one kernel. Autograd runs the node behind after every node that leaves it one,
+    whether or not that node returned a gradient. In between, an optimizer may step in a hook of a basis, so `bases`
+    holds the bases as `combine_group` read them, concatenated along their rows.
     """
 
     bases: Tensor | None = None
@@ -95,8 +120,8 @@ class _DeferredGrads:
         # Keyed by the engine's number of the backward pass. Only the pass holds the value, as in `GradBuffer`.
         self._by_pass: weakref.WeakValueDictionary[int, _DeferredInPass] = weakref.WeakValueDictionary()
 
-    def defer(self, node: Any, index: int, grad: Tensor) -> bool:
-        """Leave a dense weight's gradient, `[kernels, positions]`, for the `_GatheredNode`; return whether it was left.
+    def defer(self, node: Any, index: Any, grad: Tensor) -> bool:
+        """Leave a gradient for the node behind, under an index that no other node has; return whether it was left.
 
         It is left only if a gradient may be added to the pool's gradient buffer (`GradBuffer.total`).
         """
@@ -111,17 +136,17 @@ class _DeferredGrads:
         deferred.grads[index] = grad
         return True
 
-    def take(self) -> dict[int, Tensor]:
-        """Return the gradients left in this backward pass by the weight's number in the group, in ascending order."""
+    def take(self) -> dict[Any, Tensor]:
+        """Return the gradients left in this backward pass by their indices, in ascending order."""
         deferred = self._by_pass.pop(current_backward_pass(), None)
         return {} if deferred is None else dict(sorted(deferred.grads.items()))
 
 
 class _DeferredInPass:
-    """The gradients left in one backward pass, `[kernels, positions]`, by the weight's number in the group."""
+    """The gradients left in one backward pass, by their indices."""
 
     def __init__(self) -> None:
-        self.grads: dict[int, Tensor] = {}
+        self.grads: dict[Any, Tensor] = {}
 
     def close(self) -> None:
         """Free the gradients."""
@@ -245,6 +270,75 @@ class _CombinedNode(torch.autograd.Function):
             if not is_wanted(node) or node.deferred.defer(node, ctx.index, rows):
                 return None, of_basis, None, None, None
         return coefficient_grad(rows, basis, ctx.grad_scale), of_basis, None, None, None
+
+
+class _FlatNode(torch.autograd.Function):
+    """The node behind the flat tensor of a group, in a graph that a compiler records."""
+
+    @staticmethod
+    def forward(ctx: Any, pool: Tensor, table: Tensor, group: GroupView) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.table, ctx.group, ctx.pool_shape = table, group, pool.shape
+        ctx.deferred = _DeferredGrads()
+        # How often each weight was read.
+        ctx.readers = Counter()
+        return ops.gather_group(pool, table, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
+        (grad,) = grads
+        group, table = ctx.group, ctx.table
+        deferred = ctx.deferred.take()
+        if first := {number: part for (reader, number), part in deferred.items() if reader == 0}:
+            grad = group.joined(first) if grad is None else grad + group.joined(first)
+        total: Tensor | None = None
+        if grad is not None:
+            total = pool_gradient(ctx, 0, "reduce_group", grad, table, group.text, pool_shape=ctx.pool_shape)
+        for (reader, number), part in deferred.items():
+            if reader > 0:
+                # Gradients of one weight's readers are summed in float32, as the pool's.
+                place = group.views[number], group.scales[number]
+                more = pool_gradient(ctx, 0, "reduce", part, table, *place, pool_shape=ctx.pool_shape)
+                assert more is None, "there was a buffer to add to when the gradient was deferred"
+        return total, None, None
+
+
+class _PartNode(torch.autograd.Function):
+    """The node behind one weight of a flat tensor. It leaves its gradient to the `_FlatNode`, which runs after all."""
+
+    @staticmethod
+    def forward(ctx: Any, flat: Tensor, group: GroupView, number: int, reader: int) -> Tensor:
+        ctx.set_materialize_grads(False)
+        # Keeps the flat tensor for the weights that are read later; the flat tensor does not know its parts.
+        ctx.flat, ctx.group, ctx.number, ctx.reader = flat, group, number, reader
+        with without_view_tracking():
+            return group.part(flat, number)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+        (grad,) = grads
+        node = ctx.next_functions[0][0]
+        if grad is None or node.deferred.defer(node, (ctx.reader, ctx.number), grad):
+            return None, None, None, None
+        return ctx.group.joined({ctx.number: grad}), None, None, None
+
+
+def gather_flat(pool: Tensor, table: Tensor, group: GroupView) -> Tensor:
+    """Return `ops.gather_group` behind a node that takes the gradients of all its parts together.
+
+    Args:
+        pool: the pool that the forward pass reads.
+        table: the pool's chunk table.
+        group: the weights.
+    """
+    return _FlatNode.apply(pool, table, group)
+
+
+def flat_part(flat: Tensor, group: GroupView, number: int) -> Tensor:
+    """Return the matrix of one weight in what `gather_flat` returned, for one reader."""
+    readers: Counter[int] = cast(Any, flat.grad_fn).readers
+    readers[number] += 1
+    return _PartNode.apply(flat, group, number, readers[number] - 1)
 
 
 def combine_group(group: WeightGroup, coefficients: Sequence[Tensor], bases: Sequence[Tensor]) -> list[Tensor] | None:

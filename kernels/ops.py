@@ -5,9 +5,9 @@ operation on :math:`W = \lambda \cdot sign \cdot pool[slot]`. The gradient of ev
 family, so second derivatives work as well. `fold` and `unfold` prepare the inputs of products with narrower matrices.
 `combine` and `combine_reduce` do not read the pool: they compute convolution kernels from coefficients and a basis.
 
-The operators that compute the pool's gradient have in-place twins (`reduce_`, `linear_reduce_`, `embedding_reduce_`,
-`fold_reduce_`). A twin adds the gradient to a tensor of the pool's shape and touches only the elements that its
-weight reads. A backward pass calls the twins if the pool was read through a gate (`grad_buffer`).
+The operators that compute the pool's gradient have in-place twins (`reduce_`, `reduce_group_`, `linear_reduce_`,
+`embedding_reduce_`, `fold_reduce_`). A twin adds the gradient to a tensor of the pool's shape and touches only the
+elements that its weight reads. A backward pass calls the twins if the pool was read through a gate (`grad_buffer`).
 
 `schemas` defines the operators and `autograd` their derivatives. `reference` implements them in plain torch and `gpu`
 in Triton.
@@ -24,6 +24,7 @@ from torch import Tensor
 from roastify.kernels import autograd as autograd
 from roastify.kernels import blocks
 from roastify.kernels.dispatch import call
+from roastify.kernels.group_view import GroupView
 from roastify.kernels.view import FoldView, TileView
 
 
@@ -56,6 +57,22 @@ def reduce(grad_weight: Tensor, table: Tensor, view: TileView, scale: float, poo
         a tensor of `pool_shape` and of `grad_weight`'s dtype.
     """
     return call("reduce", grad_weight, table, view, scale, list(pool_shape))
+
+
+def gather_group(pool: Tensor, table: Tensor, group: GroupView) -> Tensor:
+    """Return the dense tensors of a group in one flat tensor, of the pool's dtype; `group.part` returns one of them.
+
+    Args:
+        pool: the whole pool.
+        table: the pool's chunk table.
+        group: where the tensors lie, and λ of each. What lies between them in the flat tensor is undefined.
+    """
+    return call("gather_group", pool, table, group.text)
+
+
+def reduce_group(grad_flat: Tensor, table: Tensor, group: GroupView, pool_shape: Sequence[int]) -> Tensor:
+    """Return the adjoint of `gather_group`, a tensor of `pool_shape` and of the gradient's dtype; see `reduce`."""
+    return call("reduce_group", grad_flat, table, group.text, list(pool_shape))
 
 
 def linear(x: Tensor, pool: Tensor, bias: Tensor | None, table: Tensor, view: TileView, scale: float) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from roastify.kernels import by_tile
+from roastify.kernels.group_view import group_of_text
 from roastify.kernels.tile_hash import element_factors, hash64, signed, tile_factors, tile_offsets
 from roastify.kernels.view import FoldView, MappingKind, SignKind, TileView
 
@@ -318,6 +319,29 @@ def reduce_into(total: Tensor, grad_weight: Tensor, table: Tensor, view: TileVie
         panels = _Panels(view, total.element_size(), _PANEL_BYTES_MANY_ROWS, total.device)
         for start, stop, tiles in panels:
             _add_panel(total, table, view, scale, panels, tiles, grad_weight[start:stop])
+
+
+def gather_group(pool: Tensor, table: Tensor, group: str) -> Tensor:
+    """Return the dense tensors of a group in one flat tensor; see `GroupView`."""
+    found = group_of_text(group)
+    flat = pool.new_zeros(found.offsets[-1])
+    for number, (view, scale) in enumerate(zip(found.views, found.scales, strict=True)):
+        found.part(flat, number).copy_(gather(pool, table, view, scale))
+    return flat
+
+
+def reduce_group(grad_flat: Tensor, table: Tensor, group: str, pool_shape: list[int]) -> Tensor:
+    """Return the adjoint of `gather_group`."""
+    total = _accumulator(grad_flat, pool_shape)
+    reduce_group_(total, grad_flat, table, group)
+    return total.to(grad_flat.dtype)
+
+
+def reduce_group_(total: Tensor, grad_flat: Tensor, table: Tensor, group: str) -> None:
+    """Add what `reduce_group` returns to `total`, in `total`'s dtype."""
+    found = group_of_text(group)
+    for number, (view, scale) in enumerate(zip(found.views, found.scales, strict=True)):
+        reduce_(total, found.part(grad_flat, number), table, view, scale)
 
 
 def _add_panel(

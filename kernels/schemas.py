@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from roastify.kernels import dispatch, reference
+from roastify.kernels.group_view import group_of_text
 from roastify.kernels.view import FoldView, TileView
 
 _VIEW = "Tensor table, int[] view, float scale"
 SCHEMAS = {
     "gather": f"(Tensor pool, {_VIEW}) -> Tensor",
     "reduce": f"(Tensor grad_weight, {_VIEW}, int[] pool_shape) -> Tensor",
+    "gather_group": "(Tensor pool, Tensor table, str group) -> Tensor",
+    "reduce_group": "(Tensor grad_flat, Tensor table, str group, int[] pool_shape) -> Tensor",
     "linear": f"(Tensor x, Tensor pool, Tensor? bias, {_VIEW}) -> Tensor",
     "linear_t": f"(Tensor x, Tensor pool, Tensor? bias, {_VIEW}) -> Tensor",
     "linear_reduce": f"(Tensor grad, Tensor x, {_VIEW}, int[] pool_shape) -> Tensor",
@@ -30,6 +33,7 @@ SCHEMAS = {
     "combine_reduce": "(Tensor coefficients, Tensor grad, float grad_scale) -> Tensor",
     "fold_reduce_": "(Tensor(a!) total, Tensor grad, Tensor x, int[] fold) -> ()",
     "reduce_": f"(Tensor(a!) total, Tensor grad_weight, {_VIEW}) -> ()",
+    "reduce_group_": "(Tensor(a!) total, Tensor grad_flat, Tensor table, str group) -> ()",
     "linear_reduce_": f"(Tensor(a!) total, Tensor grad, Tensor x, {_VIEW}) -> ()",
     "embedding_reduce_": f"(Tensor(a!) total, Tensor grad, Tensor index, {_VIEW}) -> ()",
 }
@@ -72,6 +76,16 @@ def _(pool: Tensor, table: Tensor, view: Sequence[int], scale: float) -> Tensor:
 @torch.library.register_fake("roastify::reduce", lib=library)
 def _(grad_weight: Tensor, table: Tensor, view: Sequence[int], scale: float, pool_shape: Sequence[int]) -> Tensor:
     return grad_weight.new_empty(pool_shape)
+
+
+@torch.library.register_fake("roastify::gather_group", lib=library)
+def _(pool: Tensor, table: Tensor, group: str) -> Tensor:
+    return pool.new_empty(group_of_text(group).offsets[-1])
+
+
+@torch.library.register_fake("roastify::reduce_group", lib=library)
+def _(grad_flat: Tensor, table: Tensor, group: str, pool_shape: Sequence[int]) -> Tensor:
+    return grad_flat.new_empty(pool_shape)
 
 
 @torch.library.register_fake("roastify::linear", lib=library)
@@ -145,5 +159,5 @@ def _adds_in_place(*args: Any) -> None:
     """The fake of operators that only write to their first argument."""
 
 
-for _name in ("reduce_", "linear_reduce_", "embedding_reduce_", "fold_reduce_"):
+for _name in ("reduce_", "reduce_group_", "linear_reduce_", "embedding_reduce_", "fold_reduce_"):
     torch.library.register_fake(f"roastify::{_name}", _adds_in_place, lib=library)

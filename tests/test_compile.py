@@ -6,12 +6,15 @@ import copy
 import functools
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
@@ -23,6 +26,9 @@ from transformers.pytorch_utils import Conv1D
 import roastify
 from roastify import RoastConfig
 from roastify.conversion.converted import pool_of
+from roastify.kernels import ops
+from roastify.kernels.gathered_weights import flat_part, gather_flat
+from roastify.kernels.group_view import group_of_text
 
 # torch.compile makes an object of every `autograd.Function` and looks at every `.grad`, of which torch itself warns.
 pytestmark = [
@@ -324,33 +330,42 @@ def broken(block: nn.Module, x: Tensor, index: int) -> Tensor:
 HOW = [plain, twice, checkpointed, partly_without, by_its_weight, left_out, broken]
 
 
-def gradients(run: Callable[[Tensor], Tensor], model: nn.Module, autocast: bool) -> list[Tensor]:
+# Sequences of nine words: too few to keep a block's weight for the backward pass, and enough.
+FEW, MANY = 4, 16
+
+
+def gradients(
+    run: Callable[[Tensor], Tensor], model: nn.Module, autocast: bool = False, batch: int = FEW
+) -> list[Tensor]:
     """Return the gradients of the parameters that get one."""
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        out = run(tokens(4))
+        out = run(tokens(batch))
     found = torch.autograd.grad(out.float().square().mean(), list(model.parameters()), allow_unused=True)
     return [gradient for gradient in found if gradient is not None]
 
 
 @pytest.mark.parametrize("autocast", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.parametrize("batch", [FEW, MANY])
 @pytest.mark.parametrize("how", HOW, ids=lambda how: how.__name__)
-def test_gradients_of_layers_that_share_a_graph(how: Callable[..., Tensor], autocast: bool) -> None:
+def test_gradients_of_layers_that_share_a_graph(how: Callable[..., Tensor], batch: int, autocast: bool) -> None:
     model = convert(Stack(how))
     compiled = torch.compile(model, backend="aot_eager", fullgraph=how is not broken)
-    found, expected = (gradients(run, model, autocast) for run in (compiled, model))
+    found, expected = (gradients(run, model, autocast, batch) for run in (compiled, model))
     assert len(found) > 1
-    assert_near(found, expected)
+    # A compiled graph casts a bias once, and sums the gradients of its readers in autocast's dtype.
+    assert_near(found, expected, FUSED[autocast])
 
 
+@pytest.mark.parametrize("batch", [FEW, MANY])
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_gradients_of_forward_passes_and_pools_that_share_a_graph(backend: str) -> None:
+def test_gradients_of_forward_passes_and_pools_that_share_a_graph(backend: str, batch: int) -> None:
     both = nn.ModuleList(convert(Stack(plain), seed=seed) for seed in (1, 2))
 
     def objective(x: Tensor) -> Tensor:
         return both[0](x) * both[0](x.roll(1)) + both[1](x)
 
     compiled = torch.compile(objective, backend=backend, fullgraph=True)
-    found, expected = (gradients(run, both, False) for run in (compiled, objective))
+    found, expected = (gradients(run, both, batch=batch) for run in (compiled, objective))
     assert len(found) == len(list(both.parameters()))
     assert_near(found, expected)
 
@@ -384,6 +399,59 @@ def test_layers_add_to_one_gradient_of_the_pool(precondition: bool, autocast: bo
     ]
     # One tensor is the sum of the gradients; with the preconditioner another is the sum divided by Γ.
     assert made.count(pool_of(model).weight.numel()) == (2 if precondition else 1)
+
+
+def operators_of(run: Callable[[Callable[..., Any]], Any]) -> Counter[str]:
+    """Return how often the graphs that `run` compiles with the given backend call each of our operators."""
+    counts: Counter[str] = Counter()
+
+    def count(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        for node in graph.graph.nodes:
+            # An operator that writes in place is an argument of another one.
+            for target in (node.target, *node.args[:1]):
+                if isinstance(target, torch._ops.OpOverload) and target.namespace == "roastify":
+                    counts[target._opname] += 1
+        return make_boxed_func(graph.forward)
+
+    run(aot_autograd(fw_compiler=count, bw_compiler=count))
+    return counts
+
+
+def test_small_weights_of_a_graph_are_gathered_together() -> None:
+    model = convert(Stack(plain, depth=6))
+    found = operators_of(
+        lambda backend: gradients(torch.compile(model, backend=backend, fullgraph=True), model, batch=MANY)
+    )
+    assert found == {"embedding": 1, "embedding_reduce_": 1, "gather_group": 1, "reduce_group_": 1}
+
+
+def test_a_part_of_a_model_gathers_only_what_it_reads() -> None:
+    """Of a model that is compiled block by block, each graph would otherwise gather the weights of all blocks."""
+    model = convert(Stack(plain, depth=6))
+
+    def run(backend: Callable[..., Any]) -> None:
+        for block in model.blocks:
+            block.compile(backend=backend, fullgraph=True)
+        gradients(model, model, batch=MANY)
+
+    found = operators_of(run)
+    assert found["gather"] and found["reduce_"] and not found["gather_group"]
+
+
+def test_gradients_of_a_flat_gather_without_a_buffer() -> None:
+    """Where the pool's gradient cannot be added to a buffer, the parts return theirs to autograd."""
+    model = convert(Stack(plain, depth=3))
+    pool = pool_of(model)
+    group = group_of_text(pool.retained[0].group)
+    values = pool.weight.detach().double().requires_grad_()
+    flat = gather_flat(values, pool.table, group)
+    numbers = (2, 0, 2)
+    parts = [flat_part(flat, group, number) for number in numbers]
+    factors = [torch.randn_like(part) for part in parts]
+    (found,) = torch.autograd.grad(parts, values, factors)
+    dense = [ops.gather(values, pool.table, group.views[number], group.scales[number]) for number in numbers]
+    (expected,) = torch.autograd.grad(dense, values, factors)
+    assert_near([found], [expected], 1e-12)
 
 
 # On a GPU: compilers.

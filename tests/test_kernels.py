@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from roastify.kernels import by_tile, ops, reference
+from roastify.kernels.group_view import GroupView
 from roastify.kernels.view import TileView
 from roastify.pool.mapping import TileMap
 from roastify.pool.pool import RoastPool
@@ -583,8 +584,11 @@ def _differentiable(case: Case) -> dict[str, tuple[Callable[..., Tensor], tuple[
     rows = randn(3, case.cols, dtype=torch.float64)
     weight = randn(case.rows, case.cols, dtype=torch.float64)
     out_bias, in_bias = randn(case.rows, dtype=torch.float64), randn(case.cols, dtype=torch.float64)
-    shape = case.pool_shape
+    shape, group = case.pool_shape, group_of(case)
+    flat = randn(group.offsets[-1], dtype=torch.float64)
     return {
+        "gather_group": (lambda pool: operations.gather_group(pool, table, group.text), (pool,)),
+        "reduce_group": (lambda flat: operations.reduce_group(flat, table, group.text, shape), (flat,)),
         "gather": (lambda pool: operations.gather(pool, table, view, scale), (pool,)),
         "reduce": (lambda weight: operations.reduce(weight, table, view, scale, shape), (weight,)),
         "linear": (lambda x, pool, bias: operations.linear(x, pool, bias, table, view, scale), (x, pool, out_bias)),
@@ -601,8 +605,8 @@ def _differentiable(case: Case) -> dict[str, tuple[Callable[..., Tensor], tuple[
 
 
 OPERATIONS = (
-    "gather", "reduce", "linear", "linear_t", "linear_reduce", "embedding", "embedding_reduce", "combine",
-    "combine_reduce",
+    "gather", "reduce", "gather_group", "reduce_group", "linear", "linear_t", "linear_reduce", "embedding",
+    "embedding_reduce", "combine", "combine_reduce",
 )  # fmt: skip
 each_operation = pytest.mark.parametrize("name", OPERATIONS)
 
@@ -656,6 +660,11 @@ def test_sizes_that_cannot_be_multiplied_are_refused(device: str) -> None:
 # The operators as torch sees them.
 
 
+def group_of(case: Case) -> GroupView:
+    """Return a group of a case's tensor and another that has some of its rows and another λ."""
+    return GroupView((case.view, case.view._replace(rows=(case.rows + 1) // 2)), (case.scale, 0.5 * case.scale))
+
+
 def _operator_arguments(case: Case, dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
     table, view, scale = case.table, list(case.view), case.scale
     pool, shape = make_pool(case, dtype, unread=1.0), case.pool_shape
@@ -663,9 +672,12 @@ def _operator_arguments(case: Case, dtype: torch.dtype) -> dict[str, tuple[Any, 
     x = randn(2, 3, case.cols, dtype=dtype, seed=2).requires_grad_()
     out_bias, in_bias = (randn(size, dtype=dtype).requires_grad_() for size in (case.rows, case.cols))
     index = torch.tensor([[2, 0, 2], [1, 4, 0]]) % case.rows
+    group = group_of(case)
     return {
         "gather": (pool, table, view, scale),
         "reduce": (randn(case.rows, case.cols, dtype=dtype).requires_grad_(), table, view, scale, shape),
+        "gather_group": (pool, table, group.text),
+        "reduce_group": (randn(group.offsets[-1], dtype=dtype).requires_grad_(), table, group.text, shape),
         "linear": (x, pool, out_bias, table, view, scale),
         "linear_t": (grad, pool, in_bias, table, view, scale),
         "linear_reduce": (grad, x, table, view, scale, shape),
@@ -677,7 +689,7 @@ def _operator_arguments(case: Case, dtype: torch.dtype) -> dict[str, tuple[Any, 
 
 
 # Each of them adds the result of the operator whose name lacks the underscore.
-ADDING = ("reduce_", "linear_reduce_", "embedding_reduce_")
+ADDING = ("reduce_", "reduce_group_", "linear_reduce_", "embedding_reduce_")
 each_adding = pytest.mark.parametrize("name", ADDING)
 
 
@@ -692,11 +704,13 @@ def test_every_operator_is_tested() -> None:
     registered = {
         name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("roastify::")
     }
-    # Compiled models read the pool through `read`; test_compile.py tests it, and test_fold.py the operators of folds.
+    # Compiled models read the pool through these; test_compile.py tests them, and test_fold.py the operators of folds.
     assert registered == {
         *OPERATIONS,
         *ADDING,
         "read",
+        "gathered",
+        "begin_whole",
         "fold",
         "folded_linear",
         "unfold",

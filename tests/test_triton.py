@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 import roastify
 from roastify.conversion.converted import pool_of
 from roastify.kernels import gathered_weights, ops, reference
+from roastify.kernels.group_view import GroupView, group_of_text
 from roastify.kernels.view import TileView, WeightView
 from roastify.pool.mapping import TileMap
 
@@ -584,6 +585,35 @@ def test_reduce_of_a_group(name: str, dtype: torch.dtype) -> None:
         found.append(total)
     assert_near(found[0], expected, torch.float32)
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("dtype", [*EACH_DTYPE, torch.float64], ids=str)
+@pytest.mark.parametrize("name", GROUPS)
+def test_operators_of_a_group(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between its tensors a flat gradient may hold anything."""
+    monkeypatch.setitem(TOLERANCE, torch.float64, 1e-12)
+    made, table, shape = build_group(name)
+    view = GroupView(*zip(*((weight.view, weight.scale) for weight in made.weights), strict=True))
+    assert group_of_text(view.text) == view
+    pool = randn(*shape, dtype=dtype)
+    flat, expected = group.gather_group(pool, table, view.text), reference.gather_group(pool, table, view.text)
+    assert flat.shape == expected.shape and flat.dtype == dtype
+    grad = torch.full_like(flat, torch.nan)
+    for number in range(len(view.views)):
+        assert_near(view.part(flat, number), view.part(expected, number), dtype)
+        view.part(grad, number).copy_(randn(*view.part(flat, number).shape, dtype=dtype, seed=number))
+    sum_dtype = reference.summed_in(dtype)
+    before = randn(*shape, dtype=sum_dtype, seed=9)
+    wanted = before.double().clone()
+    reference.reduce_group_(wanted, grad.double(), table, view.text)
+    sums = [before.clone(), before.clone()]
+    for total in sums:
+        group.reduce_group_(total, grad, table, view.text)
+    assert_near(sums[0], wanted, sum_dtype)
+    assert torch.equal(*sums)
+    added = group.reduce_group(grad, table, view.text, list(shape))
+    assert added.dtype == dtype
+    assert_near(added, wanted - before.double(), dtype)
 
 
 @pytest.mark.parametrize(("run", "together"), [(3, True), (2, True), (1, False)])

@@ -6,6 +6,7 @@ in tables on the GPU.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Sequence
@@ -16,18 +17,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from roastify.kernels import reference
 from roastify.kernels.gpu import tuning
 from roastify.kernels.gpu.combine import is_small_basis
-from roastify.kernels.gpu.gather import gather_tiles
+from roastify.kernels.gpu.gather import gather, gather_tiles, place_of
 from roastify.kernels.gpu.group_combine import GroupCombine
 from roastify.kernels.gpu.launch import PLAIN_ARGUMENTS, Launch
-from roastify.kernels.gpu.mapping import effective_sign, supported
-from roastify.kernels.gpu.reduce import sum_chunks
+from roastify.kernels.gpu.mapping import apply_sign, effective_sign, supported
+from roastify.kernels.gpu.reduce import reduce_, sum_chunks
 from roastify.kernels.gpu.tuning import cdiv, power_of_2
+from roastify.kernels.group_view import aligned_offsets, group_of_text
 from roastify.kernels.view import MappingKind, SignKind, WeightView, alike
 
-# Each gathered weight begins at a multiple of this, because cuBLAS and wide loads need aligned addresses.
-_ALIGNED = 64
 # How many numbers the kernels read for each weight.
 _FIELDS = tl.constexpr(10)
 
@@ -59,11 +60,37 @@ def _gather_group_kernel(
                  STRIPS)  # fmt: skip
 
 
+@triton.jit
+def _sum_owned(
+    p_grads, p_table, p_tensors, p_scales, p_owners, chunk, slot, element, exists, key, num_slots, first_chunk,
+    first_tile, num_tiles, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, MAPPING: tl.constexpr, SIGN: tl.constexpr,
+    MULTIPLE: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Return the signed gradients of each slot's tile in a chunk, times the λ of the weight that has it."""
+    p_chunk = p_table + (chunk + first_chunk) * 3
+    position = tl.load(p_chunk + 2) * ((slot + num_slots - tl.load(p_chunk + 1)) % num_slots) % num_slots
+    tile = chunk * num_slots + position
+    known = (tile >= first_tile) & (tile - first_tile < num_tiles) & (slot < num_slots)
+    owner = tl.load(p_owners + (tile - first_tile), mask=known, other=-1)
+    i = tl.maximum(owner, 0)
+    p = p_tensors + i * _FIELDS
+    rows, grid_cols, first = tl.load(p), tl.load(p + 5), tl.load(p + 3)
+    cols = tl.multiple_of(tl.load(p + 1), [MULTIPLE])
+    begin = tl.multiple_of(tl.load(p + 8), [64]) if ALIGNED else tl.multiple_of(tl.load(p + 9), [MULTIPLE])
+    place, inside = place_of(tile, element, 0, rows[:, None], cols[:, None], first, grid_cols, TILE_ROWS, TILE_COLS, 0)
+    inside = inside & exists & (owner >= 0)[:, None]
+    grad = tl.load(p_grads + begin[:, None] + place, mask=inside, other=0.0).to(tl.float32)
+    grad = apply_sign(
+        grad, tile[:, None], element[None, :], key, num_slots, first[:, None], grid_cols[:, None], MAPPING, SIGN
+    )
+    return grad * tl.load(p_scales + i)[:, None]
+
+
 @triton.jit(do_not_specialize=[*PLAIN_ARGUMENTS, "count"])
 def _reduce_group_kernel(
-    p_grads, p_table, p_total, p_tensors, p_scales, count, key, num_slots, first_slot, first_chunk,
-    TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, BS: tl.constexpr, BE: tl.constexpr, MAPPING: tl.constexpr,
-    SIGN: tl.constexpr, STRIPS: tl.constexpr, MULTIPLE: tl.constexpr,
+    p_grads, p_table, p_total, p_tensors, p_scales, p_owners, p_chunks, count, key, num_slots, first_slot, first_chunk,
+    first_tile, num_tiles, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, BS: tl.constexpr, BE: tl.constexpr,
+    MAPPING: tl.constexpr, SIGN: tl.constexpr, STRIPS: tl.constexpr, MULTIPLE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     SIZE: tl.constexpr = TILE_ROWS * TILE_COLS
     PARTS: tl.constexpr = (SIZE + BE - 1) // BE
@@ -72,25 +99,38 @@ def _reduce_group_kernel(
     element = (program % PARTS * BE).to(tl.int32) + tl.arange(0, BE)
     exists = (slot < num_slots)[:, None] & (element < SIZE)[None, :]
     total = tl.zeros([BS, BE], dtype=tl.float32)
-    for i in range(count):
-        rows, cols, base, first_tile, num_tiles, grid_cols = _numbers(p_tensors, i, MULTIPLE)
-        p = p_tensors + i * _FIELDS
-        p_grad = p_grads + tl.multiple_of(tl.load(p + 9), MULTIPLE)
-        total += tl.load(p_scales + i) * sum_chunks(
-            p_grad, p_table, slot, element, exists, tl.load(p + 6), tl.load(p + 7), key, rows, cols, base, first_tile,
-            num_tiles, grid_cols, num_slots, first_chunk, TILE_ROWS, TILE_COLS, BS, BE, MAPPING, SIGN, STRIPS,
-        )  # fmt: skip
+    for n in range(count):
+        if STRIPS:
+            # A tile may hold the end of one weight and the beginning of the next, so each weight has its turn.
+            rows, cols, base, first, tiles, grid_cols = _numbers(p_tensors, n, MULTIPLE)
+            p = p_tensors + n * _FIELDS
+            begin = tl.multiple_of(tl.load(p + 8), 64) if ALIGNED else tl.multiple_of(tl.load(p + 9), MULTIPLE)
+            total += tl.load(p_scales + n) * sum_chunks(
+                p_grads + begin, p_table, slot, element, exists, tl.load(p + 6), tl.load(p + 7), key, rows, cols, base,
+                first, tiles, grid_cols, num_slots, first_chunk, TILE_ROWS, TILE_COLS, BS, BE, MAPPING, SIGN, STRIPS,
+            )  # fmt: skip
+        else:
+            total += _sum_owned(
+                p_grads, p_table, p_tensors, p_scales, p_owners, tl.load(p_chunks + n), slot, element, exists, key,
+                num_slots, first_chunk, first_tile, num_tiles, TILE_ROWS, TILE_COLS, MAPPING, SIGN, MULTIPLE, ALIGNED,
+            )  # fmt: skip
     p_slot = p_total + (first_slot + slot)[:, None] * SIZE + element[None, :]
     tl.store(p_slot, tl.load(p_slot, mask=exists, other=0.0) + total, mask=exists)
 
 
 @dataclass
 class _Tables:
-    """The tables on a device: a row of numbers and λ for each weight, and a block of tiles for each program."""
+    """The tables on a device: a row of numbers and λ for each weight, and a block of tiles for each program.
+
+    `owners` has the number of the weight that each tile of the group's range belongs to, or -1, and `chunks` the chunks
+    that have such tiles. So `reduce_` visits a slot's tiles once for each chunk, however many weights there are.
+    """
 
     tensors: Tensor
     scales: Tensor
     blocks: Tensor
+    owners: Tensor
+    chunks: Tensor
 
 
 class Group:
@@ -109,7 +149,7 @@ class Group:
         # Whether the weights read every slot on average.
         self.covers_pool = sum(other.num_tiles for other in views) >= view.num_slots
         sizes = [other.numel for other in views]
-        self._offsets, self._begins = _aligned_offsets(sizes), _offsets(sizes)
+        self._offsets, self._begins = aligned_offsets(sizes), _offsets(sizes)
         # Whether gradients can be concatenated along their rows without being flattened first.
         self._stackable = len({other.cols for other in views}) == 1 and all(len(w.shape) == 2 for w in self.weights)
         self._strides = [_stride(weight) for weight in self.weights]
@@ -118,7 +158,7 @@ class Group:
         self._dense_offsets, self._dense_begins = self._offsets, self._begins
         if (basis := self.weights[0].basis_shape) is not None:
             dense_sizes = [math.prod(weight.read_shape) for weight in self.weights]
-            self._dense_offsets, self._dense_begins = _aligned_offsets(dense_sizes), _offsets(dense_sizes)
+            self._dense_offsets, self._dense_begins = aligned_offsets(dense_sizes), _offsets(dense_sizes)
             offsets = self._offsets, self._begins, self._dense_offsets, self._dense_begins
             # The last offset of each list is the end of the last weight, so it is left out.
             places = zip(*(each[:-1] for each in offsets), strict=True)
@@ -153,18 +193,36 @@ class Group:
         )
         block_elements = min(power_of_2(view.slot_size), tuning.REDUCE_ELEMENTS)
         block_slots = max(1, tuning.REDUCE_ELEMENTS // block_elements)
-        self._reduce = Launch(
-            _reduce_group_kernel,
-            (cdiv(view.num_slots, block_slots) * cdiv(view.slot_size, block_elements),),
-            count=len(views),
-            BS=block_slots,
-            BE=block_elements,
-            num_warps=tuning.REDUCE_WARPS,
-            **fixed,
+        self._first_tile = min(other.first_tile for other in views)
+        self._num_tiles = max(other.first_tile + other.num_tiles for other in views) - self._first_tile
+        self._chunks = sorted({chunk for other in views for chunk in range(other.chunks[0], sum(other.chunks))})
+        # For gradients that lie as the gathered weights do, and for those that follow one another without gaps.
+        self._reduce_aligned, self._reduce = (
+            Launch(
+                _reduce_group_kernel,
+                (cdiv(view.num_slots, block_slots) * cdiv(view.slot_size, block_elements),),
+                count=len(views) if view.strips else len(self._chunks),
+                first_tile=self._first_tile,
+                num_tiles=self._num_tiles,
+                BS=block_slots,
+                BE=block_elements,
+                ALIGNED=aligned,
+                num_warps=tuning.REDUCE_WARPS,
+                **fixed,
+            )
+            for aligned in (True, False)
         )
 
     def gather(self, pool: Tensor, table: Tensor) -> list[Tensor]:
         """Return the dense tensors, or the coefficients of weights with bases; they share one piece of memory."""
+        out = self.gather_flat(pool, table)
+        return [
+            out.as_strided(weight.gathered_shape, stride, offset)
+            for weight, stride, offset in zip(self.weights, self._strides, self._offsets, strict=False)
+        ]
+
+    def gather_flat(self, pool: Tensor, table: Tensor) -> Tensor:
+        """Return the matrices that the pool holds in one flat tensor; see `GroupView`."""
         tables = self._on(pool.device)
         out = torch.empty(self._offsets[-1], dtype=pool.dtype, device=pool.device)
         self._gather(
@@ -175,10 +233,7 @@ class Group:
             p_scales=tables.scales,
             p_blocks=tables.blocks,
         )
-        return [
-            out.as_strided(weight.gathered_shape, stride, offset)
-            for weight, stride, offset in zip(self.weights, self._strides, self._offsets, strict=False)
-        ]
+        return out
 
     def are_together(self, gathered: Sequence[Tensor]) -> bool:
         """Whether tensors were returned by one call of `gather`: each lies at its offset from the first."""
@@ -220,12 +275,21 @@ class Group:
             dense, joined = joined, joined.new_empty(self._begins[-1])
             self._combine.coefficient_grads(dense, bases, joined)
             del dense
-        self._reduce(
-            p_grads=joined,
+        self._add(self._reduce, total, joined, table, tables)
+
+    def reduce_flat_(self, total: Tensor, grad_flat: Tensor, table: Tensor) -> None:
+        """Add the pool's gradient from all weights to `total`, of gradients that lie as `gather_flat`'s result."""
+        self._add(self._reduce_aligned, total, grad_flat.contiguous(), table, self._on(total.device))
+
+    def _add(self, launch: Launch, total: Tensor, grads: Tensor, table: Tensor, tables: _Tables) -> None:
+        launch(
+            p_grads=grads,
             p_table=table,
             p_total=total,
             p_tensors=tables.tensors,
             p_scales=tables.scales,
+            p_owners=tables.owners,
+            p_chunks=tables.chunks,
         )
 
     def _joined(self, grads: Sequence[Tensor]) -> Tensor:
@@ -253,8 +317,17 @@ class Group:
                 torch.tensor(rows, dtype=torch.int64, device=device),
                 torch.tensor([weight.scale for weight in self.weights], dtype=torch.float32, device=device),
                 torch.tensor(self._blocks, dtype=torch.int32, device=device),
+                self._owners().to(device),
+                torch.tensor(self._chunks, dtype=torch.int64, device=device),
             )
         return tables
+
+    def _owners(self) -> Tensor:
+        owners = torch.full((self._num_tiles,), -1, dtype=torch.int32)
+        for number, weight in enumerate(self.weights):
+            first = weight.view.first_tile - self._first_tile
+            owners[first : first + weight.view.num_tiles] = number
+        return owners
 
 
 def fits(pool: Tensor, weight: WeightView) -> bool:
@@ -264,17 +337,56 @@ def fits(pool: Tensor, weight: WeightView) -> bool:
     return supported(pool) and weight.view.mapping == MappingKind.PERMUTATION
 
 
+def gather_group(pool: Tensor, table: Tensor, group: str) -> Tensor:
+    """Return the dense tensors of a group in one flat tensor, by one kernel if one fits."""
+    found, kernels = group_of_text(group), _group(group)
+    if fits(pool, kernels.weights[0]) and kernels.is_ready(pool.device):
+        return kernels.gather_flat(pool, table)
+    flat = pool.new_empty(found.offsets[-1])
+    for number, (view, scale) in enumerate(zip(found.views, found.scales, strict=True)):
+        found.part(flat, number).copy_(gather(pool, table, view, scale))
+    return flat
+
+
+def reduce_group(grad_flat: Tensor, table: Tensor, group: str, pool_shape: list[int]) -> Tensor:
+    """Return the adjoint of `gather_group`."""
+    total = torch.zeros(pool_shape, dtype=reference.summed_in(grad_flat.dtype), device=grad_flat.device)
+    reduce_group_(total, grad_flat, table, group)
+    return total.to(grad_flat.dtype)
+
+
+def reduce_group_(total: Tensor, grad_flat: Tensor, table: Tensor, group: str) -> None:
+    """Add what `reduce_group` returns to `total`, by one kernel if one fits and the weights fill the pool.
+
+    The kernel visits every slot, so for few weights in a large pool one kernel for each of them is faster.
+    """
+    found, kernels = group_of_text(group), _group(group)
+    fitting = fits(grad_flat, kernels.weights[0]) and total.dtype == torch.float32 and total.is_contiguous()
+    if fitting and kernels.covers_pool and kernels.is_ready(total.device):
+        kernels.reduce_flat_(total, grad_flat, table)
+        return
+    for number, (view, scale) in enumerate(zip(found.views, found.scales, strict=True)):
+        reduce_(total, found.part(grad_flat, number), table, view, scale)
+
+
+@functools.lru_cache(maxsize=1 << 10)
+def _group(text: str) -> Group:
+    """Return the kernels of an operator's group, whose tensors are the matrices that the pool holds."""
+    group = group_of_text(text)
+    return Group(
+        [
+            WeightView(view, scale, (view.rows, view.cols), transposed=False)
+            for view, scale in zip(group.views, group.scales, strict=True)
+        ]
+    )
+
+
 def _stride(weight: WeightView) -> tuple[int, ...]:
     """Return the strides of a gathered weight, whose matrix is row-major in memory."""
     if weight.transposed:
         return 1, weight.view.cols
     shape = weight.gathered_shape
     return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
-
-
-def _aligned_offsets(sizes: Iterable[int]) -> list[int]:
-    """Return `_offsets` of sizes that are rounded up, so that wide loads can begin at each."""
-    return _offsets(cdiv(size, _ALIGNED) * _ALIGNED for size in sizes)
 
 
 def _offsets(sizes: Iterable[int]) -> list[int]:

@@ -37,8 +37,6 @@ SCRATCH_ELEMENTS = 1 << 26
 # The most rows of activations for `few_rows`: where `many_rows` can run, and where it cannot. (4096², 128 rows: 13.8 µs
 # in `few_rows`, 27 gathered.)
 FEW_ROWS, FEW_ROWS_ALONE = 32, 128
-# From this many rows of activations on, a weight whose rows are no multiple of 8 is padded.
-PADDED_ROWS = 512
 # Above this many rows, cuBLAS saves more time than gathering costs. (4096², 4096 rows: 215 µs in `many_rows`, 222
 # gathered; 8192 rows: 440 and 420.)
 MANY_ROWS = 4096

@@ -112,7 +112,8 @@ def apply_plan(model: nn.Module, plan: RoastPlan, pool: RoastPool) -> Callable[[
                 to_roast(module, attribute, shared)
             if any(retains_weight(cast(RoastModule, module), attribute, shared) for module, attribute in holders):
                 retained.append(shared)
-        pool.retained, pool.weights = tuple(retained), tuple(weights)
+        pool.retain(retained)
+        pool.weights = tuple(weights)
         _set_forward(root, RootForward(root, pool, own_forward))
         if plan.of_adapters:
             replace_peft_methods(model, _dense_copy)

@@ -17,6 +17,7 @@ from roastify.errors import RoastError
 from roastify.kernels import ops
 from roastify.kernels.torch_internals import is_exporting, is_jit_tracing
 from roastify.kernels.view import WeightView
+from roastify.pool import compiled_read
 from roastify.pool.fold import unfolded
 from roastify.pool.members import is_sharded
 from roastify.pool.pool import RoastPool
@@ -54,6 +55,9 @@ class PooledWeight(WeightView):
         self.is_scaled_pool = not self.center and not self.diagonal and self.start_at is None
         self.can_multiply = self.is_scaled_pool and self.zero_row is None
         self.can_be_whole = self.can_multiply and self.fold is None
+        # The group with which a compiled pass gathers it, and its number there; `RoastPool.retain` sets them.
+        self.group: str | None = None
+        self.number = 0
 
     @property
     def current_dtype(self) -> torch.dtype:
@@ -184,12 +188,17 @@ class PooledWeight(WeightView):
         """Return the dense tensor for a recorded operation on `x`, in the dtype that the operation runs in."""
         dtype = ops.autocast_dtype(x) or self.current_dtype
         if torch.compiler.is_compiling():
+            if self.group is not None and torch.compiler.is_dynamo_compiling():
+                return self._as_read(compiled_read.gathered_matrix(self.pool, self.group, self.number, dtype))
             return self._gathered(dtype)
         return self.pool.gathered_weight(self, dtype)
 
     def _gathered(self, dtype: torch.dtype) -> Tensor:
         """Return what the layer's operation takes: the weight, or the narrow one of a folded weight."""
-        matrix = ops.gather(self.pool.read(dtype), self.pool.table, self.view, self.scale)
+        return self._as_read(ops.gather(self.pool.read(dtype), self.pool.table, self.view, self.scale))
+
+    def _as_read(self, matrix: Tensor) -> Tensor:
+        """Return what the layer's operation takes, of the matrix that the pool holds."""
         gathered = (matrix.t() if self.transposed else matrix).reshape(self.gathered_shape)
         if self.basis_index is None:
             return gathered

@@ -4,6 +4,10 @@
 one operator. The second stage runs that graph once, forward and backward, on tensors that record every operation. The
 second stage runs the nodes and the buffer of `gradient_gate`. So the recorded backward pass has one buffer, and every
 layer adds to that buffer in place.
+
+Small weights that a graph keeps for its backward pass are gathered together, as in an eager pass, because each call of
+an operator costs a compiled graph's host up to 100 µs: `gathered` is one operator for each weight in the first stage,
+and in the second one gathers all that are read. Only a graph that holds the model's whole forward does so.
 """
 
 from __future__ import annotations
@@ -16,6 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from roastify.kernels import ops
+from roastify.kernels.gathered_weights import flat_part, gather_flat
+from roastify.kernels.group_view import group_of_text
 from roastify.pool.gradient_gate import Gate, Pool
 
 
@@ -43,15 +50,25 @@ class _RecordedGate(Gate):
         # The gate is connected to the tensor's history at this moment. If autograd records an in-place change of the
         # tensor later, the tensor has another `grad_fn`, and needs another gate.
         self.origin = pool.weight.grad_fn
+        # What was gathered of each group in each dtype; the parts that layers read keep it alive.
+        self.flat: dict[tuple[str, torch.dtype], weakref.ref[Tensor]] = {}
 
 
 # The last gate of each recording tensor that stands for a pool. The references are weak: only graphs keep a gate alive.
 _gates = WeakIdKeyDictionary()
 
 
+# The recording tensors that stand for pools in graphs of whole forward passes.
+_wholes: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _is_ordinary(weight: Tensor) -> bool:
+    """Whether nothing is being recorded on a tensor: a backend runs the graph as it is."""
+    return type(weight) in (Tensor, nn.Parameter)
+
+
 def _recorded_gate_of(pool: _PoolArguments) -> Gate:
-    if type(pool.weight) in (Tensor, nn.Parameter):
-        # This is an ordinary tensor, so nothing is being recorded: a backend runs the graph as it is.
+    if _is_ordinary(pool.weight):
         return Gate(cast(Pool, pool), plain=False)
     last = _gates.get(pool.weight)
     gate: _RecordedGate | None = None if last is None else last()
@@ -68,15 +85,70 @@ def _read(
     return gate.read(weight.detach().to(dtype))
 
 
+def _gathered(
+    weight: Tensor,
+    per_slot: Tensor | None,
+    uneven_slots: Tensor | None,
+    uneven: Tensor | None,
+    table: Tensor,
+    text: str,
+    number: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    gate = _recorded_gate_of(_PoolArguments(weight, per_slot is not None, per_slot, uneven_slots, uneven))
+    group = group_of_text(text)
+    if not isinstance(gate, _RecordedGate) or weight not in _wholes:
+        return ops.gather(gate.read(weight.detach().to(dtype)), table, group.views[number], group.scales[number])
+    last = gate.flat.get((text, dtype))
+    flat = None if last is None else last()
+    if flat is None:
+        flat = gather_flat(gate.read(weight.detach().to(dtype)), table, group)
+        gate.flat[text, dtype] = weakref.ref(flat)
+    return flat_part(flat, group, number)
+
+
+def _begin_whole(weight: Tensor) -> None:
+    if not _is_ordinary(weight):
+        _wholes[weight] = True
+
+
 _library = torch.library.Library("roastify", "FRAGMENT")
 _library.define(
     "read(Tensor(a) weight, Tensor? per_slot, Tensor? uneven_slots, Tensor? uneven, ScalarType dtype) -> Tensor(a)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.impl("read", _read, "CompositeImplicitAutograd")
+_library.define(
+    "gathered(Tensor weight, Tensor? per_slot, Tensor? uneven_slots, Tensor? uneven, Tensor table, str group, "
+    "int number, ScalarType dtype) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.impl("gathered", _gathered, "CompositeImplicitAutograd")
+_library.define("begin_whole(Tensor weight) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
+_library.impl("begin_whole", _begin_whole, "CompositeImplicitAutograd")
 
 
 def read(pool: Pool, dtype: torch.dtype) -> Tensor:
     """Return the pool's values in a dtype, as one operator of a graph; their gradient goes to the gate."""
-    gamma = (pool.per_slot, pool.uneven_slots, pool.uneven) if pool.precondition else (None, None, None)
-    return torch.ops.roastify.read.default(pool.parameter(), *gamma, dtype)
+    return torch.ops.roastify.read.default(pool.parameter(), *_gamma(pool), dtype)
+
+
+def gathered_matrix(pool: Pool, group: str, number: int, dtype: torch.dtype) -> Tensor:
+    """Return the matrix of a group's weight in a dtype, as one operator of a graph; its gradient goes to the gate.
+
+    Args:
+        pool: the pool.
+        group: the group's `GroupView.text`.
+        number: the weight's number in the group.
+        dtype: of the result.
+    """
+    return torch.ops.roastify.gathered.default(pool.parameter(), *_gamma(pool), pool.table, group, number, dtype)
+
+
+def begin_whole(pool: Pool) -> None:
+    """Say that the graph that is being recorded holds a whole forward pass, so that `gathered` may gather groups."""
+    torch.ops.roastify.begin_whole.default(pool.parameter())
+
+
+def _gamma(pool: Pool) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    return (pool.per_slot, pool.uneven_slots, pool.uneven) if pool.precondition else (None, None, None)

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from roastify.errors import RoastError
-from roastify.kernels.torch_internals import is_captured, is_cut_into_stages
+from roastify.kernels.torch_internals import is_captured, is_cut_into_stages, is_exporting
+from roastify.pool import compiled_read
 from roastify.pool.members import MEMBER
 from roastify.pool.pass_cache import Pass, passes
 from roastify.pool.pool import RoastPool
@@ -82,6 +83,8 @@ class RootForward:
                     "pool of its own, and some stages several. Cut the dense model, convert each stage by itself "
                     "(roastify.convert(stage, ratio)), and pass it to PipelineStage"
                 )
+            if torch.compiler.is_dynamo_compiling() and not is_exporting() and torch.is_grad_enabled():
+                compiled_read.begin_whole(self.pool)
             return self._run(*args, **kwargs)
         if torch.is_grad_enabled():
             self._trained.check(self.model, self.pool)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from roastify.errors import RoastError
 from roastify.kernels import reference
 from roastify.kernels.flops import teach_flop_counters
-from roastify.kernels.gathered_weights import WeightGroup, make_groups
+from roastify.kernels.gathered_weights import WeightGroup, compiled_groups, make_groups
 from roastify.kernels.reference import summed_in
 from roastify.kernels.torch_internals import (
     in_func_transform,
@@ -100,10 +100,9 @@ class RoastPool(TiedModule):
         self.plan: Any = None
         # What builds the dense model, if that is known; saving writes it.
         self.builder: Any = None
-        # The shared tensors as their layers hold them, in the plan's order, and those that their layers may keep during
-        # a training pass; `rewrite` sets both.
+        # The shared tensors as their layers hold them, in the plan's order; `rewrite` sets them.
         self.weights: tuple[Any, ...] = ()
-        self.retained: tuple[WeightView, ...] = ()
+        self.retained: tuple[Any, ...] = ()
         self._groups: dict[WeightView, WeightGroup] | None = None
         # Whether the pool was frozen or trained by itself, and not with a part of a model.
         self.meant: bool | None = None
@@ -232,6 +231,15 @@ class RoastPool(TiedModule):
         name = basis_name(index)
         basis = self.present(name) if name in self._given else self.__dict__["_parameters"].get(name)
         return basis if type(basis) is nn.Parameter else None
+
+    def retain(self, weights: Iterable[Any]) -> None:
+        """Say which weights their layers may keep during a training pass: those are gathered in groups."""
+        self.retained = tuple(weights)
+        self._groups = None
+        groups = compiled_groups(self.retained)
+        for weight in self.retained:
+            group, weight.number = groups.get(weight, (None, 0))
+            weight.group = None if group is None else group.text
 
     def group_of(self, weight: WeightView) -> WeightGroup:
         """Return the group of weights that a pass gathers together with this one."""
@@ -449,7 +457,7 @@ class RoastPool(TiedModule):
                 self.num_slots, self.tile, self._masters["table"], *plan.readings(), plan.scale_energies()
             )
         self._basis_energy = tuple(plan.basis_energy(tensor) for tensor in plan.with_basis)
-        self._groups = None
+        self.retain(self.retained)
         self._place_constants(self.weight.device)
 
     def extra_repr(self) -> str:
