@@ -69,13 +69,17 @@ class Side:
         return [lambda layer=layer, x=x, grad=grad: call(layer, x, grad) for layer, x, grad in triples]
 
 
-def measure(rows: Cases, case: Case, layout: str, fold: int) -> None:
-    """Measure a case, unless it was not asked for."""
+def measure(rows: Cases, case: Case, layout: str, fold: int, device: str = "cuda") -> None:
+    """Measure a case, unless it was not asked for.
+
+    Raises:
+        click.ClickException: the output differs from the densified layer's by more than rounding explains.
+    """
     name = f"{case}, {layout}, fold {fold}"
     if not rows.wanted(name):
         return
     torch.manual_seed(0)
-    options = {"device": "cuda", "dtype": torch.bfloat16}
+    options = {"device": device, "dtype": torch.bfloat16}
     dense = nn.Sequential(
         *(nn.Conv2d(case.channels, case.out, 3, padding=1, bias=False, **options) for _ in range(LAYERS))
     )

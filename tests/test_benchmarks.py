@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner
@@ -26,6 +27,7 @@ from triton.runtime.errors import OutOfResources  # noqa: E402
 from benchmarks import (  # noqa: E402
     cases,
     contest,
+    convolutions,
     hashednet,
     kernels,
     layers,
@@ -36,6 +38,7 @@ from benchmarks import (  # noqa: E402
     timing,
 )
 from benchmarks.hashednet import Blocks, Hashed  # noqa: E402
+from benchmarks.rows import Cases  # noqa: E402
 
 # The interpreter computes with NumPy, whose integers warn where a hash wraps on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
@@ -275,6 +278,36 @@ def test_a_case_that_fails_is_a_row_and_the_others_are_measured(
     results = json.loads(path.read_text())
     assert sum("failed" in row for row in results["rows"]) == 4 and len(results["rows"]) == 10
     assert "failed: RuntimeError: out of / something |" in performance_tables_page.markdown(results)
+
+
+@pytest.mark.parametrize("layout", convolutions.LAYOUTS)
+def test_folded_convolutions_are_checked_and_timed(
+    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[Tensor] = []
+
+    def measure(sides: Mapping[str, Sequence[Callable[[], Any]]]) -> dict[str, Any]:
+        for calls in sides.values():
+            for call in calls:
+                found = call()
+                called.extend([found] if isinstance(found, Tensor) else found)
+        return {name: stats.quartiles([TIMES["dense" if name == "dense" else "pool"]] * 3, "us") for name in sides}
+
+    monkeypatch.setattr(timing, "measure", measure)
+    monkeypatch.setattr(convolutions, "LAYERS", 2)
+    rows, case = Cases(tmp_path / "rows.json", "", 1.0, dict(MACHINE)), convolutions.Case(2, 64, 64, 5)
+    convolutions.measure(rows, case, layout, 4, DEVICE)
+    (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert row["case"] == f"64→64, 2×5×5, {layout}, fold 4" and (row["fold"], row["hashes"]) == (4, 2)
+    assert row["dense_over_converted"] == pytest.approx({"forward": 1.2, "with backward": 1.2})
+    # Two layers of two sides, forward; then the gradients of input and weight of a dense one, and of input, pool and
+    # basis of ours.
+    assert 0 < row["error"] < convolutions.LIMIT and len(called) >= 2 * 2 + 2 * 2 + 2 * 2
+    assert any(tensor.shape == (64, 64, 3, 3) for tensor in called)
+    monkeypatch.setattr(convolutions, "LIMIT", 0.0)
+    with pytest.raises(click.ClickException, match="the error is"):
+        convolutions.measure(Cases(tmp_path / "others.json", "", 1.0), case, layout, 4, DEVICE)
+    assert not (tmp_path / "others.json").exists()
 
 
 def test_rows_of_other_regimes_are_kept_only_if_the_machine_is_the_same(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo import compiled_autograd
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 import roastify
@@ -446,6 +447,29 @@ def test_reading_slot_by_slot_is_chosen_only_where_it_fits() -> None:
     assert not reads((4096, 4096), 4)
     assert not reads((4096, 4095), 600)
     assert not reads((128_000, 4096), 200_000, tile=(16, 16))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_vocabulary_of_an_odd_size_pads_its_gradient_once(dtype: torch.dtype) -> None:
+    """What the added rows would read of the pool does not matter."""
+    view, table, shape = Case(77, 128, (16, 16), 9, first_tile=5).build()
+    pool, x, grad = (
+        randn(*shape, dtype=dtype),
+        randn(600, 128, dtype=dtype, seed=1),
+        randn(600, 77, dtype=dtype, seed=2),
+    )
+    leaves = [tensor.requires_grad_() for tensor in (x, pool)]
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        found = torch.autograd.grad(ops.linear(x, pool, None, table, view, 0.7), leaves, grad)
+    pads = sum(event.count for event in profiled.key_averages() if event.key == "aten::constant_pad_nd")
+    # The forward pass pads the weight, if it gathers it.
+    assert pads <= 2 if dtype == torch.bfloat16 else pads == 0
+    weight = reference.gather(pool.detach().double(), table, view, 0.7)
+    of_pool = reference.reduce(grad.double().t() @ x.detach().double(), table, view, 0.7, list(shape))
+    expected = grad.double() @ weight, of_pool
+    for one, other in zip(found, expected, strict=True):
+        assert_near(one, other, dtype)
 
 
 @pytest.mark.parametrize("scratch", [1, 2000, 1 << 26])

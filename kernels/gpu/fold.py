@@ -49,25 +49,25 @@ def factors(p_pool, key, g, i, span, num_spans, first_scale, FOLD: tl.constexpr,
 
 
 @triton.jit
-def _place(span_cols, num_spans, width, BLOCKS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr):
+def _place(span_cols, num_spans, width, blocks, BM: tl.constexpr, BC: tl.constexpr):
     """Return a program's rows, its span, its columns in the buckets' row, and which of these exist."""
     # On one axis, because the others end at 65,535.
     program = tl.program_id(0).to(tl.int64)
-    row = program // (num_spans * BLOCKS) * BM + tl.arange(0, BM)
-    block = (program % (num_spans * BLOCKS)).to(tl.int32)
-    span = block // BLOCKS
-    inner = block % BLOCKS * BC + tl.arange(0, BC)
+    row = program // (num_spans * blocks) * BM + tl.arange(0, BM)
+    block = (program % (num_spans * blocks)).to(tl.int32)
+    span = block // blocks
+    inner = block % blocks * BC + tl.arange(0, BC)
     col = span * span_cols + inner
     return row, span, col, (inner < span_cols) & (col < width)
 
 
 @triton.jit(do_not_specialize=PLAIN_ARGUMENTS)
 def _fold_kernel(
-    p_x, p_pool, p_out, key, num_rows, width, span_cols, num_spans, first_scale, FOLD: tl.constexpr,
-    HASHES: tl.constexpr, BLOCKS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, LEARNED: tl.constexpr,
-    UNIT: tl.constexpr, DEPENDENT: tl.constexpr,
+    p_x, p_pool, p_out, key, num_rows, width, span_cols, num_spans, blocks, first_scale, FOLD: tl.constexpr,
+    HASHES: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, LEARNED: tl.constexpr, UNIT: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    row, span, col, exists = _place(span_cols, num_spans, width, BLOCKS, BM, BC)
+    row, span, col, exists = _place(span_cols, num_spans, width, blocks, BM, BC)
     inside = (row < num_rows)[:, None] & exists[None, :]
     p_row = p_x + (row * (FOLD * width))[:, None] + col[None, :]
     if DEPENDENT:
@@ -85,11 +85,11 @@ def _fold_kernel(
 
 @triton.jit(do_not_specialize=PLAIN_ARGUMENTS)
 def _unfold_kernel(
-    p_x, p_pool, p_out, key, num_rows, width, span_cols, num_spans, first_scale, FOLD: tl.constexpr,
-    HASHES: tl.constexpr, BLOCKS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, LEARNED: tl.constexpr,
-    UNIT: tl.constexpr, DEPENDENT: tl.constexpr,
+    p_x, p_pool, p_out, key, num_rows, width, span_cols, num_spans, blocks, first_scale, FOLD: tl.constexpr,
+    HASHES: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, LEARNED: tl.constexpr, UNIT: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    row, span, col, exists = _place(span_cols, num_spans, width, BLOCKS, BM, BC)
+    row, span, col, exists = _place(span_cols, num_spans, width, blocks, BM, BC)
     inside = (row < num_rows)[:, None] & exists[None, :]
     g = tl.arange(0, HASHES)
     place = (row * (HASHES * width))[None, :, None] + (g * width)[:, None, None] + col[None, None, :]
@@ -106,15 +106,15 @@ def _unfold_kernel(
 
 @triton.jit(do_not_specialize=PLAIN_ARGUMENTS)
 def _scales_kernel(
-    p_grad, p_x, p_parts, key, num_rows, width, span_cols, num_spans, steps, FOLD: tl.constexpr, HASHES: tl.constexpr,
-    BLOCKS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, SIDE: tl.constexpr, WIDEN: tl.constexpr,
+    p_grad, p_x, p_parts, key, num_rows, width, span_cols, num_spans, blocks, steps, FOLD: tl.constexpr,
+    HASHES: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, SIDE: tl.constexpr, WIDEN: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     # The sums of products over rows and columns of a span are one small matrix product, which the matrix unit computes
     # while memory is read; sums within a program would take three times as long.
-    span = tl.program_id(0) // BLOCKS
+    span = tl.program_id(0) // blocks
     k = tl.arange(0, BM * BC)
-    inner = tl.program_id(0) % BLOCKS * BC + k % BC
+    inner = tl.program_id(0) % blocks * BC + k % BC
     col = span * span_cols + inner
     exists = (inner < span_cols) & (col < width)
     g = tl.arange(0, SIDE)
@@ -135,7 +135,7 @@ def _scales_kernel(
             total = tl.dot(grad.to(tl.float32), tl.trans(x.to(tl.float32)), total, input_precision="tf32x3")
     out = total * _signs(key, g[:, None], g[None, :], span, num_spans)
     place = (g[:, None] * FOLD + g[None, :]) * num_spans + span
-    part = tl.program_id(1) * BLOCKS + tl.program_id(0) % BLOCKS
+    part = tl.program_id(1) * blocks + tl.program_id(0) % blocks
     there = (g < HASHES)[:, None] & (g < FOLD)[None, :]
     tl.store(p_parts + part * (HASHES * FOLD * num_spans) + place, out, mask=there)
 
@@ -204,7 +204,7 @@ def _launch(kernel: triton.JITFunction, view: FoldView, num_rows: int, device: t
         key=view.key,
         num_rows=num_rows,
         first_scale=max(view.first_scale, 0),
-        BLOCKS=blocks,
+        blocks=blocks,
         BM=block_rows,
         BC=block_cols,
         LEARNED=view.num_scales > 0,
@@ -230,7 +230,7 @@ def _scales_launch(view: FoldView, num_rows: int, device: torch.device) -> tuple
         key=view.key,
         num_rows=num_rows,
         steps=steps,
-        BLOCKS=blocks,
+        blocks=blocks,
         BM=block_rows,
         BC=block_cols,
         SIDE=max(_SMALLEST_SIDE, view.fold),

@@ -39,6 +39,7 @@ PLAIN_ARGUMENTS = [
     "num_lookups",
     "nowhere",
     "steps",
+    "blocks",
     "first_scale",
     "fold_key",
 ]
