@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from roastify.kernels.dispatch import call, nodes
+from roastify.kernels.dispatch import call, implementations, is_watched, nodes
 from roastify.kernels.grad_buffer import grad_buffer_of, is_wanted
 from roastify.kernels.row_padding import padded_gradient
 from roastify.kernels.schemas import library, with_view
@@ -318,6 +318,9 @@ def _for_autograd(name: str) -> Any:
         if torch.is_grad_enabled() and any_requires_grad(*args):
             return nodes[name].apply(*args)
         with below_autograd():
+            # A compiled graph calls its operators here, and another way through the dispatcher costs the host more.
+            if not is_watched(*args):
+                return implementations[name](*args)
             return getattr(torch.ops.roastify, name).default(*args)
 
     return run

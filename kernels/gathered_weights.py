@@ -346,7 +346,7 @@ def combine_group(group: WeightGroup, coefficients: Sequence[Tensor], bases: Seq
 
     Args:
         group: the weights.
-        coefficients: the tensors that `gather_group` returned.
+        coefficients: the tensors that `gather_together` returned.
         bases: each weight's basis.
     """
     kernels = group.kernels(coefficients[0])
@@ -365,7 +365,7 @@ def combined_weight(coefficients: Tensor, basis: Tensor, grad_scale: float, valu
     """Return a weight that `combine_group` computed, with the derivatives of `ops.combine(coefficients, basis, …)`.
 
     Args:
-        coefficients: the weight's coefficients, from `gather_group`.
+        coefficients: the weight's coefficients, from `gather_together`.
         basis: the weight's basis.
         grad_scale: the factor of the basis's gradient.
         values: the weight, from `combine_group`.
@@ -374,7 +374,7 @@ def combined_weight(coefficients: Tensor, basis: Tensor, grad_scale: float, valu
     return _CombinedNode.apply(coefficients, basis, grad_scale, values, index)
 
 
-def gather_group(pool: Tensor, table: Tensor, group: WeightGroup) -> tuple[Tensor, ...]:
+def gather_together(pool: Tensor, table: Tensor, group: WeightGroup) -> tuple[Tensor, ...]:
     """Return a group's dense weights, or the coefficients of weights with bases, all behind one autograd node.
 
     The node runs when the gradients of all of them have arrived.

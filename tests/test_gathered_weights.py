@@ -99,13 +99,13 @@ class Gathers:
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.groups: list[int] = []
-        gather = gathered_weights.gather_group
+        gather = gathered_weights.gather_together
 
         def watched(pool: Tensor, table: Tensor, group: gathered_weights.WeightGroup, *rest: Any) -> Any:
             self.groups.append(len(group.weights))
             return gather(pool, table, group, *rest)
 
-        patch.setattr("roastify.pool.pass_cache.gather_group", watched)
+        patch.setattr("roastify.pool.pass_cache.gather_together", watched)
 
 
 @pytest.fixture
@@ -433,7 +433,7 @@ def test_weights_are_not_kept_where_it_would_not_pay(
 def test_no_weight_is_kept_after_a_step(kind: type[Net]) -> None:
     model = converted(kind)
     made: list[weakref.ref[Tensor]] = []
-    gather = gathered_weights.gather_group
+    gather = gathered_weights.gather_together
 
     def watched(*args: Any) -> Any:
         tensors = gather(*args)
@@ -444,7 +444,7 @@ def test_no_weight_is_kept_after_a_step(kind: type[Net]) -> None:
     gc.disable()
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("roastify.pool.pass_cache.gather_group", watched)
+            patch.setattr("roastify.pool.pass_cache.gather_together", watched)
             for _ in range(2):
                 model(rows()).sum().backward()
             assert len(made) >= 10 and not any(reference() is not None for reference in made)

@@ -780,13 +780,13 @@ def test_a_write_to_a_basis_before_the_backward_pass_raises_as_for_a_dense_weigh
 
 def test_layers_with_bases_are_read_together(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = pair()
-    groups, gather_group = [], pass_cache.gather_group
+    groups, gather_together = [], pass_cache.gather_together
 
     def watched(pool: Tensor, table: Tensor, group: WeightGroup) -> Any:
         groups.append([weight.shape for weight in group.weights])
-        return gather_group(pool, table, group)
+        return gather_together(pool, table, group)
 
-    monkeypatch.setattr(pass_cache, "gather_group", watched)
+    monkeypatch.setattr(pass_cache, "gather_together", watched)
     model(normal(2, 4, 12, 12))
     assert [(48, 32, 3, 3), (48, 24, 3, 3)] in groups
 

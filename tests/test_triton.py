@@ -449,6 +449,7 @@ def test_reading_slot_by_slot_is_chosen_only_where_it_fits() -> None:
     assert not reads((128_000, 4096), 200_000, tile=(16, 16))
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events:UserWarning")
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_a_vocabulary_of_an_odd_size_pads_its_gradient_once(dtype: torch.dtype) -> None:

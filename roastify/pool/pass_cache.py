@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 from roastify.errors import RoastError
 from roastify.kernels import ops
-from roastify.kernels.gathered_weights import WeightGroup, combine_group, combined_weight, gather_group, gathered_again
+from roastify.kernels.gathered_weights import (
+    WeightGroup,
+    combine_group,
+    combined_weight,
+    gather_together,
+    gathered_again,
+)
 from roastify.kernels.torch_internals import (
     NO_PASS,
     SELECTIVE_CHECKPOINTS,
@@ -147,7 +153,7 @@ class PoolCache:
         if (reference := self.dense_values.get(key)) is not None and (values := reference()) is not None:
             return gathered_again(pool, self.pool.table, weight, values)
         group = self._group_of(weight, dtype)
-        tensors = gather_group(pool, self.pool.table, group)
+        tensors = gather_together(pool, self.pool.table, group)
         for other, tensor in zip(group.weights, tensors, strict=True):
             self.dense_values[other, dtype] = weakref.ref(tensor)
             self.unread[other, dtype] = tensor
