@@ -20,6 +20,10 @@ def row_padding(view: TileView, x: Tensor) -> int:
     return -view.rows % 8 if x.element_size() == 2 and x.shape[0] >= _PADDED_ROWS else 0
 
 
+def _runs_on_cublas(x: Tensor) -> bool:
+    return x.is_cuda
+
+
 def padded_gradient(grad: Tensor, view: TileView) -> tuple[Tensor, TileView]:
     """Return a product's gradient with zero columns, and the weight with as many rows more; or both as they are.
 
@@ -31,7 +35,7 @@ def padded_gradient(grad: Tensor, view: TileView) -> tuple[Tensor, TileView]:
         view: where the weight lies.
     """
     pad = -view.rows % 8
-    if not pad or not grad.is_cuda or view.strips or view.groups > 1:
+    if not pad or not _runs_on_cublas(grad) or view.strips or view.groups > 1:
         return grad, view
     # A compiler would specialise a graph of any size by a comparison of it.
     if isinstance(grad.numel(), torch.SymInt) or not row_padding(view, grad.reshape(-1, view.rows)):
