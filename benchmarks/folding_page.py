@@ -23,6 +23,7 @@ from benchmarks.stats import mean_text, paired
 from benchmarks.training.plots import MODES
 from benchmarks.training.tables_page import RESULTS as TRAINING
 from benchmarks.training.tables_page import single_rows
+from roastify import RoastConfig
 
 CONVOLUTIONS = FOLDER / "convolutions.json"
 DOCUMENT = Path(__file__).parents[1] / "docs" / "folding.md"
@@ -30,6 +31,9 @@ CONVOLVED = "<!-- convolutions: written by `python -m benchmarks.folding_page` -
 CLASSIFIED = "<!-- classification: written by `python -m benchmarks.folding_page` -->"
 SPEED = "<!-- speed: written by `python -m benchmarks.folding_page` -->"
 ACCURACY = "<!-- accuracy: written by `python -m benchmarks.folding_page` -->"
+HASHES = "<!-- hashes: written by `python -m benchmarks.folding_page` -->"
+# The default, which rows do not name.
+FOLD_HASHES = RoastConfig().fold_hashes
 # Batches of which the backward pass is shown too.
 WITH_BACKWARD = (2048, 8192)
 # Lines of the table of losses: a method, and a setting that is changed.
@@ -131,6 +135,29 @@ def accuracy(rows: Sequence[Row]) -> str:
     return "\n".join([*lines, ""]) if lines else ""
 
 
+def hashes(rows: Sequence[Row]) -> str:
+    """Return the table of losses and step times by the number of hashes, a line for each width, length and rate."""
+    found: dict[tuple[int, int, float], dict[int, list[Row]]] = {}
+    for row in rows:
+        if row["method"] == "folded" and row["ratio"] == 10 and set(row["changes"]) <= {"fold_hashes"}:
+            count = row["changes"].get("fold_hashes", FOLD_HASHES)
+            found.setdefault((row["width"], row["steps"], row["rate"]), {}).setdefault(count, []).append(row)
+    compared = {key: by_count for key, by_count in found.items() if len(by_count) > 1}
+    counts = sorted({count for by_count in compared.values() for count in by_count})
+    lines = []
+    for (width, steps, rate), by_count in sorted(compared.items()):
+        cells = []
+        for count in counts:
+            given = by_count.get(count, [])
+            time = f", {statistics.median(row['step']['median_ms'] for row in given):.1f} ms" if given else ""
+            cells.append(loss_text(row["loss"] for row in given) + time if given else "–")
+        seeds = sorted({len(given) for given in by_count.values()})
+        lines.append([f"{width}", f"{steps:,}", f"{rate:g}", "–".join(map(str, seeds)), *cells])
+    head = ["width", "steps", "rate", "seeds"]
+    heads = [f"{count} {'hash' if count == 1 else 'hashes'}" for count in counts]
+    return "\n".join([*table([*head, *heads], lines), ""])
+
+
 def convolved(rows: Sequence[Row]) -> str:
     """Return the table of dense time over ours by convolution."""
     whats = ("forward", "with backward")
@@ -182,6 +209,7 @@ def markdown(text: str, kernels: Sequence[Row], training: Sequence[Row], models:
     text = insert(text, SPEED, speed(kernels, training, models))
     text = insert(text, CONVOLVED, convolved(convolutions))
     text = insert(text, CLASSIFIED, classified(classifiers))
+    text = insert(text, HASHES, hashes(language))
     return insert(text, ACCURACY, accuracy(language))
 
 
