@@ -22,7 +22,7 @@ from roastify.kernels.dispatch import is_watched, on_device_of
 from roastify.kernels.grad_buffer import grad_buffer_of, is_wanted
 from roastify.kernels.group_view import GroupView
 from roastify.kernels.torch_internals import at_end_of_backward, current_backward_pass, without_view_tracking
-from roastify.kernels.view import TileView, WeightView, alike
+from roastify.kernels.view import WeightView, alike
 
 if TYPE_CHECKING:
     from roastify.kernels.gpu.group import Group
@@ -37,6 +37,11 @@ class WeightGroup:
     def __init__(self, weights: Sequence[WeightView]) -> None:
         self.weights = tuple(weights)
         self._kernels: Group | None = None
+
+    @property
+    def view(self) -> GroupView:
+        """The group as an operator takes it."""
+        return GroupView(tuple(weight.view for weight in self.weights), tuple(weight.scale for weight in self.weights))
 
     def kernels(self, pool: Tensor) -> Group | None:
         """Return the group's kernels; None if none fits the pool's device and dtype, or if they cannot run now."""
@@ -76,28 +81,6 @@ def make_groups(weights: Iterable[WeightView]) -> dict[WeightView, WeightGroup]:
             groups.append(group)
         group.append(weight)
     return {weight: group for group in map(WeightGroup, groups) for weight in group.weights}
-
-
-def compiled_groups(weights: Iterable[WeightView]) -> dict[WeightView, tuple[GroupView, int]]:
-    """Return the group of each weight that a compiled pass gathers with others, and its number there.
-
-    Unlike in `make_groups`, weights of all sizes share a group: what a graph does not read, its backward leaves out.
-    """
-    last_of_kind: dict[TileView, list[WeightView]] = {}
-    groups: list[list[WeightView]] = []
-    for weight in weights:
-        kind = alike(weight.view)
-        group = last_of_kind.get(kind)
-        if group is None or sum(other.view.numel for other in (*group, weight)) > _GROUP_ELEMENTS:
-            group = last_of_kind[kind] = []
-            groups.append(group)
-        group.append(weight)
-    found: dict[WeightView, tuple[GroupView, int]] = {}
-    for group in groups:
-        view = GroupView(tuple(weight.view for weight in group), tuple(weight.scale for weight in group))
-        if len(group) > 1:
-            found.update((weight, (view, number)) for number, weight in enumerate(group))
-    return found
 
 
 def _numel(weight: WeightView) -> int:

@@ -77,6 +77,14 @@ def is_exporting() -> bool:
     return torch.compiler._is_exporting_flag
 
 
+def writes_recorded(tensor: Tensor) -> int:
+    """Return how many writes to a tensor a compiler has recorded; its version does not count those of `_foreach_…`."""
+    functional = getattr(tensor, "elem", None)
+    if functional is None or not torch._is_functional_tensor(functional):
+        return 0
+    return int(torch._functionalize_mutation_counter(functional))
+
+
 def is_cut_into_stages() -> bool:
     """Whether `torch.export` traces for `torch.distributed.pipelining.pipeline`, which copies shared Parameters."""
     frame = sys._getframe() if is_exporting() else None

@@ -232,6 +232,10 @@ class WeightView:
     """Shape of what the layer's operation takes: the weight's own, or that of the narrow weight of a folded one."""
     gathered_shape: tuple[int, ...] = field(init=False)
     """Shape of the gathered tensor: `read_shape`, or that of its coefficients, `(kernels, basis kernels)`."""
+    group: str | None = field(default=None, init=False)
+    """The `GroupView.text` of the group with which a compiled pass gathers the weight; None: it is gathered alone."""
+    number: int = field(default=0, init=False)
+    """The weight's number in that group."""
 
     def __post_init__(self) -> None:
         shape = self.shape

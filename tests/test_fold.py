@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import itertools
 import json
 import sys
@@ -824,6 +825,35 @@ def test_exploration_goes_past_assertions_and_absent_arguments() -> None:
             return self.query(x) * self.key(source) * self.value(source)
 
     assert [tensor.fold for tensor in plan_of(Cross()).shared] == [0, 0, 0]
+
+
+def decorated(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """As transformers marks attention's forward where an argument was renamed."""
+
+    @functools.wraps(forward)
+    def renamed(*args: Any, **kwargs: Any) -> Tensor:
+        return forward(*args, **{"mask" if name == "attention_mask" else name: kwargs[name] for name in kwargs})
+
+    return renamed
+
+
+class Decorated(nn.Module):
+    """Attention that torch.fx cannot trace to its end, behind a decorator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(64, 64) for _ in range(3))
+
+    @decorated
+    def forward(self, x: Tensor, mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        weights = self.q(x) @ self.k(x).transpose(-1, -2)
+        if weights.sum() > 0:
+            weights = weights / 2
+        return weights.softmax(-1) @ self.v(x)
+
+
+def test_layers_behind_a_decorator_share_a_fold() -> None:
+    assert [tensor.fold for tensor in plan_of(nn.Sequential(nn.Linear(64, 64), Decorated())).shared] == [0, 1, 1, 1]
 
 
 # Models of transformers.

@@ -326,7 +326,9 @@ class Group:
         owners = torch.full((self._num_tiles,), -1, dtype=torch.int32)
         for number, weight in enumerate(self.weights):
             first = weight.view.first_tile - self._first_tile
-            owners[first : first + weight.view.num_tiles] = number
+            part = owners[first : first + weight.view.num_tiles]
+            assert self._view.strips or bool((part < 0).all()), "two weights of a group have the same tile"
+            part.fill_(number)
         return owners
 
 
@@ -369,7 +371,7 @@ def reduce_group_(total: Tensor, grad_flat: Tensor, table: Tensor, group: str) -
         reduce_(total, found.part(grad_flat, number), table, view, scale)
 
 
-@functools.lru_cache(maxsize=1 << 10)
+@functools.lru_cache(maxsize=1 << 8)
 def _group(text: str) -> Group:
     """Return the kernels of an operator's group, whose tensors are the matrices that the pool holds."""
     group = group_of_text(text)

@@ -170,6 +170,10 @@ class _Explorer(_RegionTracer):
         if self._questions > _MOST_QUESTIONS:
             raise _ExploredEnough
 
+    def create_args_for_root(self, root_fn: Any, *args: Any, **kwargs: Any) -> Any:
+        # Torch.fx counts the arguments of the function in a decorator, but would give them to the decorator's code.
+        return super().create_args_for_root(inspect.unwrap(root_fn), *args, **kwargs)
+
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         self._operations += 1
         if self._operations > _MOST_OPERATIONS or time.monotonic() > self._end:

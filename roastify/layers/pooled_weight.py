@@ -55,9 +55,6 @@ class PooledWeight(WeightView):
         self.is_scaled_pool = not self.center and not self.diagonal and self.start_at is None
         self.can_multiply = self.is_scaled_pool and self.zero_row is None
         self.can_be_whole = self.can_multiply and self.fold is None
-        # The group with which a compiled pass gathers it, and its number there; `RoastPool.retain` sets them.
-        self.group: str | None = None
-        self.number = 0
 
     @property
     def current_dtype(self) -> torch.dtype:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from roastify.kernels import ops
 from roastify.kernels.gathered_weights import flat_part, gather_flat
 from roastify.kernels.group_view import group_of_text
+from roastify.kernels.torch_internals import writes_recorded
 from roastify.pool.gradient_gate import Gate, Pool
 
 
@@ -50,12 +51,17 @@ class _RecordedGate(Gate):
         # The gate is connected to the tensor's history at this moment. If autograd records an in-place change of the
         # tensor later, the tensor has another `grad_fn`, and needs another gate.
         self.origin = pool.weight.grad_fn
-        # What was gathered of each group in each dtype; the parts that layers read keep it alive.
-        self.flat: dict[tuple[str, torch.dtype], weakref.ref[Tensor]] = {}
+        # What was gathered of each group, by what `_gathered` knows of the pool's values; the parts that layers read
+        # keep it alive.
+        self.flat: dict[tuple[Any, ...], weakref.ref[Tensor]] = {}
 
+
+# Torch keeps compiled graphs on disk by their first stage, which does not show what `gathered` records in the second.
+# So this number is a part of the first: raise it whenever the second stage records something else.
+RECORDING = 1
 
 # The last gate of each recording tensor that stands for a pool. The references are weak: only graphs keep a gate alive.
-_gates = WeakIdKeyDictionary()
+_gates: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 # The recording tensors that stand for pools in graphs of whole forward passes.
@@ -94,22 +100,30 @@ def _gathered(
     text: str,
     number: int,
     dtype: torch.dtype,
+    recording: int,
 ) -> Tensor:
     gate = _recorded_gate_of(_PoolArguments(weight, per_slot is not None, per_slot, uneven_slots, uneven))
     group = group_of_text(text)
     if not isinstance(gate, _RecordedGate) or weight not in _wholes:
         return ops.gather(gate.read(weight.detach().to(dtype)), table, group.views[number], group.scales[number])
-    last = gate.flat.get((text, dtype))
+    # A write to the pool between two layers is seen by the second.
+    seen = text, dtype, weight._version, writes_recorded(weight)
+    last = gate.flat.get(seen)
     flat = None if last is None else last()
     if flat is None:
         flat = gather_flat(gate.read(weight.detach().to(dtype)), table, group)
-        gate.flat[text, dtype] = weakref.ref(flat)
+        gate.flat[seen] = weakref.ref(flat)
     return flat_part(flat, group, number)
 
 
 def _begin_whole(weight: Tensor) -> None:
-    if not _is_ordinary(weight):
-        _wholes[weight] = True
+    if _is_ordinary(weight):
+        return
+    _wholes[weight] = True
+    # As in an eager pass, nothing of an earlier one is used again: some writes through `.data` raise no version.
+    last = _gates.get(weight)
+    if last is not None and (gate := last()) is not None:
+        gate.flat.clear()
 
 
 _library = torch.library.Library("roastify", "FRAGMENT")
@@ -120,7 +134,7 @@ _library.define(
 _library.impl("read", _read, "CompositeImplicitAutograd")
 _library.define(
     "gathered(Tensor weight, Tensor? per_slot, Tensor? uneven_slots, Tensor? uneven, Tensor table, str group, "
-    "int number, ScalarType dtype) -> Tensor",
+    "int number, ScalarType dtype, int recording) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.impl("gathered", _gathered, "CompositeImplicitAutograd")
@@ -142,7 +156,9 @@ def gathered_matrix(pool: Pool, group: str, number: int, dtype: torch.dtype) -> 
         number: the weight's number in the group.
         dtype: of the result.
     """
-    return torch.ops.roastify.gathered.default(pool.parameter(), *_gamma(pool), pool.table, group, number, dtype)
+    return torch.ops.roastify.gathered.default(
+        pool.parameter(), *_gamma(pool), pool.table, group, number, dtype, RECORDING
+    )
 
 
 def begin_whole(pool: Pool) -> None:

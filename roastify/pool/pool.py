@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from roastify.errors import RoastError
 from roastify.kernels import reference
 from roastify.kernels.flops import teach_flop_counters
-from roastify.kernels.gathered_weights import WeightGroup, compiled_groups, make_groups
+from roastify.kernels.gathered_weights import WeightGroup, make_groups
 from roastify.kernels.reference import summed_in
 from roastify.kernels.torch_internals import (
     in_func_transform,
@@ -102,7 +102,7 @@ class RoastPool(TiedModule):
         self.builder: Any = None
         # The shared tensors as their layers hold them, in the plan's order; `rewrite` sets them.
         self.weights: tuple[Any, ...] = ()
-        self.retained: tuple[Any, ...] = ()
+        self.retained: tuple[WeightView, ...] = ()
         self._groups: dict[WeightView, WeightGroup] | None = None
         # Whether the pool was frozen or trained by itself, and not with a part of a model.
         self.meant: bool | None = None
@@ -232,19 +232,20 @@ class RoastPool(TiedModule):
         basis = self.present(name) if name in self._given else self.__dict__["_parameters"].get(name)
         return basis if type(basis) is nn.Parameter else None
 
-    def retain(self, weights: Iterable[Any]) -> None:
+    def retain(self, weights: Iterable[WeightView]) -> None:
         """Say which weights their layers may keep during a training pass: those are gathered in groups."""
         self.retained = tuple(weights)
-        self._groups = None
-        groups = compiled_groups(self.retained)
-        for weight in self.retained:
-            group, weight.number = groups.get(weight, (None, 0))
-            weight.group = None if group is None else group.text
+        self._groups = make_groups(self.retained)
+        for group in set(self._groups.values()):
+            text = group.view.text if len(group.weights) > 1 else None
+            for number, weight in enumerate(group.weights):
+                weight.group, weight.number = text, number
 
     def group_of(self, weight: WeightView) -> WeightGroup:
         """Return the group of weights that a pass gathers together with this one."""
         if self._groups is None:
-            self._groups = make_groups(self.retained)
+            self.retain(self.retained)
+        assert self._groups is not None
         return self._groups.get(weight) or WeightGroup([weight])
 
     def parameter(self) -> nn.Parameter:
