@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 # The most elements of a group's dense weights. All their gradients are in memory before the first one is freed.
 _GROUP_ELEMENTS = 1 << 24
+# The most weights of a group in a compiled graph.
+_MOST_IN_A_GRAPH = 64
 
 
 class WeightGroup:
@@ -37,11 +39,6 @@ class WeightGroup:
     def __init__(self, weights: Sequence[WeightView]) -> None:
         self.weights = tuple(weights)
         self._kernels: Group | None = None
-
-    @property
-    def view(self) -> GroupView:
-        """The group as an operator takes it."""
-        return GroupView(tuple(weight.view for weight in self.weights), tuple(weight.scale for weight in self.weights))
 
     def kernels(self, pool: Tensor) -> Group | None:
         """Return the group's kernels; None if none fits the pool's device and dtype, or if they cannot run now."""
@@ -81,6 +78,18 @@ def make_groups(weights: Iterable[WeightView]) -> dict[WeightView, WeightGroup]:
             groups.append(group)
         group.append(weight)
     return {weight: group for group in map(WeightGroup, groups) for weight in group.weights}
+
+
+def compiled_groups(groups: Iterable[WeightGroup]) -> Iterator[tuple[Sequence[WeightView], GroupView]]:
+    """Yield the weights that a compiled graph gathers together, and their group as an operator takes it.
+
+    They are a part of a `WeightGroup`, because a graph holds a group's text once for each of its weights.
+    """
+    for group in groups:
+        for start in range(0, len(group.weights), _MOST_IN_A_GRAPH):
+            weights = group.weights[start : start + _MOST_IN_A_GRAPH]
+            if len(weights) > 1:
+                yield weights, GroupView(tuple(each.view for each in weights), tuple(each.scale for each in weights))
 
 
 def _numel(weight: WeightView) -> int:

@@ -437,6 +437,14 @@ def test_small_weights_of_a_graph_are_gathered_together() -> None:
     ]  # fmt: skip
 
 
+def test_many_small_weights_are_gathered_in_groups_that_a_graph_can_name() -> None:
+    model = convert(Stack(plain, depth=70))
+    found = operators_of(
+        lambda backend: gradients(torch.compile(model, backend=backend, fullgraph=True), model, batch=MANY)
+    )
+    assert (found["gather_group"], found["reduce_group_"], found["gather"]) == (2, 2, 0)
+
+
 def test_weights_that_are_not_kept_are_not_gathered() -> None:
     """Only the layers with many inputs for their weights keep them for the backward pass."""
     model = convert(nn.Sequential(*(layer for _ in range(3) for layer in (nn.Linear(64, 256), nn.Linear(256, 64)))))

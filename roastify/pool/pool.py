@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from roastify.errors import RoastError
 from roastify.kernels import reference
 from roastify.kernels.flops import teach_flop_counters
-from roastify.kernels.gathered_weights import WeightGroup, make_groups
+from roastify.kernels.gathered_weights import WeightGroup, compiled_groups, make_groups
 from roastify.kernels.reference import summed_in
 from roastify.kernels.torch_internals import (
     in_func_transform,
@@ -236,10 +236,11 @@ class RoastPool(TiedModule):
         """Say which weights their layers may keep during a training pass: those are gathered in groups."""
         self.retained = tuple(weights)
         self._groups = make_groups(self.retained)
-        for group in set(self._groups.values()):
-            text = group.view.text if len(group.weights) > 1 else None
-            for number, weight in enumerate(group.weights):
-                weight.group, weight.number = text, number
+        for weight in self.retained:
+            weight.group = None
+        for together, group in compiled_groups(dict.fromkeys(self._groups.values())):
+            for number, weight in enumerate(together):
+                weight.group, weight.number = group.text, number
 
     def group_of(self, weight: WeightView) -> WeightGroup:
         """Return the group of weights that a pass gathers together with this one."""
