@@ -1,5 +1,6 @@
-"""Rows added to a weight, so that cuBLAS can load its output's gradient in wide pieces: vocabularies are odd numbers.
+"""Rows that are added to a weight whose number of rows is no multiple of 8, so that cuBLAS can use wide loads.
 
+Heads of odd vocabularies are such weights.
 A step of GPT-2 medium, with 50,257 words, took 119 ms, and padded 102.
 """
 

@@ -456,6 +456,21 @@ def test_weights_that_are_not_kept_are_not_gathered() -> None:
     assert {(view.rows, view.cols) for view in group_of_text(group).views} == {(64, 256)}
 
 
+def test_a_compiled_model_that_loads_values_of_another_scale() -> None:
+    """λ of every weight is a constant of the graph."""
+    dense = nn.Sequential(*(nn.Linear(64, 64) for _ in range(3)))
+    wide = copy.deepcopy(dense)
+    with torch.no_grad():
+        wide[0].weight.mul_(2.0)
+    model, other = (convert(each, init="match") for each in (dense, wide))
+    compiled, x = torch.compile(model, backend="aot_eager", fullgraph=True), torch.randn(100, 64)
+    step(compiled, model, x)
+    before = [weight.scale for weight in pool_of(model).retained]
+    model.load_state_dict(other.state_dict())
+    assert pool_of(model).retained[0].scale > 1.2 * before[0]
+    assert_near(step(compiled, model, x), step(model, model, x))
+
+
 WRITES: dict[str, Callable[[nn.Parameter], Any]] = {
     "mul_": lambda pool: pool.mul_(0.5),
     "copy_": lambda pool: pool.copy_(pool.flip(0)),

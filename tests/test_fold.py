@@ -845,6 +845,7 @@ class Decorated(nn.Module):
         self.q, self.k, self.v = (nn.Linear(64, 64) for _ in range(3))
 
     @decorated
+    @decorated
     def forward(self, x: Tensor, mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         weights = self.q(x) @ self.k(x).transpose(-1, -2)
         if weights.sum() > 0:

@@ -6,8 +6,9 @@ second stage runs the nodes and the buffer of `gradient_gate`. So the recorded b
 layer adds to that buffer in place.
 
 Small weights that a graph keeps for its backward pass are gathered together, as in an eager pass, because each call of
-an operator costs a compiled graph's host up to 100 µs: `gathered` is one operator for each weight in the first stage,
-and in the second one gathers all that are read. Only a graph that holds the model's whole forward does so.
+an operator takes a compiled graph's host up to 100 µs. In the first stage `gathered` is an operator of each weight. In
+the second stage the first weight of a group gathers the whole group, and the others take their parts of it. Only graphs
+of a model's whole forward do so; in a graph of one block, most of a group would go unread.
 """
 
 from __future__ import annotations

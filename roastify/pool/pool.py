@@ -100,10 +100,10 @@ class RoastPool(TiedModule):
         self.plan: Any = None
         # What builds the dense model, if that is known; saving writes it.
         self.builder: Any = None
-        # The shared tensors as their layers hold them, in the plan's order; `rewrite` sets them.
+        # The shared tensors as their layers hold them, in the plan's order, and those that `retain` was given.
         self.weights: tuple[Any, ...] = ()
         self.retained: tuple[WeightView, ...] = ()
-        self._groups: dict[WeightView, WeightGroup] | None = None
+        self._groups: dict[WeightView, WeightGroup] = {}
         # Whether the pool was frozen or trained by itself, and not with a part of a model.
         self.meant: bool | None = None
         # The dtype that the Parameter is stored in. While a forward pass runs, sharding may show it in another dtype.
@@ -244,9 +244,6 @@ class RoastPool(TiedModule):
 
     def group_of(self, weight: WeightView) -> WeightGroup:
         """Return the group of weights that a pass gathers together with this one."""
-        if self._groups is None:
-            self.retain(self.retained)
-        assert self._groups is not None
         return self._groups.get(weight) or WeightGroup([weight])
 
     def parameter(self) -> nn.Parameter:
