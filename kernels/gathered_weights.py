@@ -193,8 +193,7 @@ def _reduced_together(ctx: Any, grads: Sequence[Tensor | None], bases: Tensor | 
     """Add the gradients to the pass's buffer by one kernel; return whether that was done.
 
     It is not done if no kernel fits, if the pass has no buffer, if most gradients are missing, or if the pool has more
-    slots than the weights have tiles: the kernel visits every slot (2 ms for 13,000 slots, of which one weight each is
-    added in 4 µs).
+    slots than the weights have tiles: the kernel visits every slot, and the gradients are copied into one tensor first.
     A gradient is missing if the layer did not use its gathered weight. For example, a pooler with few rows of
     activations multiplies from the pool instead.
     """
@@ -205,7 +204,7 @@ def _reduced_together(ctx: Any, grads: Sequence[Tensor | None], bases: Tensor | 
     if 2 * len(present) <= len(grads) or len({grad.dtype for grad in present}) != 1 or not is_wanted(reader):
         return False
     kernels = ctx.group.kernels(present[0])
-    if kernels is not None and not kernels.covers_pool:
+    if kernels is not None and kernels.share < 1:
         return False
     buffer = grad_buffer_of(reader)
     if kernels is None or buffer is None or (total := buffer.total()) is None:

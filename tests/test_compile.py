@@ -572,6 +572,26 @@ def test_one_graph_for_any_choice_of_kernel(sign: str, autocast: bool) -> None:
 
 
 @inductor
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize(
+    ("device", "backend"), [("cpu", "aot_eager"), pytest.param("cuda", "inductor", marks=pytest.mark.gpu)]
+)
+def test_folds_in_a_graph_for_any_batch(device: str, backend: str, learned: bool, autocast: bool) -> None:
+    layers = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 256))
+    model = convert(layers, device, ratio=8.0, fold=4, learned_scales=learned)
+    assert all(fold.fold == 4 for fold in pool_of(model).plan.folds)
+    transposed = rows(600, device).t().contiguous()
+    for function in (model, lambda x: checkpoint(model, x, use_reentrant=False)):
+        compiled = torch.compile(function, backend=backend, fullgraph=True, dynamic=True)
+        for x in (rows(64, device), transposed[:, 40:77].t(), rows(1, device)):
+            x.requires_grad_()
+            expected = step(function, model, x, autocast)
+            assert_near(step(compiled, model, x, autocast), expected, 2e-2 if autocast else 1e-3)
+        assert compiled(rows(0, device)).shape == (0, 256)
+
+
+@inductor
 @pytest.mark.gpu
 @pytest.mark.compiled
 @pytest.mark.parametrize("autocast", [False, True])

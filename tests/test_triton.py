@@ -639,6 +639,31 @@ def test_operators_of_a_group(name: str, dtype: torch.dtype, monkeypatch: pytest
     assert_near(added, wanted - before.double(), dtype)
 
 
+@pytest.mark.parametrize(("slots", "together"), [(9, True), (100, True), (400, False)])
+def test_one_kernel_adds_the_gradients_of_a_group_that_reads_enough_of_the_pool(
+    slots: int, together: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The slots that no weight reads are not written."""
+    case = Case(64, 64, (16, 16), slots, sign="row")
+    views = [dataclasses.replace(case, first_tile=first).build()[0] for first in (3, 40)]
+    _, table, shape = case.build()
+    view = GroupView(tuple(views), (0.7, -1.3))
+    grad = randn(view.offsets[-1])
+    # Adding zero to -0.0 would change its sign.
+    total = torch.full(shape, -0.0, device=DEVICE)
+    expected = total.double().clone()
+    reference.reduce_group_(expected, grad.double(), table, view.text)
+    calls = []
+    reduce_flat_ = group.Group.reduce_flat_
+    monkeypatch.setattr(group.Group, "reduce_flat_", lambda *args: calls.append("") or reduce_flat_(*args))
+    group.reduce_group_(total, grad, table, view.text)
+    assert bool(calls) == together
+    assert_near(total, expected, torch.float32)
+    untouched = (expected == 0).view(-1, 16 * 16).all(1)
+    assert int(untouched.sum()) == max(0, slots - 32)
+    assert torch.signbit(total.view(-1, 16 * 16)[untouched]).all()
+
+
 @pytest.mark.parametrize(("run", "together"), [(3, True), (2, True), (1, False)])
 def test_a_groups_kernel_adds_the_gradients_if_most_of_the_group_has_one(
     run: int, together: bool, monkeypatch: pytest.MonkeyPatch

@@ -31,6 +31,9 @@ from roastify.kernels.view import MappingKind, SignKind, WeightView, alike
 
 # How many numbers the kernels read for each weight.
 _FIELDS = tl.constexpr(10)
+# The least share of the pool that the weights of a group must read for `reduce_group_` to call one kernel for all: it
+# has programs for every slot, and those of slots that no weight reads find that out and end.
+_LEAST_SHARE = 1 / 8
 
 
 @triton.jit
@@ -66,7 +69,10 @@ def _sum_owned(
     first_tile, num_tiles, TILE_ROWS: tl.constexpr, TILE_COLS: tl.constexpr, MAPPING: tl.constexpr, SIGN: tl.constexpr,
     MULTIPLE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Return the signed gradients of each slot's tile in a chunk, times the λ of the weight that has it."""
+    """Return the signed gradients of each slot's tile in a chunk, times the λ of the weight that has it.
+
+    The second result is 1 for each slot whose tile in this chunk belongs to a weight, and 0 for the others.
+    """
     p_chunk = p_table + (chunk + first_chunk) * 3
     position = tl.load(p_chunk + 2) * ((slot + num_slots - tl.load(p_chunk + 1)) % num_slots) % num_slots
     tile = chunk * num_slots + position
@@ -83,7 +89,7 @@ def _sum_owned(
     grad = apply_sign(
         grad, tile[:, None], element[None, :], key, num_slots, first[:, None], grid_cols[:, None], MAPPING, SIGN
     )
-    return grad * tl.load(p_scales + i)[:, None]
+    return grad * tl.load(p_scales + i)[:, None], (owner >= 0).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=[*PLAIN_ARGUMENTS, "count"])
@@ -99,6 +105,8 @@ def _reduce_group_kernel(
     element = (program % PARTS * BE).to(tl.int32) + tl.arange(0, BE)
     exists = (slot < num_slots)[:, None] & (element < SIZE)[None, :]
     total = tl.zeros([BS, BE], dtype=tl.float32)
+    # Slots that no weight reads are neither read nor written, so a group may have few of a large pool's tiles.
+    touched = tl.full([BS], STRIPS, dtype=tl.int32)
     for n in range(count):
         if STRIPS:
             # A tile may hold the end of one weight and the beginning of the next, so each weight has its turn.
@@ -110,10 +118,13 @@ def _reduce_group_kernel(
                 first, tiles, grid_cols, num_slots, first_chunk, TILE_ROWS, TILE_COLS, BS, BE, MAPPING, SIGN, STRIPS,
             )  # fmt: skip
         else:
-            total += _sum_owned(
+            part, owned = _sum_owned(
                 p_grads, p_table, p_tensors, p_scales, p_owners, tl.load(p_chunks + n), slot, element, exists, key,
                 num_slots, first_chunk, first_tile, num_tiles, TILE_ROWS, TILE_COLS, MAPPING, SIGN, MULTIPLE, ALIGNED,
             )  # fmt: skip
+            total += part
+            touched = tl.maximum(touched, owned)
+    exists = exists & (touched > 0)[:, None]
     p_slot = p_total + (first_slot + slot)[:, None] * SIZE + element[None, :]
     tl.store(p_slot, tl.load(p_slot, mask=exists, other=0.0) + total, mask=exists)
 
@@ -146,8 +157,8 @@ class Group:
         views = [weight.view for weight in self.weights]
         view = self._view = views[0]
         assert len({alike(other) for other in views}) == 1, "the weights of a group differ in more than their sizes"
-        # Whether the weights read every slot on average.
-        self.covers_pool = sum(other.num_tiles for other in views) >= view.num_slots
+        # How many of the weights' tiles a slot holds on average.
+        self.share = sum(other.num_tiles for other in views) / view.num_slots
         sizes = [other.numel for other in views]
         self._offsets, self._begins = aligned_offsets(sizes), _offsets(sizes)
         # Whether gradients can be concatenated along their rows without being flattened first.
@@ -358,13 +369,12 @@ def reduce_group(grad_flat: Tensor, table: Tensor, group: str, pool_shape: list[
 
 
 def reduce_group_(total: Tensor, grad_flat: Tensor, table: Tensor, group: str) -> None:
-    """Add what `reduce_group` returns to `total`, by one kernel if one fits and the weights fill the pool.
-
-    The kernel visits every slot, so for few weights in a large pool one kernel for each of them is faster.
-    """
+    """Add what `reduce_group` returns to `total`, by one kernel if one fits and the weights read enough of the pool."""
     found, kernels = group_of_text(group), _group(group)
     fitting = fits(grad_flat, kernels.weights[0]) and total.dtype == torch.float32 and total.is_contiguous()
-    if fitting and kernels.covers_pool and kernels.is_ready(total.device):
+    # The kernel for strips visits every slot once for each weight.
+    least = 1 if found.views[0].strips else _LEAST_SHARE
+    if fitting and kernels.share >= least and kernels.is_ready(total.device):
         kernels.reduce_flat_(total, grad_flat, table)
         return
     for number, (view, scale) in enumerate(zip(found.views, found.scales, strict=True)):
