@@ -1,7 +1,6 @@
 """Rows that are added to a weight whose number of rows is no multiple of 8, so that cuBLAS can use wide loads.
 
-Heads of odd vocabularies are such weights.
-A step of GPT-2 medium, with 50,257 words, took 119 ms, and padded 102.
+The head of GPT-2 is such a weight, with 50,257 words: a step of GPT-2 medium took 119 ms, and 102 ms with padding.
 """
 
 from __future__ import annotations

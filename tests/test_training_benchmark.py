@@ -70,6 +70,8 @@ def test_rows_of_one_device_and_their_page(tmp_path: Path) -> None:
         assert row["state_ratio"] >= row["state_aim"] == 0.95 * 4
         assert row["dense"]["steps"] == row["converted"]["steps"] == 5
         assert row["loss_error"] < 1e-2 and row["machine"]["torch"]
+    # An aim is a mode's: the deep stack has one of 1.0 for graphs.
+    assert [row["time_aim"] for row in rows.values()] == [1.15, None]
     # A run of one case leaves the others' rows.
     rows["resnet-50/eager/ratio=4"]["step_ratio"] = 123.0
     output.write_text(json.dumps({"rows": list(rows.values())}))

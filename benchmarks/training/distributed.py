@@ -28,9 +28,8 @@ from benchmarks.models import free
 from benchmarks.rows import Cases, Row
 from benchmarks.stats import quartiles
 from benchmarks.training.collectives import CountBytes
-from benchmarks.training.single import EAGER, GRAPHED
 from benchmarks.training.step import IN_A_ROW, Training, allocated, in_a_row, prepare_libraries
-from benchmarks.training.tasks import Task
+from benchmarks.training.tasks import EAGER, GRAPHED, Task
 from roastify.checks import clocks
 from roastify.errors import OutputMismatch
 

@@ -109,9 +109,12 @@ def time(rows: Sequence[Row]) -> Figure | None:
     if not all(is_folded(row) for row in rows):
         title = "hollow: no layer folded"
         axes.plot([], [], "o", color=BLACK, markerfacecolor="white", markeredgewidth=1.8, label=title, linestyle="none")
-    aims = [(row["time_aim"], cells.index((row["task"], row["ratio"]))) for row in rows if row["time_aim"] is not None]
+    aims = [(row["time_aim"], cells.index((row["task"], row["ratio"])), row["mode"]) for row in rows]
+    aims = [aim for aim in aims if aim[0] is not None]
+    for value, place, mode in aims:
+        axes.plot(value, place, "|", color=MODES[mode][1], markersize=13)
     if aims:
-        axes.plot(*zip(*dict.fromkeys(aims), strict=True), "|", color=BLACK, markersize=13, label="aim")
+        axes.plot([], [], "|", color=BLACK, markersize=13, label="aim, in its marker's colour", linestyle="none")
     axes.set_yticks(range(len(cells)), [f"{task}, ratio {ratio:g}" for task, ratio in cells])
     axes.invert_yaxis()
     axes.set_xlim(left=0)

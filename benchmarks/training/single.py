@@ -13,14 +13,12 @@ import roastify
 from benchmarks.models import free
 from benchmarks.rows import Cases, Row, largest_fold
 from benchmarks.training.step import Training, allocated, in_turn, memory, prepare_libraries
-from benchmarks.training.tasks import Batch, Task, loss_of
+from benchmarks.training.tasks import COMPILED, EAGER, GRAPHED, MODES, REDUCED, Batch, Task, loss_of
 from roastify.checks import clocks
 from roastify.conversion.converted import pool_of
 from roastify.conversion.rewrite import copy_weights
 from roastify.errors import OutputMismatch
 
-# A graph first: its time is the GPU's own, where small models' steps are otherwise bound by Python.
-GRAPHED, EAGER, COMPILED, REDUCED = MODES = ("graphed", "eager", "compiled", "reduce-overhead")
 # How torch.compile is called; the mode that reduces overhead replays the compiled forward and backward as CUDA graphs.
 COMPILATION = {COMPILED: "default", REDUCED: "reduce-overhead"}
 WARM_UP_STEPS = 4
@@ -48,7 +46,7 @@ def _measure_task(
     rows: Cases, name: str, task: Task, mode: str, cases: dict[int, str], device: torch.device, steps: int
 ) -> None:
     """Measure one model in one mode; its ratios share the dense side."""
-    fields: Row = {"task": name, "mode": mode, "shape": task.shape, "time_aim": task.time_aim}
+    fields: Row = {"task": name, "mode": mode, "shape": task.shape, "time_aim": task.time_aims.get(mode)}
     made = clocks.machine(device)
 
     def failed(ratio: int, error: Exception) -> None:

@@ -31,8 +31,8 @@ from roastify.kernels.view import MappingKind, SignKind, WeightView, alike
 
 # How many numbers the kernels read for each weight.
 _FIELDS = tl.constexpr(10)
-# The least share of the pool that the weights of a group must read for `reduce_group_` to call one kernel for all: it
-# has programs for every slot, and those of slots that no weight reads find that out and end.
+# The least share of the pool that the weights of a group must read for `reduce_group_` to call one kernel for all of
+# them. That kernel visits every slot, so in a large pool with few weights most visits are in vain.
 _LEAST_SHARE = 1 / 8
 
 
