@@ -10,6 +10,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -315,22 +316,30 @@ class Group:
     def _on(self, device: torch.device) -> _Tables:
         tables = self._tables.get(device)
         if tables is None:
-            views = [weight.view for weight in self.weights]
-            rows = [
-                (*view[:3], view.first_tile, view.num_tiles, view.grid_cols, view.chunks[0], sum(view.chunks), offset,
-                 begin)
-                for view, offset, begin in zip(views, self._offsets, self._begins, strict=False)
-            ]  # fmt: skip
-            if self._combine is not None:
-                self._combine.bring_to(device)
-            # This entry is set last, so that another thread that finds it finds all tables.
-            tables = self._tables[device] = _Tables(
-                torch.tensor(rows, dtype=torch.int64, device=device),
-                torch.tensor([weight.scale for weight in self.weights], dtype=torch.float32, device=device),
-                torch.tensor(self._blocks, dtype=torch.int32, device=device),
-                self._owners().to(device),
-                torch.tensor(self._chunks, dtype=torch.int64, device=device),
-            )
+            # The tables outlive this call, so they must not lie in a memory pool that this thread allocates from:
+            # `torch.compile(mode="reduce-overhead")` refuses a call that leaves tensors in its pool. Another thread
+            # allocates from no such pool.
+            with ThreadPoolExecutor(1) as other_thread:
+                tables = other_thread.submit(self._bring_to, device).result()
+        return tables
+
+    def _bring_to(self, device: torch.device) -> _Tables:
+        """Copy the tables that the kernels read to a device."""
+        views = [weight.view for weight in self.weights]
+        rows = [
+            (*view[:3], view.first_tile, view.num_tiles, view.grid_cols, view.chunks[0], sum(view.chunks), *begins)
+            for view, *begins in zip(views, self._offsets, self._begins, strict=False)
+        ]
+        if self._combine is not None:
+            self._combine.bring_to(device)
+        # This entry is set last, so that another thread that finds it finds all tables.
+        tables = self._tables[device] = _Tables(
+            torch.tensor(rows, dtype=torch.int64, device=device),
+            torch.tensor([weight.scale for weight in self.weights], dtype=torch.float32, device=device),
+            torch.tensor(self._blocks, dtype=torch.int32, device=device),
+            self._owners().to(device),
+            torch.tensor(self._chunks, dtype=torch.int64, device=device),
+        )
         return tables
 
     def _owners(self) -> Tensor:
