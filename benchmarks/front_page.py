@@ -229,7 +229,7 @@ def losses(found: Figures) -> str:
         [
             "compiled training step, BERT-base, ratio 10",
             f"× {found.step('bert-base/compiled/ratio=10'):.2f}",
-            f'without folds, with `mode="reduce-overhead"` × {found.step("bert-base/reduce-overhead/ratio=10"):.2f}',
+            f'with `mode="reduce-overhead"` × {found.step("bert-base/reduce-overhead/ratio=10"):.2f}',
         ],
         [
             "BERT-base on 32 sequences, H200, ratio 10",

@@ -23,18 +23,16 @@ it is longer than the dense model's. So it is in `compiled` steps, whose operato
 move with the host by a fifth from run to run (the dense ResNet-50's eager step took 22.7 ms beside one model and 26.6
 beside the next).
 
-Not all rows are of one state of the code. Those of 1 December 2026 are from before a compiled graph added the gradients
-of folded layers by one kernel for each size. Of the rows of 26 November, the `compiled` steps of "resnet-50, whole
+Not all rows are of one state of the code. Of the rows of 26 November 2026, the `compiled` steps of "resnet-50, whole
 kernels" are from before training passes kept the weights of small layers, which spares the host most of what a
 converted layer asked of it beside a dense one. All others of that day but BERT-base's `eager` ones and ResNet-50's are
 from before a group's kernel summed gradients of which a few are missing, as that of BERT's pooler is. ResNet-50's
 `compiled` rows with a basis are from before eager passes made its kernels together, which compiled ones do not. Only
 BERT-base was measured with `reduce-overhead`, and only BERT-base, ResNet-50 and Llama of 1.1 B were compiled.
-"resnet-50" has kernels made of
-a basis, the default; "resnet-50, whole kernels" has none. The eager steps of both were timed one after the other on a
-slow host: the dense one took 23 and 27 ms, where the GPU alone needs 17.8. Activations are what the forward pass leaves
-for the backward pass; the peak is the allocator's, over one step. An aim is what this project set itself before
-measuring, and aims that are missed stay in the tables.
+"resnet-50" has kernels made of a basis, the default; "resnet-50, whole kernels" has none. The eager steps of both were
+timed one after the other on a slow host: the dense one took 23 and 27 ms, where the GPU alone needs 17.8. Activations
+are what the forward pass leaves for the backward pass; the peak is the allocator's, over one step. An aim is what this
+project set itself before measuring, and aims that are missed stay in the tables.
 """
 
 
