@@ -605,11 +605,31 @@ def test_inductor_on_a_gpu(name: str, autocast: bool) -> None:
         assert_near(step(compiled, model, x, autocast), step(model, model, x, autocast), 2e-2 if autocast else 1e-3)
 
 
-# A model and its batch. Layers of one size and with so many rows gather their weights in a group.
-REDUCED: dict[str, tuple[Callable[[], nn.Module], int]] = {
-    "products": (Rows, 64),
-    "equal layers": (lambda: nn.Sequential(*(nn.Linear(256, 256) for _ in range(3))), 300),
+def equal_layers() -> nn.Module:
+    return nn.Sequential(*(nn.Linear(256, 256) for _ in range(3)))
+
+
+def equal_convolutions() -> nn.Module:
+    """Convolutions of one size, and what makes images of a batch's rows."""
+    return nn.Sequential(
+        nn.Unflatten(1, (64, 2, 2)), *(nn.Conv2d(64, 64, 3, padding=1) for _ in range(3)), nn.Flatten()
+    )
+
+
+# A model, its input by a seed, and settings.
+REDUCED: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor], dict[str, Any]]] = {
+    "products": (Rows, lambda seed: rows(64, "cuda", seed=seed), {}),
+    "equal layers": (equal_layers, lambda seed: rows(300, "cuda", seed=seed), {}),
+    "folds": (equal_layers, lambda seed: rows(300, "cuda", seed=seed), {"fold": 2}),
+    "learned scales": (equal_layers, lambda seed: rows(300, "cuda", seed=seed), {"fold": 2, "learned_scales": True}),
+    "local sharing": (equal_layers, lambda seed: rows(300, "cuda", seed=seed), {"sharing": "local"}),
+    "convolutions": (equal_convolutions, lambda seed: rows(300, "cuda", seed=seed), {}),
+    "whole kernels": (equal_convolutions, lambda seed: rows(300, "cuda", seed=seed), {"kernel_basis": "none"}),
+    "tokens": (Tokens, lambda seed: tokens(64, "cuda", seed), {}),
+    "bags": (Bags, lambda seed: tokens(64, "cuda", seed), {}),
 }
+# Those whose layers gather their weights in a group.
+GROUPED = {"equal layers", "folds", "learned scales", "convolutions", "whole kernels"}
 
 
 @inductor
@@ -622,14 +642,14 @@ def test_reduce_overhead(name: str, training: bool, autocast: bool) -> None:
     """Inductor's own CUDA graphs, replayed on other inputs and after the weights have changed."""
     from roastify.kernels.gpu import group
 
-    make, batch = REDUCED[name]
-    model = convert(make(), "cuda")
+    make, inputs, settings = REDUCED[name]
+    model = convert(make(), "cuda", **settings)
     compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
     tolerance = 1e-2 if autocast else 1e-3
     # So that a group's tables are made while torch's memory for the graphs is in use. They must not lie there.
     group._group.cache_clear()
     for seed in range(6):
-        x = rows(batch, "cuda", seed=seed)
+        x = inputs(seed)
         torch.compiler.cudagraph_mark_step_begin()
         if training:
             assert_near(step(compiled, model, x, autocast), step(model, model, x, autocast), tolerance)
@@ -638,7 +658,7 @@ def test_reduce_overhead(name: str, training: bool, autocast: bool) -> None:
                 assert_near([compiled(x).clone()], [model(x)], tolerance)
         pool_of(model).weight.data.mul_(1.1)
     assert counters["inductor"]["cudagraph_skips"] == 0
-    assert (group._group.cache_info().currsize > 0) == (training and name == "equal layers")
+    assert (group._group.cache_info().currsize > 0) == (training and name in GROUPED)
 
 
 # On a GPU: CUDA graphs.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from click.testing import CliRunner
 
 pytest.importorskip("transformers")
 from benchmarks import documents, recommendation
-from benchmarks.training import page, plots, several_page, single, tables_page, tasks
+from benchmarks.training import kernel_times, page, plots, several_page, single, tables_page, tasks
 from benchmarks.training.__main__ import main
 from benchmarks.training.distributed import DENSE
 from roastify.conversion.converted import pool_of
@@ -129,7 +130,7 @@ def test_a_pattern_that_matches_no_case_starts_nothing(tmp_path: Path, monkeypat
 
 def test_pages_are_the_committed_results() -> None:
     rows = page.load(page.RESULTS)["rows"]
-    assert page.markdown(rows) == page.DOCUMENT.read_text()
+    assert page.markdown(rows, page.load(kernel_times.RESULTS)["rows"]) == page.DOCUMENT.read_text()
     assert tables_page.markdown(rows) == (page.DOCUMENT.parent / page.TABLES).read_text()
 
 
@@ -146,7 +147,7 @@ def test_the_page_says_how_steps_run_and_which_aims_are_missed() -> None:
 
     rows = [row("a", "graphed", 0.5, 8), row("a", "eager", 1.5, 8)]
     rows += [row("a, no folds", "eager", 1.2, 1), row("b", "graphed", 0.95, 1)]
-    text = " ".join(page.markdown(rows).split())
+    text = " ".join(page.markdown(rows, []).split())
     assert "- As a CUDA graph: 0.50 (a, ratio 10); 1 of 1 faster than dense." in text
     assert "- As a CUDA graph, no layer folded: 0.95 (b, ratio 10); 1 of 1 faster than dense." in text
     assert '`fold = "none"` (a at ratio 10: 1.20 instead of 1.50).' in text
@@ -154,6 +155,64 @@ def test_the_page_says_how_steps_run_and_which_aims_are_missed() -> None:
     assert "Ratio 10: 60 % of the dense model's peak (a)." in text
     # A variant of a model is not drawn beside it.
     assert [each["task"] for each in plots.with_memory(rows)] == ["a", "b"]
+
+
+def test_the_page_says_where_the_time_goes_and_what_limits_a_step() -> None:
+    kinds = [*kernel_times.KINDS, kernel_times.REST]
+    dense, converted = (dict(zip(kinds, times, strict=True)) for times in ((0, 1, 6, 1, 2), (0.5, 1, 1, 0.25, 2)))
+    row = {"case": "", "task": "gpt2-medium", "ratio": 10, "dense": dense, "converted": converted}
+    row["machine"] = {"gpu": "a GPU", "date": "2026-12-01"}
+    failed = {"case": "", "task": "bert-base", "ratio": 10, "failure": "no memory", "machine": row["machine"]}
+    text = page.markdown([], [row, failed])
+    assert "| gpt2-medium | dense | 0.00 | 1.00 | 6.00 | 1.00 | 2.00 | 10.00 |" in text
+    assert "|  | converted | 0.50 | 1.00 | 1.00 | 0.25 | 2.00 | 4.75 |" in text
+    assert "- gpt2-medium at ratio 10: 0.30, with products 0.40; all kernels 0.47 (aim 0.70)." in text
+    assert "- bert-base at ratio 10 failed: no memory" in text
+    assert "Where the time goes" not in page.markdown([], [])
+
+
+# Names as the profiler has them, shortened.
+KERNELS = {
+    "nvjet_tst_192x192_64x4_2x1_v_bz_coopA_NTN": "products",
+    "void cutlass::Kernel2<cutlass_80_tensorop_s1688gemm_64x128_32x6_tn_align4>(Params)": "products",
+    "void cublasLt::splitKreduce_kernel<32, 16, int, float>(cublasLt::cublasSplitKParams<float>)": "products",
+    "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128, 64, cutlass::bfloat16_t> >()": "attention",
+    "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_7": "attention",
+    "fmha_cutlassF_bf16_aligned_64x64_rf_sm80(AttentionKernel<cutlass::bfloat16_t>)": "attention",
+    "void at::native::multi_tensor_apply_kernel<FusedOptimizerTensorListMetadata<5> >()": "optimizer",
+    "void at::native::vectorized_elementwise_kernel<4, bfloat16_copy_kernel_cuda()>()": "the rest",
+    "Memset (Device)": "the rest",
+}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_kind_of_a_kernel(kernel: str) -> None:
+    assert kernel_times.kind_of(kernel) == KERNELS[kernel]
+
+
+def test_our_kernels_are_known_by_their_names() -> None:
+    paths = (ROOT / "kernels" / "gpu").glob("*.py")
+    kernels = [name for path in paths for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE)]
+    assert len(kernels) > 10
+    assert {kernel_times.kind_of(name) for name in kernels} == {"pool and folds"}
+
+
+@pytest.mark.gpu
+def test_kernel_times_of_a_captured_step(tmp_path: Path) -> None:
+    output = tmp_path / "rows.json"
+    done = CliRunner().invoke(kernel_times.main, ["--smoke", "--output", str(output)], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    (row,) = rows_of(output).values()
+    assert row["task"] == "deep-stack" and "failure" not in row
+    assert row["dense"]["pool and folds"] == 0 < row["converted"]["pool and folds"]
+    for side in ("dense", "converted"):
+        assert row[side]["products"] > 0 and row[side]["optimizer"] > 0 and row[side][kernel_times.REST] > 0
+
+
+def test_kernel_times_need_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    done = CliRunner().invoke(kernel_times.main, ["--output", str(tmp_path / "rows.json")])
+    assert done.exit_code == 2 and "torch sees none here" in done.output
 
 
 def test_the_page_of_several_gpus_is_the_committed_results() -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import click
 
-from benchmarks.documents import listed, paragraph
+from benchmarks.documents import listed, named_once, paragraph, table
 from benchmarks.rows import Row, is_folded, load, write
-from benchmarks.training import plots, tables_page
+from benchmarks.training import kernel_times, plots, tables_page
 from benchmarks.training.tables_page import RESULTS, machines, single_rows
+from benchmarks.training.tasks import GRAPHED, TASKS
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "training-cost.md"
 TABLES = "results/training-tables.md"
@@ -30,6 +31,15 @@ ADVICE = """
 So on a GPU, capture the step as a CUDA graph, or compile with `mode="reduce-overhead"`: a converted layer launches more
 operators than a dense one, and where Python launches them one by one that sets the time. Where neither is possible, try
 `fold = "none"`{example}.
+"""
+KERNELS = """
+Milliseconds that the GPU works for one step as a CUDA graph, by kind of kernel: `python -m
+benchmarks.training.kernel_times` asks the profiler. "Pool and folds" are roastify's kernels, "products" are cuBLAS's,
+and the optimizer's include clipping. The rest is norms, activations, losses, casts and copies.
+"""
+LIMITS = """
+What stays of a step if its other parts took no time, ÷ the dense step: attention and the rest, which no compression of
+weights shortens, and these with the products that folding leaves:
 """
 MEMORY = """
 Parameters, gradients and the optimizer's state fall by the ratio. Activations do not, so what a whole step takes falls
@@ -69,6 +79,27 @@ def without_folds(rows: Sequence[Row]) -> str:
     return f" ({'; '.join(found)})" if found else ""
 
 
+def kernels(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield a table of where the time of steps goes, and what limits them."""
+    measured = [row for row in rows if "failure" not in row]
+    kinds = [*kernel_times.KINDS, kernel_times.REST]
+    lines = [
+        [row["task"], side, *(f"{row[side][kind]:.2f}" for kind in kinds), f"{sum(row[side].values()):.2f}"]
+        for row in measured
+        for side in ("dense", "converted")
+    ]
+    yield from [*table(["model", "side", *kinds, "sum"], named_once(lines)), "", paragraph(LIMITS), ""]
+    for row in measured:
+        left, dense = row["converted"], sum(row["dense"].values())
+        fixed = left["attention"] + left[kernel_times.REST]
+        told = f"{row['task']} at ratio {row['ratio']:g}: {fixed / dense:.2f}, with products "
+        told += f"{(fixed + left['products']) / dense:.2f}; all kernels {sum(left.values()) / dense:.2f}"
+        yield f"- {told} (aim {TASKS[row['task']].time_aims[GRAPHED]:.2f})."
+    yield from (
+        f"- {row['task']} at ratio {row['ratio']:g} failed: {row['failure']}" for row in rows if "failure" in row
+    )
+
+
 def held(rows: Sequence[Row]) -> Iterator[str]:
     """Yield what the peaks are, a line for each ratio."""
     shown = plots.with_memory(rows)
@@ -97,8 +128,8 @@ def aims(rows: Sequence[Row]) -> str:
     return f"{told} Of those for the state's memory, {sum(state)} of {len(state)} are met."
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """Return docs/training-cost.md of the raw rows."""
+def markdown(rows: Sequence[Row], kernel_rows: Sequence[Row]) -> str:
+    """Return docs/training-cost.md of the raw rows, and of those of `kernel_times`."""
     single = single_rows(rows)
     lines = ["# What training costs", "", paragraph(ABOUT.format(tables=TABLES)), ""]
     if single:
@@ -106,6 +137,9 @@ def markdown(rows: Sequence[Row]) -> str:
         lines += ["![Converted step time over dense step time](images/training-time.svg)", ""]
         lines += [paragraph(TIME), "", *times(single), ""]
         lines += [paragraph(ADVICE.format(example=without_folds(single))), "", paragraph(aims(single)), ""]
+    if kernel_rows:
+        lines += ["## Where the time goes", "", f"{machines(kernel_rows)}.", "", paragraph(KERNELS), ""]
+        lines += [*kernels(kernel_rows), ""]
     if plots.with_memory(single):
         lines += ["## Memory of a step", "", "![Parts of the peak memory](images/training-memory.svg)", ""]
         lines += [paragraph(MEMORY), "", *held(single), ""]
@@ -117,12 +151,19 @@ def markdown(rows: Sequence[Row]) -> str:
 
 @click.command()
 @click.option("--rows", "source", type=click.Path(exists=True, path_type=Path), default=RESULTS, help="Raw rows.")
+@click.option(
+    "--kernels",
+    "kernels_source",
+    type=click.Path(path_type=Path),
+    default=kernel_times.RESULTS,
+    help="Of kernel_times.",
+)
 @click.option("--document", type=click.Path(dir_okay=False, path_type=Path), default=DOCUMENT, help="The page.")
-def main(source: Path, document: Path) -> None:
+def main(source: Path, kernels_source: Path, document: Path) -> None:
     """Write the page, its tables and its plots, beside it, from raw rows."""
     rows = load(source)["rows"]
     tables = document.parent / TABLES
-    write(document, markdown(rows))
+    write(document, markdown(rows, load(kernels_source)["rows"]))
     write(tables, tables_page.markdown(rows))
     drawn = plots.draw(single_rows(rows), document.parent / "images")
     print(f"written to {', '.join(map(str, (document, tables, *drawn)))}")
