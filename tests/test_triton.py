@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import gc
 import os
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -637,6 +638,24 @@ def test_operators_of_a_group(name: str, dtype: torch.dtype, monkeypatch: pytest
     added = group.reduce_group(grad, table, view.text, list(shape))
     assert added.dtype == dtype
     assert_near(added, wanted - before.double(), dtype)
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_group_in_a_cuda_graph_keeps_its_tables(captured: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many groups are used later; a replay would else read memory that something else has."""
+    made, table, shape = build_group("one shape")
+    view = GroupView(*zip(*((weight.view, weight.scale) for weight in made.weights), strict=True))
+    group._group.cache_clear()
+    pool = randn(*shape)
+    flat = group.gather_group(pool, table, view.text)
+    monkeypatch.setattr(group, "_captured", set())
+    monkeypatch.setattr(group, "is_captured", lambda tensor: captured)
+    group.gather_group(pool, table, view.text)
+    group.reduce_group_(torch.zeros(shape, device=DEVICE), flat, table, view.text)
+    tables = weakref.ref(group._group(view.text)._on(flat.device))
+    group._group.cache_clear()
+    gc.collect()
+    assert (tables() is not None) == captured
 
 
 @pytest.mark.parametrize(("slots", "together"), [(9, True), (100, True), (400, False)])

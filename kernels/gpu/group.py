@@ -28,6 +28,7 @@ from roastify.kernels.gpu.mapping import apply_sign, effective_sign, supported
 from roastify.kernels.gpu.reduce import reduce_, sum_chunks
 from roastify.kernels.gpu.tuning import cdiv, power_of_2
 from roastify.kernels.group_view import aligned_offsets, group_of_text
+from roastify.kernels.torch_internals import is_captured
 from roastify.kernels.view import MappingKind, SignKind, WeightView, alike
 
 # How many numbers the kernels read for each weight.
@@ -361,7 +362,7 @@ def fits(pool: Tensor, weight: WeightView) -> bool:
 
 def gather_group(pool: Tensor, table: Tensor, group: str) -> Tensor:
     """Return the dense tensors of a group in one flat tensor, by one kernel if one fits."""
-    found, kernels = group_of_text(group), _group(group)
+    found, kernels = group_of_text(group), _kernels_of(group, pool)
     if fits(pool, kernels.weights[0]) and kernels.is_ready(pool.device):
         return kernels.gather_flat(pool, table)
     flat = pool.new_empty(found.offsets[-1])
@@ -379,7 +380,7 @@ def reduce_group(grad_flat: Tensor, table: Tensor, group: str, pool_shape: list[
 
 def reduce_group_(total: Tensor, grad_flat: Tensor, table: Tensor, group: str) -> None:
     """Add what `reduce_group` returns to `total`, by one kernel if one fits and the weights read enough of the pool."""
-    found, kernels = group_of_text(group), _group(group)
+    found, kernels = group_of_text(group), _kernels_of(group, total)
     fitting = fits(grad_flat, kernels.weights[0]) and total.dtype == torch.float32 and total.is_contiguous()
     # The kernel for strips visits every slot once for each weight.
     least = 1 if found.views[0].strips else _LEAST_SHARE
@@ -388,6 +389,19 @@ def reduce_group_(total: Tensor, grad_flat: Tensor, table: Tensor, group: str) -
         return
     for number, (view, scale) in enumerate(zip(found.views, found.scales, strict=True)):
         reduce_(total, found.part(grad_flat, number), table, view, scale)
+
+
+# The groups that CUDA graphs have captured. They are kept as long as the process runs: a replay reads their tables even
+# after `_group` has forgotten them.
+_captured: set[Group] = set()
+
+
+def _kernels_of(group: str, tensor: Tensor) -> Group:
+    """Return the kernels of an operator's group, which are about to run on a tensor."""
+    kernels = _group(group)
+    if is_captured(tensor):
+        _captured.add(kernels)
+    return kernels
 
 
 @functools.lru_cache(maxsize=1 << 8)

@@ -114,22 +114,23 @@ def outcome(table: Table) -> str:
     for ratio in table.ratios():
         ours, rival = table.best(ratio, is_ours), table.best(ratio, is_rival)
         if ours is not None and rival is not None:
-            won = "roastify" if ours[1] < rival[1] else METHODS[rival[0]].title
-            amount = abs(ours[1] - rival[1])
-            found.setdefault(won, []).append((ratio, amount, table.difference(ratio, ours[0], rival[0])))
+            # Over common seeds, because one of two methods may have more seeds than the other.
+            amount = table.below(ratio, ours[0], rival[0])
+            won = "roastify" if amount > 0 else METHODS[rival[0]].title
+            found.setdefault(won, []).append((ratio, abs(amount), table.difference(ratio, ours[0], rival[0])))
     told = []
     for won, cells in found.items():
         ratios = listed([f"{ratio:g}" for ratio, _, _ in cells])
         beside = "the best rival" if won == "roastify" else "the best of roastify"
         article = "the " if won == METHODS["smaller"].title else ""
-        text = f"{article}{won} has the lowest loss at {'ratio' if len(cells) == 1 else 'ratios'} {ratios}, "
+        verb = "have" if won == METHODS["tied"].title else "has"
+        text = f"{article}{won} {verb} the lowest loss at {'ratio' if len(cells) == 1 else 'ratios'} {ratios}, "
         text += f"{span([amount for _, amount, _ in cells], 3)} nats below {beside}"
         clear = [f"{ratio:g}" for ratio, _, difference in cells if difference is not None and difference.is_clear]
         pairs = max(difference.degrees if difference is not None else 0 for _, _, difference in cells)
         text += f" (clear at {listed(clear)})" if clear else " (not clear)" if pairs else " (one seed)"
-        plain = [table.mean("folded", ratio) for ratio, _, _ in cells]
-        best = [table.best(ratio, is_rival) for ratio, _, _ in cells]
-        below = [mean - rival[1] for mean, rival in zip(plain, best, strict=True) if mean is not None and rival]
+        best = [(ratio, table.best(ratio, is_rival)) for ratio, _, _ in cells if table.losses("folded", ratio)]
+        below = [table.below(ratio, rival[0], "folded") for ratio, rival in best if rival is not None]
         if won != "roastify" and below:
             text += f", {span(below, 3)} below folds without learned scales"
         told.append(text)

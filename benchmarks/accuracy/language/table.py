@@ -92,6 +92,14 @@ class Table:
         """Return one method's loss less another's, by default at the same ratio, over the seeds that both have."""
         return paired(self.losses(method, ratio), self.losses(other, ratio if other_ratio is None else other_ratio))
 
+    def below(self, ratio: float, method: str, other: str) -> float:
+        """Return how far one method's loss is below another's: `difference` or, without a common seed, of the means."""
+        if (difference := self.difference(ratio, method, other)) is not None:
+            return -difference.mean
+        means = self.mean(other, ratio), self.mean(method, ratio)
+        assert means[0] is not None and means[1] is not None, "a method has no rows"
+        return means[0] - means[1]
+
     def others(self) -> dict[Other, dict[int, Row]]:
         """Return by seed the rows with a changed setting or of another width."""
         found: dict[Other, dict[int, Row]] = {}

@@ -142,16 +142,15 @@ def _costs(table: Table) -> Iterator[list[str]]:
 
 
 def losses(table: Table) -> Iterator[str]:
-    """Yield a line for each ratio at which a rival's mean is below the best of ours."""
+    """Yield a line for each ratio at which the best rival is below the best of ours."""
     for ratio in table.ratios():
         ours = table.best(ratio, lambda name: METHODS[name].is_ours)
         rival = table.best(ratio, lambda name: not METHODS[name].is_ours and name != "dense")
-        if ours is not None and rival is not None and rival[1] < ours[1]:
+        if ours is not None and rival is not None and (amount := table.below(ratio, rival[0], ours[0])) > 0:
             difference = table.difference(ratio, rival[0], ours[0])
             p = "" if difference is None or math.isnan(difference.p) else f", {p_text(difference.p)}"
             yield (
-                f"- ratio {ratio:g}: {METHODS[rival[0]].title} is {ours[1] - rival[1]:.3f} nats below "
-                f"{METHODS[ours[0]].title}{p}."
+                f"- ratio {ratio:g}: {METHODS[rival[0]].title}, {amount:.3f} nats below {METHODS[ours[0]].title}{p}."
             )
 
 
